@@ -1,0 +1,336 @@
+"""Settings of the method: one frozen dataclass, and a per-layer profile of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+PROFILE_VERSION = 1
+
+
+class DenseReason(str, Enum):
+    """Why a sequence, or a whole layer, ran dense instead of sparse."""
+
+    SHORT_CONTEXT = "context not longer than min_tokens + window_size"
+    SHORT_CHUNK = "fewer queries than window_size"
+    ZERO_DROP_MASS = "drop_mass is 0"
+    NOTHING_TO_DROP = "no token's attention mass fits under drop_mass"
+    NOT_FINITE = "scores are not finite"
+    LAYER_NOT_SELECTED = "layer is not among the sparse layers"
+    DECODE = "decode step"
+    NOT_CAUSAL = "layer is not causal self-attention"
+    SLIDING_WINDOW = "layer attends within a sliding window"
+    SOFT_CAP = "layer caps its attention logits"
+    ATTENTION_SINKS = "layer has learned attention sinks"
+    GRADIENTS = "gradients are being recorded (use torch.no_grad())"
+    DROPOUT = "attention dropout is active"
+    ATTENTION_WEIGHTS = "attention weights were asked for"
+    MASK = "attention mask is not causal with one run of real tokens per row"
+    HEAD_DIM = "value and key head sizes differ"
+    UNKNOWN_ARGUMENT = "layer passes an attention argument the sparse path does not know"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def _check_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_keys(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(known)}"
+            raise ValueError(f"{what} has an unknown entry {key!r}{hint}")
+
+
+def _parse_object(what: str, text: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(parsed).__name__}")
+    return parsed
+
+
+@dataclass(frozen=True)
+class TokenSparseConfig:
+    """Settings of Token Sparse Attention (arXiv 2602.03216, sections 3 and 4).
+
+    Args:
+        drop_mass: share of the attention mass that the dropped tokens may hold together,
+            the paper's tau; in ``[0, 1)``, 0 means dense.
+        window_size: how many of the last queries score the tokens; these are always kept.
+        pool_size: width of the average pooling that smooths the scores, in tokens; odd.
+        min_tokens: never keep fewer scored tokens than this.
+        budget: ``"shared"`` gives all heads of a sequence the same number of tokens (the
+            paper's Dynamic Token Coverage), ``"per_head"`` applies the rule to each head.
+        fallback: what a query that was not selected receives: ``"zero"``, as published, or
+            ``"window"``, causal sliding-window attention over the uncompressed tokens.
+        fallback_window: width of that sliding window in tokens, the query itself included.
+        crossover: ``"off"`` runs dense only where the method says so. ``"auto"`` may also
+            run dense where sparse would not be faster; it equals ``"off"`` as long as no
+            break-even has been measured.
+        sparse_layers: layers that may run sparse, None for all. Only integrations read it.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if a field is out of range.
+
+    Example:
+        >>> TokenSparseConfig(drop_mass=0.05, sparse_layers=(3, 1)).sparse_layers
+        (1, 3)
+    """
+
+    drop_mass: float = 0.005
+    window_size: int = 128
+    pool_size: int = 7
+    min_tokens: int = 1024
+    budget: str = "shared"
+    fallback: str = "zero"
+    fallback_window: int = 512
+    crossover: str = "off"
+    sparse_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.drop_mass, bool) or not isinstance(self.drop_mass, (int, float)):
+            raise TypeError(f"drop_mass must be a number, got {self.drop_mass!r}")
+        if not (math.isfinite(self.drop_mass) and 0 <= self.drop_mass < 1):
+            raise ValueError(f"drop_mass must be in [0, 1), got {self.drop_mass}")
+        _check_int("window_size", self.window_size, 1)
+        _check_int("pool_size", self.pool_size, 1)
+        if self.pool_size % 2 == 0:
+            raise ValueError(f"pool_size must be odd, got {self.pool_size}")
+        _check_int("min_tokens", self.min_tokens, 0)
+        _check_choice("budget", self.budget, ("shared", "per_head"))
+        _check_choice("fallback", self.fallback, ("zero", "window"))
+        _check_int("fallback_window", self.fallback_window, 1)
+        _check_choice("crossover", self.crossover, ("off", "auto"))
+        if self.sparse_layers is not None:
+            if isinstance(self.sparse_layers, str):
+                raise TypeError(f"sparse_layers must be layer numbers, got {self.sparse_layers!r}")
+            try:
+                layers = tuple(self.sparse_layers)
+            except TypeError:
+                raise TypeError(
+                    f"sparse_layers must be layer numbers or None, got {self.sparse_layers!r}"
+                ) from None
+            for layer in layers:
+                _check_int("sparse_layers", layer, 0)
+            if len(set(layers)) != len(layers):
+                raise ValueError(f"sparse_layers must not repeat a layer, got {layers}")
+            object.__setattr__(self, "sparse_layers", tuple(sorted(layers)))
+
+    @classmethod
+    def published(cls) -> TokenSparseConfig:
+        """Return the operator settings of the paper (its section 5.1 and published code)."""
+        return cls(
+            drop_mass=0.005,
+            window_size=128,
+            pool_size=7,
+            min_tokens=1024,
+            budget="shared",
+            fallback="zero",
+            crossover="off",
+        )
+
+    def dense_reason(self, query_len: int, kv_len: int) -> DenseReason | None:
+        """Return why lengths alone make a sequence run dense, or None if they do not.
+
+        Args:
+            query_len: real queries of the sequence.
+            kv_len: real keys of the sequence.
+        """
+        if query_len < self.window_size:
+            return DenseReason.SHORT_CHUNK
+        if kv_len <= self.min_tokens + self.window_size:
+            return DenseReason.SHORT_CONTEXT
+        if self.drop_mass == 0:
+            return DenseReason.ZERO_DROP_MASS
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        fields = dataclasses.asdict(self)
+        if self.sparse_layers is not None:
+            fields["sparse_layers"] = list(self.sparse_layers)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TokenSparseConfig:
+        """Build a config from `to_dict` values; absent fields take their defaults."""
+        _check_keys("config", fields, tuple(f.name for f in dataclasses.fields(cls)))
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """Return the config as a JSON object.
+
+        Example:
+            >>> TokenSparseConfig.from_json(TokenSparseConfig().to_json()) == TokenSparseConfig()
+            True
+        """
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TokenSparseConfig:
+        """Build a config from a JSON object.
+
+        Raises:
+            ValueError: if the text is no JSON object, or has an unknown entry or bad value.
+            TypeError: if an entry has the wrong type.
+        """
+        return cls.from_dict(_parse_object("config", text))
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Which layers of one model run sparse, and how: a base config plus overrides.
+
+    Layers that are not listed run dense.
+
+    Args:
+        base: config that every listed layer starts from; its ``sparse_layers`` must be None.
+        layers: layer number -> the fields of ``base`` that this layer changes.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if a layer number or an override is invalid.
+
+    Example:
+        >>> profile = LayerProfile(layers={3: {}, 4: {"drop_mass": 0.05}})
+        >>> profile.layer_configs(num_layers=8)[4].drop_mass
+        0.05
+    """
+
+    base: TokenSparseConfig = field(default_factory=TokenSparseConfig)
+    layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, TokenSparseConfig):
+            raise TypeError(f"base must be a TokenSparseConfig, got {self.base!r}")
+        if self.base.sparse_layers is not None:
+            raise ValueError(
+                "base.sparse_layers must be None in a profile, whose layers entry lists them; "
+                f"got {self.base.sparse_layers}"
+            )
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"layers must map layer numbers to overrides, got {self.layers!r}")
+        for layer, overrides in self.layers.items():
+            _check_int("layers", layer, 0)
+            if not isinstance(overrides, Mapping):
+                raise TypeError(f"layers[{layer}] must map fields to values, got {overrides!r}")
+            if "sparse_layers" in overrides:
+                raise ValueError(f"layers[{layer}] must not override sparse_layers")
+            self._layer_config(overrides)
+
+    def _layer_config(self, overrides: Mapping[str, Any]) -> TokenSparseConfig:
+        return TokenSparseConfig.from_dict({**self.base.to_dict(), **overrides})
+
+    def layer_configs(self, num_layers: int) -> dict[int, TokenSparseConfig]:
+        """Return the config of every sparse layer of a model with `num_layers` layers.
+
+        Raises:
+            ValueError: if the profile lists a layer that the model does not have.
+        """
+        _check_layer_range("layers", self.layers, num_layers)
+        return {layer: self._layer_config(self.layers[layer]) for layer in sorted(self.layers)}
+
+    def to_json(self) -> str:
+        """Return the profile as a JSON object with a schema version."""
+        content = {
+            "version": PROFILE_VERSION,
+            "base": self.base.to_dict(),
+            "layers": {str(layer): dict(self.layers[layer]) for layer in sorted(self.layers)},
+        }
+        return json.dumps(content, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerProfile:
+        """Build a profile from a JSON object.
+
+        Raises:
+            ValueError: if the text is no JSON object, has an unknown entry, an unknown
+                version, a layer key that is no number, or a bad value.
+            TypeError: if an entry has the wrong type.
+        """
+        content = _parse_object("profile", text)
+        _check_keys("profile", content, ("version", "base", "layers"))
+        if content.get("version") != PROFILE_VERSION:
+            raise ValueError(
+                f"profile version must be {PROFILE_VERSION}, got {content.get('version')!r}"
+            )
+        for part in ("base", "layers"):
+            if not isinstance(content.get(part, {}), dict):
+                raise TypeError(f"profile {part} must be an object, got {content[part]!r}")
+        layers: dict[int, Any] = {}
+        for key, overrides in content.get("layers", {}).items():
+            if not (key.isascii() and key.isdigit()):
+                raise ValueError(f"profile layers must have numbers as keys, got {key!r}")
+            if int(key) in layers:
+                raise ValueError(f"profile layers must not repeat layer {int(key)}")
+            layers[int(key)] = overrides
+        return cls(base=TokenSparseConfig.from_dict(content.get("base", {})), layers=layers)
+
+
+def _check_layer_range(name: str, layers: Any, num_layers: int) -> None:
+    outside = sorted(layer for layer in layers if layer >= num_layers)
+    if outside:
+        raise ValueError(
+            f"{name} must be below {num_layers}, the model's number of layers; got {outside}"
+        )
+
+
+def layer_configs(
+    config: TokenSparseConfig | LayerProfile, num_layers: int
+) -> dict[int, TokenSparseConfig]:
+    """Return the config of every sparse layer: the one reading of configs and profiles.
+
+    Args:
+        config: a config, whose ``sparse_layers`` is honoured here, or a profile.
+        num_layers: layers of the model.
+
+    Raises:
+        TypeError: if `config` is neither.
+        ValueError: if it names a layer that the model does not have.
+    """
+    if isinstance(config, LayerProfile):
+        return config.layer_configs(num_layers)
+    if not isinstance(config, TokenSparseConfig):
+        raise TypeError(f"config must be a TokenSparseConfig or a LayerProfile, got {config!r}")
+    layers = config.sparse_layers
+    if layers is None:
+        layers = tuple(range(num_layers))
+    _check_layer_range("sparse_layers", layers, num_layers)
+    layer_config = dataclasses.replace(config, sparse_layers=None)
+    return dict.fromkeys(layers, layer_config)
+
+
+def load_config(path: str | Path) -> TokenSparseConfig | LayerProfile:
+    """Read a config or a profile from a JSON file; a profile is told by its version entry.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is neither.
+        TypeError: if an entry has the wrong type.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if "version" in _parse_object(str(path), text):
+        return LayerProfile.from_json(text)
+    return TokenSparseConfig.from_json(text)

@@ -1,0 +1,118 @@
+"""Checks of what the public operations are given; errors name argument, expectation, value."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.config import TokenSparseConfig
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """Return the factor of the logits; ``1 / sqrt(head_dim)`` unless given."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def check_config(config: TokenSparseConfig) -> None:
+    if not isinstance(config, TokenSparseConfig):
+        raise TypeError(f"config must be a TokenSparseConfig, got {type(config).__name__}")
+
+
+def check_attention_inputs(
+    query: Tensor, key: Tensor, value: Tensor | None, config: TokenSparseConfig
+) -> None:
+    """Raise TypeError or ValueError unless the tensors form one attention problem."""
+    check_config(config)
+    named = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            heads = "H" if name == "query" else "H_kv"
+            raise ValueError(
+                f"{name} must have shape [B, {heads}, S, D], got {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be on query's device {query.device}, got {tensor.device}"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, which token sparse attention cannot "
+                "give: it acts in prefill only; call it under torch.no_grad()"
+            )
+    if value is not None and value.shape != key.shape:
+        raise ValueError(f"value must have key's shape {list(key.shape)}, got {list(value.shape)}")
+    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"key must have query's batch and head size, {query.shape[0]} and {query.shape[3]}; "
+            f"got {key.shape[0]} and {key.shape[3]}"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query must have a multiple of key's {key.shape[1]} heads, got {query.shape[1]}"
+        )
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"query must not be longer than key's {key.shape[2]} tokens, got {query.shape[2]}"
+        )
+
+
+class Span(NamedTuple):
+    """Slots ``[start, end)`` of one row's real tokens."""
+
+    start: int
+    end: int
+
+
+def real_spans(padding_mask: Tensor | None, batch_size: int, kv_len: int) -> list[Span]:
+    """Return each row's run of real tokens; without a mask, all slots are real.
+
+    Args:
+        padding_mask: ``[B, S_kv]`` bool, True for real tokens, or None.
+        batch_size: B.
+        kv_len: S_kv.
+
+    Raises:
+        TypeError: if the mask is no bool tensor.
+        ValueError: if its shape is wrong, or a row is not exactly one run of True.
+    """
+    if padding_mask is None:
+        return [Span(0, kv_len)] * batch_size
+    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
+        given = getattr(padding_mask, "dtype", type(padding_mask).__name__)
+        raise TypeError(f"padding_mask must be a bool tensor, True for real tokens; got {given}")
+    if padding_mask.shape != (batch_size, kv_len):
+        raise ValueError(
+            f"padding_mask must have shape [B, S_kv] = {[batch_size, kv_len]}, "
+            f"got {list(padding_mask.shape)}"
+        )
+    slot = torch.arange(kv_len, device=padding_mask.device)
+    start = torch.where(padding_mask, slot, kv_len).amin(-1)
+    end = torch.where(padding_mask, slot + 1, 0).amax(-1)
+    spans = []
+    for row, (first, last, count) in enumerate(
+        torch.stack((start, end, padding_mask.sum(-1)), -1).tolist()
+    ):
+        if count == 0 or last - first != count:
+            raise ValueError(
+                "padding_mask must mark one contiguous run of real tokens in every row; "
+                f"row {row} has {count} between slots {first} and {last}"
+            )
+        spans.append(Span(first, last))
+    return spans
