@@ -123,8 +123,7 @@ def token_sparse_attention(
     """
     check_attention_inputs(query, key, value, config)
     check_backend(attention_backend)
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    check_impl(impl)
     scale = resolve_scale(scale, query.shape[-1])
     spans = real_spans(padding_mask, key.shape[0], key.shape[2])
     query, key, value = query.detach(), key.detach(), value.detach()
@@ -151,6 +150,12 @@ def token_sparse_attention(
         )
         scatter_rows(attended, sparse, output)
     return (output, selection) if return_selection else output
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless `impl` is a known name."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
 
 
 def _lengths_force_dense(
