@@ -32,6 +32,7 @@ _CUDA_CHECKS = {
     "flash": can_use_flash_attention,
     "efficient": can_use_efficient_attention,
 }
+_NO_KERNEL = ("No available kernel", "No viable backend")  # what SDPA says where none fits
 _MASKED_ROWS = 512  # queries per block where a mask has to be written out
 
 
@@ -219,7 +220,7 @@ def _sdpa(
                 )
             return out
     except RuntimeError as error:
-        if "No available kernel" not in str(error):
+        if not any(known in str(error) for known in _NO_KERNEL):
             raise
         raise ValueError(
             f"attention_backend {chosen!r} cannot run {query.dtype} with head size "

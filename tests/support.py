@@ -1,0 +1,59 @@
+"""Problems and comparisons shared by the tests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention import TokenSparseConfig, reference
+
+SMALL = TokenSparseConfig(drop_mass=0.2, window_size=16, pool_size=5, min_tokens=24)
+
+
+class Problem(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def make_problem(
+    *,
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    query_len: int = 111,
+    kv_len: int | None = None,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    sharpness: float = 2.0,
+    seed: int = 0,
+) -> Problem:
+    """Random inputs; `sharpness` scales the queries, so that attention is not uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_len = query_len if kv_len is None else kv_len
+    query = torch.randn(batch, heads, query_len, head_dim, generator=generator) * sharpness
+    key = torch.randn(batch, kv_heads, kv_len, head_dim, generator=generator)
+    value = torch.randn(batch, kv_heads, kv_len, head_dim, generator=generator)
+    return Problem(*(tensor.to(device, dtype) for tensor in (query, key, value)))
+
+
+def oracle(
+    problem: Problem, config: TokenSparseConfig, row: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """The reference in float64 on one unpadded row: output ``[H, S_q, D]`` and kept mask."""
+    query, key, value = (tensor[row].double() for tensor in problem)
+    return reference.token_sparse_attention(query, key, value, config, query.shape[-1] ** -0.5)
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def kept_mask(indices: Tensor, kv_len: int) -> Tensor:
+    """``[B, H, K]`` indices as a ``[B, H, kv_len]`` mask."""
+    mask = torch.zeros(*indices.shape[:2], kv_len + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(2, indices.where(indices >= 0, kv_len), True)[..., :kv_len]

@@ -1,0 +1,286 @@
+"""The whole operator: against the float64 oracle, its definition and its properties."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_error
+from token_sparse_attention import (
+    compress,
+    decompress,
+    score_tokens,
+    select_tokens,
+    token_sparse_attention,
+)
+from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
+
+VARIANTS = [
+    dataclasses.replace(SMALL, budget=budget, fallback=fallback, fallback_window=20)
+    for budget in ("shared", "per_head")
+    for fallback in ("zero", "window")
+]
+
+
+def sparse_run(problem, config, **kwargs):
+    out, selection = token_sparse_attention(*problem, config, return_selection=True, **kwargs)
+    assert selection.ran_sparse.all(), "the test must exercise the sparse path"
+    return out, selection
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.budget}-{c.fallback}")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (8, 2)])
+@pytest.mark.parametrize(("query_len", "kv_len"), [(63, 63), (257, 257), (40, 111), (16, 190)])
+def test_operator_equals_the_oracle(config, heads, kv_heads, query_len, kv_len):
+    problem = make_problem(heads=heads, kv_heads=kv_heads, query_len=query_len, kv_len=kv_len)
+    out, selection = sparse_run(problem, config)
+    expected, keep = oracle(problem, config)
+    assert torch.equal(kept_mask(selection.indices, kv_len)[0], keep)
+    assert relative_error(out[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_close_as_eager(dtype):
+    problem = make_problem(query_len=257, head_dim=64, dtype=dtype)
+    out, selection = sparse_run(problem, SMALL)
+    assert out.dtype == dtype
+    exact = Problem(*(tensor.double() for tensor in problem))
+    packed = compress(*exact, selection)
+    cu = packed.cu_seqlens_k
+    for head in range(4):
+        rows = slice(*cu[head : head + 2].tolist())
+        q, k, v = packed.query[rows], packed.key[rows], packed.value[rows]
+        future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        truth = ((q @ k.T) / 8).masked_fill(future, -torch.inf).softmax(-1) @ v
+        half = [x.to(dtype) for x in (q, k, v)]
+        logits = (half[0] @ half[1].T) / 8
+        eager = logits.masked_fill(future, -torch.inf).softmax(-1) @ half[2]
+        mine = out[0, head, selection.indices[0, head, : len(q)]]
+        assert relative_error(mine, truth) <= 2 * relative_error(eager, truth)
+
+
+@given(
+    st.sampled_from(VARIANTS),
+    st.integers(1, 160),
+    st.integers(0, 120),
+    st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    st.integers(0, 99),
+)
+def test_any_lengths_equal_the_oracle(config, query_len, past, heads, seed):
+    problem = make_problem(
+        heads=heads[0], kv_heads=heads[1], query_len=query_len, kv_len=query_len + past, seed=seed
+    )
+    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    expected, keep = oracle(problem, config)
+    assert selection.ran_sparse.tolist() == [keep is not None]
+    assert relative_error(out[0], expected) < 2e-6
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.budget}-{c.fallback}")
+@pytest.mark.parametrize("query_len", [200, 120])
+def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(config, query_len):
+    kv_len = 200
+    problem = make_problem(batch=4, query_len=query_len, kv_len=kv_len)
+    mask = torch.ones(4, kv_len, dtype=torch.bool)
+    mask[1, :33] = False
+    mask[2, 171:] = False
+    mask[3, :165] = False  # too short to run sparse
+    for tensor, first in zip(problem, (kv_len - query_len, 0, 0)):
+        tensor.masked_fill_(~mask[:, None, first:, None], torch.nan)
+    out, selection = token_sparse_attention(
+        *problem, config, padding_mask=mask, return_selection=True
+    )
+    assert selection.ran_sparse.tolist() == [True, True, True, False]
+    for row in range(4):
+        first, last = mask[row].nonzero().flatten()[[0, -1]].tolist()
+        begin = max(first, kv_len - query_len) - (kv_len - query_len)
+        end = last + 1 - (kv_len - query_len)
+        alone = Problem(
+            problem.query[row : row + 1, :, begin:end],
+            problem.key[row : row + 1, :, first : last + 1],
+            problem.value[row : row + 1, :, first : last + 1],
+        )
+        expected = token_sparse_attention(*alone, config)[0]
+        torch.testing.assert_close(out[row, :, begin:end], expected, rtol=1e-6, atol=1e-6)
+        padded = out[row].clone()
+        padded[:, begin:end] = 0
+        assert not padded.any(), "padded query rows are zero"
+
+
+def test_queries_all_in_padding_give_zeros():
+    problem = make_problem(batch=2, query_len=30, kv_len=150)
+    mask = torch.ones(2, 150, dtype=torch.bool)
+    mask[1, 110:] = False
+    out = token_sparse_attention(*problem, SMALL, padding_mask=mask)
+    assert not out[1].any()
+    assert out[0].any()
+
+
+@pytest.mark.parametrize("fallback", ["zero", "window"])
+def test_a_chunk_equals_its_definition(fallback):
+    """Chunk queries see selected keys of the whole context; selection uses the chunk's window."""
+    config = dataclasses.replace(SMALL, fallback=fallback, fallback_window=25)
+    problem = make_problem(query_len=70, kv_len=180)
+    out, selection = sparse_run(problem, config)
+    keep = kept_mask(selection.indices, 180)[0]
+    full = torch.arange(180)
+    for head in range(4):
+        for i in range(0, 70, 7):
+            position = 110 + i
+            if keep[head, position]:
+                seen = full[keep[head] & (full <= position)]
+            elif fallback == "window":
+                seen = full[position - 24 : position + 1]
+            else:
+                assert not out[0, head, i].any()
+                continue
+            key, value = (tensor[0, head // 2, seen] for tensor in (problem.key, problem.value))
+            probs = (problem.query[0, head, i] @ key.T / 4).softmax(-1)
+            torch.testing.assert_close(out[0, head, i], probs @ value, rtol=1e-4, atol=1e-5)
+
+
+def forced(problem, selection):
+    packed = compress(*problem, selection)
+    scale = problem.query.shape[-1] ** -0.5
+    out = varlen_causal_attention(*packed[:5], scale=scale)
+    return decompress(out, selection, problem.query.shape[2])
+
+
+@given(st.integers(20, 150), st.integers(0, 60), st.integers(0, 99))
+def test_a_full_selection_equals_dense_and_a_mutated_one_does_not(query_len, past, seed):
+    problem = make_problem(batch=2, query_len=query_len, kv_len=query_len + past, seed=seed)
+    scores = score_tokens(problem.query, problem.key, SMALL)
+    selection = select_tokens(scores, SMALL, kept=1.0)
+    dense = causal_attention(*problem, scale=0.25)
+    if past == 0 and query_len > SMALL.window_size:
+        assert selection.ran_sparse.all()
+        assert (selection.lengths == query_len).all()
+    torch.testing.assert_close(forced(problem, selection), dense, rtol=1e-4, atol=1e-5)
+
+    indices = selection.indices.clone()
+    indices[:, :, 0] = indices[:, :, 1]  # the first token is lost, the second counts twice
+    mutated = selection._replace(indices=indices)
+    assert not torch.allclose(forced(problem, mutated), dense, rtol=1e-4, atol=1e-5)
+
+
+@given(st.sampled_from(VARIANTS), st.integers(0, 99))
+def test_gqa_equals_repeated_keys_and_values(config, seed):
+    problem = make_problem(heads=6, kv_heads=2, query_len=130, seed=seed)
+    repeated = Problem(
+        problem.query, *(tensor.repeat_interleave(3, dim=1) for tensor in problem[1:])
+    )
+    out, selection = sparse_run(problem, config)
+    wide, wide_selection = sparse_run(repeated, config)
+    assert torch.equal(selection.indices, wide_selection.indices)
+    torch.testing.assert_close(out, wide, rtol=1e-5, atol=1e-6)
+
+
+def test_dense_rules_give_dense_attention():
+    for config in (
+        dataclasses.replace(SMALL, drop_mass=0.0),
+        dataclasses.replace(SMALL, min_tokens=5000),
+        dataclasses.replace(SMALL, drop_mass=1e-12),
+        dataclasses.replace(SMALL, window_size=150),
+    ):
+        problem = make_problem(query_len=140, kv_len=180)
+        out, selection = token_sparse_attention(*problem, config, return_selection=True)
+        assert not selection.ran_sparse.any()
+        assert (selection.lengths == 180).all()
+        assert torch.equal(out, causal_attention(*problem, scale=0.25))
+
+
+def test_mixed_batches_run_some_rows_dense():
+    problem = make_problem(batch=2, query_len=150)
+    problem.query[0] *= 4
+    problem.query[1] = 0  # uniform attention: every token has the same mass
+    config = dataclasses.replace(SMALL, drop_mass=0.004)
+    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    assert selection.ran_sparse.tolist() == [True, False]
+    assert selection.lengths[1].tolist() == [150] * 4
+    for row in range(2):
+        alone = Problem(*(tensor[row : row + 1] for tensor in problem))
+        torch.testing.assert_close(out[row], token_sparse_attention(*alone, config)[0])
+
+
+def test_inputs_are_left_alone_and_views_are_accepted():
+    problem = make_problem(batch=2, query_len=150)
+    before = [tensor.clone() for tensor in problem]
+    out = token_sparse_attention(*problem, SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(problem, before))
+    views = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in problem]
+    torch.testing.assert_close(token_sparse_attention(*views, SMALL), out)
+    assert out.is_contiguous()
+
+
+def test_extreme_values():
+    problem = make_problem(query_len=150, sharpness=1e4)
+    assert token_sparse_attention(*problem, SMALL).isfinite().all()
+    tiny = Problem(*(tensor * 1e-30 for tensor in make_problem(query_len=150)))
+    assert token_sparse_attention(*tiny, SMALL).isfinite().all()
+
+
+def test_nan_in_the_inputs_runs_dense():
+    problem = make_problem(query_len=150)
+    problem.query[0, 1, -3] = torch.nan
+    out, selection = token_sparse_attention(*problem, SMALL, return_selection=True)
+    assert not selection.ran_sparse.any()
+    assert torch.equal(out.isnan(), causal_attention(*problem, scale=0.25).isnan())
+
+
+def test_return_selection_is_always_a_pair():
+    for length in (10, 150):
+        problem = make_problem(query_len=length)
+        result = token_sparse_attention(*problem, SMALL, return_selection=True)
+        assert isinstance(result, tuple)
+        assert isinstance(token_sparse_attention(*problem, SMALL), torch.Tensor)
+
+
+def test_gradients_raise_only_while_they_are_recorded():
+    problem = make_problem(query_len=150)
+    for name in ("query", "key", "value"):
+        getattr(problem, name).requires_grad_(True)
+        with (
+            torch.enable_grad(),
+            pytest.raises(ValueError, match=f"{name} must not require a grad"),
+        ):
+            token_sparse_attention(*problem, SMALL)
+        with torch.no_grad():
+            assert not token_sparse_attention(*problem, SMALL).requires_grad
+        getattr(problem, name).requires_grad_(False)
+    with torch.enable_grad():
+        token_sparse_attention(*problem, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"value": torch.zeros(1, 2, 60, 8)},
+            ValueError,
+            r"value must have key's shape \[1, 2, 60, 16\]",
+        ),
+        ({"value": "v"}, TypeError, "value must be a tensor, got str"),
+        (
+            {"query": torch.zeros(1, 4, 61, 16)},
+            ValueError,
+            "query must not be longer than key's 60",
+        ),
+        ({"config": {}}, TypeError, "config must be a TokenSparseConfig, got dict"),
+        ({"impl": "tritan"}, ValueError, "impl must be one of auto, reference; got 'tritan'"),
+        ({"attention_backend": "fa9"}, ValueError, "attention_backend must be one of auto, flash"),
+        ({"scale": True}, TypeError, "scale must be a number or None, got True"),
+        (
+            {"padding_mask": torch.ones(2, 60, dtype=torch.bool)},
+            ValueError,
+            "padding_mask must have",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    problem = make_problem(query_len=60)
+    with pytest.raises(error, match=message):
+        token_sparse_attention(**(problem._asdict() | {"config": SMALL} | change))

@@ -1,0 +1,74 @@
+"""The published code's inputs and outputs, matched number for number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from token_sparse_attention import (
+    TokenSparseConfig,
+    reference,
+    score_tokens,
+    select_tokens,
+    token_sparse_attention,
+)
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = [f"case{number}" for number in range(6)]
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    with np.load(FOLDER / f"{request.param}.npz") as arrays:
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays if name != "meta"}
+        meta = json.loads(str(arrays["meta"]))
+    config = TokenSparseConfig(
+        drop_mass=meta["tau"],
+        window_size=meta["window_size"],
+        pool_size=meta["pool_size"],
+        min_tokens=meta["min_tokens"],
+    )
+    return tensors, config, meta["selected"]
+
+
+def test_every_file_is_covered():
+    assert sorted(path.stem for path in FOLDER.glob("*.npz")) == CASES
+
+
+def test_scores(case):
+    tensors, config, _ = case
+    scores = score_tokens(tensors["query"], tensors["key"], config)
+    torch.testing.assert_close(scores, tensors["window_scores"], rtol=1e-5, atol=1e-7)
+
+
+def test_indices_from_published_scores(case):
+    tensors, config, selected = case
+    selection = select_tokens(tensors["window_scores"], config)
+    if selected is None:
+        assert selection.ran_sparse.tolist() == [False]
+    else:
+        assert torch.equal(selection.indices, tensors["indices"])
+        assert (selection.lengths == selected).all()
+
+
+def test_operator(case):
+    tensors, config, selected = case
+    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    out, selection = token_sparse_attention(query, key, value, config, return_selection=True)
+    assert selection.ran_sparse.tolist() == [selected is not None]
+    if selected is not None:
+        assert torch.equal(selection.indices, tensors["indices"])
+    published = tensors["output"].view(1, query.shape[2], query.shape[1], -1).transpose(1, 2)
+    torch.testing.assert_close(out, published, rtol=1e-5, atol=5e-6)
+
+
+def test_reference(case):
+    tensors, config, _ = case
+    query, key, value = (tensors[name][0] for name in ("query", "key", "value"))
+    out, _ = reference.token_sparse_attention(query, key, value, config, query.shape[-1] ** -0.5)
+    published = tensors["output"].view(query.shape[1], query.shape[0], -1).transpose(0, 1)
+    torch.testing.assert_close(out, published, rtol=1e-5, atol=1e-5)
