@@ -26,7 +26,7 @@ def read_mask(mask: Tensor | None, query_len: int, kv_len: int) -> MaskLayout | 
     Without a mask, attention is causal: over all keys where there are as many as queries,
     else (a fresh static cache) over the first ``query_len``. With a mask, the first query's
     slot and the padding are read off it, and the whole mask is compared with what they
-    imply, except in the rows of padded queries, which mean nothing.
+    imply.
 
     Args:
         mask: ``[B, 1, S_q, S_kv]``, bool (True where attended) or additive; or None.
@@ -49,11 +49,8 @@ def read_mask(mask: Tensor | None, query_len: int, kv_len: int) -> MaskLayout | 
         return None
     padding_mask = visible[:, -1, :used]
     causal = slot[:used] <= first_query + query[:, None]
-    real_query = padding_mask[:, first_query:, None]
-    expected = causal & padding_mask[:, None]
-    as_expected = (visible[..., :used] == expected) | ~real_query
-    nothing_beyond = ~(visible[..., used:] & real_query).any()
-    if not (as_expected.all() and nothing_beyond and _one_run(padding_mask)):
+    as_expected = (visible[..., :used] == (causal & padding_mask[:, None])).all()
+    if not as_expected or visible[..., used:].any() or not _one_run(padding_mask):
         return None
     return MaskLayout(used, None if padding_mask.all() else padding_mask)
 

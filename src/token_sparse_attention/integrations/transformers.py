@@ -78,7 +78,8 @@ def apply(
 
     Args:
         model: a decoder-only transformers model that uses the attention interface, on the
-            ``"eager"`` or ``"sdpa"`` implementation.
+            ``"eager"`` or ``"sdpa"`` implementation. It may be compiled, dispatched over
+            devices by accelerate, or use any cache.
         config: the settings for all layers, or for its ``sparse_layers``; or a profile.
         impl: which code scores and selects, see `token_sparse_attention`.
         attention_backend: which kernel attends, see `token_sparse_attention`.
@@ -106,6 +107,7 @@ def apply(
     """
     check_backend(attention_backend)
     check_impl(impl)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     _check_model(model)
     text_config = model.config.get_text_config(decoder=True)
     configs = layer_configs(config, text_config.num_hidden_layers)
@@ -115,16 +117,15 @@ def apply(
 def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            "model must be a transformers PreTrainedModel (for a compiled module, apply to the "
-            f"model before or beneath torch.compile), got {type(model).__name__}"
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
         )
     kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be decoder-only, but {kind} is an encoder-decoder model")
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):
         raise ValueError(
             f"model must use transformers' attention interface, which {kind} does not support"
         )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"model must be decoder-only, but {kind} is an encoder-decoder model")
     if getattr(model, "_tp_size", None) not in (None, 1):
         raise ValueError(
             "model must not be split by tensor parallelism, whose ranks would select "

@@ -1,0 +1,98 @@
+"""Tiny randomly initialised models of real architectures, and an attention oracle for them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
+
+from token_sparse_attention import TokenSparseConfig, reference
+
+CONFIG = TokenSparseConfig(drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32)
+LAYERS = 3
+SHAPE = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 199,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+HYBRID = {
+    "head_dim": 16,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Mistral": {"sliding_window": None},
+    "Gemma3Text": HYBRID,
+    "Phi3": {},
+    "GptOss": HYBRID | {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "Gemma2": HYBRID,
+}
+
+
+def make_model(family: str = "Llama", seed: int = 0, **changes):
+    torch.manual_seed(seed)
+    config_class = getattr(transformers, f"{family}Config")
+    config = config_class(**(SHAPE | FAMILIES.get(family, {}) | changes))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_ids(length: int = 200, batch: int = 1, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 199, (batch, length), generator=generator)
+
+
+def oracle_attention(_module, query, key, value, attention_mask, scaling=None, **_):
+    """Each row cut out by its mask and given to the reference; decode steps stay dense."""
+    batch, heads, query_len, head_dim = query.shape
+    rows = torch.zeros(batch, query_len, heads, head_dim, dtype=query.dtype)
+    for row in range(batch):
+        if attention_mask is None:
+            real = torch.arange(query_len if query_len > 1 else key.shape[2])
+            first_query = len(real) - query_len
+            queries = torch.arange(query_len)
+        else:
+            visible = attention_mask[row, 0]
+            real = visible.any(0).nonzero().flatten()
+            slot_of_query = [v.nonzero().max() if v.any() else -1 for v in visible]
+            # A padded query repeats the slot before it, or sees nothing at all.
+            queries = torch.tensor(
+                [i for i, s in enumerate(slot_of_query) if s >= 0 and s not in slot_of_query[:i]]
+            )
+            first_query = len(real) - len(queries)
+        assert first_query >= 0
+        q = query[row, :, queries]
+        k, v = key[row, :, real], value[row, :, real]
+        if query_len == 1:
+            allowed = torch.ones(1, 1, len(real), dtype=torch.bool)
+            out = reference.masked_attention(q, k, v, allowed, scaling)
+        else:
+            out, _ = reference.token_sparse_attention(q, k, v, CONFIG, scaling)
+        rows[row, queries] = out.transpose(0, 1)
+    return rows, None
+
+
+@contextmanager
+def oracle(model):
+    """The model with every layer's attention replaced by the oracle, under `CONFIG`."""
+    AttentionInterface.register("oracle", oracle_attention)
+    AttentionMaskInterface.register("oracle", sdpa_mask)
+    model.set_attn_implementation("oracle")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")

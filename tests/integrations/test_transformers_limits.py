@@ -1,0 +1,377 @@
+"""apply(): lifecycle, refusals, and everything that must fall back to dense."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from integrations.models import CONFIG, LAYERS, SHAPE, make_ids, make_model
+from integrations.test_transformers import CLOSE, paths, reasons
+from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention.integrations.transformers import apply
+
+
+def registered():
+    return set(AttentionInterface._global_mapping) | set(AttentionMaskInterface._global_mapping)
+
+
+def test_names_are_unique_and_removed():
+    before = registered()
+    model = make_model()
+    with apply(model, CONFIG):
+        (name,) = registered() - before
+        assert model.config._attn_implementation == name
+        assert "flash" not in name
+        assert "sdpa" not in name
+    assert registered() == before
+    assert model.config._attn_implementation == "sdpa"
+    assert not model._forward_hooks
+
+
+def test_a_plain_call_lasts_until_removed():
+    model, ids = make_model(), make_ids()
+    dense = model(ids).logits
+    applied = apply(model, CONFIG)
+    assert not torch.equal(model(ids).logits, dense)
+    applied.remove()
+    applied.remove()
+    assert torch.equal(model(ids).logits, dense)
+    assert len(applied.report) == LAYERS
+    with pytest.raises(RuntimeError, match="was removed"), applied:
+        pass
+
+
+def test_an_exception_inside_removes_it():
+    model = make_model()
+    with pytest.raises(KeyError), apply(model, CONFIG):
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_two_models_at_once():
+    first, second, ids = make_model(), make_model("Qwen3"), make_ids()
+    alone = []
+    for model in (first, second):
+        with apply(model, CONFIG):
+            alone.append(model(ids).logits)
+    with apply(first, CONFIG) as one, apply(second, CONFIG) as two:
+        both = [model(ids).logits for model in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, both))
+    assert len(one) == len(two) == LAYERS
+
+
+def test_another_model_on_the_same_config_object_stays_dense():
+    config = LlamaConfig(**SHAPE)
+    first, second = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    ids = make_ids()
+    dense = second(ids).logits
+    with apply(first, CONFIG) as report:
+        assert torch.equal(second(ids).logits, dense)
+        assert len(report) == 0
+        with pytest.raises(ValueError, match="models built on one config object share it"):
+            apply(second, CONFIG)
+
+
+def test_applying_twice_raises():
+    model = make_model()
+    with apply(model, CONFIG):
+        with pytest.raises(ValueError, match="model already runs token sparse attention"):
+            apply(model, CONFIG)
+        with pytest.raises(ValueError, match="model already runs token sparse attention"):
+            apply(model.model, CONFIG)
+    with apply(model, CONFIG):
+        pass
+
+
+def test_save_pretrained_never_writes_the_name(tmp_path):
+    model, ids = make_model(), make_ids()
+    with apply(model, CONFIG) as report:
+        model(ids)
+        name = model.config._attn_implementation
+        model.save_pretrained(tmp_path)
+        assert len(report) == LAYERS
+    for file in tmp_path.glob("*.json"):
+        assert name not in file.read_text()
+        assert "tsa_" not in file.read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config._attn_implementation == "sdpa"
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_the_base_model_can_be_used_too():
+    model, ids = make_model(), make_ids()
+    with apply(model.model, CONFIG) as report:
+        model.model(ids)
+    assert paths(report) == [["sparse"]] * LAYERS
+
+
+def test_multimodal_models_run_sparse_in_the_text_decoder_only():
+    text = SHAPE | {"head_dim": 16, "sliding_window": 40}
+    text["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=198
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    ids = make_ids().clamp(max=190)
+    with apply(model, CONFIG) as report:
+        assert model.config.vision_config._attn_implementation == "sdpa"
+        model(ids)
+        assert paths(report) == [["dense"], ["sparse"], ["sparse"]]
+        ids[:, 5:9] = 198
+        pixels = torch.randn(1, 3, 28, 28)
+        image_types = (ids == 198).long()
+        model(ids, pixel_values=pixels, token_type_ids=image_types)
+    assert reasons(report)[1].startswith("attention mask is not causal"), "images see both ways"
+
+
+class NotThroughTheInterface(PreTrainedModel):
+    """Claims to support the interface, but its layer computes attention on its own."""
+
+    config_class = LlamaConfig
+    _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        return self.embedding(input_ids)
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True
+
+
+def test_a_model_whose_layers_never_call_the_interface_raises_after_its_first_prefill():
+    model = NotThroughTheInterface(LlamaConfig(**SHAPE))
+    before = registered()
+    apply(model, CONFIG)
+    with pytest.raises(RuntimeError, match="no layer of NotThroughTheInterface called"):
+        model(make_ids())
+    assert registered() == before
+    model(make_ids())
+
+
+@pytest.mark.parametrize("family", ["GPTJ", "Falcon", "Bloom", "Mpt"])
+def test_models_without_the_interface_are_refused(family):
+    sizes = {
+        "GPTJ": {"n_layer": 2, "n_head": 2, "n_embd": 32, "rotary_dim": 8, "vocab_size": 99},
+        "Falcon": {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32},
+        "Bloom": {"n_layer": 2, "n_head": 2, "hidden_size": 32, "vocab_size": 99},
+        "Mpt": {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 99},
+    }
+    config = getattr(transformers, f"{family}Config")(**sizes[family])
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="must use transformers' attention interface, which"):
+        apply(model, CONFIG)
+
+
+def test_other_refusals_are_named():
+    model = make_model()
+    with pytest.raises(
+        TypeError, match="model must be a transformers PreTrainedModel, got Linear"
+    ):
+        apply(nn.Linear(2, 2), CONFIG)
+    with pytest.raises(TypeError, match="config must be a TokenSparseConfig or a LayerProfile"):
+        apply(model, {"drop_mass": 0.1})
+    with pytest.raises(ValueError, match="impl must be one of"):
+        apply(model, CONFIG, impl="cuda")
+    with pytest.raises(ValueError, match="attention_backend must be one of"):
+        apply(model, CONFIG, attention_backend="fa2")
+    encoder_decoder = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=16, decoder_ffn_dim=16,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="model must be decoder-only, but Bart"):
+        apply(encoder_decoder, CONFIG)
+    model._tp_size = 2
+    with pytest.raises(ValueError, match=r"must not be split by tensor parallelism.*tp_size 2"):
+        apply(model, CONFIG)
+    model._tp_size = None
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="one of the attention implementations eager, sdpa, got"):
+        apply(model, CONFIG)
+    assert model.config._attn_implementation == "flex_attention", "a refusal changes nothing"
+
+
+def test_an_explicit_attention_backend_never_falls_back():
+    model, ids = make_model(), make_ids()
+    with apply(model, CONFIG, attention_backend="math"):
+        math = model(ids).logits
+    with apply(model, CONFIG):
+        torch.testing.assert_close(model(ids).logits, math, **CLOSE)
+    with apply(model, CONFIG, attention_backend="cudnn"), pytest.raises(ValueError, match="cudnn"):
+        model(ids)
+
+
+def test_gradients_run_dense_with_a_warning():
+    model, ids = make_model(), make_ids()
+    dense = model(ids).logits
+    with apply(model, CONFIG) as report:
+        with torch.enable_grad(), pytest.warns(UserWarning, match="gradients are being recorded"):
+            logits = model(ids).logits
+        assert logits.requires_grad
+        torch.testing.assert_close(logits.detach(), dense, **CLOSE)
+        assert reasons(report) == ["gradients are being recorded (use torch.no_grad())"] * LAYERS
+        with torch.inference_mode():
+            model(ids)
+        assert paths(report) == [["sparse"]] * LAYERS
+
+
+def test_dropout_and_attention_weights_run_dense():
+    model, ids = make_model(attention_dropout=0.1), make_ids()
+    with apply(model, CONFIG) as report:
+        model.train()
+        model(ids)
+        model.eval()
+        assert set(reasons(report)) == {"attention dropout is active"}
+    model.set_attn_implementation("eager")
+    with apply(model, CONFIG) as report:
+        weights = model(ids, output_attentions=True).attentions
+        assert weights[0].shape == (1, 4, 200, 200)
+        assert set(reasons(report)) == {"attention weights were asked for"}
+
+
+def test_arguments_the_sparse_path_does_not_know_run_dense():
+    model, ids = make_model(), make_ids()
+    dense = model(ids).logits
+    with apply(model, CONFIG) as report:
+        logits = model(ids, max_length_q=200).logits
+    assert torch.equal(logits, dense)
+    assert reasons(report)[0].endswith("does not know: max_length_q")
+
+
+def test_masks_that_are_not_causal_plus_padding_run_dense():
+    model, ids = make_model(), make_ids()
+    causal = torch.ones(200, 200, dtype=torch.bool).tril()
+    holes = causal.clone()
+    holes[:, 50] = False
+    holes[50, 50] = True
+    blocks = causal.clone()
+    blocks[100:, :100] = False
+    prefix = causal.clone()
+    prefix[:30, :30] = True
+    for mask in (holes, blocks, prefix):
+        mask = mask[None, None]
+        dense = model(ids, attention_mask=mask).logits
+        with apply(model, CONFIG) as report:
+            assert torch.equal(model(ids, attention_mask=mask).logits, dense)
+        assert set(reasons(report)) == {
+            "attention mask is not causal with one run of real tokens per row"
+        }
+    with apply(model, CONFIG) as report:
+        explicit = model(ids, attention_mask=causal[None, None]).logits
+        assert paths(report) == [["sparse"]] * LAYERS
+        assert torch.equal(explicit, model(ids).logits)
+
+
+def test_packed_sequences_run_dense():
+    model, ids = make_model(), make_ids()
+    positions = torch.cat([torch.arange(90), torch.arange(110)])[None]
+    settings = {"position_ids": positions, "use_cache": False}
+    dense = model(ids, **settings).logits
+    with apply(model, CONFIG) as report:
+        assert torch.equal(model(ids, **settings).logits, dense)
+    assert reasons(report)[0].startswith("attention mask is not causal")
+
+
+def test_a_wide_sliding_window_is_no_obstacle():
+    model, ids = make_model("Mistral", sliding_window=500), make_ids()
+    with apply(model, CONFIG) as report:
+        model(ids)
+    assert paths(report) == [["sparse"]] * LAYERS
+
+
+def test_compiled_models_work():
+    model, ids = make_model(num_hidden_layers=1), make_ids()
+    dense = model(ids).logits
+    with apply(model, CONFIG):
+        sparse = model(ids).logits
+    compiled = torch.compile(model)
+    torch.testing.assert_close(compiled(ids).logits, dense, **CLOSE)
+    for settings in (CONFIG, TokenSparseConfig(), CONFIG):
+        with apply(compiled, settings) as report:
+            expected = sparse if settings is CONFIG else dense
+            torch.testing.assert_close(compiled(ids).logits, expected, **CLOSE)
+            assert paths(report) == [["sparse" if settings is CONFIG else "dense"]]
+        torch.testing.assert_close(compiled(ids).logits, dense, **CLOSE)
+    torch._dynamo.reset()
+
+
+def test_quantised_caches_work():
+    model = make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    ids = make_ids()
+    with apply(model, CONFIG) as report:
+        out = model.generate(
+            ids,
+            max_new_tokens=3,
+            do_sample=False,
+            cache_implementation="quantized",
+            cache_config={"backend": "quanto", "nbits": 4},
+        )
+    assert out.shape == (1, 203)
+    assert paths(report) == [["sparse"]] * LAYERS
+    assert report.decode_calls == 2 * LAYERS
+
+
+def test_dispatched_models_work(tmp_path):
+    from accelerate import dispatch_model
+
+    model, ids = make_model(), make_ids()
+    with apply(model, CONFIG):
+        expected = model(ids).logits
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    device_map |= {"lm_head": "cpu", "model.layers.0": "cpu"}
+    device_map |= {f"model.layers.{layer}": "disk" for layer in range(1, LAYERS)}
+    model = dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path))
+    assert next(model.model.layers[1].parameters()).device.type == "meta"
+    with apply(model, CONFIG) as report:
+        assert torch.equal(model(ids).logits, expected)
+    assert paths(report) == [["sparse"]] * LAYERS
+
+
+def test_profiles_survive_the_way_through_json():
+    profile = TokenSparseConfig(drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32)
+    model, ids = make_model(), make_ids()
+    with apply(model, TokenSparseConfig.from_json(json.dumps(json.loads(profile.to_json())))):
+        first = model(ids).logits
+    with apply(model, CONFIG):
+        assert torch.equal(model(ids).logits, first)
+
+
+def test_an_application_does_not_keep_a_dropped_model_alive():
+    import weakref
+
+    model = make_model()
+    apply(model, CONFIG)
+    name = model.config._attn_implementation
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    AttentionInterface._global_mapping.pop(name)
+    AttentionMaskInterface._global_mapping.pop(name)
