@@ -29,7 +29,7 @@ LEVELS = [
     {"selection"},
     {"compression", "attention"},
     {"functional"},
-    {"integrations"},
+    {"integrations", "info"},
     {"run"},
     {"demo"},
     {"cli"},

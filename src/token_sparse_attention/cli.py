@@ -1,0 +1,331 @@
+"""The `tsa` command. Exit codes: 0 success, 1 the job failed, 2 bad arguments or input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+import token_sparse_attention
+from token_sparse_attention.attention.dense import BACKENDS
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
+from token_sparse_attention.functional import IMPLS
+
+if TYPE_CHECKING:
+    from token_sparse_attention.demo import DemoResult
+    from token_sparse_attention.integrations.record import LayerRecord
+    from token_sparse_attention.run import Answer
+
+FAILED, BAD_INPUT = 1, 2
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message says what."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tsa",
+        description="Token Sparse Attention: faster long-context prefill without training.",
+    )
+    version = f"%(prog)s {token_sparse_attention.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = _command(
+        commands,
+        "run",
+        "answer a question about a long document, prefilling sparsely",
+        'tsa run --prompt-file report.txt --question "Who signed the contract?" --compare\n'
+        "  tsa run meta-llama/Llama-3.1-8B-Instruct --prompt-file book.txt --config profile.json",
+    )
+    run.add_argument(
+        "model", nargs="?", help="hub id or folder (default: the small model that ships here)"
+    )
+    run.add_argument(
+        "--prompt-file", required=True, metavar="FILE", help="text to read; - for standard input"
+    )
+    run.add_argument("--question", metavar="TEXT", help="asked after the text")
+    run.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON of a TokenSparseConfig or a LayerProfile (default: the model folder's "
+        "token_sparse_profile.json, else the library's defaults)",
+    )
+    run.add_argument(
+        "--compare", action="store_true", help="also answer densely, and show both times"
+    )
+    run.add_argument("--max-new-tokens", type=_positive_int, default=64, metavar="N")
+    run.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
+    run.add_argument("--impl", default="auto", choices=IMPLS)
+    run.add_argument("--attention-backend", default="auto", choices=BACKENDS)
+    run.add_argument(
+        "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
+    )
+    run.set_defaults(handler=_run)
+
+    demo = _command(
+        commands,
+        "demo",
+        "find facts hidden in a real document with the bundled model, dense and sparse",
+        "tsa demo",
+    )
+    demo.set_defaults(handler=_demo)
+    for command in (run, demo):
+        command.add_argument("--device", default="auto", help="torch device (default: auto)")
+
+    info = _command(
+        commands, "info", "show versions, devices, and the attention backends found", "tsa info"
+    )
+    info.set_defaults(handler=_info)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return command
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _read_prompt(path: str) -> str:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt-file {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise InputError(f"--prompt-file {path} must hold text, but is empty")
+    return text
+
+
+def _read_config(path: str) -> TokenSparseConfig | LayerProfile:
+    try:
+        return load_config(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--config {path} cannot be used: {error}") from error
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
+        ) from error
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _working(message: str) -> Status:
+    return Console(stderr=True).status(message)
+
+
+def _run(args: argparse.Namespace) -> int:
+    document = _read_prompt(args.prompt_file)
+    chosen = _read_config(args.config) if args.config else None
+    _require_transformers()
+    from token_sparse_attention import bundled, run
+
+    name = args.model or str(bundled.MODEL)
+    config, source = (chosen, args.config) if chosen else run.default_config(name)
+    with _working(f"loading {name}") as status:
+        try:
+            model, tokenizer = run.load_model(
+                name,
+                device=args.device,
+                dtype=args.dtype,
+                trust_remote_code=args.trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{name} cannot be loaded: {error}") from error
+        ids = run.encode_prompt(tokenizer, document, args.question)
+        limit = run.context_limit(model)
+        if limit is not None and ids.shape[1] + args.max_new_tokens > limit:
+            print(
+                f"tsa: warning: {ids.shape[1]} prompt tokens and {args.max_new_tokens} new ones "
+                f"exceed the {limit} positions this model was made for",
+                file=sys.stderr,
+            )
+        run.warm_up(model, ids)
+        answers: dict[str, Answer] = {}
+        paths = {"sparse": config} | ({"dense": None} if args.compare else {})
+        for path, settings in paths.items():
+            status.update(f"{path}: reading {ids.shape[1]:,} tokens")
+            try:
+                answers[path] = run.answer(
+                    model,
+                    tokenizer,
+                    ids,
+                    settings,
+                    max_new_tokens=args.max_new_tokens,
+                    impl=args.impl,
+                    attention_backend=args.attention_backend,
+                )
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{name} cannot be run {path}: {error}") from error
+    if args.json:
+        from token_sparse_attention.info import versions
+
+        _print_json(
+            {
+                "model": name,
+                "device": str(model.device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "config": json.loads(config.to_json()),
+                "config_source": source,
+                "versions": versions(),
+                **{path: answer.to_dict() for path, answer in answers.items()},
+            }
+        )
+        return 0
+    _print_run(name, source, str(model.device), answers)
+    return 0
+
+
+def _print_run(name: str, source: str, device: str, answers: dict[str, Answer]) -> None:
+    console = Console()
+    sparse = answers["sparse"]
+    console.print(
+        f"[bold]{name}[/] on {device}, {sparse.prompt_tokens:,} prompt tokens, settings: {source}"
+    )
+    if sparse.report:
+        console.print(_layer_table(sparse.report.last_prefill()))
+    for path, answer in answers.items():
+        console.print(
+            f"[bold]{path}[/]: first token after {answer.time_to_first_token:.3f} s, "
+            f"{answer.new_tokens} tokens after {answer.total_time:.3f} s (one run)"
+        )
+        console.print(answer.text, markup=False, highlight=False)
+    if "dense" in answers:
+        ratio = answers["dense"].time_to_first_token / sparse.time_to_first_token
+        console.print(f"time to first token, dense over sparse: {ratio:.2f} (one run each)")
+
+
+def _layer_table(records: list[LayerRecord]) -> Table:
+    from token_sparse_attention.integrations.record import describe, path_name
+
+    table = Table("layer", "path", "kept", "tokens kept per head, or why dense")
+    for record in records:
+        share = f"{record.kept_share:.1%}"
+        table.add_row(str(record.layer), path_name(record), share, describe(record))
+    return table
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _require_transformers()
+    from token_sparse_attention.demo import run_demo
+
+    with _working("starting") as status:
+        result = run_demo(device=args.device, on_progress=status.update)
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        _print_demo(result)
+    return FAILED if result.failures else 0
+
+
+def _print_demo(result: DemoResult) -> None:
+    console = Console()
+    table = Table("depth", "expected", "dense", "sparse", title="Facts hidden in the document")
+    for finding in result.findings:
+        needle = finding.needle
+        table.add_row(
+            f"{needle.depth:.0%}",
+            needle.answer,
+            _verdict(finding.dense_correct, finding.dense.text),
+            _verdict(finding.sparse_correct, finding.sparse.text),
+        )
+    console.print(table)
+    last = result.findings[-1]
+    if last.sparse.report:
+        console.print(f"Last question, {last.sparse.prompt_tokens:,} prompt tokens:")
+        console.print(_layer_table(last.sparse.report.last_prefill()))
+    for path in ("dense", "sparse"):
+        answers: list[Answer] = [getattr(finding, path) for finding in result.findings]
+        times = sorted(answer.time_to_first_token for answer in answers)
+        console.print(
+            f"{path}: first token after {times[len(times) // 2]:.2f} s "
+            f"({times[0]:.2f} to {times[-1]:.2f}, {len(times)} prompts)"
+        )
+    for failure in result.failures:
+        console.print(f"[red]FAILED[/]: {failure}")
+    if not result.failures:
+        console.print(f"[green]passed[/]: a layer dropped {result.dropped:.1%} of its tokens")
+
+
+def _verdict(correct: bool, text: str) -> str:
+    if correct:
+        return "[green]found[/]"
+    return "[red]missed[/]: " + text[:40].replace("[", "\\[")
+
+
+def _info(args: argparse.Namespace) -> int:
+    from token_sparse_attention.info import collect
+
+    facts = collect()
+    if args.json:
+        _print_json(facts)
+        return 0
+    console = Console()
+    table = Table("package", "version")
+    for name, version in facts["versions"].items():
+        table.add_row(name, version or "not installed")
+    console.print(table)
+    table = Table("device", "dtype", "backends that ran", "auto picks", "because")
+    for device in facts["devices"]:
+        for entry in facts["backends"][device["device"]]:
+            table.add_row(
+                f"{device['device']} ({device['name']})",
+                entry["dtype"],
+                ", ".join(entry["available"]) or "none",
+                entry["auto"],
+                entry["reason"],
+            )
+    console.print(table)
+    return 0
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.handler(args)
+    except InputError as error:
+        print(f"tsa: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

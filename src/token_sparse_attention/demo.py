@@ -1,0 +1,124 @@
+"""The demo: the bundled model looks for facts hidden in a real document, dense and sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from token_sparse_attention import bundled
+from token_sparse_attention.run import (
+    Answer,
+    answer,
+    default_config,
+    encode_prompt,
+    load_model,
+    warm_up,
+)
+
+MIN_CORRECT = 4
+MIN_DROPPED = 0.1  # share of its tokens that at least one layer must drop
+_MAX_NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and both answers."""
+
+    needle: bundled.Needle
+    dense: Answer
+    sparse: Answer
+
+    @property
+    def dense_correct(self) -> bool:
+        """Whether the dense reply holds the answer."""
+        return self.needle.answer in self.dense.text
+
+    @property
+    def sparse_correct(self) -> bool:
+        """Whether the sparse reply holds the answer."""
+        return self.needle.answer in self.sparse.text
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All findings, and whether they pass."""
+
+    findings: list[Finding]
+    config_source: str
+
+    @property
+    def dropped(self) -> float:
+        """The largest share of tokens that a layer dropped, in the prefill where it was least."""
+        return min(
+            max((1 - record.kept_share for record in layers), default=0.0)
+            for finding in self.findings
+            for layers in [finding.sparse.report.last_prefill() if finding.sparse.report else []]
+        )
+
+    @property
+    def failures(self) -> list[str]:
+        """What the demo should have shown and did not."""
+        failures = []
+        for path in ("dense", "sparse"):
+            correct = sum(getattr(finding, f"{path}_correct") for finding in self.findings)
+            if correct < MIN_CORRECT:
+                failures.append(
+                    f"the {path} run answered {correct} questions of {len(self.findings)}, "
+                    f"expected at least {MIN_CORRECT}"
+                )
+        if self.dropped < MIN_DROPPED:
+            failures.append(
+                f"no layer dropped {MIN_DROPPED:.0%} of its tokens, "
+                f"the most was {self.dropped:.1%}"
+            )
+        return failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values."""
+        return {
+            "passed": not self.failures,
+            "failures": self.failures,
+            "config_source": self.config_source,
+            "dropped_share": self.dropped,
+            "findings": [
+                {
+                    "question": finding.needle.question,
+                    "depth": finding.needle.depth,
+                    "expected": finding.needle.answer,
+                    "dense_correct": finding.dense_correct,
+                    "sparse_correct": finding.sparse_correct,
+                    "dense": finding.dense.to_dict(),
+                    "sparse": finding.sparse.to_dict(),
+                }
+                for finding in self.findings
+            ],
+        }
+
+
+def run_demo(
+    *, device: str = "auto", on_progress: Callable[[str], None] = lambda _: None
+) -> DemoResult:
+    """Ask the bundled model for every fact hidden in the bundled document.
+
+    Args:
+        device: ``"auto"``, or a torch device.
+        on_progress: told what is being done.
+    """
+    on_progress("loading the bundled model")
+    name = str(bundled.MODEL)
+    model, tokenizer = load_model(name, device=device)
+    config, source = default_config(name)
+    document = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
+    needles = bundled.demo_needles()
+    findings = []
+    for number, needle in enumerate(needles, 1):
+        ids = encode_prompt(tokenizer, document, needle.question)
+        if number == 1:
+            warm_up(model, ids)
+        answers = []
+        for path, settings in (("dense", None), ("sparse", config)):
+            on_progress(f"question {number} of {len(needles)}, {path}: {ids.shape[1]} tokens")
+            answers.append(answer(model, tokenizer, ids, settings, max_new_tokens=_MAX_NEW_TOKENS))
+        findings.append(Finding(needle, *answers))
+    return DemoResult(findings, source)

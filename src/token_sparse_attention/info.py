@@ -1,0 +1,86 @@
+"""What is installed here, and which attention backend `auto` would run on each device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from token_sparse_attention.attention.dense import BACKENDS, causal_attention, choose_backend
+
+PACKAGES = ("token-sparse-attention", "torch", "transformers", "triton", "accelerate")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SHAPE = {"num_heads": 8, "num_kv_heads": 2, "seq_len": 64, "head_dim": 128}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that matter, None where absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def devices() -> list[dict[str, Any]]:
+    """Return the CPU and every CUDA device, with what each is."""
+    processor = {"device": "cpu", "name": platform.processor() or platform.machine()}
+    found: list[dict[str, Any]] = [processor | {"threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def backends(device: str) -> list[dict[str, Any]]:
+    """Run every attention backend once on `device`, and ask which one `auto` picks.
+
+    Returns:
+        One entry per dtype: the dtype, the backends that ran, auto's choice and its reason.
+    """
+    entries = []
+    shape = (1, _SHAPE["num_heads"], _SHAPE["seq_len"], _SHAPE["head_dim"])
+    for dtype in DTYPES:
+        query = torch.randn(shape, device=device, dtype=dtype)
+        key = query[:, : _SHAPE["num_kv_heads"]].contiguous()
+        ran = []
+        for backend in BACKENDS:
+            if backend == "auto":
+                continue
+            try:
+                causal_attention(query, key, key, scale=0.1, backend=backend)
+            except (ValueError, RuntimeError):
+                continue
+            ran.append(backend)
+        chosen = choose_backend("auto", query, key)
+        entries.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "available": ran,
+                "auto": chosen.name,
+                "reason": chosen.reason,
+            }
+        )
+    return entries
+
+
+def collect() -> dict[str, Any]:
+    """Return versions, devices, and the backends of each device, JSON-ready."""
+    listed = devices()
+    return {
+        "versions": versions(),
+        "devices": listed,
+        "backends": {entry["device"]: backends(entry["device"]) for entry in listed},
+        "backends_probed_at": _SHAPE,
+    }

@@ -1,0 +1,195 @@
+"""The main job: a language model reads a long document sparsely and answers a question."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
+from token_sparse_attention.integrations.record import PrefillReport
+from token_sparse_attention.integrations.transformers import apply
+
+PROFILE_FILE = "token_sparse_profile.json"  # a model folder may ship its own settings
+_WARM_UP_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and how long it took.
+
+    Attributes:
+        text: the decoded reply.
+        prompt_tokens: length of the prompt.
+        new_tokens: length of the reply.
+        time_to_first_token: seconds from the start of the prefill to the first token.
+        total_time: seconds to the end of the reply.
+        report: what the layers did; None for a dense run.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    time_to_first_token: float
+    total_time: float
+    report: PrefillReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer as JSON-ready values."""
+        fields: dict[str, Any] = {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "time_to_first_token_s": self.time_to_first_token,
+            "total_time_s": self.total_time,
+        }
+        if self.report is not None:
+            fields["layers"] = [record.to_dict() for record in self.report.last_prefill()]
+        return fields
+
+
+def pick_device(device: str) -> str:
+    """Return `device`, or for ``"auto"`` the first CUDA device if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# Models and tokenizers are typed Any: transformers' Auto classes return no usable types.
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load a checkpoint and its tokenizer; safetensors only.
+
+    Args:
+        name: hub id or folder.
+        device: ``"auto"``, or a torch device.
+        dtype: ``"auto"`` for the checkpoint's own, or a torch dtype's name.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return model.to(pick_device(device)).eval(), tokenizer
+
+
+def default_config(name: str) -> tuple[TokenSparseConfig | LayerProfile, str]:
+    """Return the settings for a model, and in words where they come from."""
+    profile = Path(name) / PROFILE_FILE
+    if profile.is_file():
+        return load_config(profile), f"{PROFILE_FILE} of the model"
+    return TokenSparseConfig(), "the library's defaults"
+
+
+def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor:
+    """Return the prompt's token ids ``[1, S]``, through the chat template if there is one."""
+    prompt = document if question is None else f"{document.rstrip()}\n\n{question}\n"
+    if tokenizer.chat_template is None:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    else:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    ids: Tensor = encoded["input_ids"]
+    return ids
+
+
+class _FirstTokenClock(BaseStreamer):
+    """Notes when the first generated token reaches the host."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.first_token: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:  # noqa: ARG002
+        if self._prompt_seen and self.first_token is None:
+            self.first_token = time.perf_counter() - self.start
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def context_limit(model: Any) -> int | None:
+    """Return how many positions the model was made for, None if it does not say."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def warm_up(model: Any, ids: Tensor) -> None:
+    """Run a short prompt, so that one-time costs stay out of the first answer's time."""
+    model.generate(
+        ids[:, :_WARM_UP_TOKENS].to(model.device),
+        attention_mask=torch.ones_like(ids[:, :_WARM_UP_TOKENS], device=model.device),
+        max_new_tokens=2,
+        do_sample=False,
+    )
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    config: TokenSparseConfig | LayerProfile | None,
+    *,
+    max_new_tokens: int = 64,
+    impl: str = "auto",
+    attention_backend: str = "auto",
+) -> Answer:
+    """Answer a prompt greedily: sparsely under `config`, or densely if it is None.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        ids: ``[1, S]`` token ids of the prompt.
+        config: the settings, or None.
+        max_new_tokens: at most this many tokens are generated.
+        impl: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`.
+    """
+    if config is None:
+        return _generate(model, tokenizer, ids, max_new_tokens, None)
+    with apply(model, config, impl=impl, attention_backend=attention_backend) as report:
+        return _generate(model, tokenizer, ids, max_new_tokens, report)
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    max_new_tokens: int,
+    report: PrefillReport | None,
+) -> Answer:
+    ids = ids.to(model.device)
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    clock = _FirstTokenClock()
+    generated = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=clock,
+    )
+    total_time = time.perf_counter() - clock.start
+    new = generated[0, ids.shape[1] :]
+    return Answer(
+        text=tokenizer.decode(new, skip_special_tokens=True).strip(),
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(new),
+        time_to_first_token=clock.first_token or total_time,
+        total_time=total_time,
+        report=report,
+    )
