@@ -1,0 +1,241 @@
+"""The tsa command: output, exit codes, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from integrations.models import make_model
+from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.cli import main
+from token_sparse_attention.run import PROFILE_FILE, answer, encode_prompt, load_model
+
+WORDS = [f"word{number}" for number in range(190)]
+DOCUMENT = " ".join(WORDS[(7 * i) % 190] for i in range(300))
+CONFIG = TokenSparseConfig(drop_mass=0.3, window_size=16, min_tokens=32)
+
+
+def make_tokenizer():
+    vocabulary = {
+        word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])
+    }
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, a document and a config, as a user would have them."""
+    folder = tmp_path_factory.mktemp("user")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    (folder / "document.txt").write_text(DOCUMENT)
+    (folder / "config.json").write_text(CONFIG.to_json())
+    return folder
+
+
+def run_json(capsys, *arguments):
+    assert main(["run", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_run_answers_and_reports(folder, capsys):
+    result = run_json(
+        capsys,
+        *(folder / "model", "--prompt-file", folder / "document.txt"),
+        *("--question", "word1 word2", "--config", folder / "config.json"),
+        *("--compare", "--max-new-tokens", "5"),
+    )
+    sparse, dense = result["sparse"], result["dense"]
+    assert sparse["prompt_tokens"] == dense["prompt_tokens"] == 302
+    assert [layer["paths"] for layer in sparse["layers"]] == [["sparse"]] * 3
+    assert all(0 < max(layer["kept"][0]) < 302 for layer in sparse["layers"])
+    assert "layers" not in dense
+    for path in (sparse, dense):
+        assert path["new_tokens"] == 5
+        assert 0 < path["time_to_first_token_s"] < path["total_time_s"]
+    assert result["config"] == CONFIG.to_dict()
+    assert result["versions"]["torch"] == torch.__version__
+
+    model, tokenizer = load_model(str(folder / "model"))
+    ids = encode_prompt(tokenizer, DOCUMENT, "word1 word2")
+    assert answer(model, tokenizer, ids, CONFIG, max_new_tokens=5).text == sparse["text"]
+    assert answer(model, tokenizer, ids, None, max_new_tokens=5).text == dense["text"]
+
+
+def test_run_prints_tables_for_people(folder, capsys):
+    arguments = ["run", str(folder / "model"), "--prompt-file", str(folder / "document.txt")]
+    arguments += ["--config", str(folder / "config.json"), "--compare", "--max-new-tokens", "3"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "tokens kept per head" in printed
+    assert "sparse: first token after" in printed
+    assert "dense over sparse" in printed
+
+
+def test_run_without_compare_claims_no_ratio(folder, capsys):
+    arguments = ["run", str(folder / "model"), "--prompt-file", str(folder / "document.txt")]
+    assert main([*arguments, "--max-new-tokens", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "dense over sparse" not in printed
+    assert "context not longer than" in printed
+
+
+def test_run_reads_standard_input(folder, capsys, monkeypatch, tmp_path):
+    prompt = tmp_path / "prompt"
+    prompt.write_text(DOCUMENT)
+    with prompt.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        result = run_json(capsys, folder / "model", "--prompt-file", "-", "--max-new-tokens", 2)
+    assert result["sparse"]["prompt_tokens"] == 300
+    assert result["config_source"] == "the library's defaults"
+
+
+def test_a_model_folders_own_profile_is_the_default(folder, capsys, tmp_path):
+    profile = LayerProfile(base=CONFIG, layers={1: {}})
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (folder / "model").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / PROFILE_FILE).write_text(profile.to_json())
+    arguments = (model, "--prompt-file", folder / "document.txt", "--max-new-tokens", 2)
+    result = run_json(capsys, *arguments)
+    assert [layer["paths"][0] for layer in result["sparse"]["layers"]] == [
+        "dense",
+        "sparse",
+        "dense",
+    ]
+    assert result["config_source"] == f"{PROFILE_FILE} of the model"
+    result = run_json(capsys, *arguments, "--config", folder / "config.json")
+    assert result["config"] == CONFIG.to_dict()
+
+
+def test_prompts_go_through_the_chat_template_if_there_is_one():
+    tokenizer = make_tokenizer()
+    plain = encode_prompt(tokenizer, "word1 word2\n", "word3")
+    assert (
+        plain.tolist()
+        == tokenizer("word1 word2\n\nword3\n", return_tensors="pt")["input_ids"].tolist()
+    )
+    tokenizer.chat_template = "word9 {{ messages[0]['content'] }} word8"
+    chat = encode_prompt(tokenizer, "word1 word2\n", "word3")
+    assert tokenizer.decode(chat[0]) == "word9 word1 word2 word3 word8"
+
+
+def test_a_prompt_beyond_the_models_positions_is_warned_about(folder, capsys, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text(" ".join(WORDS * 11))
+    assert main(["run", str(folder / "model"), "--prompt-file", str(long), "--json"]) == 0
+    assert "exceed the 2048 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--prompt-file": "absent.txt"}, "--prompt-file absent.txt cannot be read"),
+        ({"--prompt-file": "EMPTY"}, "must hold text, but is empty"),
+        ({"--config": "absent.json"}, "--config absent.json cannot be used"),
+        ({"--config": "BROKEN"}, "is not valid JSON"),
+        ({"--config": "UNKNOWN"}, "unknown entry 'drop'; did you mean 'drop_mass'"),
+        ({"--config": "LAYERS"}, "sparse_layers must be below 3"),
+        ({"--attention-backend": "cudnn"}, "attention_backend 'cudnn' cannot run"),
+        ({"--dtype": "float17"}, "cannot be loaded"),
+        ({"--device": "abacus"}, "cannot be loaded"),
+        ({"model": "no/such-model"}, "no/such-model cannot be loaded"),
+        ({"model": "PICKLE"}, "cannot be loaded"),
+        ({"model": "REMOTE"}, "cannot be loaded"),
+    ],
+)
+def test_bad_input_exits_2_and_names_it(folder, capsys, monkeypatch, tmp_path, change, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "EMPTY").write_text(" \n")
+    (tmp_path / "BROKEN").write_text("{")
+    (tmp_path / "UNKNOWN").write_text('{"drop": 0.1}')
+    (tmp_path / "LAYERS").write_text('{"sparse_layers": [5], "min_tokens": 8, "window_size": 8}')
+    pickled = tmp_path / "PICKLE"
+    make_model().save_pretrained(pickled)
+    make_tokenizer().save_pretrained(pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save(make_model().state_dict(), pickled / "pytorch_model.bin")
+    remote = tmp_path / "REMOTE"
+    make_tokenizer().save_pretrained(remote)
+    settings = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},
+    }
+    (remote / "config.json").write_text(json.dumps(settings))
+    (remote / "own.py").write_text("raise SystemExit('remote code ran')")
+
+    arguments = {
+        "--prompt-file": str(folder / "document.txt"),
+        "--config": str(folder / "config.json"),
+        "model": str(folder / "model"),
+    } | {
+        option: str(tmp_path / value) if (tmp_path / value).exists() else value
+        for option, value in change.items()
+    }
+    model = arguments.pop("model")
+    flat = [part for pair in arguments.items() for part in pair]
+    assert main(["run", model, *flat]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tsa: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["run"],
+        ["run", "--prompt-file", "x", "--max-new-tokens", "0"],
+        ["run", "--prompt-file", "x", "--impl", "magic"],
+        ["run", "--prompt-file", "x", "--attention-backend", "magic"],
+    ],
+)
+def test_bad_arguments_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: tsa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "info"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"example:\n  tsa {command}" in printed
+    assert "--json" in printed
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["devices"][0]["device"] == "cpu"
+    for entry in facts["backends"]["cpu"]:
+        assert entry["auto"] in entry["available"]
+        assert entry["reason"]
+        assert "cudnn" not in entry["available"]
+    assert main(["info"]) == 0
+    assert "auto picks" in capsys.readouterr().out
+
+
+def test_the_command_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-m", "token_sparse_attention.cli", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("tsa 0.")
