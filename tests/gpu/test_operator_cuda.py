@@ -1,0 +1,168 @@
+"""The operator on a CUDA device: golden files, float64 oracle, backends, large lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_error
+from test_golden import CASES, FOLDER
+from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention.attention.dense import causal_attention, choose_backend
+from token_sparse_attention.reference import masked_attention
+
+DEVICE = "cuda"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case):
+    with np.load(FOLDER / f"{case}.npz") as arrays:
+        tensors = {n: torch.from_numpy(arrays[n]).to(DEVICE) for n in arrays if n != "meta"}
+        meta = json.loads(str(arrays["meta"]))
+    config = TokenSparseConfig(
+        drop_mass=meta["tau"],
+        window_size=meta["window_size"],
+        pool_size=meta["pool_size"],
+        min_tokens=meta["min_tokens"],
+    )
+    query = tensors["query"]
+    out, selection = token_sparse_attention(
+        query, tensors["key"], tensors["value"], config, return_selection=True
+    )
+    published = tensors["output"].view(1, query.shape[2], query.shape[1], -1).transpose(1, 2)
+    if meta["selected"] is not None:
+        assert torch.equal(selection.indices, tensors["indices"])
+    torch.testing.assert_close(out, published, rtol=1e-4, atol=1e-5)
+
+
+def given_selection_truth(problem, config, selection):
+    """The exact output for the selection that was made, in float64."""
+    query_len, kv_len = problem.query.shape[2], problem.key.shape[2]
+    slot = torch.arange(kv_len, device=DEVICE)
+    position = slot[kv_len - query_len :, None]
+    keep = kept_mask(selection.indices, kv_len)[0]
+    causal = slot <= position
+    exact = [tensor[0].double() for tensor in problem]
+    scale = exact[0].shape[-1] ** -0.5
+    allowed = causal & (keep[:, None] | (slot == position))
+    sparse = masked_attention(*exact, allowed, scale)
+    rest = torch.zeros_like(sparse)
+    if config.fallback == "window":
+        near = (causal & (slot > position - config.fallback_window))[None]
+        rest = masked_attention(*exact, near, scale)
+    return torch.where(keep[:, kv_len - query_len :, None], sparse, rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (8, 1)])
+@pytest.mark.parametrize(("query_len", "kv_len"), [(257, 257), (1111, 1111), (140, 501)])
+@pytest.mark.parametrize("fallback", ["zero", "window"])
+def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback):
+    config = dataclasses.replace(SMALL, fallback=fallback, fallback_window=40)
+    problem = make_problem(
+        heads=heads,
+        kv_heads=kv_heads,
+        query_len=query_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    assert selection.ran_sparse.all()
+    truth = given_selection_truth(problem, config, selection)
+    causal = torch.ones(1, query_len, kv_len, dtype=torch.bool, device=DEVICE)
+    causal = causal.tril(kv_len - query_len)
+    exact = [tensor[0].double() for tensor in problem]
+    scale = head_dim**-0.5
+    eager = masked_attention(*(tensor[0] for tensor in problem), causal, scale)
+    eager_error = relative_error(eager, masked_attention(*exact, causal, scale))
+    assert relative_error(out[0], truth) <= 2 * eager_error + torch.finfo(dtype).eps / 2
+
+
+def test_float64_equals_the_oracle():
+    problem = make_problem(query_len=300, dtype=torch.float64, device=DEVICE)
+    for budget in ("shared", "per_head"):
+        config = dataclasses.replace(SMALL, budget=budget)
+        out, selection = token_sparse_attention(*problem, config, return_selection=True)
+        expected, keep = oracle(problem, config)
+        assert torch.equal(kept_mask(selection.indices, 300)[0], keep)
+        assert relative_error(out[0], expected) < 1e-12
+
+
+@pytest.mark.parametrize("fallback", ["zero", "window"])
+def test_padded_batches_equal_their_rows(fallback):
+    config = dataclasses.replace(SMALL, fallback=fallback, budget="per_head", fallback_window=40)
+    problem = make_problem(batch=3, query_len=333, dtype=torch.bfloat16, device=DEVICE)
+    mask = torch.ones(3, 333, dtype=torch.bool, device=DEVICE)
+    mask[1, :77] = False
+    mask[2, 250:] = False
+    for tensor in problem:
+        tensor.masked_fill_(~mask[:, None, :, None], torch.nan)
+    out = token_sparse_attention(*problem, config, padding_mask=mask)
+    for row in range(3):
+        real = mask[row].nonzero().flatten()
+        alone = Problem(*(tensor[row : row + 1, :, real] for tensor in problem))
+        expected = token_sparse_attention(*alone, config)[0]
+        torch.testing.assert_close(out[row][:, real], expected, rtol=1e-2, atol=1e-2)
+        assert not out[row][:, ~mask[row]].any()
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient", "math"])
+@pytest.mark.parametrize(
+    ("query_len", "kv_len", "window"),
+    [(300, 300, None), (100, 300, None), (1, 300, None), (300, 300, 50), (100, 300, 50)],
+)
+def test_backends_are_right_or_refuse(backend, query_len, kv_len, window):
+    problem = make_problem(
+        heads=8,
+        query_len=query_len,
+        kv_len=kv_len,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        device=DEVICE,
+    )
+    slot = torch.arange(kv_len, device=DEVICE)
+    position = slot[kv_len - query_len :, None]
+    allowed = ((slot <= position) & (slot > position - (window or kv_len)))[None]
+    exact = masked_attention(*(tensor[0].double() for tensor in problem), allowed, 0.125)
+    try:
+        out = causal_attention(*problem, scale=0.125, backend=backend, window=window)
+    except ValueError as error:
+        assert backend == "flash"
+        assert window is not None, "flash runs everything but a written-out mask"
+        assert "cannot run" in str(error)
+        return
+    assert relative_error(out[0], exact) < 1e-2
+
+
+def test_auto_picks_a_fused_kernel_for_half_precision():
+    half = make_problem(heads=8, head_dim=128, dtype=torch.bfloat16, device=DEVICE)
+    assert choose_backend("auto", half.query, half.key).name in ("cudnn", "flash")
+    full = make_problem(heads=8, head_dim=128, device=DEVICE)
+    assert choose_backend("auto", full.query, full.key).name == "efficient"
+
+
+def test_128k_tokens_fit_and_equal_float64_on_sampled_rows():
+    length, config = 131072, TokenSparseConfig(drop_mass=0.3)
+    torch.manual_seed(0)
+    query = torch.randn(1, 32, length, 128, device=DEVICE, dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, 8, length, 128, device=DEVICE, dtype=torch.bfloat16)
+    out, selection = token_sparse_attention(query, key, value, config, return_selection=True)
+    assert selection.ran_sparse.all()
+    assert query.numel() < 2**31 < 32 * length * length, "indices must not overflow"
+    for head in (0, 17, 31):
+        indices = selection.indices[0, head, : selection.lengths[0, head]]
+        for entry in (0, 1000, len(indices) // 2, len(indices) - 1):
+            seen = indices[: entry + 1]
+            k, v = (x[0, head // 4, seen].double() for x in (key, value))
+            probs = (query[0, head, indices[entry]].double() @ k.T / 128**0.5).softmax(-1)
+            assert relative_error(out[0, head, indices[entry]], probs @ v) < 2e-2
+        dropped = torch.ones(length, dtype=torch.bool, device=DEVICE)
+        dropped[indices] = False
+        assert not out[0, head, dropped].any()
