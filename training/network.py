@@ -1,0 +1,156 @@
+"""The model and its training forward pass.
+
+The parameters live in a stock ``LlamaForCausalLM``. The forward pass here computes the same
+function on flat ``[tokens, hidden]`` tensors, so that everything but attention is compiled once
+for all row lengths, and takes explicit positions without reading document borders into them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .tokenizer import END_ID, PAD_ID, VOCABULARY
+
+_EPSILON = 1e-6
+_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def make_config(
+    hidden: int = 256, layers: int = 14, heads: int = 8, mlp: int = 576
+) -> LlamaConfig:
+    """The bundled model's configuration: deep and narrow, four query heads per KV head."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 2e6},
+        rms_norm_eps=_EPSILON,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
+def make_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised model in float32."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    shrink = (2 * config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0)
+            elif "embed" in name:
+                parameter.normal_(0, 0.02)
+            else:
+                last = "o_proj" in name or "down_proj" in name
+                scale = 0.6 * parameter.shape[1] ** -0.5
+                parameter.normal_(0, scale * (shrink if last else 1.0))
+    return model
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _EPSILON)
+    return (scaled * weight).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def _before(
+    x: Tensor, norm: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, projections and RoPE; heads are the middle dimension of the results."""
+    weight = torch.cat([query, key, value]).to(x.dtype)
+    q, k, v = F.linear(_norm(x, norm), weight).split(
+        [query.shape[0], key.shape[0], value.shape[0]], dim=-1
+    )
+    q = _rotate(q.unflatten(-1, (-1, 64)), cos, sin)
+    k = _rotate(k.unflatten(-1, (-1, 64)), cos, sin)
+    return q, k, v.unflatten(-1, (-1, 64)).contiguous()
+
+
+def _after(
+    x: Tensor, mixed: Tensor, out: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """Output projection, residual, norm and MLP."""
+    x = x + F.linear(mixed, out.to(x.dtype))
+    inner = F.linear(_norm(x, norm), torch.cat([gate, up]).to(x.dtype))
+    first, second = inner.chunk(2, dim=-1)
+    return x + F.linear(F.silu(first) * second, down.to(x.dtype))
+
+
+def _score(x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each token, and whether the most likely token is the right one."""
+    logits = F.linear(_norm(x, norm), embedding.to(x.dtype)).float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses, logits.detach().argmax(-1) == targets
+
+
+class Forward:
+    """The training forward pass over the parameters of ``model``."""
+
+    def __init__(self, model: LlamaForCausalLM, dtype: torch.dtype, compiled: bool) -> None:
+        self.model, self.dtype = model, dtype
+        parts = (_before, _after, _score)
+        if compiled:
+            parts = tuple(torch.compile(p, fullgraph=True, dynamic=False) for p in parts)
+        self._before, self._after, self._score = parts
+        device = model.model.embed_tokens.weight.device
+        steps = torch.arange(0, 64, 2, device=device, dtype=torch.float32) / 64
+        self._frequencies = 1.0 / (model.config.rope_parameters["rope_theta"] ** steps)
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and correctness of each token, flat; the inputs are [rows, length]."""
+        rows, length = tokens.shape
+        angles = positions.reshape(-1, 1, 1).float() * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        core = self.model.model
+        x = F.embedding(tokens.reshape(-1), core.embed_tokens.weight).to(self.dtype)
+        for layer in core.layers:
+            a, m = layer.self_attn, layer.mlp
+            q, k, v = self._before(
+                x,
+                layer.input_layernorm.weight,
+                a.q_proj.weight,
+                a.k_proj.weight,
+                a.v_proj.weight,
+                cos,
+                sin,
+            )
+            q, k, v = (part.unflatten(0, (rows, length)).transpose(1, 2) for part in (q, k, v))
+            with sdpa_kernel(_BACKENDS, set_priority=True):
+                mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = self._after(
+                x,
+                mixed.transpose(1, 2).reshape(rows * length, -1),
+                a.o_proj.weight,
+                layer.post_attention_layernorm.weight,
+                m.gate_proj.weight,
+                m.up_proj.weight,
+                m.down_proj.weight,
+            )
+        embedding = core.embed_tokens.weight
+        losses, right = self._score(x, core.norm.weight, embedding, targets.reshape(-1))
+        return losses, right
