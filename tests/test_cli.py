@@ -153,8 +153,7 @@ def test_a_prompt_beyond_the_models_positions_is_warned_about(folder, capsys, tm
         ({"model": "REMOTE"}, "cannot be loaded"),
     ],
 )
-def test_bad_input_exits_2_and_names_it(folder, capsys, monkeypatch, tmp_path, change, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_exits_2_and_names_it(folder, capsys, tmp_path, change, message):
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "BROKEN").write_text("{")
     (tmp_path / "UNKNOWN").write_text('{"drop": 0.1}')

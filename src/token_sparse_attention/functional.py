@@ -29,8 +29,8 @@ from token_sparse_attention.inputs import (
 from token_sparse_attention.selection import (
     TokenSelection,
     dense_selection,
-    score_tokens,
-    select_tokens,
+    score_spans,
+    select_spans,
 )
 
 IMPLS = ("auto", "reference")
@@ -131,8 +131,8 @@ def token_sparse_attention(
     if all(_lengths_force_dense(config, span, query, key) for span in spans):
         selection = dense_selection(spans, query.shape[1], key.shape[2], query.device)
     else:
-        scores = score_tokens(query, key, config, padding_mask=padding_mask, scale=scale)
-        selection = select_tokens(scores, config, padding_mask=padding_mask)
+        scores = score_spans(query, key, config, spans, scale)
+        selection = select_spans(scores, config, spans, key.shape[2])
     output = _unselected_rows(
         query, key, value, config, selection, spans, scale, attention_backend
     )

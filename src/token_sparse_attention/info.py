@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
 from typing import Any
 
 import torch
 
+import token_sparse_attention
 from token_sparse_attention.attention.dense import BACKENDS, causal_attention, choose_backend
 
-PACKAGES = ("token-sparse-attention", "torch", "transformers", "triton", "accelerate")
+PACKAGES = ("torch", "transformers", "triton", "accelerate")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPE = {"num_heads": 8, "num_kv_heads": 2, "seq_len": 64, "head_dim": 128}
 
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that matter, None where absent."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "token-sparse-attention": token_sparse_attention.__version__,
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -58,10 +63,12 @@ def backends(device: str) -> list[dict[str, Any]]:
         for backend in BACKENDS:
             if backend == "auto":
                 continue
-            try:
-                causal_attention(query, key, key, scale=0.1, backend=backend)
-            except (ValueError, RuntimeError):
-                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch lists what every other kernel lacks
+                try:
+                    causal_attention(query, key, key, scale=0.1, backend=backend)
+                except (ValueError, RuntimeError):
+                    continue
             ran.append(backend)
         chosen = choose_backend("auto", query, key)
         entries.append(

@@ -73,7 +73,7 @@ def score_tokens(
         ValueError: if shapes, devices or the mask do not fit.
 
     Source:
-        Paper section 3.1 and published code, ``method.md`` step 1.
+        Paper section 3.1; `reference.window_scores` is the literal form.
 
     Example:
         >>> query, key = torch.randn(1, 4, 300, 32), torch.randn(1, 2, 300, 32)
@@ -83,12 +83,13 @@ def score_tokens(
     check_attention_inputs(query, key, None, config)
     scale = resolve_scale(scale, query.shape[-1])
     spans = real_spans(padding_mask, key.shape[0], key.shape[2])
-    return _score_spans(query.detach(), key.detach(), config, spans, scale)
+    return score_spans(query.detach(), key.detach(), config, spans, scale)
 
 
-def _score_spans(
+def score_spans(
     query: Tensor, key: Tensor, config: TokenSparseConfig, spans: list[Span], scale: float
 ) -> Tensor:
+    """`score_tokens` on checked arguments."""
     batch_size, num_heads, query_len, _ = query.shape
     window_size, kv_len = config.window_size, key.shape[2]
     first_query = kv_len - query_len
@@ -132,7 +133,7 @@ def select_tokens(
         ValueError: if shapes do not fit, or `kept` is out of range.
 
     Source:
-        Paper section 3.1 (Dynamic Token Coverage), ``method.md`` steps 2 to 4.
+        Paper section 3.1, Dynamic Token Coverage; `reference.keep_tokens` is the literal form.
 
     Example:
         >>> config = TokenSparseConfig(window_size=4, min_tokens=2)
@@ -151,7 +152,7 @@ def select_tokens(
             raise TypeError(f"kept must be a number or None, got {kept!r}")
         if not 0 < kept <= 1:
             raise ValueError(f"kept must be in (0, 1], got {kept}")
-    batch_size, num_heads, num_scored = scores.shape
+    batch_size, _, num_scored = scores.shape
     kv_len = num_scored + config.window_size
     if padding_mask is not None and isinstance(padding_mask, Tensor) and padding_mask.dim() == 2:
         kv_len = padding_mask.shape[1]
@@ -161,8 +162,18 @@ def select_tokens(
                 f"padding_mask of {kv_len} slots and window_size {config.window_size}, "
                 f"got {num_scored}"
             )
-    spans = real_spans(padding_mask, batch_size, kv_len)
+    return select_spans(scores, config, real_spans(padding_mask, batch_size, kv_len), kv_len, kept)
 
+
+def select_spans(
+    scores: Tensor,
+    config: TokenSparseConfig,
+    spans: list[Span],
+    kv_len: int,
+    kept: float | None = None,
+) -> TokenSelection:
+    """`select_tokens` on checked arguments, of sequences with `kv_len` slots."""
+    batch_size, num_heads, _ = scores.shape
     keep = torch.zeros(batch_size, num_heads, kv_len, dtype=torch.bool, device=scores.device)
     ran_sparse = torch.zeros(batch_size, dtype=torch.bool)
     for row, span in enumerate(spans):

@@ -170,7 +170,7 @@ def varlen_causal_attention(
     if len(set(query_lens)) == len(set(kv_lens)) == 1 and query_lens[0] > 0:
         heads = len(query_lens)
         q, k, v = (x.view(1, heads, -1, x.shape[-1]) for x in (query, key, value))
-        return causal_attention(q, k, v, scale=scale, backend=backend).view_as(query)
+        return causal_attention(q, k, v, scale=scale, backend=backend).reshape(query.shape)
     out = torch.empty_like(query)
     parts = ((query, query_lens), (key, kv_lens), (value, kv_lens), (out, query_lens))
     sequences = zip(*(torch.split(tensor, lengths) for tensor, lengths in parts))

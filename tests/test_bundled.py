@@ -1,0 +1,96 @@
+"""What ships with the package: the model's size, the document's needles, and the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from token_sparse_attention import bundled, demo
+from token_sparse_attention.cli import main
+from token_sparse_attention.integrations.record import LayerRecord, PrefillReport
+from token_sparse_attention.run import Answer, default_config
+
+
+@pytest.fixture(scope="module")
+def document():
+    return bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_the_model_keeps_its_limits():
+    model = AutoModelForCausalLM.from_pretrained(bundled.MODEL)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 12_000_000
+    assert (bundled.MODEL / "model.safetensors").stat().st_size <= 24_000_000
+    assert model.config.tie_word_embeddings
+    assert str(model.dtype) == "torch.bfloat16"
+    assert model.config.max_position_embeddings == 131072
+
+
+def test_the_document_is_long_and_says_where_it_is_from(document):
+    tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
+    assert len(tokenizer(document)["input_ids"]) >= 4000
+    source = (bundled.FOLDER / "demo" / "SOURCE.md").read_text(encoding="utf-8")
+    assert "licence" in source.lower()
+
+
+def test_the_needles_stand_in_the_document(document):
+    needles = bundled.demo_needles()
+    assert len(needles) >= 5
+    for needle in needles:
+        assert document.count(needle.line) == 1
+        assert document.count(needle.answer) == 1, "the answer is found nowhere else"
+        assert needle.line.startswith("[needle"), "visibly marked"
+        assert needle.answer in needle.line
+        assert needle.answer not in needle.question
+        assert document.index(needle.line) / len(document) == pytest.approx(needle.depth, abs=0.03)
+    depths = [needle.depth for needle in needles]
+    assert depths == sorted(depths)
+    assert depths[0] < 0.2
+    assert depths[-1] > 0.8
+
+
+def test_the_demo_passes(capsys):
+    assert main(["demo", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"]
+    assert result["failures"] == []
+    assert result["dropped_share"] >= 0.1
+    assert len(result["findings"]) == len(bundled.demo_needles())
+    for finding in result["findings"]:
+        assert finding["dense"]["time_to_first_token_s"] > 0
+        assert any("sparse" in layer["paths"] for layer in finding["sparse"]["layers"])
+
+
+def make_result(dense_texts, sparse_texts):
+    needles = bundled.demo_needles()[: len(dense_texts)]
+    report = PrefillReport()
+    report.add(LayerRecord(0, 10, 10))
+    dense, sparse = (
+        [Answer(text.format(needle.answer), 10, 1, 0.1, 0.2, report) for text, needle in pairs]
+        for pairs in (zip(dense_texts, needles), zip(sparse_texts, needles))
+    )
+    return demo.DemoResult([demo.Finding(*row) for row in zip(needles, dense, sparse)], "a test")
+
+
+def test_the_demo_fails_on_wrong_answers_and_without_sparsity():
+    right, wrong = "it is {}.", "it is 5."
+    good = make_result([right] * 4 + [wrong], [right] * 4 + [wrong])
+    assert good.failures == ["no layer dropped 10% of its tokens, the most was 0.0%"]
+    bad = make_result([right] * 3 + [wrong] * 2, [wrong] * 5)
+    assert bad.failures[0] == "the dense run answered 3 questions of 5, expected at least 4"
+    assert bad.failures[1] == "the sparse run answered 0 questions of 5, expected at least 4"
+
+
+def test_the_command_fails_when_the_demo_does(monkeypatch, capsys):
+    def dense(_name):
+        return dataclasses.replace(default_config("")[0], drop_mass=0.0), "a test"
+
+    monkeypatch.setattr(demo, "default_config", dense)
+    monkeypatch.setattr(bundled, "demo_needles", lambda: BUNDLED_NEEDLES[:1])
+    assert main(["demo"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+BUNDLED_NEEDLES = bundled.demo_needles()
