@@ -1,0 +1,1 @@
+"""How the bundled model is made: data, samples, training, evaluation, model card."""

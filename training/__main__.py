@@ -53,7 +53,6 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(
         data=data,
-        out=args.out,
         minutes=args.minutes,
         stop_after=args.stop_after,
         stages=args.stages,

@@ -52,7 +52,7 @@ def shares(length: int) -> list[float]:
 
 def make_row(task: str, length: int, pieces: Pieces, rng: Generator) -> Row:
     """One row of exactly ``length`` tokens."""
-    row = Row(length, task)
+    row = Row(length)
     _MAKERS[task](row, pieces, rng)
     del row.tokens[length:], row.classes[length:]
     return row

@@ -21,9 +21,11 @@ _SKIPPED = frozenset(
     ("script", "style", "pre", "nav", "head", "footer", "form", "svg", "select", "button")
 )
 _INLINE = frozenset(
-    ("a", "abbr", "acronym", "b", "big", "br", "cite", "code", "del", "dfn", "em", "font", "i")
-    + ("img", "ins", "kbd", "label", "mark", "nobr", "q", "s", "samp", "small", "span", "strong")
-    + ("sub", "sup", "tt", "u", "var", "wbr")
+    (
+        *("a", "abbr", "acronym", "b", "big", "br", "cite", "code", "del", "dfn", "em", "font"),
+        *("i", "img", "ins", "kbd", "label", "mark", "nobr", "q", "s", "samp", "small", "span"),
+        *("strong", "sub", "sup", "tt", "u", "var", "wbr"),
+    )
 )
 _HELD_OUT_SHARE = 30
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .tokenizer import END_ID, PAD_ID, VOCABULARY
 
 _EPSILON = 1e-6
+THETA = 2e6
 _BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -37,7 +38,7 @@ def make_config(
         num_key_value_heads=heads // 4,
         head_dim=64,
         max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 2e6},
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         rms_norm_eps=_EPSILON,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -111,13 +112,14 @@ class Forward:
 
     def __init__(self, model: LlamaForCausalLM, dtype: torch.dtype, compiled: bool) -> None:
         self.model, self.dtype = model, dtype
-        parts = (_before, _after, _score)
+        self._before, self._after, self._score = _before, _after, _score
         if compiled:
-            parts = tuple(torch.compile(p, fullgraph=True, dynamic=False) for p in parts)
-        self._before, self._after, self._score = parts
+            compiler = torch.compile(fullgraph=True, dynamic=False)
+            self._before, self._after = compiler(_before), compiler(_after)
+            self._score = compiler(_score)
         device = model.model.embed_tokens.weight.device
         steps = torch.arange(0, 64, 2, device=device, dtype=torch.float32) / 64
-        self._frequencies = 1.0 / (model.config.rope_parameters["rope_theta"] ** steps)
+        self._frequencies = 1.0 / (THETA**steps)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, targets: Tensor

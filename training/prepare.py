@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from . import corpus, tokenizer
 
@@ -51,10 +52,10 @@ def _some(texts: list[str], characters: int) -> list[str]:
     return taken
 
 
-def find_cuts(coder: tokenizer.Tokenizer, ids: np.ndarray) -> np.ndarray:
+def find_cuts(coder: Tokenizer, ids: np.ndarray) -> np.ndarray:
     """Places where a sentence may be put in: (offset, whether a newline stands before it)."""
     size = coder.get_vocab_size()
-    pieces = [coder.id_to_token(token) for token in range(size)]
+    pieces = [str(coder.id_to_token(token)) for token in range(size)]
     newline = np.array([set(piece) == {"\u010a"} for piece in pieces])
     stop = np.array([piece[-1] in ".?!" and len(piece) == 1 for piece in pieces])
     word = np.array([len(p) > 1 and p[0] == "\u0120" and p[1].isupper() for p in pieces])

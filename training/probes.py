@@ -8,7 +8,8 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+from .questions import NOISE
+
 _ASK_ONE = "What is the special magic {kind} for {key} mentioned in the provided text?"
 _SAY_ONE = "The special magic {kind} for {key} mentioned in the provided text is"
 _ASK_ALL = "What are all the special magic {kind} for {key} mentioned in the provided text?"
@@ -69,7 +70,8 @@ class Maker:
 
     def _prose(self, room: int) -> list[str]:
         """Paragraphs in the order of the held-out text, up to ``room`` tokens."""
-        paragraphs, taken = self.material.paragraphs, []
+        paragraphs = self.material.paragraphs
+        taken: list[str] = []
         at = self.rng.randrange(len(paragraphs))
         while True:
             text = paragraphs[at % len(paragraphs)]

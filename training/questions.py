@@ -129,7 +129,7 @@ def _ask(found: _Needles, count: int) -> list[tuple[list[int], list[int], list[i
     rng = found.rng
     order = rng.permutation(len(found.keys)).tolist()
     style = int(rng.random() < 0.5)
-    asked = []
+    asked: list[tuple[list[int], list[int], list[int]]] = []
     while order and len(asked) < count:
         several = 1
         if rng.random() < 0.15 and found.kind == "numbers":

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.random import Generator
 from tokenizers import Tokenizer
 
-from .tokenizer import END_ID, PAD_ID, load
+from .tokenizer import END_ID, load
 
 TEXT, SENTENCE, REPEAT, ANSWER = 0, 1, 2, 3
 """Loss classes of a token: running text, answer sentence, repeated segment, answer."""
@@ -65,7 +65,6 @@ class Row:
     """One training row while it grows."""
 
     size: int
-    task: str
     tokens: list[int] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
 
@@ -137,8 +136,6 @@ def fill(row: Row, pieces: Pieces, rng: Generator) -> None:
         return
     start = int(pieces.cuts[rng.integers(len(pieces.cuts) - 4000)])
     row.add(pieces.prose[start : start + row.room].tolist())
-    if row.room:
-        row.add([PAD_ID] * row.room)
 
 
 def repeats(row: Row, pieces: Pieces, rng: Generator) -> None:
@@ -167,7 +164,7 @@ def table(row: Row, pieces: Pieces, rng: Generator) -> None:
     count = max(2, row.size // 36)
     digits = int(rng.integers(3, 8))
     newline, colon = pieces.text("\n"), pieces.text(":")
-    entries = []
+    entries: list[tuple[list[int], list[int]]] = []
     for key in random_keys(pieces, rng, count):
         key_piece = key_ids(pieces, key)
         value = pieces.number(random_number(rng, digits))

@@ -34,7 +34,6 @@ class Options:
     """What a training run needs to know."""
 
     data: Path
-    out: Path
     minutes: float = 16.0
     stop_after: float | None = None
     stages: tuple[tuple[int, float], ...] = STAGES
@@ -82,7 +81,8 @@ def loss_weights(length: int) -> list[float]:
 
 def make_optimizer(model: LlamaForCausalLM, options: Options) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices only."""
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     groups = [
