@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from . import sparsity
 from .evaluate import show
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,6 +62,16 @@ sentence and its end have to be right. The other rows have RULER's forms.
 
 {table}
 
+## Sparse prefill
+
+`{profile_file}` holds the settings that `tsa run` and `tsa demo` use for this model: windowed
+fallback in all layers. Right answers to the same {sparse_samples} questions per task and length
+({sparse_tasks}), generated one at a time on a CPU, {sparse_dtype}, by context length in
+tokens; `published` is the paper's rule with its own settings in all layers. Small samples, meant
+to show that the settings work on this model; they say nothing about others.
+
+{sparse_table}
+
 ## Limits
 
 - Contexts above {longest:,} tokens were not measured here.
@@ -87,8 +98,9 @@ numbers, UUIDs, needles and questions are generated. The demo document's page
 """
 
 
-def make_card(scores: Path, training: Path, model: Path) -> str:
+def make_card(scores: Path, training: Path, sparse: Path, model: Path) -> str:
     """The card's text, from result files and the model folder."""
+    paired = json.loads(sparse.read_text("utf-8"))
     measured = json.loads(scores.read_text("utf-8"))
     trained = json.loads(training.read_text("utf-8"))
     config = json.loads((model / "config.json").read_text("utf-8"))
@@ -102,6 +114,11 @@ def make_card(scores: Path, training: Path, model: Path) -> str:
         minutes=trained["seconds"] / 60,
         device=trained["device"],
         table=show(measured),
+        profile_file=sparsity.PROFILE_FILE,
+        sparse_samples=paired["samples"],
+        sparse_tasks=", ".join(paired["results"]["dense"]["right"]),
+        sparse_dtype=paired["dtype"],
+        sparse_table=sparsity.show(paired),
         longest=max(lengths),
         sources="\n".join(sources),
     )
@@ -117,8 +134,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--scores", type=Path, default=RESULTS / "scores.json")
     parser.add_argument("--training", type=Path, default=RESULTS / "training.json")
+    parser.add_argument("--sparsity", type=Path, default=RESULTS / "sparsity.json")
     args = parser.parse_args()
-    card = make_card(args.scores, args.training, args.model)
+    card = make_card(args.scores, args.training, args.sparsity, args.model)
     (args.model / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -24,7 +24,8 @@ _SEED = 910_000
 _TOKENS_AT_ONCE = {"cuda": 131072, "cpu": 8192}
 
 
-def _material(coder: Tokenizer, held_out: str, words: dict[str, list[str]]) -> Material:
+def material_of(coder: Tokenizer, held_out: str, words: dict[str, list[str]]) -> Material:
+    """What probes of held-out text are made from."""
     count = functools.lru_cache(maxsize=None)(lambda text: len(coder.encode(text).ids))
     return Material(held_out.split("\n\n"), words["adjectives"], words["nouns"], count)
 
@@ -65,7 +66,7 @@ def evaluate(
     """Right answers per task and length of the model in ``folder``."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     coder = load(folder)
-    material = _material(coder, held_out, words)
+    material = material_of(coder, held_out, words)
     scores: dict[str, dict[str, int]] = {task: {} for task in TASKS}
     seconds = time.monotonic()
     for length in lengths:

@@ -1,0 +1,87 @@
+"""The training code still trains: one tiny model, from data to a folder that loads and a card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from token_sparse_attention import bundled
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Prepared data as `training.prepare` writes it, from the demo document alone."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from training.prepare import find_cuts
+    finally:
+        sys.path.remove(str(ROOT))
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled.MODEL / name, folder)
+    coder = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
+    ids = np.array(coder.encode(text).ids * 40, dtype=np.uint16)
+    np.save(folder / "prose.npy", ids)
+    np.save(folder / "cuts.npy", find_cuts(coder, ids))
+    starts, ends = ("dark", "pale", "wild", "moon", "wood", "rain"), ("er", "ish", "light", "land")
+    words = {
+        "adjectives": [f"{a}{b}" for a in starts for b in ends],
+        "nouns": [f"{a}{b}{c}" for a in starts for b in starts for c in ends],
+    }
+    (folder / "words.json").write_text(json.dumps(words))
+    (folder / "held_out.txt").write_text(text)
+    (folder / "sources.json").write_text("[]")
+    return folder
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_rows_equal_the_tokens_of_their_text(data):
+    assert "0 of" in run("training.check", "--data", data)
+
+
+def test_training_makes_a_model_that_loads(data, tmp_path):
+    run(
+        *("training", "--data", data, "--out", tmp_path, "--minutes", "0.1", "--layers", "1"),
+        *("--stages", "256:1", "--micro-batch", "1024", "--accumulate", "1", "--workers", "1"),
+        *("--samples", "1", "--lengths", "512"),
+    )
+    trained = json.loads((tmp_path / "training.json").read_text())
+    assert trained["steps"] >= 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        logits = model(tokenizer("a line of text", return_tensors="pt")["input_ids"]).logits
+    assert logits.isfinite().all()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["samples"] == 1
+    assert "512" in scores["right"]["single_1"]
+
+
+def test_the_card_is_what_the_results_say(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(bundled.MODEL / name, tmp_path)
+    run("training.card", "--model", tmp_path)
+    assert (tmp_path / "README.md").read_text() == (bundled.MODEL / "README.md").read_text()
