@@ -39,6 +39,23 @@ FAMILIES = {
     "Phi3": {},
     "GptOss": HYBRID | {"num_local_experts": 2, "num_experts_per_tok": 1},
     "Gemma2": HYBRID,
+    "Granite": {},
+    "Mixtral": {"num_local_experts": 2},
+    "Olmo2": {},
+    "DeepseekV3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    },
 }
 
 

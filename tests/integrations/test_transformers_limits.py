@@ -61,6 +61,13 @@ def test_an_exception_inside_removes_it():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_an_implementation_set_meanwhile_stays():
+    model = make_model()
+    with apply(model, CONFIG):
+        model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
 def test_two_models_at_once():
     first, second, ids = make_model(), make_model("Qwen3"), make_ids()
     alone = []

@@ -185,7 +185,8 @@ class AppliedSparsity:
             return
         self._removed = True
         self._hook.remove()
-        self._text_config._attn_implementation_internal = self._dense_name
+        if self._text_config._attn_implementation == self.name:  # else it was set anew meanwhile
+            self._text_config._attn_implementation_internal = self._dense_name
         AttentionInterface._global_mapping.pop(self.name, None)
         AttentionMaskInterface._global_mapping.pop(self.name, None)
 
