@@ -33,7 +33,7 @@ _CUDA_CHECKS = {
     "efficient": can_use_efficient_attention,
 }
 _NO_KERNEL = ("No available kernel", "No viable backend")  # what SDPA says where none fits
-_MASKED_ROWS = 512  # queries per block where a mask has to be written out
+_MASKED_ROWS = 256  # queries per block where a mask has to be written out
 
 
 class BackendChoice(NamedTuple):
