@@ -182,6 +182,7 @@ def test_bad_input_exits_2_and_names_it(folder, capsys, tmp_path, change, messag
     }
     model = arguments.pop("model")
     flat = [part for pair in arguments.items() for part in pair]
+    capsys.readouterr()  # what making the models printed
     assert main(["run", model, *flat]) == 2
     error = capsys.readouterr().err
     assert error.startswith("tsa: ")
