@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 compat:
 	grep -v '^transformers==' constraints.txt > .newest-constraints.txt
@@ -37,7 +37,7 @@ compat:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt torch
 	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt -e '.[dev]'
-	.venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 wheel-check:
 	scripts/wheel-check.sh $(PYTHON)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ from integrations.models import CONFIG, LAYERS, SHAPE, make_ids, make_model
 from integrations.test_transformers import CLOSE, paths, reasons
 from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.integrations.transformers import apply
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="compiles C++ at run time"
+)
 
 
 def registered():
@@ -313,6 +318,7 @@ def test_a_wide_sliding_window_is_no_obstacle():
     assert paths(report) == [["sparse"]] * LAYERS
 
 
+@needs_compiler
 def test_compiled_models_work():
     model, ids = make_model(num_hidden_layers=1), make_ids()
     dense = model(ids).logits
@@ -329,6 +335,7 @@ def test_compiled_models_work():
     torch._dynamo.reset()
 
 
+@needs_compiler
 def test_quantised_caches_work():
     model = make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
     ids = make_ids()
