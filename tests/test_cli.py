@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from integrations.models import make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
 from token_sparse_attention.cli import main
-from token_sparse_attention.run import PROFILE_FILE, answer, encode_prompt, load_model
+from token_sparse_attention.run import (
+    PROFILE_FILE,
+    FirstTokenClock,
+    answer,
+    encode_prompt,
+    load_model,
+)
 
 WORDS = [f"word{number}" for number in range(190)]
 DOCUMENT = " ".join(WORDS[(7 * i) % 190] for i in range(300))
@@ -115,6 +121,17 @@ def test_a_model_folders_own_profile_is_the_default(folder, capsys, tmp_path):
     assert result["config_source"] == f"{PROFILE_FILE} of the model"
     result = run_json(capsys, *arguments, "--config", folder / "config.json")
     assert result["config"] == CONFIG.to_dict()
+
+
+def test_the_clock_stops_at_the_first_new_token():
+    clock = FirstTokenClock()
+    clock.put(torch.zeros(1, 300))
+    assert clock.first_token is None, "the prompt comes first"
+    clock.put(torch.zeros(1))
+    first = clock.first_token
+    assert first > 0
+    clock.put(torch.zeros(1))
+    assert clock.first_token == first
 
 
 def test_prompts_go_through_the_chat_template_if_there_is_one():

@@ -13,6 +13,7 @@ from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_er
 from token_sparse_attention import (
     compress,
     decompress,
+    functional,
     score_tokens,
     select_tokens,
     token_sparse_attention,
@@ -204,6 +205,21 @@ def test_mixed_batches_run_some_rows_dense():
     for row in range(2):
         alone = Problem(*(tensor[row : row + 1] for tensor in problem))
         torch.testing.assert_close(out[row], token_sparse_attention(*alone, config)[0])
+
+
+def test_dense_rows_of_a_mixed_batch_are_not_compressed(monkeypatch):
+    given = []
+
+    def spy(query, key, value, selection):
+        given.append(selection)
+        return compress(query, key, value, selection)
+
+    monkeypatch.setattr(functional, "compress", spy)
+    problem = make_problem(batch=2, query_len=150)
+    mask = torch.ones(2, 150, dtype=torch.bool)
+    mask[1, 30:] = False
+    token_sparse_attention(*problem, SMALL, padding_mask=mask)
+    assert (given[0].lengths > 0).tolist() == [[True] * 4, [False] * 4]
 
 
 def test_inputs_are_left_alone_and_views_are_accepted():

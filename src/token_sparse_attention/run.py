@@ -104,7 +104,7 @@ def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor
     return ids
 
 
-class _FirstTokenClock(BaseStreamer):
+class FirstTokenClock(BaseStreamer):
     """Notes when the first generated token reaches the host."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ def _generate(
     ids = ids.to(model.device)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
-    clock = _FirstTokenClock()
+    clock = FirstTokenClock()
     generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -11,7 +11,7 @@ import torch
 
 from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_error
 from test_golden import CASES, FOLDER
-from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention import TokenSparseConfig, select_tokens, token_sparse_attention
 from token_sparse_attention.attention.dense import causal_attention, choose_backend
 from token_sparse_attention.reference import masked_attention
 
@@ -137,6 +137,14 @@ def test_backends_are_right_or_refuse(backend, query_len, kv_len, window):
         return
     out = causal_attention(*problem, scale=0.125, backend=backend, window=window)
     assert relative_error(out[0], exact) < 1e-2
+
+
+def test_ties_keep_the_lower_index():
+    scores = torch.full((1, 2, 5000), 0.1, device=DEVICE)
+    selection = select_tokens(scores, dataclasses.replace(SMALL, pool_size=1), kept=0.5)
+    kept = int(selection.lengths[0, 0]) - SMALL.window_size
+    lowest = torch.arange(kept, device=DEVICE)
+    assert torch.equal(selection.indices[0, :, :kept], lowest.expand(2, -1))
 
 
 def test_auto_picks_a_fused_kernel_for_half_precision():

@@ -301,6 +301,29 @@ def test_masks_that_are_not_causal_plus_padding_run_dense():
         assert torch.equal(explicit, model(ids).logits)
 
 
+def test_padding_with_a_gap_runs_dense():
+    model, ids = make_model(), make_ids()
+    mask = torch.ones_like(ids)
+    mask[0, 50:60] = 0
+    dense = model(ids, attention_mask=mask).logits
+    with apply(model, CONFIG) as report:
+        assert torch.equal(model(ids, attention_mask=mask).logits, dense)
+    assert reasons(report)[0].startswith("attention mask is not causal")
+
+
+def test_each_forward_pass_reads_its_own_mask():
+    model, ids = make_model(), make_ids(batch=2)
+    early, late = torch.ones_like(ids), torch.ones_like(ids)
+    early[0, :20] = 0
+    late[1, :70] = 0
+    for first, second in ((early, late), (late, early)):
+        with apply(model, CONFIG):
+            expected = model(ids, attention_mask=second).logits
+        with apply(model, CONFIG):
+            model(ids, attention_mask=first)
+            assert torch.equal(model(ids, attention_mask=second).logits, expected)
+
+
 def test_packed_sequences_run_dense():
     model, ids = make_model(), make_ids()
     positions = torch.cat([torch.arange(90), torch.arange(110)])[None]

@@ -49,8 +49,9 @@ def read_mask(mask: Tensor | None, query_len: int, kv_len: int) -> MaskLayout | 
         return None
     padding_mask = visible[:, -1, :used]
     causal = slot[:used] <= first_query + query[:, None]
+    # Nothing beyond the slots in use is visible, or first_query would be larger.
     as_expected = (visible[..., :used] == (causal & padding_mask[:, None])).all()
-    if not as_expected or visible[..., used:].any() or not _one_run(padding_mask):
+    if not as_expected or not _one_run(padding_mask):
         return None
     return MaskLayout(used, None if padding_mask.all() else padding_mask)
 
