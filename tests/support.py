@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from token_sparse_attention import TokenSparseConfig, reference
 
 SMALL = TokenSparseConfig(drop_mass=0.2, window_size=16, pool_size=5, min_tokens=24)
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_CASES = [f"case{number}" for number in range(6)]
+
+
+def golden_case(name: str) -> tuple[dict[str, Tensor], TokenSparseConfig, int | None]:
+    """A case of the published code: its tensors, its settings, and how many tokens it kept."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        tensors = {entry: torch.from_numpy(arrays[entry]) for entry in arrays if entry != "meta"}
+        meta = json.loads(str(arrays["meta"]))
+    config = TokenSparseConfig(
+        drop_mass=meta["tau"],
+        window_size=meta["window_size"],
+        pool_size=meta["pool_size"],
+        min_tokens=meta["min_tokens"],
+    )
+    return tensors, config, meta["selected"]
 
 
 class Problem(NamedTuple):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from token_sparse_attention import bundled, demo
@@ -55,6 +56,8 @@ def test_the_demo_passes(capsys):
     assert main(["demo", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["passed"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["device"]
     assert result["failures"] == []
     assert result["dropped_share"] >= 0.1
     assert len(result["findings"]) == len(bundled.demo_needles())
@@ -71,7 +74,9 @@ def make_result(dense_texts, sparse_texts):
         [Answer(text.format(needle.answer), 10, 1, 0.1, 0.2, report) for text, needle in pairs]
         for pairs in (zip(dense_texts, needles), zip(sparse_texts, needles))
     )
-    return demo.DemoResult([demo.Finding(*row) for row in zip(needles, dense, sparse)], "a test")
+    return demo.DemoResult(
+        [demo.Finding(*row) for row in zip(needles, dense, sparse)], "a test", "cpu"
+    )
 
 
 def test_the_demo_fails_on_wrong_answers_and_without_sparsity():

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
+from support import GOLDEN, GOLDEN_CASES, golden_case
 from token_sparse_attention import (
-    TokenSparseConfig,
     reference,
     score_tokens,
     select_tokens,
     token_sparse_attention,
 )
 
-FOLDER = Path(__file__).parent / "golden"
-CASES = [f"case{number}" for number in range(6)]
 
-
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=GOLDEN_CASES)
 def case(request):
-    with np.load(FOLDER / f"{request.param}.npz") as arrays:
-        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays if name != "meta"}
-        meta = json.loads(str(arrays["meta"]))
-    config = TokenSparseConfig(
-        drop_mass=meta["tau"],
-        window_size=meta["window_size"],
-        pool_size=meta["pool_size"],
-        min_tokens=meta["min_tokens"],
-    )
-    return tensors, config, meta["selected"]
+    return golden_case(request.param)
 
 
 def test_every_file_is_covered():
-    assert sorted(path.stem for path in FOLDER.glob("*.npz")) == CASES
+    assert sorted(path.stem for path in GOLDEN.glob("*.npz")) == GOLDEN_CASES
 
 
 def test_scores(case):

@@ -64,11 +64,13 @@ sentence and its end have to be right. The other rows have RULER's forms.
 
 ## Sparse prefill
 
-`{profile_file}` holds the settings that `tsa run` and `tsa demo` use for this model: windowed
-fallback in all layers. Right answers to the same {sparse_samples} questions per task and length
-({sparse_tasks}), generated one at a time on a CPU, {sparse_dtype}, by context length in
-tokens; `published` is the paper's rule with its own settings in all layers. Small samples, meant
-to show that the settings work on this model; they say nothing about others.
+`{profile_file}` holds the settings that `tsa run` and `tsa demo` use for
+this model: windowed fallback in all layers. The table counts right answers to the same
+{sparse_samples} questions per task and length ({sparse_tasks}),
+generated one at a time on one {sparse_device} in {sparse_dtype}, by context
+length in tokens, with 95% intervals. `published` is the paper's rule with its own settings, in all
+layers. Small samples, meant to show that the settings work on this model; they say nothing about
+others.
 
 {sparse_table}
 
@@ -118,6 +120,7 @@ def make_card(scores: Path, training: Path, sparse: Path, model: Path) -> str:
         sparse_samples=paired["samples"],
         sparse_tasks=", ".join(paired["results"]["dense"]["right"]),
         sparse_dtype=paired["dtype"],
+        sparse_device=paired["device"],
         sparse_table=sparsity.show(paired),
         longest=max(lengths),
         sources="\n".join(sources),

@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from token_sparse_attention.info import provenance
+
 from .probes import TASKS, Maker, Material, Probe
 from .tokenizer import END_ID, PAD_ID, load
 
@@ -83,6 +85,8 @@ def evaluate(
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.monotonic() - seconds, 1),
+        "seed": _SEED,
+        **provenance(device),
         "right": scores,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from token_sparse_attention import TokenSparseConfig, load_config
 from token_sparse_attention.config import LayerProfile
-from token_sparse_attention.info import versions
+from token_sparse_attention.info import provenance
 from token_sparse_attention.run import PROFILE_FILE, answer, load_model
 
 from .evaluate import material_of
@@ -82,10 +82,18 @@ def measure(
     return {
         "samples": samples,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": platform.processor() or platform.machine(),
-        "versions": versions(),
+        "seed": _SEED,
+        **provenance(str(model.device)),
         "results": results,
     }
+
+
+def interval(right: int, samples: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    z = 1.96
+    centre = (right + z * z / 2) / (samples + z * z)
+    half = z / (samples + z * z) * math.sqrt(right * (samples - right) / samples + z * z / 4)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def show(measured: dict[str, Any]) -> str:
@@ -97,8 +105,10 @@ def show(measured: dict[str, Any]) -> str:
     for name, result in results.items():
         cells = []
         for length in lengths:
-            right = [sum(by_length[length]) for by_length in result["right"].values()]
-            cells.append(f"{sum(right)} of {samples * len(right)}")
+            of_tasks = [by_length[length] for by_length in result["right"].values()]
+            right, total = sum(map(sum, of_tasks)), samples * len(of_tasks)
+            low, high = interval(right, total)
+            cells.append(f"{right} of {total} ({low:.0%} to {high:.0%})")
         shares = [share for by_length in result["kept_share"].values() for share in by_length]
         kept = f"{sum(shares) / len(shares):.0%}" if shares else "all"
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {kept} |")

@@ -189,16 +189,15 @@ def _run(args: argparse.Namespace) -> int:
             except (ValueError, TypeError) as error:
                 raise InputError(f"{name} cannot be run {path}: {error}") from error
     if args.json:
-        from token_sparse_attention.info import versions
+        from token_sparse_attention.info import provenance
 
         _print_json(
             {
                 "model": name,
-                "device": str(model.device),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "config": json.loads(config.to_json()),
                 "config_source": source,
-                "versions": versions(),
+                **provenance(str(model.device)),
                 **{path: answer.to_dict() for path, answer in answers.items()},
             }
         )

@@ -1,4 +1,4 @@
-"""Gather each head's tokens into packed tensors, and scatter the output back (section 3.2)."""
+"""Gather each head's tokens into packed tensors, and scatter the output back."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ def compress(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelectio
     Raises:
         ValueError: if the selection does not fit the tensors.
 
+    Source:
+        arXiv 2602.03216, compression of Q, K and V per head.
+
     Example:
         >>> x = torch.randn(1, 2, 10, 8)
         >>> indices = torch.tensor([[[0, 4, 9], [1, 9, -1]]])
@@ -96,6 +99,9 @@ def decompress(
 
     Raises:
         ValueError: if shapes do not fit.
+
+    Source:
+        arXiv 2602.03216, decompression of the attention output.
 
     Example:
         >>> selection = TokenSelection(

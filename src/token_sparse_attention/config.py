@@ -72,7 +72,7 @@ def _parse_object(what: str, text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenSparseConfig:
-    """Settings of Token Sparse Attention (arXiv 2602.03216, sections 3 and 4).
+    """Settings of Token Sparse Attention (arXiv 2602.03216).
 
     Args:
         drop_mass: share of the attention mass that the dropped tokens may hold together,
@@ -140,7 +140,7 @@ class TokenSparseConfig:
 
     @classmethod
     def published(cls) -> TokenSparseConfig:
-        """Return the operator settings of the paper (its section 5.1 and published code)."""
+        """Return the operator settings that the paper's published code uses by default."""
         return cls(
             drop_mass=0.005,
             window_size=128,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from token_sparse_attention import bundled
+from token_sparse_attention.info import provenance
 from token_sparse_attention.run import (
     Answer,
     answer,
@@ -46,6 +47,7 @@ class DemoResult:
 
     findings: list[Finding]
     config_source: str
+    provenance: dict[str, Any]
 
     @property
     def dropped(self) -> float:
@@ -80,6 +82,7 @@ class DemoResult:
             "passed": not self.failures,
             "failures": self.failures,
             "config_source": self.config_source,
+            **self.provenance,
             "dropped_share": self.dropped,
             "findings": [
                 {
@@ -121,4 +124,4 @@ def run_demo(
             on_progress(f"question {number} of {len(needles)}, {path}: {ids.shape[1]} tokens")
             answers.append(answer(model, tokenizer, ids, settings, max_new_tokens=_MAX_NEW_TOKENS))
         findings.append(Finding(needle, *answers))
-    return DemoResult(findings, source)
+    return DemoResult(findings, source, provenance(str(model.device)))

@@ -108,7 +108,7 @@ def token_sparse_attention(
             gradient while gradients are recorded, or if the backend cannot run the input.
 
     Source:
-        Paper section 3 (arXiv 2602.03216); ``S_q < S_kv`` and the windowed fallback are
+        arXiv 2602.03216; ``S_q < S_kv`` and the windowed fallback are
         extensions.
 
     Example:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import token_sparse_attention
 from token_sparse_attention.attention.dense import BACKENDS, causal_attention, choose_backend
 
 PACKAGES = ("torch", "transformers", "triton", "accelerate")
+_CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPE = {"num_heads": 8, "num_kv_heads": 2, "seq_len": 64, "head_dim": 128}
 
@@ -31,9 +34,39 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def device_name(device: str) -> str:
+    """Return what a device is, for people: a GPU's or the processor's name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if _CPU_INFO.exists():
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Return the git commit that this package is run from, "-dirty" appended if it is changed.
+
+    None outside a checkout.
+    """
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Return what a result file records of where it comes from: device, versions, commit."""
+    return {"device": device_name(device), "versions": versions(), "commit": commit()}
+
+
 def devices() -> list[dict[str, Any]]:
     """Return the CPU and every CUDA device, with what each is."""
-    processor = {"device": "cpu", "name": platform.processor() or platform.machine()}
+    processor = {"device": "cpu", "name": device_name("cpu")}
     found: list[dict[str, Any]] = [processor | {"threads": torch.get_num_threads()}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

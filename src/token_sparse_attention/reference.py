@@ -1,6 +1,6 @@
 """The whole method in plain PyTorch, for one sequence: the oracle of every test.
 
-Each function is one step of the paper (arXiv 2602.03216, section 3) on unpadded tensors
+Each function is one step of the paper's method (arXiv 2602.03216) on unpadded tensors
 ``query [H, S_q, D]``, ``key/value [H_kv, S_kv, D]``. Queries are the last ``S_q`` positions.
 Scoring and selecting serve as the ``impl="reference"`` stages; attention is written as a
 literal masked softmax, so it shares nothing with compress, attend and decompress.

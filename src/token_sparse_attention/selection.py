@@ -1,4 +1,4 @@
-"""Which tokens each head attends over: score, smooth, budget, select (paper section 3.1)."""
+"""Which tokens each head attends over: score, smooth, budget, select (Dynamic Token Coverage)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def score_tokens(
         ValueError: if shapes, devices or the mask do not fit.
 
     Source:
-        Paper section 3.1; `reference.window_scores` is the literal form.
+        arXiv 2602.03216, token scoring; `reference.window_scores` is the literal form.
 
     Example:
         >>> query, key = torch.randn(1, 4, 300, 32), torch.randn(1, 2, 300, 32)
@@ -133,7 +133,7 @@ def select_tokens(
         ValueError: if shapes do not fit, or `kept` is out of range.
 
     Source:
-        Paper section 3.1, Dynamic Token Coverage; `reference.keep_tokens` is the literal form.
+        arXiv 2602.03216, Dynamic Token Coverage; `reference.keep_tokens` is the literal form.
 
     Example:
         >>> config = TokenSparseConfig(window_size=4, min_tokens=2)

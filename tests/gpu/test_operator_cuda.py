@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
-import numpy as np
 import pytest
 import torch
 
-from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_error
-from test_golden import CASES, FOLDER
+from support import (
+    GOLDEN_CASES,
+    SMALL,
+    Problem,
+    golden_case,
+    kept_mask,
+    make_problem,
+    oracle,
+    relative_error,
+)
 from token_sparse_attention import TokenSparseConfig, select_tokens, token_sparse_attention
 from token_sparse_attention.attention.dense import causal_attention, choose_backend
 from token_sparse_attention.reference import masked_attention
@@ -18,23 +24,16 @@ from token_sparse_attention.reference import masked_attention
 DEVICE = "cuda"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_golden(case):
-    with np.load(FOLDER / f"{case}.npz") as arrays:
-        tensors = {n: torch.from_numpy(arrays[n]).to(DEVICE) for n in arrays if n != "meta"}
-        meta = json.loads(str(arrays["meta"]))
-    config = TokenSparseConfig(
-        drop_mass=meta["tau"],
-        window_size=meta["window_size"],
-        pool_size=meta["pool_size"],
-        min_tokens=meta["min_tokens"],
-    )
+    tensors, config, selected = golden_case(case)
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
     query = tensors["query"]
     out, selection = token_sparse_attention(
         query, tensors["key"], tensors["value"], config, return_selection=True
     )
     published = tensors["output"].view(1, query.shape[2], query.shape[1], -1).transpose(1, 2)
-    if meta["selected"] is not None:
+    if selected is not None:
         assert torch.equal(selection.indices, tensors["indices"])
     torch.testing.assert_close(out, published, rtol=1e-4, atol=1e-5)
 
