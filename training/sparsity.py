@@ -46,6 +46,7 @@ def measure(
 ) -> dict[str, Any]:
     """Per setting: whether each sample was answered rightly, and the kept share."""
     model, tokenizer = load_model(str(folder))
+    origin = provenance(str(model.device))
     material = material_of(coder, held_out, words)
     paths = settings_of(folder)
     results: dict[str, Any] = {
@@ -83,7 +84,7 @@ def measure(
         "samples": samples,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": _SEED,
-        **provenance(str(model.device)),
+        **origin,
         "results": results,
     }
 
