@@ -102,6 +102,47 @@ def test_mismatches_are_named():
         decompress(packed.query, selection, 100, fallback=torch.zeros(1, 4, 99, 16))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
+        ({"key": torch.zeros(1, 3, 100, 16)}, ValueError, "value must have key's shape"),
+        ({"value": torch.zeros(1, 2, 50, 16)}, ValueError, r"value must have key's shape \[1, 2"),
+        ({"value": torch.zeros(1, 2, 100, 16).half()}, TypeError, "value must have query's dtype"),
+        ({"query": torch.zeros(1, 5, 100, 16)}, ValueError, "a multiple of key's 2 heads, got 5"),
+        ({"selection": 3}, TypeError, "selection must be a TokenSelection, got int"),
+    ],
+)
+def test_bad_compress_arguments_are_named(change, error, message):
+    problem = make_problem(query_len=100)
+    arguments = problem._asdict() | {"selection": select(problem)} | change
+    with pytest.raises(error, match=message):
+        compress(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"out": None}, TypeError, "out must be a tensor, got NoneType"),
+        ({"out": torch.zeros(1, 4, 100, 16)}, ValueError, r"out must have shape \[T_q, D\]"),
+        ({"selection": None}, TypeError, "selection must be a TokenSelection, got NoneType"),
+        ({"fallback": [0]}, TypeError, "fallback must be a tensor, got list"),
+        ({"fallback": torch.zeros(100, 16)}, ValueError, r"fallback must have shape \[B, H"),
+        ({"out": torch.zeros(200, 16, device="meta")}, ValueError, "selection must be on meta"),
+    ],
+)
+def test_bad_decompress_arguments_are_named(change, error, message):
+    problem = make_problem(query_len=100)
+    selection = select(problem)
+    arguments = {
+        "out": compress(*problem, selection).query,
+        "selection": selection,
+        "query_len": 100,
+    } | change
+    with pytest.raises(error, match=message):
+        decompress(**arguments)
+
+
 def test_selection_without_kv_len_means_as_many_slots_as_queries():
     selection = TokenSelection(
         torch.tensor([[[1, 2, -1]]]), torch.tensor([[2]]), torch.tensor([True])

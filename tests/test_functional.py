@@ -247,6 +247,13 @@ def test_nan_in_the_inputs_runs_dense():
     assert torch.equal(out.isnan(), causal_attention(*problem, scale=0.25).isnan())
 
 
+def test_crossover_auto_equals_off():
+    problem = make_problem(query_len=150)
+    auto = dataclasses.replace(SMALL, crossover="auto")
+    off = dataclasses.replace(SMALL, crossover="off")
+    assert torch.equal(token_sparse_attention(*problem, auto), sparse_run(problem, off)[0])
+
+
 def test_return_selection_is_always_a_pair():
     for length in (10, 150):
         problem = make_problem(query_len=length)

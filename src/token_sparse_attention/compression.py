@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from token_sparse_attention.inputs import check_attention_inputs
 from token_sparse_attention.selection import TokenSelection
 
 
@@ -47,7 +48,8 @@ def compress(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelectio
         its end, the causal order of the original.
 
     Raises:
-        ValueError: if the selection does not fit the tensors.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if the selection does not fit the tensors, or they do not fit each other.
 
     Source:
         arXiv 2602.03216, compression of Q, K and V per head.
@@ -59,7 +61,8 @@ def compress(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelectio
         >>> compress(x, x, x, selection).cu_seqlens_k
         tensor([0, 3, 5], dtype=torch.int32)
     """
-    _check_selection(selection, query.shape[0], query.shape[1], query.shape[2])
+    check_attention_inputs(query, key, value)
+    _check_selection(selection, query.shape[0], query.shape[1], query.shape[2], query.device)
     kv_len, query_len = key.shape[2], query.shape[2]
     if selection.kv_len not in (None, kv_len):
         raise ValueError(
@@ -98,7 +101,8 @@ def decompress(
         ``[B, H, S_q, D]``.
 
     Raises:
-        ValueError: if shapes do not fit.
+        TypeError: if an argument has the wrong type.
+        ValueError: if shapes, dtypes or devices do not fit.
 
     Source:
         arXiv 2602.03216, decompression of the attention output.
@@ -110,19 +114,18 @@ def decompress(
         >>> decompress(torch.ones(2, 1), selection, query_len=3).flatten()
         tensor([1., 0., 1.])
     """
-    batch_size, num_heads, _ = selection.indices.shape
-    _check_selection(selection, batch_size, num_heads, query_len)
-    shape = (batch_size, num_heads, query_len, out.shape[-1])
+    _check_tensor("out", out, 2, "[T_q, D]")
+    _check_selection(selection, None, None, query_len, out.device)
+    shape = (*selection.indices.shape[:2], query_len, out.shape[-1])
     if fallback is None:
-        full = out.new_zeros(shape)
-    elif fallback.shape != shape or fallback.dtype != out.dtype:
+        return scatter_rows(out, selection, out.new_zeros(shape))
+    _check_tensor("fallback", fallback, 4, "[B, H, S_q, D]")
+    if fallback.shape != shape or fallback.dtype != out.dtype:
         raise ValueError(
             f"fallback must have shape {list(shape)} and out's dtype {out.dtype}, "
             f"got {list(fallback.shape)} and {fallback.dtype}"
         )
-    else:
-        full = fallback.clone()
-    return scatter_rows(out, selection, full)
+    return scatter_rows(out, selection, fallback.clone())
 
 
 def scatter_rows(out: Tensor, selection: TokenSelection, full: Tensor) -> Tensor:
@@ -146,14 +149,31 @@ def _cumulative(lengths: Tensor) -> Tensor:
     return F.pad(lengths.flatten().cumsum(0), (1, 0)).to(torch.int32)
 
 
+def _check_tensor(name: str, tensor: Tensor, dim: int, shape: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
+
+
 def _check_selection(
-    selection: TokenSelection, batch_size: int, num_heads: int, query_len: int
+    selection: TokenSelection,
+    batch_size: int | None,
+    num_heads: int | None,
+    query_len: int,
+    device: torch.device,
 ) -> None:
-    if selection.indices.dim() != 3 or selection.indices.shape[:2] != (batch_size, num_heads):
+    if not isinstance(selection, TokenSelection):
+        raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
+    indices = selection.indices
+    _check_tensor("selection.indices", indices, 3, "[B, H, K]")
+    if batch_size is not None and indices.shape[:2] != (batch_size, num_heads):
         raise ValueError(
             f"selection.indices must have shape [{batch_size}, {num_heads}, K], "
-            f"got {list(selection.indices.shape)}"
+            f"got {list(indices.shape)}"
         )
+    if indices.device != device:
+        raise ValueError(f"selection must be on {device} like the rest, got {indices.device}")
     if selection.kv_len is not None and query_len > selection.kv_len:
         raise ValueError(
             f"query_len must not exceed the selection's {selection.kv_len} slots, got {query_len}"

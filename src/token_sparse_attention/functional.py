@@ -23,6 +23,8 @@ from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.inputs import (
     Span,
     check_attention_inputs,
+    check_config,
+    check_no_gradients,
     real_spans,
     resolve_scale,
 )
@@ -121,7 +123,9 @@ def token_sparse_attention(
         >>> out.shape, bool(selection.ran_sparse)
         (torch.Size([1, 8, 500, 32]), True)
     """
-    check_attention_inputs(query, key, value, config)
+    check_config(config)
+    check_attention_inputs(query, key, value)
+    check_no_gradients(query=query, key=key, value=value)
     check_backend(attention_backend)
     check_impl(impl)
     scale = resolve_scale(scale, query.shape[-1])

@@ -15,8 +15,8 @@ import token_sparse_attention
 from token_sparse_attention.attention.dense import BACKENDS, causal_attention, choose_backend
 
 PACKAGES = ("torch", "transformers", "triton", "accelerate")
-_CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CPU_INFO = Path("/proc/cpuinfo")
 _SHAPE = {"num_heads": 8, "num_kv_heads": 2, "seq_len": 64, "head_dim": 128}
 
 
@@ -48,12 +48,16 @@ def device_name(device: str) -> str:
 def commit() -> str | None:
     """Return the git commit that this package is run from, "-dirty" appended if it is changed.
 
-    None outside a checkout.
+    None outside a checkout of it; an environment inside some other repository is none.
     """
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    folder = Path(__file__).parent
+    here = Path(__file__)
+    tracked = ["git", "ls-files", "--error-unmatch", here.name]
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        for command in (tracked, describe):
+            done = subprocess.run(
+                command, cwd=here.parent, capture_output=True, text=True, check=True
+            )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -23,15 +23,23 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
 
 
 def check_config(config: TokenSparseConfig) -> None:
+    """Raise TypeError unless `config` is a config."""
     if not isinstance(config, TokenSparseConfig):
         raise TypeError(f"config must be a TokenSparseConfig, got {type(config).__name__}")
 
 
-def check_attention_inputs(
-    query: Tensor, key: Tensor, value: Tensor | None, config: TokenSparseConfig
-) -> None:
+def check_no_gradients(**tensors: Tensor) -> None:
+    """Raise ValueError if gradients are recorded and one of the named tensors requires one."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, which token sparse attention cannot "
+                "give: it acts in prefill only; call it under torch.no_grad()"
+            )
+
+
+def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor | None) -> None:
     """Raise TypeError or ValueError unless the tensors form one attention problem."""
-    check_config(config)
     named = {"query": query, "key": key} | ({} if value is None else {"value": value})
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -51,11 +59,6 @@ def check_attention_inputs(
             )
         if 0 in tensor.shape:
             raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient, which token sparse attention cannot "
-                "give: it acts in prefill only; call it under torch.no_grad()"
-            )
     if value is not None and value.shape != key.shape:
         raise ValueError(f"value must have key's shape {list(key.shape)}, got {list(value.shape)}")
     if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:

@@ -13,6 +13,7 @@ from token_sparse_attention.inputs import (
     Span,
     check_attention_inputs,
     check_config,
+    check_no_gradients,
     real_spans,
     resolve_scale,
 )
@@ -80,7 +81,9 @@ def score_tokens(
         >>> score_tokens(query, key, TokenSparseConfig(window_size=128)).shape
         torch.Size([1, 4, 172])
     """
-    check_attention_inputs(query, key, None, config)
+    check_config(config)
+    check_attention_inputs(query, key, None)
+    check_no_gradients(query=query, key=key)
     scale = resolve_scale(scale, query.shape[-1])
     spans = real_spans(padding_mask, key.shape[0], key.shape[2])
     return score_spans(query.detach(), key.detach(), config, spans, scale)

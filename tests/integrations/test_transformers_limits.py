@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+import token_sparse_attention
 from integrations.models import CONFIG, LAYERS, SHAPE, make_ids, make_model
 from integrations.test_transformers import CLOSE, paths, reasons
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import DenseReason, TokenSparseConfig
 from token_sparse_attention.integrations.transformers import apply
 
 needs_compiler = pytest.mark.skipif(
@@ -322,6 +325,25 @@ def test_each_forward_pass_reads_its_own_mask():
         with apply(model, CONFIG):
             model(ids, attention_mask=first)
             assert torch.equal(model(ids, attention_mask=second).logits, expected)
+
+
+def test_why_the_method_itself_ran_dense_is_said():
+    model, ids = make_model(), make_ids()
+    with apply(model, dataclasses.replace(CONFIG, drop_mass=1e-9)) as report:
+        model(ids)
+    assert reasons(report)[0].startswith("no token's mass fits under drop_mass")
+    model.model.layers[0].self_attn.q_proj.weight.fill_(torch.nan)
+    with apply(model, CONFIG) as report:
+        model(ids)
+    assert reasons(report)[0].endswith("or the scores are not finite")
+
+
+def test_every_reason_can_be_recorded():
+    package = Path(token_sparse_attention.__file__).parent
+    code = "".join(file.read_text() for file in package.rglob("*.py"))
+    assert [
+        reason.name for reason in DenseReason if f"DenseReason.{reason.name}" not in code
+    ] == []
 
 
 def test_packed_sequences_run_dense():
