@@ -78,10 +78,8 @@ def main() -> None:
     (args.out / "training.json").write_text(json.dumps(training, indent=2) + "\n", "utf-8")
     if args.samples:
         lengths = [int(length) for length in args.lengths.split(",")]
-        held_out = (data / "held_out.txt").read_text("utf-8")
-        words = json.loads((data / "words.json").read_text("utf-8"))
         folder = args.out / "model"
-        scores = evaluate.evaluate(folder, held_out, words, lengths, args.samples, device)
+        scores = evaluate.evaluate(folder, data, lengths, args.samples, device)
         (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", "utf-8")
         print(evaluate.show(scores))
 

@@ -26,8 +26,10 @@ _SEED = 910_000
 _TOKENS_AT_ONCE = {"cuda": 131072, "cpu": 8192}
 
 
-def material_of(coder: Tokenizer, held_out: str, words: dict[str, list[str]]) -> Material:
-    """What probes of held-out text are made from."""
+def material_of(coder: Tokenizer, data: Path) -> Material:
+    """What probes are made from: the held-out text and the words in a folder of prepared data."""
+    held_out = (data / "held_out.txt").read_text("utf-8")
+    words = json.loads((data / "words.json").read_text("utf-8"))
     count = functools.lru_cache(maxsize=None)(lambda text: len(coder.encode(text).ids))
     return Material(held_out.split("\n\n"), words["adjectives"], words["nouns"], count)
 
@@ -58,8 +60,7 @@ def _encode(coder: Tokenizer, probes: list[Probe]) -> list[tuple[list[int], int]
 
 def evaluate(
     folder: Path,
-    held_out: str,
-    words: dict[str, list[str]],
+    data: Path,
     lengths: list[int],
     samples: int,
     device: str,
@@ -68,7 +69,7 @@ def evaluate(
     """Right answers per task and length of the model in ``folder``."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     coder = load(folder)
-    material = material_of(coder, held_out, words)
+    material = material_of(coder, data)
     scores: dict[str, dict[str, int]] = {task: {} for task in TASKS}
     seconds = time.monotonic()
     for length in lengths:
@@ -118,11 +119,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    held_out = (args.data / "held_out.txt").read_text("utf-8")
-    words = json.loads((args.data / "words.json").read_text("utf-8"))
     lengths = [int(length) for length in args.lengths.split(",")]
     dtype = getattr(torch, args.dtype)
-    scores = evaluate(args.model, held_out, words, lengths, args.samples, device, dtype)
+    scores = evaluate(args.model, args.data, lengths, args.samples, device, dtype)
     if args.out:
         args.out.write_text(json.dumps(scores, indent=2) + "\n", "utf-8")
     print(show(scores))

@@ -13,9 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
-
 from token_sparse_attention import TokenSparseConfig, load_config
 from token_sparse_attention.config import LayerProfile
 from token_sparse_attention.info import provenance
@@ -38,16 +35,15 @@ def settings_of(folder: Path) -> dict[str, Settings]:
 
 def measure(
     folder: Path,
-    coder: Tokenizer,
-    held_out: str,
-    words: dict[str, list[str]],
+    data: Path,
     lengths: list[int],
     samples: int,
 ) -> dict[str, Any]:
     """Per setting: whether each sample was answered rightly, and the kept share."""
     model, tokenizer = load_model(str(folder))
     origin = provenance(str(model.device))
-    material = material_of(coder, held_out, words)
+    coder = tokenizer.backend_tokenizer
+    material = material_of(coder, data)
     paths = settings_of(folder)
     results: dict[str, Any] = {
         name: {
@@ -130,11 +126,8 @@ def main() -> None:
     parser.add_argument("--lengths", default="4096,8192", help="context lengths in tokens")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    coder = AutoTokenizer.from_pretrained(args.model).backend_tokenizer
-    held_out = (args.data / "held_out.txt").read_text("utf-8")
-    words = json.loads((args.data / "words.json").read_text("utf-8"))
     lengths = [int(length) for length in args.lengths.split(",")]
-    measured = measure(args.model, coder, held_out, words, lengths, args.samples)
+    measured = measure(args.model, args.data, lengths, args.samples)
     if args.out:
         args.out.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
     print(show(measured))

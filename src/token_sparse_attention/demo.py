@@ -40,6 +40,12 @@ class Finding:
         """Whether the sparse reply holds the answer."""
         return self.needle.answer in self.sparse.text
 
+    @property
+    def dropped(self) -> float:
+        """The largest share of its tokens that a layer dropped."""
+        records = self.sparse.report.last_prefill() if self.sparse.report else []
+        return max((1 - record.kept_share for record in records), default=0.0)
+
 
 @dataclass(frozen=True)
 class DemoResult:
@@ -52,11 +58,7 @@ class DemoResult:
     @property
     def dropped(self) -> float:
         """The largest share of tokens that a layer dropped, in the prefill where it was least."""
-        return min(
-            max((1 - record.kept_share for record in layers), default=0.0)
-            for finding in self.findings
-            for layers in [finding.sparse.report.last_prefill() if finding.sparse.report else []]
-        )
+        return min(finding.dropped for finding in self.findings)
 
     @property
     def failures(self) -> list[str]:

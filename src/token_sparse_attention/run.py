@@ -129,12 +129,9 @@ def context_limit(model: Any) -> int | None:
 
 def warm_up(model: Any, ids: Tensor) -> None:
     """Run a short prompt, so that one-time costs stay out of the first answer's time."""
-    model.generate(
-        ids[:, :_WARM_UP_TOKENS].to(model.device),
-        attention_mask=torch.ones_like(ids[:, :_WARM_UP_TOKENS], device=model.device),
-        max_new_tokens=2,
-        do_sample=False,
-    )
+    ids = ids[:, :_WARM_UP_TOKENS].to(model.device)
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
 
 
 def answer(

@@ -176,16 +176,18 @@ def select_spans(
     kept: float | None = None,
 ) -> TokenSelection:
     """`select_tokens` on checked arguments, of sequences with `kv_len` slots."""
-    batch_size, num_heads, _ = scores.shape
-    keep = torch.zeros(batch_size, num_heads, kv_len, dtype=torch.bool, device=scores.device)
-    ran_sparse = torch.zeros(batch_size, dtype=torch.bool)
+    rows = []
     for row, span in enumerate(spans):
-        real = slice(span.start, span.end)
         row_scores = scores[row, :, span.start : max(span.end - config.window_size, span.start)]
-        row_keep = _keep_row(row_scores, config, span.end - span.start, kept)
-        ran_sparse[row] = row_keep is not None
-        keep[row, :, real] = True if row_keep is None else row_keep
-    return _selection_from_mask(keep, ran_sparse.to(scores.device))
+        rows.append(_keep_row(row_scores, config, span.end - span.start, kept))
+    return _selection_of_rows(rows, spans, scores.shape[1], kv_len, scores.device)
+
+
+def dense_selection(
+    spans: list[Span], num_heads: int, kv_len: int, device: torch.device
+) -> TokenSelection:
+    """Return the selection of a batch in which every row runs dense."""
+    return _selection_of_rows([None] * len(spans), spans, num_heads, kv_len, device)
 
 
 def _keep_row(
@@ -204,26 +206,24 @@ def _keep_row(
     )
 
 
-def _selection_from_mask(keep: Tensor, ran_sparse: Tensor) -> TokenSelection:
-    """Turn a ``[B, H, S_kv]`` mask of kept slots into a selection."""
-    kv_len = keep.shape[2]
+def _selection_of_rows(
+    rows: list[Tensor | None],
+    spans: list[Span],
+    num_heads: int,
+    kv_len: int,
+    device: torch.device,
+) -> TokenSelection:
+    """Turn each row's mask of kept real tokens, None for a dense row, into a selection."""
+    keep = torch.zeros(len(spans), num_heads, kv_len, dtype=torch.bool, device=device)
+    for row, (row_keep, span) in enumerate(zip(rows, spans)):
+        keep[row, :, span.start : span.end] = True if row_keep is None else row_keep
     lengths = keep.sum(-1)
-    slot = torch.arange(kv_len, device=keep.device)
+    slot = torch.arange(kv_len, device=device)
     capacity = int(lengths.max())
     indices = torch.where(keep, slot, kv_len).sort(-1).values[..., :capacity]
     return TokenSelection(
         indices=indices.masked_fill(indices == kv_len, -1),
         lengths=lengths,
-        ran_sparse=ran_sparse,
+        ran_sparse=torch.tensor([row_keep is not None for row_keep in rows], device=device),
         kv_len=kv_len,
     )
-
-
-def dense_selection(
-    spans: list[Span], num_heads: int, kv_len: int, device: torch.device
-) -> TokenSelection:
-    """Return the selection of a batch in which every row runs dense."""
-    keep = torch.zeros(len(spans), num_heads, kv_len, dtype=torch.bool, device=device)
-    for row, span in enumerate(spans):
-        keep[row, :, span.start : span.end] = True
-    return _selection_from_mask(keep, torch.zeros(len(spans), dtype=torch.bool, device=device))

@@ -266,13 +266,14 @@ class AppliedSparsity:
             return_selection=True,
         )
         if padding_mask is None:
-            padding_mask = torch.ones_like(selection.ran_sparse)[:, None].expand(-1, kv_len)
+            query_lens, kv_lens = (
+                selection.lengths.new_full((len(query),), length) for length in (query_len, kv_len)
+            )
+        else:
+            query_lens = padding_mask[:, kv_len - query_len :].sum(-1)
+            kv_lens = padding_mask.sum(-1)
         selected = SelectionRecord(
-            config=config,
-            lengths=selection.lengths,
-            ran_sparse=selection.ran_sparse,
-            query_lens=padding_mask[:, kv_len - query_len :].sum(-1),
-            kv_lens=padding_mask.sum(-1),
+            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens
         )
         self.report.add(LayerRecord(layer, query_len, kv_len, selection=selected))
         return output
