@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)

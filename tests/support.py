@@ -12,7 +12,9 @@ from torch import Tensor
 
 from token_sparse_attention import TokenSparseConfig, reference
 
-SMALL = TokenSparseConfig(drop_mass=0.2, window_size=16, pool_size=5, min_tokens=24)
+SMALL = TokenSparseConfig(
+    drop_mass=0.2, window_size=16, pool_size=5, min_tokens=24, crossover="off"
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = [f"case{number}" for number in range(6)]
@@ -28,6 +30,7 @@ def golden_case(name: str) -> tuple[dict[str, Tensor], TokenSparseConfig, int | 
         window_size=meta["window_size"],
         pool_size=meta["pool_size"],
         min_tokens=meta["min_tokens"],
+        crossover="off",
     )
     return tensors, config, meta["selected"]
 

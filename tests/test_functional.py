@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_error
 from token_sparse_attention import (
     compress,
+    crossover,
     decompress,
     functional,
     score_tokens,
@@ -19,6 +20,7 @@ from token_sparse_attention import (
     token_sparse_attention,
 )
 from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
+from token_sparse_attention.compression import compress_sequences
 
 VARIANTS = [
     dataclasses.replace(SMALL, budget=budget, fallback=fallback, fallback_window=20)
@@ -210,11 +212,11 @@ def test_mixed_batches_run_some_rows_dense():
 def test_dense_rows_of_a_mixed_batch_are_not_compressed(monkeypatch):
     given = []
 
-    def spy(query, key, value, selection):
+    def spy(query, key, value, selection, *rest, **options):
         given.append(selection)
-        return compress(query, key, value, selection)
+        return compress_sequences(query, key, value, selection, *rest, **options)
 
-    monkeypatch.setattr(functional, "compress", spy)
+    monkeypatch.setattr(functional, "compress_sequences", spy)
     problem = make_problem(batch=2, query_len=150)
     mask = torch.ones(2, 150, dtype=torch.bool)
     mask[1, 30:] = False
@@ -247,11 +249,61 @@ def test_nan_in_the_inputs_runs_dense():
     assert torch.equal(out.isnan(), causal_attention(*problem, scale=0.25).isnan())
 
 
-def test_crossover_auto_equals_off():
-    problem = make_problem(query_len=150)
+def test_the_crossover_runs_short_and_little_dropped_rows_dense(monkeypatch):
+    problem = make_problem(batch=2, query_len=400)
     auto = dataclasses.replace(SMALL, crossover="auto")
-    off = dataclasses.replace(SMALL, crossover="off")
-    assert torch.equal(token_sparse_attention(*problem, auto), sparse_run(problem, off)[0])
+    out, selection = token_sparse_attention(*problem, auto, return_selection=True)
+    assert not selection.ran_sparse.any(), "400 tokens are too few"
+    assert torch.equal(out, causal_attention(*problem, scale=0.25))
+
+    monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", 100)
+    monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", 40.0)
+    sparse, kept = sparse_run(problem, auto)
+    assert torch.equal(sparse, sparse_run(problem, dataclasses.replace(auto, crossover="off"))[0])
+    share = float(kept.lengths[0, 0]) / 400
+    assert share**2 < 1 - 40 / 400
+    monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", 400 * (1 - share**2) + 1)
+    out, selection = token_sparse_attention(*problem, auto, return_selection=True)
+    assert not selection.ran_sparse[0]
+    assert (selection.lengths[0] == 400).all()
+    assert torch.equal(selection.budget, kept.lengths), "what the method would have kept"
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.budget}-{c.fallback}")
+@pytest.mark.parametrize("query_len", [190, 90])
+def test_lse_is_that_of_the_keys_attended_to(config, query_len):
+    problem = make_problem(batch=2, query_len=query_len, kv_len=190)
+    mask = torch.ones(2, 190, dtype=torch.bool)
+    mask[1, :130] = False
+    result = token_sparse_attention(
+        *problem, config, padding_mask=mask, return_selection=True, return_lse=True
+    )
+    keep = kept_mask(result.selection.indices, 190)
+    first = 190 - query_len
+    slot = torch.arange(190)
+    for row in range(2):
+        near = slot > slot[:, None] - (
+            config.fallback_window if result.selection.ran_sparse[row] else 190
+        )
+        for head in range(4):
+            chosen = keep[row, head, first:, None]
+            others = near if config.fallback == "window" else torch.zeros_like(near)
+            seen = torch.where(chosen, keep[row, head], others[first:])
+            seen = seen & mask[row] & mask[row, first:, None] & (slot <= slot[first:, None])
+            logits = problem.query[row, head] @ problem.key[row, head // 2].T / 4
+            expected = logits.masked_fill(~seen, -torch.inf).logsumexp(-1)
+            torch.testing.assert_close(result.lse[row, head], expected, rtol=1e-5, atol=1e-5)
+    plain, lse = token_sparse_attention(*problem, config, padding_mask=mask, return_lse=True)
+    assert torch.equal(plain, result.output)
+    assert torch.equal(lse, result.lse)
+
+
+def test_a_kept_share_replaces_the_budget():
+    problem = make_problem(query_len=150)
+    for share in (0.4, 1.0):
+        out, selection = sparse_run(problem, SMALL, kept=share)
+        assert (selection.lengths == int(share * 150)).all()
+    torch.testing.assert_close(out, causal_attention(*problem, scale=0.25))
 
 
 def test_return_selection_is_always_a_pair():
@@ -293,9 +345,21 @@ def test_gradients_raise_only_while_they_are_recorded():
             "query must not be longer than key's 60",
         ),
         ({"config": {}}, TypeError, "config must be a TokenSparseConfig, got dict"),
-        ({"impl": "tritan"}, ValueError, "impl must be one of auto, reference; got 'tritan'"),
-        ({"attention_backend": "fa9"}, ValueError, "attention_backend must be one of auto, flash"),
+        (
+            {"impl": "tritan"},
+            ValueError,
+            "impl must be one of auto, reference, triton; got 'tritan'",
+        ),
+        (
+            {"attention_backend": "fa9"},
+            ValueError,
+            "attention_backend must be one of auto, fa4, flash",
+        ),
         ({"scale": True}, TypeError, "scale must be a number or None, got True"),
+        ({"head_chunk": 0}, ValueError, "head_chunk must be at least 1, got 0"),
+        ({"head_chunk": 2.0}, TypeError, "head_chunk must be an int or None, got 2.0"),
+        ({"kept": 1.5}, ValueError, r"kept must be in \(0, 1\], got 1.5"),
+        ({"attention_backend": "fa4"}, ValueError, "'fa4' cannot run torch.float32.*on cpu"),
         (
             {"padding_mask": torch.ones(2, 60, dtype=torch.bool)},
             ValueError,

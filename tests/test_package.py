@@ -24,13 +24,14 @@ PUBLIC = sorted(
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
     {"config"},
-    {"inputs", "reference", "bundled"},
+    {"inputs", "crossover", "reference", "bundled"},
     {"kernels"},
     {"selection"},
     {"compression", "attention"},
     {"functional"},
+    {"library"},
     {"integrations", "info"},
-    {"run"},
+    {"run", "benchmark"},
     {"demo"},
     {"cli"},
 ]
@@ -91,7 +92,7 @@ sys.modules["triton"] = sys.modules["transformers"] = None
 import torch, token_sparse_attention as tsa
 q = torch.randn(1, 2, 300, 16)
 out, selection = tsa.token_sparse_attention(
-    q, q, q, tsa.TokenSparseConfig(drop_mass=0.2, window_size=16, min_tokens=32),
+    q, q, q, tsa.TokenSparseConfig(drop_mass=0.2, window_size=16, min_tokens=32, crossover="off"),
     return_selection=True)
 print(bool(selection.ran_sparse))
 """

@@ -7,7 +7,8 @@ from token_sparse_attention.config import (
     TokenSparseConfig,
     load_config,
 )
-from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.functional import SparseOutput, token_sparse_attention
+from token_sparse_attention.library import prefill as _prefill  # noqa: F401  registers it
 from token_sparse_attention.selection import TokenSelection, score_tokens, select_tokens
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "Compressed",
     "DenseReason",
     "LayerProfile",
+    "SparseOutput",
     "TokenSelection",
     "TokenSparseConfig",
     "compress",

@@ -14,9 +14,11 @@ from rich.status import Status
 from rich.table import Table
 
 import token_sparse_attention
-from token_sparse_attention.attention.dense import BACKENDS
+from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.benchmark.command import add_commands as add_benchmarks
+from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
-from token_sparse_attention.functional import IMPLS
+from token_sparse_attention.selection import IMPLS
 
 if TYPE_CHECKING:
     from token_sparse_attention.demo import DemoResult
@@ -85,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "info", "show versions, devices, and the attention backends found", "tsa info"
     )
     info.set_defaults(handler=_info)
+
+    bench = commands.add_parser(
+        "bench", help="measure, and make the documentation of the measurements"
+    )
+    benchmarks = bench.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+    add_benchmarks(benchmarks, _command)
+    bench.set_defaults(handler=_bench)
     return parser
 
 
@@ -307,6 +316,14 @@ def _info(args: argparse.Namespace) -> int:
             )
     console.print(table)
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        passed: bool = args.bench(args)
+    except UsageError as error:
+        raise InputError(str(error)) from error
+    return 0 if passed else FAILED
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention.inputs import check_attention_inputs
-from token_sparse_attention.selection import TokenSelection
+from token_sparse_attention.selection import TokenSelection, load_kernels, resolve_impl
 
 
 class Compressed(NamedTuple):
     """Packed attention inputs: one sequence per batch entry and head, in that order.
+
+    The tensors may be larger than the sequences together; rows beyond them hold nothing.
 
     Attributes:
         query: ``[T_q, D]``, the selected queries.
@@ -34,7 +36,9 @@ class Compressed(NamedTuple):
     max_seqlen_k: int
 
 
-def compress(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection) -> Compressed:
+def compress(
+    query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, *, impl: str = "auto"
+) -> Compressed:
     """Gather Q, K and V rows at each head's selected tokens; K and V are never repeated.
 
     Args:
@@ -42,10 +46,12 @@ def compress(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelectio
         key: ``[B, H_kv, S_kv, D]``.
         value: ``[B, H_kv, S_kv, D]``.
         selection: the tokens; those before the first query contribute keys only.
+        impl: which code runs: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        The packed tensors. Sorted indices make causal order in a packed sequence, aligned at
-        its end, the causal order of the original.
+        The packed tensors, exactly as long as the sequences where the reference ran, of
+        capacity ``B * H * K`` where Triton did. Sorted indices make causal order in a packed
+        sequence, aligned at its end, the causal order of the original.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -63,13 +69,56 @@ def compress(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelectio
     """
     check_attention_inputs(query, key, value)
     _check_selection(selection, query.shape[0], query.shape[1], query.shape[2], query.device)
-    kv_len, query_len = key.shape[2], query.shape[2]
+    kv_len = key.shape[2]
     if selection.kv_len not in (None, kv_len):
         raise ValueError(
             f"selection must index key's {kv_len} slots, but was made for {selection.kv_len}"
         )
-    group = query.shape[1] // key.shape[1]
+    impl = resolve_impl(impl, query)
+    everything = range(query.shape[0] * query.shape[1])
+    return compress_sequences(query, key, value, selection, everything, impl=impl)
+
+
+def compress_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: TokenSelection,
+    sequences: range,
+    *,
+    impl: str,
+    max_length: int | None = None,
+) -> Compressed:
+    """`compress` on checked arguments, of the sequences ``b * H + h`` in a range.
+
+    Args:
+        query: see `compress`.
+        key: see `compress`.
+        value: see `compress`.
+        selection: see `compress`.
+        sequences: which sequences; the reference takes all.
+        impl: ``"triton"`` or ``"reference"``.
+        max_length: no sequence keeps more tokens; the selection's capacity if None.
+    """
+    kv_len, query_len, head_dim = key.shape[2], query.shape[2], query.shape[3]
     first_query = kv_len - query_len
+    capacity = selection.indices.shape[2]
+    max_length = capacity if max_length is None else min(max_length, capacity)
+    if impl == "triton":
+        kernels = load_kernels("compression")
+        query, key, value = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
+        )
+        indices = selection.indices.contiguous()
+        max_queries = min(max_length, query_len)
+        rows_q, rows_k = len(sequences) * max_queries, len(sequences) * max_length
+        packed = tuple(query.new_empty(rows, head_dim) for rows in (rows_q, rows_k, rows_k))
+        offsets = kernels.cumulative_lengths(
+            indices, selection.lengths.contiguous(), first_query, sequences
+        )
+        kernels.gather(query, key, value, indices, offsets, sequences, packed, max_length)
+        return Compressed(*packed, *offsets, max_queries, max_length)
+    group = query.shape[1] // key.shape[1]
     batch, head, slot = _listed(selection, first_slot=0)
     query_batch, query_head, query_slot = _listed(selection, first_slot=first_query)
     kv_head = head // group
@@ -80,13 +129,18 @@ def compress(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelectio
         value=value[batch, kv_head, slot],
         cu_seqlens_q=_cumulative(query_lengths),
         cu_seqlens_k=_cumulative(selection.lengths),
-        max_seqlen_q=min(selection.indices.shape[2], query_len),
-        max_seqlen_k=selection.indices.shape[2],
+        max_seqlen_q=min(capacity, query_len),
+        max_seqlen_k=capacity,
     )
 
 
 def decompress(
-    out: Tensor, selection: TokenSelection, query_len: int, fallback: Tensor | None = None
+    out: Tensor,
+    selection: TokenSelection,
+    query_len: int,
+    fallback: Tensor | None = None,
+    *,
+    impl: str = "auto",
 ) -> Tensor:
     """Scatter packed output rows to their positions; the other rows get the fallback.
 
@@ -96,6 +150,7 @@ def decompress(
         query_len: S_q, length of the full output.
         fallback: ``[B, H, S_q, D]`` rows for the tokens that were not selected; zeros if
             None. It is not changed.
+        impl: which code runs: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[B, H, S_q, D]``.
@@ -117,26 +172,81 @@ def decompress(
     _check_tensor("out", out, 2, "[T_q, D]")
     _check_selection(selection, None, None, query_len, out.device)
     shape = (*selection.indices.shape[:2], query_len, out.shape[-1])
-    if fallback is None:
-        return scatter_rows(out, selection, out.new_zeros(shape))
-    _check_tensor("fallback", fallback, 4, "[B, H, S_q, D]")
-    if fallback.shape != shape or fallback.dtype != out.dtype:
-        raise ValueError(
-            f"fallback must have shape {list(shape)} and out's dtype {out.dtype}, "
-            f"got {list(fallback.shape)} and {fallback.dtype}"
+    if fallback is not None:
+        _check_tensor("fallback", fallback, 4, "[B, H, S_q, D]")
+        if fallback.shape != shape or fallback.dtype != out.dtype:
+            raise ValueError(
+                f"fallback must have shape {list(shape)} and out's dtype {out.dtype}, "
+                f"got {list(fallback.shape)} and {fallback.dtype}"
+            )
+    if resolve_impl(impl, out) == "triton":
+        first_query = _slots(selection, query_len) - query_len
+        everything = range(shape[0] * shape[1])
+        offsets = load_kernels("compression").cumulative_lengths(
+            selection.indices.contiguous(), selection.lengths.contiguous(), first_query, everything
         )
-    return scatter_rows(out, selection, fallback.clone())
+        listed = selection._replace(ran_sparse=torch.ones_like(selection.ran_sparse))
+        full = out.new_empty(shape) if fallback is None else fallback.clone()
+        decompress_sequences(
+            out, listed, offsets, everything, full, zeros=fallback is None, impl="triton"
+        )
+        return full
+    full = out.new_zeros(shape) if fallback is None else fallback.clone()
+    return _scatter(out, selection, full)
 
 
-def scatter_rows(out: Tensor, selection: TokenSelection, full: Tensor) -> Tensor:
-    """Write the packed rows into `full [B, H, S_q, D]` in place, and return it."""
-    query_len = full.shape[2]
-    first_query = (query_len if selection.kv_len is None else selection.kv_len) - query_len
+def decompress_sequences(
+    out: Tensor,
+    selection: TokenSelection,
+    offsets: tuple[Tensor, Tensor],
+    sequences: range,
+    full: Tensor,
+    *,
+    zeros: bool,
+    impl: str,
+    lse: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Write packed rows to their positions in ``full [B, H, S_q, D]``, in place.
+
+    Args:
+        out: ``[T_q, D]`` of the sequences.
+        selection: the selection; entries that ran dense are left alone.
+        offsets: cumulative lengths of the queries and the keys.
+        sequences: which sequences; the reference takes all.
+        full: written.
+        zeros: whether the other rows become zero, which the reference's must be already.
+        impl: ``"triton"`` or ``"reference"``.
+        lse: packed ``[T_q]`` and full ``[B, H, S_q]`` log-sum-exp, to be written alike.
+    """
+    if impl == "triton":
+        load_kernels("compression").scatter(
+            out if out.stride(-1) == 1 else out.contiguous(),
+            selection.indices.contiguous(),
+            offsets,
+            sequences,
+            full,
+            selection.ran_sparse,
+            first_query=_slots(selection, full.shape[2]) - full.shape[2],
+            zeros=zeros,
+            lse=lse,
+        )
+        return
+    _scatter(out, selection, full)
+    if lse is not None:
+        _scatter(lse[0][:, None], selection, lse[1][..., None])
+
+
+def _scatter(out: Tensor, selection: TokenSelection, full: Tensor) -> Tensor:
+    first_query = _slots(selection, full.shape[2]) - full.shape[2]
     batch, head, slot = _listed(selection, first_slot=first_query)
     if len(slot) != len(out):
         raise ValueError(f"out must have one row per selected query, {len(slot)}; got {len(out)}")
     full[batch, head, slot - first_query] = out
     return full
+
+
+def _slots(selection: TokenSelection, query_len: int) -> int:
+    return query_len if selection.kv_len is None else selection.kv_len
 
 
 def _listed(selection: TokenSelection, first_slot: int) -> tuple[Tensor, Tensor, Tensor]:

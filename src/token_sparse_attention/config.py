@@ -22,6 +22,8 @@ class DenseReason(str, Enum):
     SHORT_CHUNK = "fewer queries than window_size"
     ZERO_DROP_MASS = "drop_mass is 0"
     NOTHING_TO_DROP = "no token's mass fits under drop_mass, or the scores are not finite"
+    CROSSOVER_LENGTH = "context too short for sparse to be faster (crossover)"
+    CROSSOVER_KEPT = "too few tokens would be dropped for sparse to be faster (crossover)"
     LAYER_NOT_SELECTED = "layer is not among the sparse layers"
     DECODE = "decode step"
     NOT_CAUSAL = "layer is not causal self-attention"
@@ -84,9 +86,8 @@ class TokenSparseConfig:
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
         fallback_window: width of that sliding window in tokens, the query itself included.
-        crossover: ``"off"`` runs dense only where the method says so. ``"auto"`` may also
-            run dense where sparse would not be faster; it equals ``"off"`` as long as no
-            break-even has been measured.
+        crossover: ``"auto"`` also runs dense where sparse would not be faster, by a measured
+            break-even of lengths and kept tokens; ``"off"`` only where the method says so.
         sparse_layers: layers that may run sparse, None for all. Only integrations read it.
 
     Raises:
@@ -105,7 +106,7 @@ class TokenSparseConfig:
     budget: str = "shared"
     fallback: str = "zero"
     fallback_window: int = 512
-    crossover: str = "off"
+    crossover: str = "auto"
     sparse_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

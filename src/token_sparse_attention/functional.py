@@ -8,64 +8,71 @@ select gets the fallback there. Nothing is evicted: each call chooses again.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from token_sparse_attention.attention.backends import check_backend, choose_backend, takes_packed
 from token_sparse_attention.attention.dense import (
-    causal_attention,
-    check_backend,
-    varlen_causal_attention,
+    Attended,
+    attend,
+    attend_dense_rows,
+    attend_packed,
+    attend_rows,
 )
-from token_sparse_attention.compression import compress, scatter_rows
+from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
 from token_sparse_attention.inputs import (
-    Span,
+    RealTokens,
     check_attention_inputs,
     check_config,
+    check_head_chunk,
+    check_kept,
     check_no_gradients,
-    real_spans,
+    real_tokens,
     resolve_scale,
 )
 from token_sparse_attention.selection import (
     TokenSelection,
+    check_impl,
     dense_selection,
-    score_spans,
-    select_spans,
+    resolve_impl,
+    score_rows,
+    select_rows,
 )
 
-IMPLS = ("auto", "reference")
+_PACKED_BYTES = 512 * 2**20  # of Q, K, V and output of the heads that are processed at once
 
 
-@overload
-def token_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig,
-    *,
-    padding_mask: Tensor | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    attention_backend: str = ...,
-    return_selection: Literal[False] = ...,
-) -> Tensor: ...
+class SparseOutput(NamedTuple):
+    """What `token_sparse_attention` returns when more than the output is asked for.
+
+    Attributes:
+        output: ``[B, H, S_q, D]``.
+        selection: the tokens each head kept; None unless asked for.
+        lse: ``[B, H, S_q]`` float32, the log-sum-exp of each query's scaled logits over the
+            keys it attended to, -inf where the output is zero; None unless asked for.
+    """
+
+    output: Tensor
+    selection: TokenSelection | None
+    lse: Tensor | None
 
 
-@overload
-def token_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig,
-    *,
-    padding_mask: Tensor | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    attention_backend: str = ...,
-    return_selection: Literal[True],
-) -> tuple[Tensor, TokenSelection]: ...
+class Call(NamedTuple):
+    """How one call runs, beside its tensors and config; see `token_sparse_attention`."""
+
+    scale: float
+    impl: str
+    attention_backend: str
+    head_chunk: int | None = None
+    kept: float | None = None
+    want_selection: bool = False
+    want_lse: bool = False
 
 
 def token_sparse_attention(
@@ -78,13 +85,20 @@ def token_sparse_attention(
     scale: float | None = None,
     impl: str = "auto",
     attention_backend: str = "auto",
+    head_chunk: int | None = None,
+    kept: float | None = None,
     return_selection: bool = False,
-) -> Tensor | tuple[Tensor, TokenSelection]:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, TokenSelection] | tuple[Tensor, Tensor] | SparseOutput:
     r"""Causal attention in which every head attends only over the tokens it needs.
 
     With I the head's selected positions,
     ``out[I] = softmax(scale * query[I] key[I]^T + causal) value[I]``, and the fallback
     elsewhere. For prefill; the result has no gradient.
+
+    On CUDA nothing here waits for the device, unless the attention backend is one that
+    reads lengths on the host (cudnn, efficient, math); so the call can be captured in a CUDA
+    graph, and compiled as one operator.
 
     Args:
         query: ``[B, H, S_q, D]``, floating, after position encoding. Queries occupy the
@@ -94,15 +108,26 @@ def token_sparse_attention(
         config: the settings; its ``sparse_layers`` is not read here.
         padding_mask: ``[B, S_kv]`` bool, True for real tokens, one contiguous run per row.
             Every length and window counts real tokens; a row of a batch gives what it gives
-            alone. Padded query rows give zeros.
+            alone. Padded query rows give zeros. Where checking would wait for the device, a
+            row that is not one run gives NaN, else an error.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
-        impl: which code scores and selects: ``"auto"`` or ``"reference"``.
-        attention_backend: which kernel attends: ``"auto"``, ``"flash"``, ``"cudnn"``,
-            ``"efficient"`` or ``"math"``. An explicit choice never falls back.
+        impl: which code scores, selects and moves tokens: ``"auto"``, ``"triton"`` or
+            ``"reference"``.
+        attention_backend: which kernel attends: ``"auto"``, ``"fa4"`` (flash-attn-4),
+            ``"flash"`` (FlashAttention-2), ``"cudnn"``, ``"efficient"`` or ``"math"``. An
+            explicit choice never falls back.
+        head_chunk: how many heads of the batch to compress and attend at once, which bounds
+            memory; as many as fit half a GiB if None. The reference takes all.
+        kept: keep this share of a row's real tokens, in ``(0, 1]``, in place of the budget,
+            which is still computed. For benchmarks and ablations: the crossover and the
+            rules for short contexts do not apply then.
         return_selection: also return the selection.
+        return_lse: also return the log-sum-exp.
 
     Returns:
-        The output ``[B, H, S_q, D]`` in query's dtype, or ``(output, TokenSelection)``.
+        The output ``[B, H, S_q, D]`` in query's dtype and memory layout; with one of the
+        flags a pair with `TokenSelection` or the log-sum-exp ``[B, H, S_q]`` float32; with
+        both a `SparseOutput`.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -110,13 +135,15 @@ def token_sparse_attention(
             gradient while gradients are recorded, or if the backend cannot run the input.
 
     Source:
-        arXiv 2602.03216; ``S_q < S_kv`` and the windowed fallback are
+        arXiv 2602.03216; ``S_q < S_kv``, the windowed fallback and the crossover are
         extensions.
 
     Example:
         >>> query = torch.randn(1, 8, 500, 32)
         >>> key, value = torch.randn(2, 1, 2, 500, 32)
-        >>> config = TokenSparseConfig(drop_mass=0.3, window_size=32, min_tokens=64)
+        >>> config = TokenSparseConfig(
+        ...     drop_mass=0.3, window_size=32, min_tokens=64, crossover="off"
+        ... )
         >>> out, selection = token_sparse_attention(
         ...     query, key, value, config, return_selection=True
         ... )
@@ -128,73 +155,228 @@ def token_sparse_attention(
     check_no_gradients(query=query, key=key, value=value)
     check_backend(attention_backend)
     check_impl(impl)
+    check_head_chunk(head_chunk)
+    check_kept(kept)
     scale = resolve_scale(scale, query.shape[-1])
-    spans = real_spans(padding_mask, key.shape[0], key.shape[2])
-    query, key, value = query.detach(), key.detach(), value.detach()
-
-    if all(_lengths_force_dense(config, span, query, key) for span in spans):
-        selection = dense_selection(spans, query.shape[1], key.shape[2], query.device)
+    call = Call(scale, impl, attention_backend, head_chunk, kept, return_selection, return_lse)
+    if torch.compiler.is_compiling():
+        result = _call_operator(query, key, value, padding_mask, config, call)
     else:
-        scores = score_spans(query, key, config, spans, scale)
-        selection = select_spans(scores, config, spans, key.shape[2])
-    output = _unselected_rows(
-        query, key, value, config, selection, spans, scale, attention_backend
+        with torch.no_grad():
+            result = run(query, key, value, padding_mask, config, call)
+    if return_selection and return_lse:
+        return result
+    if result.selection is not None:
+        return result.output, result.selection
+    if result.lse is not None:
+        return result.output, result.lse
+    return result.output
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Tensor | None,
+    config: TokenSparseConfig,
+    call: Call,
+) -> SparseOutput:
+    """`token_sparse_attention` on checked arguments."""
+    impl = resolve_impl(call.impl, query, query.shape[-1])
+    batch_size, query_len, kv_len = len(query), query.shape[2], key.shape[2]
+    even = NEVER_DENSE if call.kept is not None else break_even(config, query)
+    tokens = real_tokens(
+        padding_mask, batch_size, kv_len, query.device, on_device=impl == "triton"
     )
-    if selection.ran_sparse.any():
-        sparse = selection.sparse_rows_only()
-        packed = compress(query, key, value, sparse)
-        attended = varlen_causal_attention(
-            packed.query,
-            packed.key,
-            packed.value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_k,
-            scale=scale,
-            backend=attention_backend,
-        )
-        scatter_rows(attended, sparse, output)
-    return (output, selection) if return_selection else output
+    if _lengths_force_dense(config, even, tokens, query_len, call.kept):
+        return _all_dense(query, key, value, tokens, call)
+
+    scores = score_rows(query, key, config, tokens, call.scale, impl)
+    selection = select_rows(
+        scores, config, tokens, impl, query_len=query_len, kept=call.kept, even=even
+    )
+    del scores
+    attended = _attend_selected(query, key, value, config, selection, tokens, even, impl, call)
+    if tokens.valid is not None:
+        invalid = ~tokens.valid[:, None, None]
+        attended.out.masked_fill_(invalid[..., None], torch.nan)
+        if attended.lse is not None:
+            attended.lse.masked_fill_(invalid, torch.nan)
+    return SparseOutput(
+        attended.out, selection.to_int64() if call.want_selection else None, attended.lse
+    )
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError unless `impl` is a known name."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
-
-
-def _lengths_force_dense(
-    config: TokenSparseConfig, span: Span, query: Tensor, key: Tensor
-) -> bool:
-    first_query = key.shape[2] - query.shape[2]
-    query_len = max(span.end - max(span.start, first_query), 0)
-    return config.dense_reason(query_len, span.end - span.start) is not None
-
-
-def _unselected_rows(
+def _attend_selected(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     config: TokenSparseConfig,
     selection: TokenSelection,
-    spans: list[Span],
-    scale: float,
-    backend: str,
-) -> Tensor:
-    """Return ``[B, H, S_q, D]``: dense sequences attended, others with their fallback rows."""
-    first_query = key.shape[2] - query.shape[2]
-    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    for row, (span, is_sparse) in enumerate(zip(spans, selection.ran_sparse.tolist())):
-        begin = max(span.start, first_query)
-        if begin >= span.end or (is_sparse and config.fallback == "zero"):
+    tokens: RealTokens,
+    even: BreakEven,
+    impl: str,
+    call: Call,
+) -> Attended:
+    """Attend the rows that run dense, the fallback of the others, and the selected tokens."""
+    into = _new_output(query, call.want_lse)
+    backend = choose_backend(call.attention_backend, query, key).name
+    how = {"scale": call.scale, "backend": backend}
+    rest_is_zero = attend_dense_rows(query, key, value, ~selection.ran_sparse, tokens, into, **how)
+    windowed = config.fallback == "window"
+    if windowed:
+        attend_rows(
+            query,
+            key,
+            value,
+            selection.ran_sparse,
+            tokens,
+            into,
+            window=config.fallback_window,
+            **how,
+        )
+    zeros = not (windowed or rest_is_zero)
+    if impl == "reference":
+        if zeros:
+            _zero_rows(into, selection.ran_sparse)
+        if not selection.ran_sparse.any():
+            return into
+        selection = selection.sparse_rows_only()
+    elif not takes_packed(backend, query) and not selection.ran_sparse.any():
+        return into
+    sparse = selection._replace(lengths=selection.lengths * selection.ran_sparse[:, None])
+    max_length = _most_tokens(config, even, query.shape[2], key.shape[2], call.kept)
+    for sequences in _head_groups(query, max_length, impl, call.head_chunk):
+        packed = compress_sequences(
+            query, key, value, sparse, sequences, impl=impl, max_length=max_length
+        )
+        attended = attend_packed(*packed, want_lse=call.want_lse, **how)
+        offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
+        del packed
+        decompress_sequences(
+            attended.out,
+            sparse,
+            offsets,
+            sequences,
+            into.out,
+            zeros=zeros,
+            impl=impl,
+            lse=_both(attended.lse, into.lse),
+        )
+        del attended
+    return into
+
+
+def _both(packed: Tensor | None, full: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if packed is None or full is None else (packed, full)
+
+
+def _new_output(query: Tensor, want_lse: bool) -> Attended:
+    """Output in query's memory layout, which attention kernels and models go on with."""
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if want_lse else None
+    return Attended(torch.empty_like(query), lse)
+
+
+def _zero_rows(into: Attended, rows: Tensor) -> None:
+    into.out[rows] = 0
+    if into.lse is not None:
+        into.lse[rows] = -torch.inf
+
+
+def _lengths_force_dense(
+    config: TokenSparseConfig,
+    even: BreakEven,
+    tokens: RealTokens,
+    query_len: int,
+    kept: float | None,
+) -> bool:
+    """Return whether every row's lengths alone make it run dense."""
+    first_query = tokens.kv_len - query_len
+    # Where only the device knows the rows, the longest row there could be decides.
+    spans = tokens.spans or [(0, tokens.kv_len)]
+    for start, end in spans:
+        row_queries, row_len = max(end - max(start, first_query), 0), end - start
+        if row_queries < config.window_size or row_len <= config.window_size:
             continue
-        queries = slice(begin - first_query, span.end - first_query)
-        keys = slice(span.start, span.end)
-        output[row, :, queries] = causal_attention(
-            query[row : row + 1, :, queries],
-            key[row : row + 1, :, keys],
-            value[row : row + 1, :, keys],
-            scale=scale,
-            backend=backend,
-            window=config.fallback_window if is_sparse else None,
-        )[0]
-    return output
+        if kept is not None:
+            return False
+        if not (
+            config.dense_reason(row_queries, row_len) or even.dense_reason(row_queries, row_len)
+        ):
+            return False
+    return True
+
+
+def _all_dense(
+    query: Tensor, key: Tensor, value: Tensor, tokens: RealTokens, call: Call
+) -> SparseOutput:
+    """Dense attention of every row."""
+    how = {"scale": call.scale, "backend": call.attention_backend}
+    if not tokens.padded:
+        into = attend(query, key, value, want_lse=call.want_lse, **how)
+    else:
+        into = _new_output(query, call.want_lse)
+        rows = torch.ones(len(query), dtype=torch.bool, device=query.device)
+        _zero_rows(into, rows)
+        attend_rows(query, key, value, rows, tokens, into, **how)
+    selection = dense_selection(tokens, query.shape[1]) if call.want_selection else None
+    return SparseOutput(into.out, selection, into.lse)
+
+
+def _most_tokens(
+    config: TokenSparseConfig, even: BreakEven, query_len: int, kv_len: int, kept: float | None
+) -> int:
+    """Return how many tokens a head can keep at most, which packed tensors must hold."""
+    if kept is not None:
+        return max(int(kept * kv_len + 0.5), config.window_size)
+    if config.budget == "per_head":
+        return kv_len
+    # The device compares in single precision.
+    return min(math.ceil(even.max_share(query_len, kv_len) * kv_len * 1.0001) + 1, kv_len)
+
+
+def _head_groups(
+    query: Tensor, max_length: int, impl: str, head_chunk: int | None
+) -> Iterator[range]:
+    """Yield the sequences, numbered ``b * H + h``, that are processed together."""
+    total = query.shape[0] * query.shape[1]
+    if impl == "reference":
+        size = total
+    elif head_chunk is not None:
+        size = head_chunk
+    else:
+        rows = 2 * max_length + 2 * min(max_length, query.shape[2])
+        fitting = max(_PACKED_BYTES // (rows * query.shape[3] * query.element_size()), 1)
+        size = math.ceil(total / math.ceil(total / fitting))
+    for first in range(0, total, size):
+        yield range(first, min(first + size, total))
+
+
+def _call_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Tensor | None,
+    config: TokenSparseConfig,
+    call: Call,
+) -> SparseOutput:
+    """`run` as one operator, which a compiler does not look into."""
+    output, lse, indices, lengths, budget, ran_sparse = torch.ops.token_sparse_attention.prefill(
+        query,
+        key,
+        value,
+        padding_mask,
+        config.drop_mass,
+        config.window_size,
+        config.pool_size,
+        config.min_tokens,
+        config.budget,
+        config.fallback,
+        config.fallback_window,
+        config.crossover,
+        *call,
+    )
+    selection = TokenSelection(indices, lengths, ran_sparse, key.shape[2], budget)
+    return SparseOutput(
+        output, selection if call.want_selection else None, lse if call.want_lse else None
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import warnings
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 
 import token_sparse_attention
-from token_sparse_attention.attention.dense import BACKENDS, causal_attention, choose_backend
+from token_sparse_attention.attention.backends import BACKENDS, choose_backend
+from token_sparse_attention.attention.dense import causal_attention
 
-PACKAGES = ("torch", "transformers", "triton", "accelerate")
+PACKAGES = ("torch", "transformers", "triton", "flash-attn-4", "accelerate")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU_INFO = Path("/proc/cpuinfo")
 _SHAPE = {"num_heads": 8, "num_kv_heads": 2, "seq_len": 64, "head_dim": 128}
@@ -48,7 +50,8 @@ def device_name(device: str) -> str:
 def commit() -> str | None:
     """Return the git commit that this package is run from, "-dirty" appended if it is changed.
 
-    None outside a checkout of it; an environment inside some other repository is none.
+    Outside a checkout of it (an environment inside some other repository is none) it is what
+    the environment variable ``TSA_COMMIT`` says, for copies without history, or None.
     """
     here = Path(__file__)
     tracked = ["git", "ls-files", "--error-unmatch", here.name]
@@ -59,7 +62,7 @@ def commit() -> str | None:
                 command, cwd=here.parent, capture_output=True, text=True, check=True
             )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("TSA_COMMIT")
     return done.stdout.strip()
 
 

@@ -28,6 +28,26 @@ def check_config(config: TokenSparseConfig) -> None:
         raise TypeError(f"config must be a TokenSparseConfig, got {type(config).__name__}")
 
 
+def check_kept(kept: float | None) -> None:
+    """Raise TypeError or ValueError unless `kept` is a share of tokens, or None."""
+    if kept is None:
+        return
+    if isinstance(kept, bool) or not isinstance(kept, (int, float)):
+        raise TypeError(f"kept must be a number or None, got {kept!r}")
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept must be in (0, 1], got {kept}")
+
+
+def check_head_chunk(head_chunk: int | None) -> None:
+    """Raise TypeError or ValueError unless `head_chunk` is a number of heads, or None."""
+    if head_chunk is None:
+        return
+    if isinstance(head_chunk, bool) or not isinstance(head_chunk, int):
+        raise TypeError(f"head_chunk must be an int or None, got {head_chunk!r}")
+    if head_chunk < 1:
+        raise ValueError(f"head_chunk must be at least 1, got {head_chunk}")
+
+
 def check_no_gradients(**tensors: Tensor) -> None:
     """Raise ValueError if gradients are recorded and one of the named tensors requires one."""
     for name, tensor in tensors.items():
@@ -83,20 +103,54 @@ class Span(NamedTuple):
     end: int
 
 
-def real_spans(padding_mask: Tensor | None, batch_size: int, kv_len: int) -> list[Span]:
+class RealTokens(NamedTuple):
+    """Where the real tokens of a batch lie.
+
+    Attributes:
+        kv_len: slots per row.
+        padded: whether a row may have padding.
+        bounds: ``[B, 2]`` int32, each row's slots ``[start, end)``.
+        valid: ``[B]`` bool, whether the mask was one run; None where that is known.
+        spans: `bounds` on the host; None where reading them would wait for the device.
+    """
+
+    kv_len: int
+    padded: bool
+    bounds: Tensor
+    valid: Tensor | None
+    spans: list[Span] | None
+
+    def host_spans(self) -> list[Span]:
+        """Return `spans`, reading them off the device if need be."""
+        return self.spans or [Span(*pair) for pair in self.bounds.tolist()]
+
+
+def real_tokens(
+    padding_mask: Tensor | None,
+    batch_size: int,
+    kv_len: int,
+    device: torch.device,
+    *,
+    on_device: bool = False,
+) -> RealTokens:
     """Return each row's run of real tokens; without a mask, all slots are real.
 
     Args:
         padding_mask: ``[B, S_kv]`` bool, True for real tokens, or None.
         batch_size: B.
         kv_len: S_kv.
+        device: where the bounds are to be.
+        on_device: do not wait for the device: rows that are not one run of True are then
+            told by `RealTokens.valid`, not by an error.
 
     Raises:
         TypeError: if the mask is no bool tensor.
         ValueError: if its shape is wrong, or a row is not exactly one run of True.
     """
     if padding_mask is None:
-        return [Span(0, kv_len)] * batch_size
+        bounds = torch.zeros(batch_size, 2, dtype=torch.int32, device=device)
+        bounds[:, 1].fill_(kv_len)
+        return RealTokens(kv_len, False, bounds, None, [Span(0, kv_len)] * batch_size)
     if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
         given = getattr(padding_mask, "dtype", type(padding_mask).__name__)
         raise TypeError(f"padding_mask must be a bool tensor, True for real tokens; got {given}")
@@ -108,14 +162,20 @@ def real_spans(padding_mask: Tensor | None, batch_size: int, kv_len: int) -> lis
     slot = torch.arange(kv_len, device=padding_mask.device)
     start = torch.where(padding_mask, slot, kv_len).amin(-1)
     end = torch.where(padding_mask, slot + 1, 0).amax(-1)
+    count = padding_mask.sum(-1)
+    valid = (count > 0) & (end - start == count)
+    if on_device:
+        start = torch.where(valid, start, 0)
+        end = torch.where(valid, end, kv_len)
+        bounds = torch.stack((start, end), -1).to(device, torch.int32)
+        return RealTokens(kv_len, True, bounds, valid.to(device), None)
     spans = []
-    for row, (first, last, count) in enumerate(
-        torch.stack((start, end, padding_mask.sum(-1)), -1).tolist()
-    ):
-        if count == 0 or last - first != count:
+    for row, (first, last, real) in enumerate(torch.stack((start, end, count), -1).tolist()):
+        if real == 0 or last - first != real:
             raise ValueError(
                 "padding_mask must mark one contiguous run of real tokens in every row; "
-                f"row {row} has {count} between slots {first} and {last}"
+                f"row {row} has {real} between slots {first} and {last}"
             )
         spans.append(Span(first, last))
-    return spans
+    bounds = torch.stack((start, end), -1).to(device, torch.int32)
+    return RealTokens(kv_len, True, bounds, None, spans)

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+import os
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from token_sparse_attention import reference
 from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, effective_length
 from token_sparse_attention.inputs import (
+    RealTokens,
     Span,
     check_attention_inputs,
     check_config,
+    check_kept,
     check_no_gradients,
-    real_spans,
+    real_tokens,
     resolve_scale,
 )
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+IMPLS = ("auto", "reference", "triton")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_MAX_HEAD_DIM = 256
 
 
 class TokenSelection(NamedTuple):
     """The tokens every head keeps.
 
     Attributes:
-        indices: ``[B, H, K]`` int64, the kept slots in ascending order, -1 after a head's
+        indices: ``[B, H, K]`` integers, the kept slots in ascending order, -1 after a head's
             last one; K is any capacity that fits. A dense row lists all its real tokens.
-        lengths: ``[B, H]`` int64, how many tokens each head keeps.
+        lengths: ``[B, H]`` integers, how many tokens each head keeps.
         ran_sparse: ``[B]`` bool, whether the row was sparsified at all.
         kv_len: slots that the indices count from 0; None means as many as there are queries.
+        budget: ``[B, H]`` integers, tokens that the method would keep, where the crossover
+            made a row run dense; None means `lengths`.
     """
 
     indices: Tensor
     lengths: Tensor
     ran_sparse: Tensor
     kv_len: int | None = None
+    budget: Tensor | None = None
 
     def sparse_rows_only(self) -> TokenSelection:
         """Return the selection with the dense rows emptied."""
@@ -43,6 +58,55 @@ class TokenSelection(NamedTuple):
             lengths=self.lengths.masked_fill(dense[:, None], 0),
         )
 
+    def to_int64(self) -> TokenSelection:
+        """Return the selection with 64-bit indices and lengths, which index tensors."""
+        budget = self.lengths if self.budget is None else self.budget
+        return self._replace(
+            indices=self.indices.long(), lengths=self.lengths.long(), budget=budget.long()
+        )
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless `impl` is a known name."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+
+
+def resolve_impl(impl: str, tensor: Tensor, head_dim: int | None = None) -> str:
+    """Return which code runs: ``"triton"`` on CUDA where it takes the input, else reference.
+
+    Args:
+        impl: ``"auto"``, or a choice that must be able to run.
+        tensor: gives device and dtype.
+        head_dim: D, None where no product is computed.
+
+    Raises:
+        ValueError: if `impl` is unknown or cannot run.
+    """
+    check_impl(impl)
+    if impl == "reference":
+        return impl
+    obstacle = None
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        obstacle = f"tensors on {tensor.device.type}"
+    elif tensor.dtype not in _TRITON_DTYPES:
+        obstacle = f"{tensor.dtype}"
+    elif head_dim is not None and head_dim > _TRITON_MAX_HEAD_DIM:
+        obstacle = f"head size {head_dim}"
+    if impl == "auto":
+        return "triton" if tensor.is_cuda and obstacle is None else "reference"
+    if obstacle is not None:
+        raise ValueError(
+            f"impl 'triton' takes CUDA tensors of float32, float16 or bfloat16 and head sizes "
+            f"up to {_TRITON_MAX_HEAD_DIM}, got {obstacle}; choose 'auto' or 'reference'"
+        )
+    return impl
+
+
+def load_kernels(name: str) -> ModuleType:
+    """Import a module of Triton kernels, which needs Triton: not installed everywhere."""
+    return importlib.import_module(f"token_sparse_attention.kernels.{name}")
+
 
 def score_tokens(
     query: Tensor,
@@ -51,6 +115,7 @@ def score_tokens(
     *,
     padding_mask: Tensor | None = None,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     r"""Score every token before the window by the attention it gets from the window.
 
@@ -64,6 +129,7 @@ def score_tokens(
         config: gives W, the ``window_size``.
         padding_mask: ``[B, S_kv]`` bool, True for real tokens, one run per row.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
+        impl: which code runs: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[B, H, N]`` float32 with ``N = max(S_kv - W, 0)``, indexed by slot. Padding and the
@@ -84,21 +150,36 @@ def score_tokens(
     check_config(config)
     check_attention_inputs(query, key, None)
     check_no_gradients(query=query, key=key)
+    impl = resolve_impl(impl, query, query.shape[-1])
     scale = resolve_scale(scale, query.shape[-1])
-    spans = real_spans(padding_mask, key.shape[0], key.shape[2])
-    return score_spans(query.detach(), key.detach(), config, spans, scale)
+    tokens = real_tokens(
+        padding_mask, len(key), key.shape[2], key.device, on_device=impl == "triton"
+    )
+    return score_rows(query.detach(), key.detach(), config, tokens, scale, impl)
 
 
-def score_spans(
-    query: Tensor, key: Tensor, config: TokenSparseConfig, spans: list[Span], scale: float
+def score_rows(
+    query: Tensor,
+    key: Tensor,
+    config: TokenSparseConfig,
+    tokens: RealTokens,
+    scale: float,
+    impl: str,
 ) -> Tensor:
     """`score_tokens` on checked arguments."""
-    batch_size, num_heads, query_len, _ = query.shape
     window_size, kv_len = config.window_size, key.shape[2]
+    if impl == "triton":
+        kernels = load_kernels("scoring")
+        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        scores: Tensor = kernels.score_tokens(
+            query, key, tokens.bounds, window_size, scale, padded=tokens.padded
+        )
+        return scores
+    batch_size, num_heads, query_len, _ = query.shape
     first_query = kv_len - query_len
     num_scored = max(kv_len - window_size, 0)
     scores = query.new_zeros(batch_size, num_heads, num_scored, dtype=torch.float32)
-    for row, span in enumerate(spans):
+    for row, span in enumerate(tokens.host_spans()):
         row_queries = query[row, :, max(span.start - first_query, 0) : span.end - first_query]
         if span.end <= first_query or row_queries.shape[1] < window_size:
             scores[row] = torch.nan
@@ -115,6 +196,7 @@ def select_tokens(
     *,
     padding_mask: Tensor | None = None,
     kept: float | None = None,
+    impl: str = "auto",
 ) -> TokenSelection:
     """Choose each head's tokens from the scores: smooth, budget, top-k, plus the window.
 
@@ -126,10 +208,13 @@ def select_tokens(
         kept: keep this share of a row's real tokens, window included, in place of the
             budget; in ``(0, 1]``. For benchmarks and ablations: ``min_tokens`` and the rule
             for short contexts do not apply then.
+        impl: which code runs: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        The selection. A row runs dense if it is no longer than ``min_tokens + window_size``,
-        has no finite scores, if ``drop_mass`` is 0, or if no token fits under it.
+        The selection; its indices have capacity for all slots where Triton ran. Queries are
+        not known here, so the crossover has no say. A row runs dense if it is no longer than
+        ``min_tokens + window_size``, has no finite scores, if ``drop_mass`` is 0, or if no
+        token fits under it.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -150,11 +235,8 @@ def select_tokens(
         raise TypeError(f"scores must be a float32 tensor, got {given}")
     if scores.dim() != 3:
         raise ValueError(f"scores must have shape [B, H, N], got {list(scores.shape)}")
-    if kept is not None:
-        if isinstance(kept, bool) or not isinstance(kept, (int, float)):
-            raise TypeError(f"kept must be a number or None, got {kept!r}")
-        if not 0 < kept <= 1:
-            raise ValueError(f"kept must be in (0, 1], got {kept}")
+    check_kept(kept)
+    impl = resolve_impl(impl, scores)
     batch_size, _, num_scored = scores.shape
     kv_len = num_scored + config.window_size
     if padding_mask is not None and isinstance(padding_mask, Tensor) and padding_mask.dim() == 2:
@@ -165,29 +247,82 @@ def select_tokens(
                 f"padding_mask of {kv_len} slots and window_size {config.window_size}, "
                 f"got {num_scored}"
             )
-    return select_spans(scores, config, real_spans(padding_mask, batch_size, kv_len), kv_len, kept)
+    tokens = real_tokens(
+        padding_mask, batch_size, kv_len, scores.device, on_device=impl == "triton"
+    )
+    return select_rows(scores, config, tokens, impl, kept=kept).to_int64()
 
 
-def select_spans(
+def select_rows(
     scores: Tensor,
     config: TokenSparseConfig,
-    spans: list[Span],
-    kv_len: int,
+    tokens: RealTokens,
+    impl: str,
+    *,
+    query_len: int | None = None,
     kept: float | None = None,
+    even: BreakEven = NEVER_DENSE,
 ) -> TokenSelection:
-    """`select_tokens` on checked arguments, of sequences with `kv_len` slots."""
-    rows = []
+    """`select_tokens` on checked arguments; `query_len` and `even` say where dense is faster."""
+    num_heads, kv_len = scores.shape[1], tokens.kv_len
+    if scores.shape[2] == 0:
+        return dense_selection(tokens, num_heads)
+    first_query = kv_len - (kv_len if query_len is None else query_len)
+    if kept is not None:
+        even = NEVER_DENSE
+    if impl == "triton":
+        kernels = load_kernels("selection")
+        rule = kernels.Rule(
+            config.drop_mass,
+            config.window_size,
+            config.pool_size,
+            config.min_tokens,
+            config.budget == "per_head",
+            kept,
+            even.max_work,
+            even.fixed_tokens,
+        )
+        selected = kernels.select_tokens(
+            scores.contiguous(), tokens.bounds, kv_len, first_query, rule
+        )
+        return TokenSelection(
+            selected.indices, selected.lengths, selected.ran_sparse, kv_len, selected.budget
+        )
+    rows, budgets = [], []
+    spans = tokens.host_spans()
     for row, span in enumerate(spans):
         row_scores = scores[row, :, span.start : max(span.end - config.window_size, span.start)]
-        rows.append(_keep_row(row_scores, config, span.end - span.start, kept))
-    return _selection_of_rows(rows, spans, scores.shape[1], kv_len, scores.device)
+        row_len = span.end - span.start
+        keep = _keep_row(row_scores, config, row_len, kept)
+        lengths = scores.new_full((num_heads,), row_len) if keep is None else keep.sum(-1)
+        budgets.append(lengths.long())
+        row_queries = span.end - max(span.start, first_query)
+        if keep is not None and _is_slower(lengths / row_len, row_queries, row_len, even):
+            keep = None
+        rows.append(keep)
+    selection = _selection_of_rows(rows, spans, num_heads, kv_len, scores.device)
+    return selection._replace(budget=torch.stack(budgets))
 
 
-def dense_selection(
-    spans: list[Span], num_heads: int, kv_len: int, device: torch.device
-) -> TokenSelection:
+def _is_slower(shares: Tensor, query_len: int, kv_len: int, even: BreakEven) -> bool:
+    """Return whether heads that keep these shares of a row would attend slower than dense."""
+    limit = even.max_work - even.fixed_tokens / effective_length(query_len, kv_len)
+    return float(shares.square().mean()) > limit
+
+
+def dense_selection(tokens: RealTokens, num_heads: int) -> TokenSelection:
     """Return the selection of a batch in which every row runs dense."""
-    return _selection_of_rows([None] * len(spans), spans, num_heads, kv_len, device)
+    start, end = tokens.bounds.long().unbind(-1)
+    slot = torch.arange(tokens.kv_len, device=start.device)
+    listed = torch.where(slot < (end - start)[:, None], slot + start[:, None], -1)
+    lengths = (end - start)[:, None].expand(-1, num_heads).contiguous()
+    return TokenSelection(
+        indices=listed[:, None].expand(-1, num_heads, -1).contiguous(),
+        lengths=lengths,
+        ran_sparse=torch.zeros(len(start), dtype=torch.bool, device=start.device),
+        kv_len=tokens.kv_len,
+        budget=lengths,
+    )
 
 
 def _keep_row(
@@ -199,7 +334,7 @@ def _keep_row(
         return reference.keep_tokens(scores, config)
     if not scores.isfinite().all():
         return None
-    count = min(max(round(kept * kv_len) - config.window_size, 0), scores.shape[1])
+    count = min(max(int(kept * kv_len + 0.5) - config.window_size, 0), scores.shape[1])
     counts = torch.full((scores.shape[0],), count, device=scores.device)
     return reference.top_tokens(
         reference.smooth(scores, config.pool_size), counts, config.window_size

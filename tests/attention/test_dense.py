@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from support import make_problem, relative_error
-from token_sparse_attention.attention.dense import (
-    causal_attention,
-    choose_backend,
-    varlen_causal_attention,
-)
+from token_sparse_attention.attention.backends import choose_backend
+from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
 from token_sparse_attention.reference import masked_attention
 
 SCALE = 0.25
@@ -89,7 +86,7 @@ def test_auto_names_its_choice_and_why():
 
 def test_an_explicit_backend_never_falls_back():
     problem = make_problem()
-    with pytest.raises(ValueError, match="attention_backend must be one of auto, flash"):
+    with pytest.raises(ValueError, match="attention_backend must be one of auto, fa4, flash"):
         causal_attention(*problem, scale=SCALE, backend="flash3")
     for backend in ("cudnn", "efficient"):
         with pytest.raises(ValueError, match=f"{backend!r} cannot run torch.float32.*on cpu"):

@@ -18,7 +18,7 @@ from support import (
     relative_error,
 )
 from token_sparse_attention import TokenSparseConfig, select_tokens, token_sparse_attention
-from token_sparse_attention.attention.dense import causal_attention, choose_backend
+from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.reference import masked_attention
 
 DEVICE = "cuda"
@@ -112,12 +112,12 @@ def test_padded_batches_equal_their_rows(fallback):
         assert not out[row][:, ~mask[row]].any()
 
 
-@pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient", "math"])
+@pytest.mark.parametrize("backend", ["auto", "flash", "cudnn", "efficient", "math"])
 @pytest.mark.parametrize(
     ("query_len", "kv_len", "window"),
     [(300, 300, None), (100, 300, None), (1, 300, None), (300, 300, 50), (100, 300, 50)],
 )
-def test_backends_are_right_or_refuse(backend, query_len, kv_len, window):
+def test_backends_are_right(backend, query_len, kv_len, window):
     problem = make_problem(
         heads=8,
         query_len=query_len,
@@ -130,10 +130,6 @@ def test_backends_are_right_or_refuse(backend, query_len, kv_len, window):
     position = slot[kv_len - query_len :, None]
     allowed = ((slot <= position) & (slot > position - (window or kv_len)))[None]
     exact = masked_attention(*(tensor[0].double() for tensor in problem), allowed, 0.125)
-    if backend == "flash" and window is not None:  # FlashAttention takes no written-out mask
-        with pytest.raises(ValueError, match="'flash' cannot run"):
-            causal_attention(*problem, scale=0.125, backend=backend, window=window)
-        return
     out = causal_attention(*problem, scale=0.125, backend=backend, window=window)
     assert relative_error(out[0], exact) < 1e-2
 
@@ -146,15 +142,8 @@ def test_ties_keep_the_lower_index():
     assert torch.equal(selection.indices[0, :, :kept], lowest.expand(2, -1))
 
 
-def test_auto_picks_a_fused_kernel_for_half_precision():
-    half = make_problem(heads=8, head_dim=128, dtype=torch.bfloat16, device=DEVICE)
-    assert choose_backend("auto", half.query, half.key).name in ("cudnn", "flash")
-    full = make_problem(heads=8, head_dim=128, device=DEVICE)
-    assert choose_backend("auto", full.query, full.key).name == "efficient"
-
-
 def test_128k_tokens_fit_and_equal_float64_on_sampled_rows():
-    length, config = 131072, TokenSparseConfig(drop_mass=0.3)
+    length, config = 131072, TokenSparseConfig(drop_mass=0.3, crossover="off")
     torch.manual_seed(0)
     query = torch.randn(1, 32, length, 128, device=DEVICE, dtype=torch.bfloat16)
     key, value = torch.randn(2, 1, 8, length, 128, device=DEVICE, dtype=torch.bfloat16)

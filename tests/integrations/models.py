@@ -11,7 +11,9 @@ from transformers.masking_utils import sdpa_mask
 
 from token_sparse_attention import TokenSparseConfig, reference
 
-CONFIG = TokenSparseConfig(drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32)
+CONFIG = TokenSparseConfig(
+    drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32, crossover="off"
+)
 LAYERS = 3
 SHAPE = {
     "num_hidden_layers": LAYERS,

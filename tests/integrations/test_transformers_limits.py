@@ -414,7 +414,7 @@ def test_dispatched_models_work(tmp_path):
 
 
 def test_profiles_survive_the_way_through_json():
-    profile = TokenSparseConfig(drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32)
+    profile = CONFIG
     model, ids = make_model(), make_ids()
     with apply(model, TokenSparseConfig.from_json(json.dumps(json.loads(profile.to_json())))):
         first = model(ids).logits

@@ -1,7 +1,6 @@
-"""Dense causal attention through PyTorch's SDPA: rectangular, windowed and packed.
+"""Dense causal attention by the chosen backend: whole rows, some rows, packed sequences.
 
-Causal always means aligned at the end: the last query sees every key. K and V of a GQA
-group are never repeated: kernels that know GQA get the group, others one member at a time.
+Causal always means aligned at the end: the last query sees every key. GQA is native.
 """
 
 from __future__ import annotations
@@ -9,77 +8,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import (
-    SDPAParams,
-    can_use_cudnn_attention,
-    can_use_efficient_attention,
-    can_use_flash_attention,
-)
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
-BACKENDS = ("auto", "flash", "cudnn", "efficient", "math")
-_SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-_CUDA_CHECKS = {
-    "cudnn": can_use_cudnn_attention,
-    "flash": can_use_flash_attention,
-    "efficient": can_use_efficient_attention,
-}
-_NO_KERNEL = ("No available kernel", "No viable backend")  # what SDPA says where none fits
-_MASKED_ROWS = 256  # queries per block where a mask has to be written out
+from token_sparse_attention.attention import flash, sdpa
+from token_sparse_attention.attention.backends import check_fa4, choose_backend, takes_packed
+from token_sparse_attention.inputs import RealTokens
 
 
-class BackendChoice(NamedTuple):
-    """An attention backend and why it was chosen."""
+class Attended(NamedTuple):
+    """Rows of attention output, and their log-sum-exp if it was asked for."""
 
-    name: str
-    reason: str
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is a known name."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"attention_backend must be one of {', '.join(BACKENDS)}; got {backend!r}"
-        )
-
-
-def choose_backend(
-    backend: str, query: Tensor, key: Tensor, *, masked: bool = False
-) -> BackendChoice:
-    """Return the backend to run: the given one, or for ``"auto"`` the fastest available.
-
-    Order on CUDA: cudnn, flash, efficient, math, the first that takes the dtype and head
-    size; elsewhere flash, PyTorch's own fused CPU kernel.
-
-    Args:
-        backend: one of `BACKENDS`.
-        query: ``[B, H, S_q, D]``.
-        key: ``[B, H_kv, S_kv, D]``.
-        masked: whether the call needs a mask that is not plain causal.
-    """
-    check_backend(backend)
-    if backend != "auto":
-        return BackendChoice(backend, "asked for")
-    if query.device.type != "cuda":
-        return BackendChoice("flash", f"PyTorch's fused kernel for {query.device.type}")
-    passed_over: list[str] = []
-    mask = query.new_empty(1, 1, 8, 8, dtype=torch.bool) if masked else None
-    probe = query[:, :: query.shape[1] // key.shape[1], :8]
-    params = SDPAParams(probe, key[:, :, :8], key[:, :, :8], mask, 0.0, not masked, False)
-    for name, can_use in _CUDA_CHECKS.items():
-        if can_use(params, False):
-            order = f"not usable: {', '.join(passed_over)}" if passed_over else "first choice"
-            return BackendChoice(name, f"{order} on {torch.cuda.get_device_name(query.device)}")
-        passed_over.append(name)
-    return BackendChoice("math", "no fused kernel takes this dtype and head size")
+    out: Tensor
+    lse: Tensor | None
 
 
 def causal_attention(
@@ -107,38 +47,153 @@ def causal_attention(
     Raises:
         ValueError: if an explicit backend cannot run these inputs.
     """
-    query_len, kv_len = query.shape[2], key.shape[2]
-    if window is not None and window < kv_len:
-        return _blockwise_attention(query, key, value, scale, backend, window)
-    if query_len in (1, kv_len):
-        causal = query_len > 1
-        return _sdpa(query, key, value, None, causal, scale, backend)
-    if query.device.type == "cuda" and choose_backend(backend, query, key).name == "flash":
-        # FlashAttention aligns causal masks at the end by itself; the bias only names that.
-        bias = causal_lower_right(query_len, kv_len)
-        return _sdpa(query, key, value, bias, False, scale, "flash")
-    return _blockwise_attention(query, key, value, scale, backend, kv_len)
+    return attend(query, key, value, scale=scale, backend=backend, window=window).out
 
 
-def _blockwise_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str, window: int
-) -> Tensor:
-    """Attention with a band mask, a block of queries at a time, over the keys it can see."""
-    query_len, kv_len = query.shape[2], key.shape[2]
-    first_query = kv_len - query_len
-    out = torch.empty_like(query)
-    for begin in range(0, query_len, _MASKED_ROWS):
-        end = min(begin + _MASKED_ROWS, query_len)
-        first_key = max(first_query + begin - window + 1, 0)
-        last_key = first_query + end
-        position = torch.arange(first_query + begin, last_key, device=query.device)[:, None]
-        slot = torch.arange(first_key, last_key, device=query.device)
-        band = (slot <= position) & (slot > position - window)
-        keys = slice(first_key, last_key)
-        out[:, :, begin:end] = _sdpa(
-            query[:, :, begin:end], key[:, :, keys], value[:, :, keys], band, False, scale, backend
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    backend: str = "auto",
+    window: int | None = None,
+    want_lse: bool = False,
+) -> Attended:
+    """`causal_attention` with the log-sum-exp ``[B, H, S_q]`` float32 if it is wanted.
+
+    flash-attn-4 and FlashAttention-2 give it along the way; for the others the logits are
+    computed once more.
+    """
+    if window is not None and window >= key.shape[2]:
+        window = None
+    backend = _resolve(backend, query, key)
+    if takes_packed(backend, query):
+        transposed = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        out, lse = flash.rows_attention(
+            backend, *transposed, scale=scale, window=window, want_lse=want_lse
         )
-    return out
+        return Attended(out.transpose(1, 2), lse if want_lse else None)
+    out = sdpa.causal_sdpa(query, key, value, scale, backend, window)
+    return Attended(out, sdpa.causal_lse(query, key, scale, window) if want_lse else None)
+
+
+def _resolve(backend: str, query: Tensor, key: Tensor) -> str:
+    """Return the backend to run; the name of a flash kernel only where it can run."""
+    backend = choose_backend(backend, query, key).name
+    if backend == "fa4":
+        check_fa4(query)
+    return backend
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    tokens: RealTokens,
+    into: Attended,
+    *,
+    scale: float,
+    backend: str,
+    window: int | None = None,
+) -> None:
+    """Causal attention of some rows' real tokens, written in place; other rows stay.
+
+    Kernels that take lengths from the device are launched for every row, with no tokens in
+    those that are not wanted; for the others the host reads which are.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: likewise.
+        rows: ``[B]`` bool, the rows wanted.
+        tokens: where the real tokens are.
+        into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
+        scale: factor of the logits.
+        backend: one of `BACKENDS`.
+        window: keys each query sees, itself included; None for all.
+    """
+    backend = _resolve(backend, query, key)
+    first_query = key.shape[2] - query.shape[2]
+    if not takes_packed(backend, query):
+        for row, (wanted, span) in enumerate(zip(rows.tolist(), tokens.host_spans())):
+            begin = max(span.start, first_query)
+            if not wanted or begin >= span.end:
+                continue
+            queries = slice(begin - first_query, span.end - first_query)
+            keys = slice(span.start, span.end)
+            one = attend(
+                query[row : row + 1, :, queries],
+                key[row : row + 1, :, keys],
+                value[row : row + 1, :, keys],
+                scale=scale,
+                backend=backend,
+                window=window,
+                want_lse=into.lse is not None,
+            )
+            into.out[row, :, queries] = one.out[0]
+            if into.lse is not None and one.lse is not None:
+                into.lse[row, :, queries] = one.lse[0]
+        return
+    query, key, value, out = (x.transpose(1, 2) for x in (query, key, value, into.out))
+    ends = torch.where(rows, tokens.bounds[:, 1], tokens.bounds[:, 0])
+    cu_seqlens_k = torch.stack((tokens.bounds[:, 0], ends), -1)
+    cu_seqlens_q = (cu_seqlens_k - first_query).clamp(min=0)
+    for row in range(len(query)):
+        _, lse = flash.varlen_attention(
+            backend,
+            query[row],
+            key[row],
+            value[row],
+            cu_seqlens_q[row],
+            cu_seqlens_k[row],
+            max_seqlen_q=query.shape[1],
+            max_seqlen_k=key.shape[1],
+            scale=scale,
+            window=window,
+            out=out[row],
+            want_lse=into.lse is not None,
+        )
+        if into.lse is not None and lse is not None:
+            slot = torch.arange(query.shape[1], device=query.device)
+            inside = (slot >= cu_seqlens_q[row, 0]) & (slot < cu_seqlens_q[row, 1])
+            into.lse[row] = torch.where(inside, lse, into.lse[row])
+
+
+def attend_dense_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    tokens: RealTokens,
+    into: Attended,
+    *,
+    scale: float,
+    backend: str,
+) -> bool:
+    """`attend_rows` without a window, for output that holds nothing yet.
+
+    Returns:
+        Whether everything else became zero, and its log-sum-exp -inf, on the way; if not,
+        it was not written.
+    """
+    chosen = _resolve(backend, query, key)
+    if chosen == "fa4" and not tokens.padded:
+        flash.fa4_where(
+            torch.where(rows, tokens.kv_len, 0).to(torch.int32),
+            *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+            scale=scale,
+            out=into.out.transpose(1, 2),
+            lse=into.lse,
+        )
+        return True
+    if tokens.padded:
+        into.out.zero_()
+        if into.lse is not None:
+            into.lse.fill_(-torch.inf)
+    attend_rows(query, key, value, rows, tokens, into, scale=scale, backend=chosen)
+    return tokens.padded
 
 
 def varlen_causal_attention(
@@ -150,6 +205,8 @@ def varlen_causal_attention(
     *,
     scale: float,
     backend: str = "auto",
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Causal attention of many packed single-head sequences, each aligned at its end.
 
@@ -157,73 +214,67 @@ def varlen_causal_attention(
         query: ``[T_q, D]``.
         key: ``[T_k, D]``.
         value: ``[T_k, D]``.
-        cu_seqlens_q: ``[sequences + 1]`` int32.
+        cu_seqlens_q: ``[sequences + 1]`` int32; T_q may be larger than its last entry, and
+            what stands beyond it means nothing.
         cu_seqlens_k: ``[sequences + 1]`` int32.
         scale: factor of the logits.
         backend: one of `BACKENDS`.
+        max_seqlen_q: no sequence has more queries; T_q if None.
+        max_seqlen_k: no sequence has more keys; T_k if None.
 
     Returns:
         ``[T_q, D]``.
     """
-    query_lens = cu_seqlens_q.diff().tolist()
-    kv_lens = cu_seqlens_k.diff().tolist()
-    if len(set(query_lens)) == len(set(kv_lens)) == 1 and query_lens[0] > 0:
-        heads = len(query_lens)
-        q, k, v = (x.view(1, heads, -1, x.shape[-1]) for x in (query, key, value))
-        return causal_attention(q, k, v, scale=scale, backend=backend).reshape(query.shape)
-    out = torch.empty_like(query)
-    parts = ((query, query_lens), (key, kv_lens), (value, kv_lens), (out, query_lens))
-    sequences = zip(*(torch.split(tensor, lengths) for tensor, lengths in parts))
-    for q, k, v, o in sequences:
-        if len(q) > 0:
-            o.copy_(
-                causal_attention(
-                    q[None, None], k[None, None], v[None, None], scale=scale, backend=backend
-                )[0, 0]
-            )
-    return out
+    return attend_packed(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q or len(query),
+        max_seqlen_k or len(key),
+        scale=scale,
+        backend=backend,
+    ).out
 
 
-def _sdpa(
+def attend_packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
     scale: float,
     backend: str,
-) -> Tensor:
-    chosen = choose_backend(backend, query, key, masked=mask is not None).name
-    group = query.shape[1] // key.shape[1]
-    knows_gqa = chosen == "flash" or (chosen == "cudnn" and mask is None)
-    try:
-        with sdpa_kernel(_SDPA[chosen]):
-            if group == 1 or knows_gqa:
-                return F.scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    attn_mask=mask,
-                    is_causal=is_causal,
-                    scale=scale,
-                    enable_gqa=group > 1,
-                )
-            out = torch.empty_like(query)
-            for member in range(group):
-                out[:, member::group] = F.scaled_dot_product_attention(
-                    query[:, member::group],
-                    key,
-                    value,
-                    attn_mask=mask,
-                    is_causal=is_causal,
-                    scale=scale,
-                )
-            return out
-    except RuntimeError as error:
-        if not any(known in str(error) for known in _NO_KERNEL):
-            raise
-        raise ValueError(
-            f"attention_backend {chosen!r} cannot run {query.dtype} with head size "
-            f"{query.shape[-1]} {'and a mask ' if mask is not None else ''}on "
-            f"{query.device.type}; choose another or 'auto'"
-        ) from error
+    want_lse: bool = False,
+) -> Attended:
+    """`varlen_causal_attention` with the log-sum-exp ``[T_q]`` float32 if it is wanted."""
+    backend = _resolve(backend, query[None, None], key[None, None])
+    if takes_packed(backend, query):
+        out, lse = flash.varlen_attention(
+            backend,
+            *(tensor[:, None] for tensor in (query, key, value)),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            scale=scale,
+            want_lse=want_lse,
+        )
+        return Attended(out[:, 0], lse[0] if want_lse and lse is not None else None)
+    query_lens = cu_seqlens_q.diff().tolist()
+    kv_lens = cu_seqlens_k.diff().tolist()
+    out = sdpa.packed_sdpa(query, key, value, query_lens, kv_lens, scale, backend)
+    if not want_lse:
+        return Attended(out, None)
+    lse = query.new_empty(len(query), dtype=torch.float32)
+    begin_q = begin_k = 0
+    for query_len, kv_len in zip(query_lens, kv_lens):
+        q, k = query[None, None, begin_q:][:, :, :query_len], key[None, None, begin_k:]
+        lse[begin_q : begin_q + query_len] = sdpa.causal_lse(q, k[:, :, :kv_len], scale, None)
+        begin_q += query_len
+        begin_k += kv_len
+    return Attended(out, lse)

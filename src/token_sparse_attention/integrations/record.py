@@ -28,6 +28,7 @@ class SelectionRecord:
         ran_sparse: ``[B]`` bool.
         query_lens: ``[B]`` real queries per row.
         kv_lens: ``[B]`` real keys per row.
+        budget: ``[B, H]`` tokens the method would keep, whether or not the row ran sparse.
     """
 
     config: TokenSparseConfig
@@ -35,6 +36,7 @@ class SelectionRecord:
     ran_sparse: Tensor
     query_lens: Tensor
     kv_lens: Tensor
+    budget: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,18 @@ class LayerRecord:
         if self.selection is None:
             reason = str(self.dense_reason)
             return [f"{reason}: {self.detail}" if self.detail else reason]
-        config = self.selection.config
-        lengths = zip(self.selection.query_lens.tolist(), self.selection.kv_lens.tolist())
-        return [
-            None if ran else str(config.dense_reason(*row_lengths) or DenseReason.NOTHING_TO_DROP)
-            for ran, row_lengths in zip(self.selection.ran_sparse.tolist(), lengths)
-        ]
+        reasons = []
+        for ran, query_len, kv_len, budget in zip(
+            self.selection.ran_sparse.tolist(),
+            self.selection.query_lens.tolist(),
+            self.selection.kv_lens.tolist(),
+            self.selection.budget.tolist(),
+        ):
+            reason = self.selection.config.dense_reason(query_len, kv_len)
+            if reason is None and min(budget) < kv_len:
+                reason = DenseReason.CROSSOVER_KEPT
+            reasons.append(None if ran else str(reason or DenseReason.NOTHING_TO_DROP))
+        return reasons
 
     @property
     def kept(self) -> list[list[int]] | None:

@@ -22,22 +22,27 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from token_sparse_attention.attention.dense import check_backend
+from token_sparse_attention.attention.backends import check_backend
+from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.config import (
     DenseReason,
     LayerProfile,
     TokenSparseConfig,
     layer_configs,
 )
-from token_sparse_attention.functional import check_impl, token_sparse_attention
+from token_sparse_attention.crossover import break_even
+from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.inputs import check_kept
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
 from token_sparse_attention.integrations.record import (
     LayerRecord,
     PrefillReport,
     SelectionRecord,
 )
+from token_sparse_attention.selection import check_impl
 
 _NAME_PREFIX = "tsa_"  # must contain neither "flash" nor "sdpa", which transformers interprets
+_DENSE_PREFIX = "dense_"  # of the names that `register_dense_attention` gives
 _DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 # Arguments that change nothing about attention itself. Any other one that is set, and that
 # `_dense_reason` does not read, sends the layer to the model's own implementation.
@@ -69,6 +74,7 @@ def apply(
     *,
     impl: str = "auto",
     attention_backend: str = "auto",
+    kept: float | None = None,
 ) -> AppliedSparsity:
     """Make a causal language model prefill sparsely, until removed.
 
@@ -78,11 +84,13 @@ def apply(
 
     Args:
         model: a decoder-only transformers model that uses the attention interface, on the
-            ``"eager"`` or ``"sdpa"`` implementation. It may be compiled, dispatched over
-            devices by accelerate, or use any cache.
+            ``"eager"`` or ``"sdpa"`` implementation or one that `register_dense_attention`
+            named. It may be compiled, dispatched over devices by accelerate, or use any cache.
         config: the settings for all layers, or for its ``sparse_layers``; or a profile.
         impl: which code scores and selects, see `token_sparse_attention`.
         attention_backend: which kernel attends, see `token_sparse_attention`.
+        kept: keep this share of the tokens whatever the settings say, see
+            `token_sparse_attention`; for benchmarks.
 
     Returns:
         A context manager whose value is the `PrefillReport`; or keep the object and call
@@ -99,7 +107,9 @@ def apply(
         ...     LlamaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=99,
         ...                 num_attention_heads=4, num_key_value_heads=2)
         ... ).eval()
-        >>> config = TokenSparseConfig(drop_mass=0.2, window_size=16, min_tokens=32)
+        >>> config = TokenSparseConfig(
+        ...     drop_mass=0.2, window_size=16, min_tokens=32, crossover="off"
+        ... )
         >>> with apply(model, config) as report, torch.no_grad():
         ...     _ = model(torch.arange(90)[None])
         >>> [record.paths for record in report]
@@ -107,11 +117,69 @@ def apply(
     """
     check_backend(attention_backend)
     check_impl(impl)
+    check_kept(kept)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     _check_model(model)
     text_config = model.config.get_text_config(decoder=True)
     configs = layer_configs(config, text_config.num_hidden_layers)
-    return AppliedSparsity(model, configs, impl, attention_backend)
+    return AppliedSparsity(model, configs, impl, attention_backend, kept)
+
+
+def register_dense_attention(attention_backend: str = "auto") -> str:
+    """Register dense attention by this library's kernels, for models to run on.
+
+    Causal prefills without a mask run on `attention_backend`; whatever else a model asks for
+    goes to transformers' ``"sdpa"``. With flash-attn-4 that makes dense layers of long
+    prompts faster too; `apply` can be used on top.
+
+    Args:
+        attention_backend: which kernel attends, see `token_sparse_attention`.
+
+    Returns:
+        The implementation's name, for ``from_pretrained(..., attn_implementation=name)`` or
+        ``model.set_attn_implementation(name)``.
+
+    Raises:
+        ValueError: if the backend's name is unknown.
+
+    Example:
+        >>> register_dense_attention("math")
+        'dense_math'
+    """
+    check_backend(attention_backend)
+    # transformers interprets "flash" in a name.
+    name = _DENSE_PREFIX + attention_backend.replace("flash", "fa2")
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        config = TokenSparseConfig(min_tokens=0, window_size=1)
+        reason, _ = _dense_reason(module, query, key, value, config, dropout, kwargs)
+        if reason or attention_mask is not None or query.shape[2] != key.shape[2]:
+            return _dense_function("sdpa", module)(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=scaling,
+                dropout=dropout,
+                **kwargs,
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = causal_attention(query, key, value, scale=scale, backend=attention_backend)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return name
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -137,7 +205,9 @@ def _check_model(model: PreTrainedModel) -> None:
             "model already runs token sparse attention; remove() the first application before "
             "applying again (models built on one config object share it)"
         )
-    if implementation not in _DENSE_IMPLEMENTATIONS:
+    if implementation not in _DENSE_IMPLEMENTATIONS and not implementation.startswith(
+        _DENSE_PREFIX
+    ):
         raise ValueError(
             f"model must run one of the attention implementations "
             f"{', '.join(_DENSE_IMPLEMENTATIONS)}, got {implementation!r}; call "
@@ -159,6 +229,7 @@ class AppliedSparsity:
         configs: dict[int, TokenSparseConfig],
         impl: str,
         attention_backend: str,
+        kept: float | None,
     ) -> None:
         self.report = PrefillReport()
         self.name = _NAME_PREFIX + uuid.uuid4().hex
@@ -168,6 +239,7 @@ class AppliedSparsity:
         self._configs = configs
         self._impl = impl
         self._attention_backend = attention_backend
+        self._kept = kept
         self._last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None
         self._last_mask = None
         self._interface_called = False
@@ -228,6 +300,11 @@ class AppliedSparsity:
             self._interface_called = True
             config = self._configs.get(layer)
             reason, detail = _dense_reason(module, query, key, value, config, dropout, kwargs)
+            if reason is None and config is not None and self._kept is None:
+                reason = config.dense_reason(query.shape[2], key.shape[2])
+                reason = reason or break_even(config, query).dense_reason(
+                    query.shape[2], key.shape[2]
+                )
             if reason is None and config is not None:
                 layout = self._read_mask(attention_mask, query.shape[2], key.shape[2])
                 if layout is not None:
@@ -263,6 +340,7 @@ class AppliedSparsity:
             scale=scale,
             impl=self._impl,
             attention_backend=self._attention_backend,
+            kept=self._kept,
             return_selection=True,
         )
         if padding_mask is None:
@@ -272,8 +350,9 @@ class AppliedSparsity:
         else:
             query_lens = padding_mask[:, kv_len - query_len :].sum(-1)
             kv_lens = padding_mask.sum(-1)
+        budget = selection.lengths if selection.budget is None else selection.budget
         selected = SelectionRecord(
-            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens
+            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens, budget
         )
         self.report.add(LayerRecord(layer, query_len, kv_len, selection=selected))
         return output
@@ -330,7 +409,7 @@ def _dense_reason(
     for name, argument in kwargs.items():
         if name not in _NEUTRAL_ARGUMENTS and argument is not None and argument is not False:
             return DenseReason.UNKNOWN_ARGUMENT, name
-    return config.dense_reason(query.shape[2], key.shape[2]), ""
+    return None, ""
 
 
 def _dense_function(name: str, module: nn.Module) -> AttentionFunction:

@@ -1,0 +1,282 @@
+"""The ``tsa bench`` commands: arguments, progress, output. Exit codes are those of `cli`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from token_sparse_attention.benchmark import op
+from token_sparse_attention.benchmark.record import Record, ResultFile, UsageError
+from token_sparse_attention.benchmark.runs import Run
+from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
+from token_sparse_attention.info import provenance
+
+MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]
+_CPU_BACKENDS, _CUDA_BACKENDS = ("flash", "math"), ("fa4", "cudnn", "flash", "flex")
+_PREFILL_LENGTHS, _PREFILL_KEPT = (8192, 16384, 32768, 65536, 131072, 262144), (0.5, 0.35)
+
+
+def add_commands(commands: Any, make: MakeCommand) -> None:
+    """Add the commands below ``tsa bench``; `make` adds one of name, summary and example."""
+    operator = make(
+        commands,
+        "op",
+        "time the operator stage by stage and against its peers",
+        "tsa bench op --out benchmarks/results/op.json\n"
+        "  tsa bench op --lengths 131072 --kept 0.5 --crossover-lengths ''",
+    )
+    prefill = make(
+        commands,
+        "prefill",
+        "time the first token of a Llama-shaped model with random weights, dense and sparse",
+        "tsa bench prefill --out benchmarks/results/prefill.json",
+    )
+    docs = make(
+        commands,
+        "docs",
+        "make the tables and figures of the documentation anew from result files",
+        "tsa bench docs benchmarks/results/*.json --out docs/benchmarks.md",
+    )
+    _add_op_arguments(operator)
+    _add_prefill_arguments(prefill)
+    for command, budget in ((operator, 0.2), (prefill, 5.0)):
+        command.add_argument("--device", default="auto", help="torch device (default: auto)")
+        command.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
+        command.add_argument("--heads", dest="num_heads", type=_positive, default=32, metavar="H")
+        command.add_argument(
+            "--kv-heads", dest="num_kv_heads", type=_positive, default=8, metavar="H"
+        )
+        command.add_argument(
+            "--budget-seconds",
+            type=float,
+            default=budget,
+            metavar="S",
+            help=f"to spend on each time, as far as a few samples allow (default: {budget:g})",
+        )
+        command.add_argument("--out", type=Path, metavar="FILE", help="where to write the results")
+    docs.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result files")
+    docs.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown to update")
+    operator.set_defaults(bench=_op)
+    prefill.set_defaults(bench=_prefill)
+    docs.set_defaults(bench=_docs)
+
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _add_op_arguments(command: argparse.ArgumentParser) -> None:
+    lists: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]] = {
+        "lengths": (_positive, op.LENGTHS, "prompt lengths"),
+        "crossover-lengths": (
+            _positive,
+            op.CROSSOVER_LENGTHS,
+            "lengths at which the method decides, with crossover on",
+        ),
+        "kept": (float, op.KEPT, "shares of the tokens to keep"),
+        "drop-mass": (float, op.DROP_MASS, "settings at the crossover lengths"),
+    }
+    _add_lists(command, lists)
+    command.add_argument("--head-dim", type=_positive, default=128, metavar="D")
+    command.add_argument(
+        "--backends",
+        type=_list_of(str),
+        metavar="NAMES",
+        help="dense kernels, the first being the one to compare with (default: "
+        f"{','.join(_CUDA_BACKENDS)}; off CUDA {','.join(_CPU_BACKENDS)})",
+    )
+    command.add_argument(
+        "--peers-up-to",
+        type=_positive,
+        default=131072,
+        metavar="S",
+        help="longest prompt for slow peers: flash, flex, eager (default: 131072)",
+    )
+
+
+def _add_prefill_arguments(command: argparse.ArgumentParser) -> None:
+    _add_lists(
+        command,
+        {
+            "lengths": (_positive, _PREFILL_LENGTHS, "prompt lengths"),
+            "kept": (float, _PREFILL_KEPT, "shares of the tokens to keep"),
+        },
+    )
+    shape = {
+        "layers": ("num_layers", 32),
+        "hidden": ("hidden_size", 4096),
+        "intermediate": ("intermediate_size", 14336),
+        "vocab": ("vocab_size", 128256),
+    }
+    for name, (dest, default) in shape.items():
+        command.add_argument(f"--{name}", dest=dest, type=_positive, default=default, metavar="N")
+
+
+def _add_lists(
+    command: argparse.ArgumentParser,
+    lists: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]],
+) -> None:
+    for name, (kind, default, what) in lists.items():
+        shown = ",".join(map(str, default))
+        command.add_argument(
+            f"--{name}",
+            type=_list_of(kind),
+            default=default,
+            metavar="LIST",
+            help=f"{what} (default: {shown})",
+        )
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+
+    return read
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _op(args: argparse.Namespace) -> bool:
+    device = _device(args.device)
+    default = _CUDA_BACKENDS if device.type == "cuda" else _CPU_BACKENDS
+    options = op.OpOptions(
+        device=device,
+        dtype=getattr(torch, args.dtype),
+        lengths=args.lengths,
+        crossover_lengths=args.crossover_lengths,
+        kept=args.kept,
+        drop_mass=args.drop_mass,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        head_dim=args.head_dim,
+        backends=default if args.backends is None else args.backends,
+        peers_up_to=args.peers_up_to,
+        budget_seconds=args.budget_seconds,
+    )
+    return _measured(args, device, lambda report: op.measure(options, report))
+
+
+def _prefill(args: argparse.Namespace) -> bool:
+    try:
+        from token_sparse_attention.benchmark import prefill
+    except ImportError as error:
+        raise UsageError(
+            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
+        ) from error
+    device = _device(args.device)
+    options = prefill.PrefillOptions(
+        device=device,
+        dtype=getattr(torch, args.dtype),
+        lengths=args.lengths,
+        kept=args.kept,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        vocab_size=args.vocab_size,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        budget_seconds=args.budget_seconds,
+    )
+    return _measured(args, device, lambda report: prefill.measure(options, report))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used: {error}") from error
+    return device
+
+
+def _measured(
+    args: argparse.Namespace,
+    device: torch.device,
+    measure: Callable[[Callable[[str], None]], Iterator[Record]],
+) -> bool:
+    """Run a measurement, keeping what there is after each length, and show it."""
+    about = provenance(str(device))
+    left_out = ("bench", "command", "bench_command", "handler", "json", "out")
+    asked = {name: value for name, value in vars(args).items() if name not in left_out}
+    asked = {"command": f"tsa bench {args.bench_command}", **asked}
+    asked = {name: list(v) if isinstance(v, tuple) else v for name, v in asked.items()}
+    records: list[Record] = []
+    with Console(stderr=True).status("starting") as status:
+        for record in measure(status.update):
+            if args.out and records and records[-1].seq_len != record.seq_len:
+                _save(ResultFile(about, asked, tuple(records)), args.out)
+            records.append(record)
+    result = ResultFile(about, asked, tuple(records))
+    if args.out:
+        _save(result, args.out)
+    if args.json:
+        print(result.to_json(), end="")
+    else:
+        _print_tables(Run("this run", result))
+    return not result.failures
+
+
+def _save(result: ResultFile, path: Path) -> None:
+    try:
+        result.save(path)
+    except OSError as error:
+        raise UsageError(f"--out {path} cannot be written: {error}") from error
+
+
+def _print_tables(run: Run) -> None:
+    console = Console()
+    for name in (name for name in TABLES if name not in ("runs", "targets")):
+        table = build(name, [run])
+        if table.strip() != EMPTY:
+            console.print(f"[bold]{name}[/]", Markdown(table))
+    for failed in run.result.failures:
+        kept = "" if failed.kept is None else f", {failed.kept:g} kept"
+        console.print(
+            f"[red]check failed[/]: {failed.name} at {failed.seq_len:,} tokens{kept}: "
+            f"{failed.note}"
+        )
+
+
+def _docs(args: argparse.Namespace) -> bool:
+    from token_sparse_attention.benchmark.plots import draw
+
+    runs = [Run.load(path) for path in args.results]
+    try:
+        document = args.out.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--out {args.out} cannot be read: {error}") from error
+    figures = draw(runs)
+    text = render(document, runs, list(figures))
+    folder = args.out.parent / "figures"
+    written = [args.out]
+    try:
+        args.out.write_text(text, encoding="utf-8")
+        if figures:
+            folder.mkdir(exist_ok=True)
+        for name, svg in figures.items():
+            (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+            written.append(folder / f"{name}.svg")
+    except OSError as error:
+        raise UsageError(f"--out {args.out} cannot be written: {error}") from error
+    failures = sum(len(run.result.failures) for run in runs)
+    if args.json:
+        print(json.dumps({"written": [str(p) for p in written], "failed_checks": failures}))
+    else:
+        for path in written:
+            print(path)
+    return not failures

@@ -1,0 +1,360 @@
+"""`tsa bench op`: the operator stage by stage, whole, and against its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
+from token_sparse_attention.benchmark import checks, timing
+from token_sparse_attention.benchmark.checks import Inputs, Verdict
+from token_sparse_attention.benchmark.contenders import DENSE, dense_call, eager_composition
+from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.compression import compress, decompress
+from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.selection import score_tokens, select_tokens
+
+LENGTHS = tuple(2**power for power in range(12, 19))
+CROSSOVER_LENGTHS = tuple(2**power for power in range(10, 19))
+KEPT = (1.0, 0.9, 0.65, 0.5, 0.35, 0.2)
+DROP_MASS = (0.005, 0.1, 0.3, 0.5)
+MAIN_KEPT = 0.5  # where only one share is measured
+_FULL_UP_TO = 2**18  # longer points measure one dense kernel and the whole operator
+_LONG_MS = 100.0  # calls so long that the host's part does not matter
+_SLOW_PEERS = ("flash", "flex")
+_NEW_LENGTHS = (1, 37, 101)  # tokens more than a warm length
+_CONFIG = TokenSparseConfig.published()
+_WINDOWED = replace(_CONFIG, fallback="window")
+
+Report = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class OpOptions:
+    """What to measure; the command's help explains the fields.
+
+    Raises:
+        UsageError: if a field is out of range.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    lengths: tuple[int, ...] = LENGTHS
+    crossover_lengths: tuple[int, ...] = CROSSOVER_LENGTHS
+    kept: tuple[float, ...] = KEPT
+    drop_mass: tuple[float, ...] = DROP_MASS
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    backends: tuple[str, ...] = ()
+    peers_up_to: int = 2**17
+    budget_seconds: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(
+                f"--heads must be a multiple of --kv-heads {self.num_kv_heads}, "
+                f"got {self.num_heads}"
+            )
+        unknown = [name for name in self.backends if name not in DENSE]
+        if unknown:
+            raise UsageError(f"--backends must be among {', '.join(DENSE)}; got {unknown[0]!r}")
+        shortest = min((*self.lengths, *self.crossover_lengths), default=0)
+        if shortest <= _CONFIG.window_size:
+            raise UsageError(f"lengths must exceed {_CONFIG.window_size}, got {shortest}")
+        if not all(0 < kept <= 1 for kept in self.kept) or not self.kept:
+            raise UsageError(f"--kept must hold shares in (0, 1], got {self.kept}")
+        if not all(0 < mass < 1 for mass in self.drop_mass):
+            raise UsageError(f"--drop-mass must hold shares in (0, 1), got {self.drop_mass}")
+
+    @property
+    def main_kept(self) -> float:
+        """The share to measure where only one is."""
+        return MAIN_KEPT if MAIN_KEPT in self.kept else self.kept[0]
+
+
+class Contender(NamedTuple):
+    """Something to time on the device and, if `wall`, by the host's clock."""
+
+    name: str
+    call: Callable[..., Any]
+    verdict: Verdict | None = None
+    kernel: bool = True
+    wall: bool = False
+
+
+def measure(options: OpOptions, report: Report = lambda _: None) -> Iterator[Record]:
+    """Yield every record of a run, in order; `report` is told what is being measured."""
+    for seq_len in options.lengths:
+        yield from _measure_length(_Point(options, seq_len), report)
+    for seq_len in options.crossover_lengths:
+        yield from _measure_crossover(_Point(options, seq_len), report)
+
+
+class _Point:
+    """One length's inputs, and what its records have in common."""
+
+    def __init__(self, options: OpOptions, seq_len: int) -> None:
+        timing.free_memory(options.device)
+        self.options, self.seq_len = options, seq_len
+        self.inputs = _make_inputs(options, seq_len)
+        self.reference_error = 0.0  # of the first dense kernel that ran
+
+    def record(self, name: str, kind: str, **fields: Any) -> Record:
+        options = self.options
+        return Record(
+            suite="op",
+            name=name,
+            kind=kind,
+            batch=1,
+            num_heads=options.num_heads,
+            num_kv_heads=options.num_kv_heads,
+            head_dim=options.head_dim,
+            seq_len=self.seq_len,
+            dtype=str(options.dtype).removeprefix("torch."),
+            **fields,
+        )
+
+    def timed(self, *contenders: Contender, **fields: Any) -> Iterator[Record]:
+        """Time contenders in turns."""
+        device, budget = self.options.device, self.options.budget_seconds
+        kernel = [one for one in contenders if one.kernel]
+        timings = timing.kernel_times([one.call for one in kernel], device, budget)
+        done = {
+            one.name
+            for one, taken in zip(kernel, timings)
+            if taken.kind == "eager" or taken.median_ms > _LONG_MS
+        }
+        wall = [one for one in contenders if one.wall and one.name not in done]
+        timings += timing.wall_times([one.call for one in wall], device, budget)
+        for contender, taken in zip(kernel + wall, timings):
+            checked = contender.verdict or Verdict(True, None)
+            yield self.record(
+                contender.name,
+                taken.kind,
+                median_ms=taken.median_ms,
+                low_ms=taken.low_ms,
+                high_ms=taken.high_ms,
+                samples=taken.samples,
+                error=checked.error,
+                passed=checked.passed if contender.verdict else None,
+                note="; ".join(filter(None, (checked.note, taken.note))),
+                **fields,
+            )
+
+    def memory(self, name: str, call: Callable[[], Tensor], **fields: Any) -> Iterator[Record]:
+        peak = timing.peak_extra_mib(call, self.options.device)
+        if peak is not None:
+            yield self.record(name, "memory", peak_extra_mib=peak, **fields)
+
+    def skipped(self, name: str, error: Exception, **fields: Any) -> Record:
+        timing.free_memory(self.options.device)
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return self.record(name, "skipped", note=reason[:200], **fields)
+
+    def whole(self, config: TokenSparseConfig = _CONFIG, **keywords: Any) -> Callable[..., Any]:
+        return partial(token_sparse_attention, *self.inputs, config, **keywords)
+
+    def checked_whole(
+        self, name: str, config: TokenSparseConfig, kept: float, **keywords: Any
+    ) -> Contender:
+        """Run the whole operator once, check it, and return it for timing."""
+        call = self.whole(config, kept=kept, **keywords)
+        out, selection = call(return_selection=True)
+        verdict = checks.check_sparse(
+            self.inputs, out, selection, config, reference_error=self.reference_error, kept=kept
+        )
+        return Contender(name, call, verdict)
+
+
+def _make_inputs(options: OpOptions, seq_len: int) -> Inputs:
+    """Random tensors that lie in memory as Hugging Face models give them: ``[B, S, H, D]``."""
+    generator = torch.Generator(options.device).manual_seed(seq_len)
+    heads = (options.num_heads, options.num_kv_heads, options.num_kv_heads)
+    return Inputs(
+        *(
+            torch.randn(
+                *(1, seq_len, count, options.head_dim),
+                generator=generator,
+                device=options.device,
+                dtype=options.dtype,
+            ).transpose(1, 2)
+            for count in heads
+        )
+    )
+
+
+def _measure_length(point: _Point, report: Report) -> Iterator[Record]:
+    options, seq_len = point.options, point.seq_len
+    say = _prefixed(report, seq_len)
+    full = seq_len <= _FULL_UP_TO
+    if full:
+        say("first calls")
+        yield _first_calls(point)
+    yield from _dense_peers(point, say, full)
+    if not full:
+        say("whole operator")
+        kept = options.main_kept
+        yield from point.timed(point.checked_whole("ours/whole", _CONFIG, kept), kept=kept)
+        yield from point.memory("ours/whole", point.whole(kept=kept), kept=kept)
+        return
+    say("scoring and window")
+    query, key, value = point.inputs
+    score = partial(score_tokens, query, key, _CONFIG)
+    yield from point.timed(Contender("ours/score", score))
+    window = partial(
+        causal_attention,
+        *(query, key, value),
+        scale=point.inputs.scale,
+        window=_CONFIG.fallback_window,
+    )
+    yield from point.timed(Contender("ours/window", window))
+    scores = score()
+    for kept in options.kept:
+        say(f"stages, kept {kept:g}")
+        yield from _if_it_fits(point, "ours/attend", kept, _stages(point, scores, kept))
+        say(f"whole operator, kept {kept:g}")
+        yield from _if_it_fits(point, "ours/whole", kept, _whole(point, kept))
+        if seq_len <= options.peers_up_to:
+            say(f"eager composition, kept {kept:g}")
+            yield from _if_it_fits(point, "eager/whole", kept, _eager(point, kept))
+
+
+def _if_it_fits(
+    point: _Point, name: str, kept: float, records: Iterator[Record]
+) -> Iterator[Record]:
+    try:
+        yield from records
+    except torch.OutOfMemoryError as error:
+        yield point.skipped(name, error, kept=kept)
+
+
+def _prefixed(report: Report, seq_len: int) -> Report:
+    return lambda what: report(f"{seq_len:,} tokens: {what}")
+
+
+def _first_calls(point: _Point) -> Record:
+    """How much longer than a warm call the first call takes at lengths not seen before."""
+    options, kept = point.options, point.options.main_kept
+    point.whole(kept=kept)()
+    extra_ms = []
+    for more in _NEW_LENGTHS:
+        inputs = _make_inputs(options, point.seq_len + more)
+        call = partial(token_sparse_attention, *inputs, _CONFIG, kept=kept)
+        first = timing.wall_ms(call, options.device)
+        warm = sorted(timing.wall_ms(call, options.device) for _ in range(3))[1]
+        extra_ms.append(first - warm)
+    taken = timing.summarize("first_call", extra_ms)
+    return point.record(
+        "ours/whole",
+        "first_call",
+        kept=kept,
+        median_ms=taken.median_ms,
+        low_ms=min(extra_ms),
+        high_ms=max(extra_ms),
+        samples=len(extra_ms),
+        note="low and high are the extremes; lengths S + " + ", S + ".join(map(str, _NEW_LENGTHS)),
+    )
+
+
+def _dense_peers(point: _Point, say: Report, full: bool) -> Iterator[Record]:
+    options = point.options
+    have_reference = False
+    for backend in options.backends:
+        if have_reference and not full:
+            return
+        if point.seq_len > options.peers_up_to and backend in _SLOW_PEERS and have_reference:
+            continue
+        name = f"dense/{backend}"
+        say(name)
+        try:
+            call = dense_call(backend, point.inputs)
+            verdict = checks.check_dense(point.inputs, call())
+            records = list(point.timed(Contender(name, call, verdict, wall=not have_reference)))
+        except Exception as error:  # a peer that cannot run is a finding, not a failure
+            yield point.skipped(name, error)
+            continue
+        if not have_reference and verdict.passed:
+            have_reference = True
+            point.reference_error = verdict.allowance
+        yield from records
+
+
+def _stages(point: _Point, scores: Tensor, kept: float) -> Iterator[Record]:
+    query, key, value = point.inputs
+    selection = select_tokens(scores, _CONFIG, kept=kept)
+    packed = compress(query, key, value, selection)
+    attend = partial(
+        varlen_causal_attention,
+        *packed[:5],
+        scale=point.inputs.scale,
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_k=packed.max_seqlen_k,
+    )
+    attended = attend()
+    stages: dict[str, Callable[..., Any]] = {
+        "ours/select": partial(select_tokens, scores, _CONFIG, kept=kept),
+        "ours/gather": partial(compress, query, key, value, selection),
+        "ours/attend": attend,
+        "ours/scatter": partial(decompress, attended, selection, point.seq_len),
+    }
+    for name, call in stages.items():
+        yield from point.timed(Contender(name, call), kept=kept)
+
+
+def _whole(point: _Point, kept: float) -> Iterator[Record]:
+    contenders = [
+        point.checked_whole("ours/whole", _CONFIG, kept)._replace(wall=True),
+        point.checked_whole("ours/whole_window", _WINDOWED, kept),
+    ]
+    if kept == point.options.main_kept:
+        heads = point.options.num_heads
+        contenders.append(point.checked_whole("ours/unchunked", _CONFIG, kept, head_chunk=heads))
+    yield from point.timed(*contenders, kept=kept)
+    for contender in contenders:
+        yield from point.memory(contender.name, contender.call, kept=kept)
+
+
+def _eager(point: _Point, kept: float) -> Iterator[Record]:
+    call = partial(eager_composition, point.inputs, _CONFIG, kept)
+    out, selection = call()
+    verdict = checks.check_sparse(
+        *(point.inputs, out, selection, _CONFIG),
+        reference_error=point.reference_error,
+        kept=kept,
+    )
+    del out, selection
+    contender = Contender("eager/whole", call, verdict, kernel=False, wall=True)
+    yield from point.timed(contender, kept=kept)
+    yield from point.memory("eager/whole", lambda: call()[0], kept=kept)
+
+
+def _measure_crossover(point: _Point, report: Report) -> Iterator[Record]:
+    """Time the operator as a user calls it against dense attention, in turns."""
+    say = _prefixed(report, point.seq_len)
+    for drop_mass in point.options.drop_mass:
+        say(f"crossover, drop_mass {drop_mass:g}")
+        config = TokenSparseConfig(drop_mass=drop_mass, crossover="auto")
+        dense = partial(causal_attention, *point.inputs, scale=point.inputs.scale)
+        out = dense()
+        verdict = checks.check_dense(point.inputs, out)
+        ours = point.whole(config)
+        out, selection = ours(return_selection=True)
+        ours_verdict = checks.check_sparse(
+            *(point.inputs, out, selection, config), reference_error=verdict.allowance
+        )
+        del out
+        share = float(selection.lengths.double().mean()) / point.seq_len
+        kept = round(share, 4) if bool(selection.ran_sparse[0]) else 1.0
+        yield from point.timed(
+            Contender("crossover/dense", dense, verdict, wall=True),
+            Contender("crossover/ours", ours, ours_verdict, wall=True),
+            kept=kept,
+            drop_mass=drop_mass,
+        )

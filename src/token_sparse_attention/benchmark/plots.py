@@ -1,0 +1,162 @@
+"""`tsa bench docs`: the figures of the documentation, from result files, as SVG.
+
+The same results give the same bytes: no dates, and identifiers from a fixed salt.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.benchmark.runs import (
+    STAGES,
+    NoFigureError,
+    Run,
+    milliseconds,
+    speed_up,
+    tokens,
+)
+from token_sparse_attention.benchmark.tables import tflops
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STYLE: Any = {"svg.hashsalt": "token-sparse-attention", "svg.fonttype": "none", "font.size": 9}
+_SIZE = (6.4, 3.4)
+Lines = dict[str, tuple[list[int], list[float]]]
+
+
+def draw(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the SVG text of every figure that the runs have data for, by name.
+
+    Raises:
+        UsageError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(
+            "figures need matplotlib: pip install 'token-sparse-attention[bench]'"
+        ) from error
+    drawn = {}
+    with mpl.rc_context(_STYLE):
+        for name, plot in FIGURES.items():
+            figure = Figure(figsize=_SIZE, layout="constrained")
+            if plot(figure.add_subplot(), runs):
+                buffer = io.StringIO()
+                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+                lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+                drawn[name] = "\n".join(lines) + "\n"
+    return drawn
+
+
+def _dense(axes: Axes, runs: Sequence[Run]) -> bool:
+    lines: Lines = {}
+    for run in runs:
+        for name in run.names("dense/"):
+            label = name.removeprefix("dense/")
+            for seq_len in run.lengths(name):
+                _add(lines, label, seq_len, _rate, run, name)
+    return _plot_lines(axes, lines, "dense causal attention, TFLOP/s")
+
+
+def _rate(seq_len: int, run: Run, name: str) -> float:
+    return tflops(run.need(name, seq_len))
+
+
+def _whole_dense(axes: Axes, runs: Sequence[Run]) -> bool:
+    lines: Lines = {}
+    for run in runs:
+        for kept in run.shares("ours/whole"):
+            for seq_len in run.lengths("ours/whole"):
+                _add(lines, f"{kept:.0%} kept", seq_len, _over_dense, run, kept)
+    return _plot_lines(axes, lines, "speed-up over dense attention")
+
+
+def _over_dense(seq_len: int, run: Run, kept: float) -> float:
+    return speed_up(run.dense(seq_len), run.need("ours/whole", seq_len, kept))
+
+
+def _stages(axes: Axes, runs: Sequence[Run]) -> bool:
+    """Each stage's time in percent of attention over the kept tokens, on top of each other."""
+    heights: dict[str, dict[int, float]] = {name: {} for name in STAGES}
+    for run in runs:
+        kept = run.main_kept()
+        for seq_len in run.lengths("ours/attend"):
+            try:
+                run.need("ours/whole", seq_len, kept)
+                attend = milliseconds(run.need("ours/attend", seq_len, kept, checked=False))
+                stage_ms = [
+                    run.need(name, seq_len, None if name == STAGES[0] else kept, checked=False)
+                    for name in STAGES
+                ]
+            except NoFigureError:
+                continue
+            for name, record in zip(STAGES, stage_ms):
+                heights[name].setdefault(seq_len, 100 * milliseconds(record) / attend)
+    lengths = sorted(heights[STAGES[0]])
+    bottom = [0.0] * len(lengths)
+    for name in STAGES:
+        values = [heights[name][seq_len] for seq_len in lengths]
+        axes.bar([tokens(s) for s in lengths], values, bottom=bottom, label=name[5:], width=0.6)
+        bottom = [low + value for low, value in zip(bottom, values)]
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("% of attention over the kept tokens")
+    axes.legend(frameon=False)
+    return bool(lengths)
+
+
+def _prefill(axes: Axes, runs: Sequence[Run]) -> bool:
+    lines: Lines = {}
+    for run in runs:
+        for name in run.names("sparse/"):
+            layers = name.removeprefix("sparse/")
+            for kept in run.shares(name):
+                for seq_len in run.lengths(name):
+                    label = f"{kept:.0%} kept, {layers} layers"
+                    _add(lines, label, seq_len, _over_prefill, run, name, kept)
+    return _plot_lines(axes, lines, "speed-up of the time to first token")
+
+
+def _over_prefill(seq_len: int, run: Run, name: str, kept: float) -> float:
+    return speed_up(run.need("dense", seq_len), run.need(name, seq_len, kept))
+
+
+def _add(
+    lines: Lines, label: str, seq_len: int, value: Callable[..., float], *arguments: Any
+) -> None:
+    """Add ``value(seq_len, *arguments)`` to a line, unless there is no such figure."""
+    try:
+        point = value(seq_len, *arguments)
+    except NoFigureError:
+        return
+    lengths, values = lines.setdefault(label, ([], []))
+    lengths.append(seq_len)
+    values.append(point)
+
+
+def _plot_lines(axes: Axes, lines: Lines, what: str) -> bool:
+    for label, (lengths, values) in lines.items():
+        points = sorted(zip(lengths, values))
+        axes.plot(*zip(*points), marker="o", markersize=3, label=label)
+    shown = sorted({seq_len for lengths, _ in lines.values() for seq_len in lengths})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shown, [tokens(seq_len) for seq_len in shown])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(what)
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend(frameon=False)
+    return bool(lines)
+
+
+FIGURES: dict[str, Callable[[Axes, Sequence[Run]], bool]] = {
+    "dense": _dense,
+    "stages": _stages,
+    "whole-dense": _whole_dense,
+    "prefill": _prefill,
+}

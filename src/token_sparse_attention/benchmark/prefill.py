@@ -1,0 +1,210 @@
+"""`tsa bench prefill`: time to first token of a whole model, dense and sparse.
+
+The model has the shape of a real one and random weights: what a prefill costs does not depend
+on the weights, as the share of tokens to keep is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from token_sparse_attention.benchmark import timing
+from token_sparse_attention.benchmark.checks import Verdict, judge
+from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.integrations.record import PrefillReport
+from token_sparse_attention.integrations.transformers import apply, register_dense_attention
+
+_MIN_SAMPLES, _MAX_SAMPLES = 2, 10
+
+Report = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class PrefillOptions:
+    """What to measure; the model has the shape of Llama-3.1-8B unless told otherwise.
+
+    Raises:
+        UsageError: if a field is out of range.
+    """
+
+    device: torch.device
+    lengths: tuple[int, ...]
+    kept: tuple[float, ...]
+    dtype: torch.dtype = torch.bfloat16
+    num_layers: int = 32
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    vocab_size: int = 128256
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    budget_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise UsageError(
+                "--hidden must be a multiple of --heads, and that of --kv-heads; got "
+                f"{self.hidden_size}, {self.num_heads} and {self.num_kv_heads}"
+            )
+        shortest = TokenSparseConfig().window_size
+        if not self.lengths or min(self.lengths) <= shortest:
+            raise UsageError(f"--lengths must exceed {shortest}, got {self.lengths}")
+        if not all(0 < kept <= 1 for kept in self.kept):
+            raise UsageError(f"--kept must hold shares in (0, 1], got {self.kept}")
+
+
+@dataclass(frozen=True)
+class _Contender:
+    name: str
+    layers: tuple[int, ...] = ()  # which run sparse
+    kept: float | None = None
+
+    def switched_on(self, model: Any) -> AbstractContextManager[PrefillReport | None]:
+        if self.kept is None:
+            return nullcontext()
+        config = TokenSparseConfig(sparse_layers=self.layers, crossover="off")
+        return apply(model, config, kept=self.kept)
+
+
+@torch.no_grad()
+def measure(options: PrefillOptions, report: Report = lambda _: None) -> Iterator[Record]:
+    """Yield every record of a run, in order; `report` is told what is being measured."""
+    report("building the model")
+    model = _build_model(options)
+    every = tuple(range(options.num_layers))
+    groups = {"half": every[options.num_layers // 2 :], "all": every}
+    contenders = [_Contender("dense")] + [
+        _Contender(f"sparse/{name}", layers, kept)
+        for name, layers in groups.items()
+        for kept in options.kept
+    ]
+    report("checking")
+    verdict = _check(model, options, every)
+    for seq_len in sorted(options.lengths):
+        ids = _random_ids(options, seq_len)
+        for contender in contenders:
+            report(f"{seq_len:,} tokens: {contender.name}, kept {contender.kept or 1:g}")
+            try:
+                yield from _measure_one(model, options, ids, contender, verdict)
+            except torch.OutOfMemoryError as error:
+                yield _record(
+                    options, seq_len, contender, "skipped", note=str(error).splitlines()[0]
+                )
+            timing.free_memory(options.device)
+
+
+def _build_model(options: PrefillOptions) -> Any:
+    config = LlamaConfig(
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        num_key_value_heads=options.num_kv_heads,
+        vocab_size=options.vocab_size,
+        max_position_embeddings=max(options.lengths),
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        eos_token_id=None,
+    )
+    with torch.device(options.device):  # straight to the device: weights this size take a while
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=options.dtype, attn_implementation=register_dense_attention()
+        )
+    return model.eval()
+
+
+def _random_ids(options: PrefillOptions, seq_len: int) -> Tensor:
+    generator = torch.Generator(options.device).manual_seed(seq_len)
+    shape = (1, seq_len)
+    return torch.randint(options.vocab_size, shape, generator=generator, device=options.device)
+
+
+def _last_logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(ids, logits_to_keep=1, use_cache=True).logits[0, -1]
+    return logits
+
+
+def _check(model: Any, options: PrefillOptions, layers: tuple[int, ...]) -> Verdict:
+    """Compare logits with every token kept in every layer with dense ones.
+
+    What two dense kernels differ by, twice, is the bound.
+    """
+    ids = _random_ids(options, min(options.lengths))
+    implementation = model.config._attn_implementation
+    dense = _last_logits(model, ids).double()
+    model.set_attn_implementation("sdpa")
+    other_dense = _last_logits(model, ids).double()
+    model.set_attn_implementation(implementation)
+    with _Contender("sparse/all", layers, kept=1.0).switched_on(model) as report:
+        sparse = _last_logits(model, ids).double()
+    bound = 2 * float((other_dense - dense).norm() / dense.norm())
+    bound += 4 * torch.finfo(options.dtype).eps
+    error = float((sparse - dense).norm() / dense.norm())
+    return judge(error, bound, _ran_dense(report, layers))
+
+
+def _ran_dense(report: PrefillReport | None, layers: tuple[int, ...]) -> list[str]:
+    if report is None:
+        return []
+    sparse = {record.layer for record in report.last_prefill() if record.paths == ["sparse"]}
+    dense = sorted(set(layers) - sparse)
+    return [f"layers {dense} ran dense"] if dense else []
+
+
+def _measure_one(
+    model: Any, options: PrefillOptions, ids: Tensor, contender: _Contender, verdict: Verdict
+) -> Iterator[Record]:
+    seq_len, device = ids.shape[1], options.device
+    first_token = partial(_first_token, model, ids)
+    with contender.switched_on(model) as report:
+        # The first pass also fills the allocator's cache.
+        peak = timing.peak_extra_mib(partial(_last_logits, model, ids), device)
+        wrong = "; ".join(filter(None, [verdict.note, *_ran_dense(report, contender.layers)]))
+        times_ms = [timing.wall_ms(first_token, device)]
+        wanted = int(options.budget_seconds * 1e3 / times_ms[0])
+        for _ in range(max(min(wanted, _MAX_SAMPLES), _MIN_SAMPLES) - 1):
+            times_ms.append(timing.wall_ms(first_token, device))
+    taken = timing.summarize("eager", times_ms)
+    yield _record(
+        options,
+        seq_len,
+        contender,
+        taken.kind,
+        median_ms=taken.median_ms,
+        low_ms=taken.low_ms,
+        high_ms=taken.high_ms,
+        samples=taken.samples,
+        peak_extra_mib=peak,
+        error=verdict.error,
+        passed=not wrong,
+        note=wrong,
+    )
+
+
+def _first_token(model: Any, ids: Tensor) -> int:
+    return int(_last_logits(model, ids).argmax())
+
+
+def _record(
+    options: PrefillOptions, seq_len: int, contender: _Contender, kind: str, **fields: Any
+) -> Record:
+    return Record(
+        suite="prefill",
+        name=contender.name,
+        kind=kind,
+        batch=1,
+        num_heads=options.num_heads,
+        num_kv_heads=options.num_kv_heads,
+        head_dim=options.hidden_size // options.num_heads,
+        seq_len=seq_len,
+        dtype=str(options.dtype).removeprefix("torch."),
+        kept=contender.kept,
+        **fields,
+    )

@@ -1,0 +1,73 @@
+"""From which lengths and kept shares on sparse attention is faster than dense: measured.
+
+Dense attention over S tokens costs time in proportion to S^2. Sparse attention that keeps a
+share k of them costs k^2 of that, plus overhead in proportion to S: the time that dense
+attention spends per query on some fixed number of keys, `BreakEven.fixed_tokens`. So sparse
+wins where ``k^2 < 1 - fixed_tokens / S``. The constants come from `tsa bench op`; see
+docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from token_sparse_attention.config import DenseReason, TokenSparseConfig
+
+# Rows shorter than this run dense unscored: scoring one in vain would cost over 2% of dense.
+MIN_LENGTH = {"cuda": 32768, "cpu": 4096}
+# Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
+OVERHEAD_TOKENS = {"cuda": 2000.0, "cpu": 1500.0}
+# The same for the windowed fallback: a fixed part, and one per token of the window.
+FALLBACK_TOKENS = {"cuda": (750.0, 2.2), "cpu": (750.0, 6.0)}
+
+
+class BreakEven(NamedTuple):
+    """Where a row runs sparse.
+
+    Attributes:
+        min_length: shorter rows run dense without being scored.
+        max_work: a row runs dense if the mean square of its heads' kept shares exceeds
+            ``max_work - fixed_tokens / effective_length``.
+        fixed_tokens: see `max_work`.
+    """
+
+    min_length: float
+    max_work: float
+    fixed_tokens: float
+
+    def max_share(self, query_len: int, kv_len: int) -> float:
+        """Return the largest share of its tokens that a row's heads may all keep."""
+        work = self.max_work - self.fixed_tokens / effective_length(query_len, kv_len)
+        return min(math.sqrt(max(work, 0.0)), 1.0)
+
+    def dense_reason(self, query_len: int, kv_len: int) -> DenseReason | None:
+        """Return why lengths alone make sparse slower, or None if they do not."""
+        if effective_length(query_len, kv_len) < self.min_length:
+            return DenseReason.CROSSOVER_LENGTH
+        return None
+
+
+NEVER_DENSE = BreakEven(0.0, 2.0, 0.0)
+
+
+def effective_length(query_len: int, kv_len: int) -> float:
+    """Return the prompt length with the same dense time per key: S_q where S_q = S_kv.
+
+    A chunk of few queries has little dense time to save, but all keys to score and gather.
+    """
+    return query_len * (2 * kv_len - query_len) / kv_len
+
+
+def break_even(config: TokenSparseConfig, query: Tensor) -> BreakEven:
+    """Return the break-even for `config` on the device of `query`."""
+    device = "cuda" if query.is_cuda else "cpu"
+    if config.crossover == "off":
+        return NEVER_DENSE
+    fixed = OVERHEAD_TOKENS[device]
+    if config.fallback == "window":
+        base, per_token = FALLBACK_TOKENS[device]
+        fixed += base + per_token * config.fallback_window
+    return BreakEven(MIN_LENGTH[device], 1.0, fixed)

@@ -1,0 +1,436 @@
+"""Smooth, budget and select on the device, by radix: no sort, no wait for the host.
+
+Scores are non-negative floats, so their bits order like integers. A histogram of the top bits
+says in which bin a threshold lies, one of the next bits where in that bin, and so on down to
+the value itself. The budget looks for the value at which the mass of all smaller ones reaches
+``drop_mass``, in 11, 10 and 10 bits; the selection, for each head's k-th largest, in steps of
+8 bits, which a program counts for itself before it adds its counts to the others'.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BINS = tl.constexpr(2048)  # of the budget's levels; the lower two use half of them
+_LEVELS = tl.constexpr(3)
+_TOP_BINS = tl.constexpr(256)
+_TOP_LEVELS = tl.constexpr(4)
+_CHUNK = 4096  # tokens per program
+_TILE = 4096  # scores per program of the smoothing kernel
+
+
+class Rule(NamedTuple):
+    """The selection rule's settings; see `TokenSparseConfig` and `crossover`.
+
+    Attributes:
+        drop_mass: share of the mass that may be dropped.
+        window_size: W.
+        pool_size: width of the smoothing.
+        min_tokens: fewest scored tokens to keep.
+        per_head: whether each head has its own budget.
+        kept: share of a row's tokens to keep in place of the budget, None for the budget.
+        max_work: a row runs dense if the mean square of its heads' kept shares exceeds
+            ``max_work - fixed_tokens / effective_length``, see `crossover.effective_length`.
+        fixed_tokens: see `max_work`.
+    """
+
+    drop_mass: float
+    window_size: int
+    pool_size: int
+    min_tokens: int
+    per_head: bool
+    kept: float | None
+    max_work: float
+    fixed_tokens: float
+
+
+class Selected(NamedTuple):
+    """What `select_tokens` of this module returns.
+
+    Attributes:
+        indices: ``[B, H, S_kv]`` int32, kept slots ascending, then -1.
+        lengths: ``[B, H]`` int32.
+        ran_sparse: ``[B]`` bool.
+        budget: ``[B, H]`` int32, tokens the rule keeps, whether or not the row ran sparse.
+    """
+
+    indices: Tensor
+    lengths: Tensor
+    ran_sparse: Tensor
+    budget: Tensor
+
+
+def select_tokens(
+    scores: Tensor, bounds: Tensor, kv_len: int, first_query: int, rule: Rule
+) -> Selected:
+    """Choose each head's tokens from ``scores [B, H, N]``, N at least 1.
+
+    Args:
+        scores: float32, contiguous, by slot.
+        bounds: ``[B, 2]`` int32, each row's real slots ``[start, end)``.
+        kv_len: S_kv.
+        first_query: slot of the first query.
+        rule: the settings.
+    """
+    batch_size, num_heads, num_scored = scores.shape
+    device = scores.device
+    mass_rows = batch_size * num_heads if rule.per_head else batch_size
+    sequences = batch_size * num_heads
+    smoothed = torch.empty_like(scores)
+    mean = smoothed if rule.per_head else scores.new_empty(batch_size, num_scored)
+    mass_bins = mass_rows * _LEVELS.value * _BINS.value
+    top_bins = sequences * _TOP_LEVELS.value * _TOP_BINS.value
+    sizes = (2 * mass_bins, mass_bins, top_bins, batch_size)  # mass sums are float64
+    zeros = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+    mass_sum, mass_count, top_count, not_finite = zeros.split(sizes)
+    mass_sum = mass_sum.view(torch.float64)
+
+    block_h = triton.next_power_of_2(num_heads)
+    block_n = max(_TILE // block_h, 16)
+    smooth_kernel[(triton.cdiv(num_scored, block_n), batch_size)](
+        scores, smoothed, mean, mass_sum, mass_count, not_finite, bounds,
+        num_heads, num_scored,
+        WINDOW=rule.window_size, POOL=rule.pool_size, PER_HEAD=rule.per_head,
+        BLOCK_H=block_h, BLOCK_N=block_n, num_warps=8,
+    )  # fmt: skip
+    scored_chunks = triton.cdiv(num_scored, _CHUNK)
+    for level in (1, 2):
+        count_mass_kernel[(scored_chunks, mass_rows)](
+            mean, mass_sum, mass_count, bounds, float(rule.drop_mass), num_scored,
+            ROWS_PER_BATCH=mass_rows // batch_size, WINDOW=rule.window_size, LEVEL=level,
+            CHUNK=_CHUNK, num_warps=8,
+        )  # fmt: skip
+    lengths, budget = torch.empty(2, batch_size, num_heads, dtype=torch.int32, device=device)
+    ran_sparse = torch.empty(batch_size, dtype=torch.bool, device=device)
+    decide_kernel[(batch_size,)](
+        mass_sum, mass_count, not_finite, bounds, lengths, budget, ran_sparse,
+        float(rule.drop_mass), rule.min_tokens, float(rule.kept or 0.0),
+        float(rule.max_work), float(rule.fixed_tokens), first_query, num_heads,
+        WINDOW=rule.window_size, PER_HEAD=rule.per_head, GIVEN=rule.kept is not None,
+        BLOCK_H=block_h, num_warps=8,
+    )  # fmt: skip
+    for level in range(_TOP_LEVELS.value):
+        count_top_kernel[(scored_chunks, sequences)](
+            smoothed, top_count, bounds, lengths, ran_sparse, num_heads, num_scored,
+            WINDOW=rule.window_size, LEVEL=level, CHUNK=_CHUNK, num_warps=8,
+        )  # fmt: skip
+    thresholds = torch.empty(sequences, 2, dtype=torch.int32, device=device)
+    above = torch.empty(2, sequences, scored_chunks, dtype=torch.int32, device=device)
+    count_above_kernel[(scored_chunks, sequences)](
+        smoothed, top_count, bounds, lengths, ran_sparse, thresholds, above[0], above[1],
+        num_heads, num_scored, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
+    )  # fmt: skip
+    indices = torch.empty(batch_size, num_heads, kv_len, dtype=torch.int32, device=device)
+    list_tokens_kernel[(triton.cdiv(kv_len, _CHUNK), sequences)](
+        smoothed, bounds, lengths, ran_sparse, thresholds, above[0], above[1], indices,
+        num_heads, num_scored, kv_len, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
+    )  # fmt: skip
+    return Selected(indices, lengths, ran_sparse, budget)
+
+
+@triton.jit
+def _bits(b_value):
+    """Bits of non-negative floats; anything else counts as zero."""
+    return tl.where(b_value > 0, b_value.to(tl.int32, bitcast=True), 0)
+
+
+@triton.jit
+def _digit(b_bits, LEVEL: tl.constexpr):
+    """The bin of a budget's level: the top 11 bits below the sign, then 10, then 10."""
+    if LEVEL == 0:
+        b_digit = b_bits >> 20
+    elif LEVEL == 1:
+        b_digit = (b_bits >> 10) & 1023
+    else:
+        b_digit = b_bits & 1023
+    return b_digit
+
+
+@triton.jit(do_not_specialize=["num_scored"])
+def smooth_kernel(
+    scores_ptr, smoothed_ptr, mean_ptr, mass_sum_ptr, mass_count_ptr,
+    not_finite_ptr, bounds_ptr, num_heads, num_scored,
+    WINDOW: tl.constexpr, POOL: tl.constexpr, PER_HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Average pooling, the mean over heads, and the first level of the budget's histograms."""
+    b = tl.program_id(1).to(tl.int64)
+    start = tl.load(bounds_ptr + 2 * b)
+    stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_h = tl.arange(0, BLOCK_H)
+    o_row = (b * num_heads + o_h) * num_scored
+    b_sum = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+    for offset in tl.static_range(POOL):
+        o_from = o_n + (offset - POOL // 2)
+        mask = (o_h < num_heads)[:, None] & ((o_from >= start) & (o_from < stop))[None, :]
+        b_sum += tl.load(scores_ptr + o_row[:, None] + o_from[None, :], mask=mask, other=0.0)
+    b_smooth = tl.math.div_rn(b_sum, tl.full([BLOCK_H, BLOCK_N], POOL, tl.float32))
+    scored = (o_n >= start) & (o_n < stop)
+    valid = (o_h < num_heads)[:, None] & scored[None, :]
+    tl.store(smoothed_ptr + o_row[:, None] + o_n[None, :], b_smooth, mask=valid)
+    broken = valid & ((b_smooth != b_smooth) | (tl.abs(b_smooth) == float("inf")))
+    any_broken = tl.max(tl.max(broken.to(tl.int32), 1), 0)
+    tl.atomic_max(not_finite_ptr + b, 1, mask=any_broken > 0, sem="relaxed")
+
+    if PER_HEAD:
+        o_hist = (b * num_heads + o_h) * (_LEVELS * _BINS)
+        b_digit = _digit(_bits(b_smooth), 0)
+        tl.atomic_add(mass_count_ptr + o_hist[:, None] + b_digit, 1, mask=valid, sem="relaxed")
+        p_sum = mass_sum_ptr + o_hist[:, None] + b_digit
+        tl.atomic_add(p_sum, b_smooth.to(tl.float64), mask=valid, sem="relaxed")
+    else:
+        b_mean = tl.sum(tl.where(valid, b_smooth, 0.0), 0) / num_heads
+        tl.store(mean_ptr + b * num_scored + o_n, b_mean, mask=scored)
+        o_bin = b * (_LEVELS * _BINS) + _digit(_bits(b_mean), 0)
+        tl.atomic_add(mass_count_ptr + o_bin, 1, mask=scored, sem="relaxed")
+        tl.atomic_add(mass_sum_ptr + o_bin, b_mean.to(tl.float64), mask=scored, sem="relaxed")
+
+
+@triton.jit
+def _mass_bin(p_sum, p_count, target):
+    """The first bin at which the mass of all bins up to it reaches `target`.
+
+    Returns:
+        The bin (the number of bins if none reaches it), and the count and mass below it.
+    """
+    o_bin = tl.arange(0, _BINS)
+    b_sum = tl.load(p_sum + o_bin)
+    b_count = tl.load(p_count + o_bin)
+    found = tl.sum((tl.cumsum(b_sum, 0) < target).to(tl.int32), 0)
+    below = o_bin < found
+    return found, tl.sum(tl.where(below, b_count, 0), 0), tl.sum(tl.where(below, b_sum, 0.0), 0)
+
+
+@triton.jit
+def _mass_target(p_sum, drop_mass):
+    """The mass that dropped tokens may not reach; `drop_mass` is a share of the total."""
+    total = tl.sum(tl.load(p_sum + tl.arange(0, _BINS)), 0)
+    return (total + 1e-8) * drop_mass
+
+
+@triton.jit(do_not_specialize=["num_scored", "drop_mass"])
+def count_mass_kernel(
+    mean_ptr, mass_sum_ptr, mass_count_ptr, bounds_ptr, drop_mass, num_scored,
+    ROWS_PER_BATCH: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A lower level of the budget's histograms, of the tokens in the bin found so far."""
+    row = tl.program_id(1).to(tl.int64)
+    b = row // ROWS_PER_BATCH
+    start = tl.load(bounds_ptr + 2 * b)
+    stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
+    p_sum = mass_sum_ptr + row * (_LEVELS * _BINS)
+    p_count = mass_count_ptr + row * (_LEVELS * _BINS)
+    o_n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = (o_n >= start) & (o_n < stop)
+    b_mass = tl.load(mean_ptr + row * num_scored + o_n, mask=inside, other=0.0)
+    b_bits = _bits(b_mass)
+    target = _mass_target(p_sum, drop_mass)
+    found, _, below = _mass_bin(p_sum, p_count, target)
+    inside = inside & (_digit(b_bits, 0) == found)
+    if LEVEL == 2:
+        found, _, _ = _mass_bin(p_sum + _BINS, p_count + _BINS, target - below)
+        inside = inside & (_digit(b_bits, 1) == found)
+    o_bin = LEVEL * _BINS + _digit(b_bits, LEVEL)
+    tl.atomic_add(p_count + o_bin, 1, mask=inside, sem="relaxed")
+    tl.atomic_add(p_sum + o_bin, b_mass.to(tl.float64), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _droppable(p_sum, p_count, drop_mass, num_scored):
+    """How many of the smallest tokens stay below the target together."""
+    target = _mass_target(p_sum, drop_mass)
+    high, count, mass = _mass_bin(p_sum, p_count, target)
+    middle, more_count, more_mass = _mass_bin(p_sum + _BINS, p_count + _BINS, target - mass)
+    count += more_count
+    mass += more_mass
+    p_sum += 2 * _BINS
+    p_count += 2 * _BINS
+    low, more_count, more_mass = _mass_bin(p_sum, p_count, target - mass)
+    count += more_count
+    mass += more_mass
+    # The tokens in the last bin are equal: as many of them fit as stay below the target.
+    equal = tl.load(p_count + tl.minimum(low, _BINS - 1))
+    value = ((high << 20) | (middle << 10) | low).to(tl.float32, bitcast=True).to(tl.float64)
+    fitting = tl.ceil((target - mass) / tl.where(value > 0, value, 1.0)) - 1
+    fitting = tl.minimum(tl.maximum(fitting, 0.0), equal.to(tl.float64)).to(tl.int32)
+    count += tl.where(value > 0, fitting, equal)
+    return tl.where(high >= _BINS, num_scored, count)
+
+
+@triton.jit(do_not_specialize=[
+    "drop_mass", "min_tokens", "kept", "max_work", "fixed_tokens", "first_query"
+])  # fmt: skip
+def decide_kernel(
+    mass_sum_ptr, mass_count_ptr, not_finite_ptr, bounds_ptr,
+    lengths_ptr, budget_ptr, ran_sparse_ptr,
+    drop_mass, min_tokens, kept, max_work, fixed_tokens, first_query, num_heads,
+    WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, GIVEN: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Each head's number of tokens, and whether the row runs sparse at all."""
+    b = tl.program_id(0).to(tl.int64)
+    start = tl.load(bounds_ptr + 2 * b)
+    end = tl.load(bounds_ptr + 2 * b + 1)
+    length = end - start
+    num_scored = length - WINDOW
+    o_h = tl.arange(0, BLOCK_H)
+    if PER_HEAD:
+        b_drop = tl.zeros([BLOCK_H], tl.int32)
+        for head in range(num_heads):
+            o_hist = (b * num_heads + head) * (_LEVELS * _BINS)
+            count = _droppable(
+                mass_sum_ptr + o_hist, mass_count_ptr + o_hist, drop_mass, num_scored
+            )
+            b_drop = tl.where(o_h == head, count, b_drop)
+    else:
+        o_hist = b * (_LEVELS * _BINS)
+        count = _droppable(mass_sum_ptr + o_hist, mass_count_ptr + o_hist, drop_mass, num_scored)
+        b_drop = tl.zeros([BLOCK_H], tl.int32) + count
+    b_kept = tl.maximum(num_scored - (b_drop + 1), min_tokens)
+    b_kept = tl.where(b_drop == 0, num_scored, b_kept)
+    sparse = (length > min_tokens + WINDOW) & (drop_mass > 0)
+    sparse = sparse & (tl.sum(((b_kept < num_scored) & (o_h < num_heads)).to(tl.int32), 0) > 0)
+    if GIVEN:
+        wanted = tl.floor(length.to(tl.float64) * kept + 0.5).to(tl.int32) - WINDOW
+        b_kept = tl.zeros([BLOCK_H], tl.int32) + tl.minimum(tl.maximum(wanted, 0), num_scored)
+        sparse = num_scored > 0
+    sparse = sparse & (end - WINDOW >= tl.maximum(start, first_query))
+    sparse = sparse & (tl.load(not_finite_ptr + b) == 0)
+    b_budget = tl.where(sparse, b_kept + WINDOW, length)
+    heads = o_h < num_heads
+    tl.store(budget_ptr + b * num_heads + o_h, b_budget, mask=heads)
+    b_share = b_budget.to(tl.float32) / tl.maximum(length, 1)
+    work = tl.sum(tl.where(heads, b_share * b_share, 0.0), 0) / num_heads
+    queries = (end - tl.maximum(start, first_query)).to(tl.float32)
+    effective_length = queries * (2 * length - queries) / tl.maximum(length, 1)
+    sparse = sparse & (work <= max_work - fixed_tokens / tl.maximum(effective_length, 1.0))
+    tl.store(lengths_ptr + b * num_heads + o_h, tl.where(sparse, b_budget, length), mask=heads)
+    tl.store(ran_sparse_ptr + b, sparse)
+
+
+@triton.jit
+def _threshold(p_count, wanted, LEVELS: tl.constexpr):
+    """The top bits of a head's k-th largest score, from the levels counted so far.
+
+    Returns:
+        The bits, and how many tokens are still wanted from those that share them.
+    """
+    o_bin = tl.arange(0, _TOP_BINS)
+    bits = 0
+    for level in tl.static_range(LEVELS):
+        b_count = tl.load(p_count + level * _TOP_BINS + o_bin)
+        b_above = tl.sum(b_count, 0) - tl.cumsum(b_count, 0)
+        found = tl.maximum(tl.sum((b_above + b_count >= wanted).to(tl.int32), 0) - 1, 0)
+        wanted -= tl.sum(tl.where(o_bin == found, b_above, 0), 0)
+        if level < 3:
+            bits = bits | (found << (23 - 8 * level))
+        else:  # 31 bits: the last level has 7
+            bits = bits | found
+    return bits, wanted
+
+
+@triton.jit(do_not_specialize=["num_scored"])
+def count_top_kernel(
+    smoothed_ptr, top_count_ptr, bounds_ptr, lengths_ptr, ran_sparse_ptr, num_heads, num_scored,
+    WINDOW: tl.constexpr, LEVEL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One level of a head's histogram, of the tokens that share the bits found so far."""
+    row = tl.program_id(1).to(tl.int64)
+    b = row // num_heads
+    if tl.load(ran_sparse_ptr + b):
+        start = tl.load(bounds_ptr + 2 * b)
+        stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
+        p_count = top_count_ptr + row * (_TOP_LEVELS * _TOP_BINS)
+        o_n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+        inside = (o_n >= start) & (o_n < stop)
+        b_bits = _bits(tl.load(smoothed_ptr + row * num_scored + o_n, mask=inside, other=0.0))
+        if LEVEL > 0:
+            bits, _ = _threshold(p_count, tl.load(lengths_ptr + row) - WINDOW, LEVEL)
+            inside = inside & ((b_bits >> (31 - 8 * LEVEL)) == (bits >> (31 - 8 * LEVEL)))
+        if LEVEL < 3:
+            b_digit = (b_bits >> (23 - 8 * LEVEL)) & 255
+        else:
+            b_digit = b_bits & 127
+        o_bin = tl.arange(0, _TOP_BINS)
+        b_count = tl.histogram(tl.where(inside, b_digit, 0), _TOP_BINS)
+        outside = CHUNK - tl.sum(inside.to(tl.int32), 0)
+        b_count -= tl.where(o_bin == 0, outside, 0)  # those were counted as bin 0
+        p_bin = p_count + LEVEL * _TOP_BINS + o_bin
+        tl.atomic_add(p_bin, b_count, mask=b_count > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_scored"])
+def count_above_kernel(
+    smoothed_ptr, top_count_ptr, bounds_ptr, lengths_ptr, ran_sparse_ptr,
+    thresholds_ptr, above_ptr, equal_ptr, num_heads, num_scored,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Each head's k-th largest score, and how many tokens of a chunk lie above or at it."""
+    row = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
+    b = row // num_heads
+    if tl.load(ran_sparse_ptr + b):
+        start = tl.load(bounds_ptr + 2 * b)
+        stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
+        p_count = top_count_ptr + row * (_TOP_LEVELS * _TOP_BINS)
+        wanted = tl.load(lengths_ptr + row) - WINDOW
+        threshold, wanted = _threshold(p_count, wanted, _TOP_LEVELS)
+        if chunk == 0:
+            tl.store(thresholds_ptr + 2 * row, threshold)
+            tl.store(thresholds_ptr + 2 * row + 1, wanted)
+        o_n = chunk * CHUNK + tl.arange(0, CHUNK)
+        inside = (o_n >= start) & (o_n < stop)
+        b_bits = _bits(tl.load(smoothed_ptr + row * num_scored + o_n, mask=inside, other=0.0))
+        o_chunk = row * tl.num_programs(0) + chunk
+        above = tl.sum((inside & (b_bits > threshold)).to(tl.int32), 0)
+        tl.store(above_ptr + o_chunk, above)
+        equal = tl.sum((inside & (b_bits == threshold)).to(tl.int32), 0)
+        tl.store(equal_ptr + o_chunk, equal)
+
+
+@triton.jit(do_not_specialize=["num_scored", "kv_len"])
+def list_tokens_kernel(
+    smoothed_ptr, bounds_ptr, lengths_ptr, ran_sparse_ptr, thresholds_ptr, above_ptr, equal_ptr,
+    indices_ptr, num_heads, num_scored, kv_len, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write a chunk's kept slots in ascending order; of equal ones the lower slots first."""
+    row = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
+    b = row // num_heads
+    start = tl.load(bounds_ptr + 2 * b)
+    end = tl.load(bounds_ptr + 2 * b + 1)
+    length = tl.load(lengths_ptr + row)
+    o_slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    p_indices = indices_ptr + row * kv_len
+    tl.store(p_indices + o_slot, -1, mask=(o_slot >= length) & (o_slot < kv_len))
+    if tl.load(ran_sparse_ptr + b):
+        threshold = tl.load(thresholds_ptr + 2 * row)
+        wanted = tl.load(thresholds_ptr + 2 * row + 1)
+        # Kept before this chunk: all above the threshold, and the first equal ones.
+        chunks = tl.cdiv(num_scored, CHUNK)
+        above = 0
+        equal = 0
+        for first in range(0, tl.minimum(chunk, chunks), 1024):
+            o_before = first + tl.arange(0, 1024)
+            before = o_before < tl.minimum(chunk, chunks)
+            o_before = row * chunks + o_before
+            above += tl.sum(tl.load(above_ptr + o_before, mask=before, other=0), 0)
+            equal += tl.sum(tl.load(equal_ptr + o_before, mask=before, other=0), 0)
+        stop = end - WINDOW
+        inside = (o_slot >= start) & (o_slot < stop)
+        p_smoothed = smoothed_ptr + row * num_scored + o_slot
+        b_bits = _bits(tl.load(p_smoothed, mask=inside, other=0.0))
+        at = (inside & (b_bits == threshold)).to(tl.int32)
+        fits = (at > 0) & (equal + tl.cumsum(at, 0) <= wanted)
+        keep = (inside & (b_bits > threshold)) | fits
+        rank = above + tl.minimum(equal, wanted) + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(p_indices + rank, o_slot, mask=keep)
+        window = (o_slot >= stop) & (o_slot < end)
+        tl.store(p_indices + (length - WINDOW + o_slot - stop), o_slot, mask=window)
+    else:
+        tl.store(p_indices + (o_slot - start), o_slot, mask=(o_slot >= start) & (o_slot < end))

@@ -1,0 +1,91 @@
+"""The whole operator as one of PyTorch's, for compilers: ``token_sparse_attention::prefill``.
+
+`token_sparse_attention` calls it where `torch.compile` traces it. Indices have capacity for
+every slot, so that no shape depends on data.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.functional import Call, run
+
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+# The schema is read off the annotations, for which they may not be strings of newer syntax.
+def _prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Tensor | None,
+    drop_mass: float,
+    window_size: int,
+    pool_size: int,
+    min_tokens: int,
+    budget: str,
+    fallback: str,
+    fallback_window: int,
+    crossover: str,
+    scale: float,
+    impl: str,
+    attention_backend: str,
+    head_chunk: int | None,
+    kept: float | None,
+    want_selection: bool,
+    want_lse: bool,
+) -> _Outputs:
+    """Run the operator; returns output, lse, indices, lengths, budget and ran_sparse.
+
+    What was not asked for is empty.
+    """
+    config = TokenSparseConfig(
+        drop_mass,
+        window_size,
+        pool_size,
+        min_tokens,
+        budget,
+        fallback,
+        fallback_window,
+        crossover,
+    )
+    call = Call(scale, impl, attention_backend, head_chunk, kept, want_selection, want_lse)
+    output, selection, lse = run(query, key, value, padding_mask, config, call)
+    lse = _empty(query, torch.float32) if lse is None else lse
+    if selection is None:
+        none = _empty(query, torch.int64)
+        return output, lse, none, none.clone(), none.clone(), _empty(query, torch.bool)
+    room = key.shape[2] - selection.indices.shape[2]
+    indices = F.pad(selection.indices, (0, room), value=-1)
+    lengths = selection.lengths
+    chosen = lengths if selection.budget is None else selection.budget
+    return output, lse, indices, lengths, chosen.clone(), selection.ran_sparse
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(0, dtype=dtype)
+
+
+prefill = torch.library.custom_op("token_sparse_attention::prefill", _prefill, mutates_args=())
+
+
+@prefill.register_fake
+def _fake(query: Tensor, key: Tensor, *arguments: object) -> _Outputs:
+    want_selection, want_lse = arguments[-2:]
+    batch_size, num_heads, query_len = query.shape[:3]
+    lse = query.new_empty(batch_size, num_heads, query_len, dtype=torch.float32)
+    if not want_lse:
+        lse = _empty(query, torch.float32)
+    if not want_selection:
+        indices, lengths, budget = (_empty(query, torch.int64) for _ in range(3))
+        ran_sparse = _empty(query, torch.bool)
+    else:
+        indices = query.new_empty(batch_size, num_heads, key.shape[2], dtype=torch.int64)
+        lengths, budget = (
+            query.new_empty(batch_size, num_heads, dtype=torch.int64) for _ in range(2)
+        )
+        ran_sparse = query.new_empty(batch_size, dtype=torch.bool)
+    return torch.empty_like(query), lse, indices, lengths, budget, ran_sparse

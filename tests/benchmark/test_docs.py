@@ -1,0 +1,154 @@
+"""Tables, figures and aims from result files, and the committed page of them."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmark.synthetic import S, changed, op_result, prefill_result
+from token_sparse_attention.benchmark import plots
+from token_sparse_attention.benchmark.plots import draw
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.benchmark.runs import NoFigureError, Run
+from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
+from token_sparse_attention.benchmark.targets import TARGETS, outcomes
+from token_sparse_attention.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+BLANK = "".join(f"## {name}\n<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES)
+
+
+def runs(op=None):
+    return [Run("fast", op or op_result()), Run("model", prefill_result())]
+
+
+def cells(name, op=None):
+    lines = build(name, runs(op)).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in rows} == {len(rows[0])}, "every row has every column"
+    return rows[2:]
+
+
+def test_every_table_says_what_was_measured():
+    assert cells("dense") == [["fast", "128K", "217 (649)", "424 (332)", "OutOfMemoryError"]]
+    assert cells("stages") == [
+        ["fast", "128K", "50%", "0.5", "0.2", "0.9", "0.4", "2", "54", "3.7%", "56", "2"]
+    ]
+    assert cells("whole-dense") == [["fast", "128K", "fa4: 217", "56 (3.88x)"]]
+    assert cells("whole-eager") == [["fast", "128K", "122, 56.1 (2.17x)"]]
+    assert cells("fallback") == [["fast", "128K", "2.8", "4"]]
+    assert cells("memory") == [["fast", "128K", "50%", "512", "-", "2,048", "4,608", "+0.2%"]]
+    assert cells("first-call") == [["fast", "128K", "50%", "5", "4.95", "5.05", "5"]]
+    assert cells("crossover") == [
+        ["fast", "1K", "0.005", "100.0%", "0.06", "+10 us (+16.7%)", "-"]
+    ]
+    assert cells("prefill")[1] == ["model", "128K", "all", "50%", "4,500", "2.00x", "-"]
+    device, commit, versions = cells("runs")[0][1:4]
+    assert (device, commit, versions) == ("Abacus 9000", "`0123456789ab`", "torch 9.9")
+
+
+def test_aims_are_met_or_missed():
+    found = {aim: (measured, verdict) for aim, measured, verdict, _ in outcomes(runs())}
+    assert len(found) == len(TARGETS)
+    assert [verdict for _, verdict in found.values()] == [
+        *("met", "met", "met", "not measured", "missed", "met", "met", "met", "met", "missed")
+    ]
+    assert found[TARGETS[0].aim][0] == "2.00 ms, 3.7%"
+    assert found[TARGETS[4].aim][0] == "4.00 ms"
+    assert found[TARGETS[7].aim][0] == "at worst +16.7% (+10 us) at 1K"
+
+
+def test_aims_can_be_missed():
+    slow = changed(op_result(), "ours/gather", median_ms=3.0)
+    assert next(iter(outcomes(runs(slow))))[2] == "missed"
+    late = changed(op_result(), "crossover/ours", median_ms=0.09)
+    assert list(outcomes(runs(late)))[7][2] == "missed"
+
+
+@pytest.mark.parametrize("passed", [False, None])
+def test_nothing_is_claimed_without_a_passed_check(passed):
+    word = "check failed" if passed is False else "-"
+    wrong = changed(op_result(), "ours/whole", passed=passed)
+    wrong = changed(wrong, "ours/whole", "eager", passed=passed)
+    for name in ("whole-dense", "whole-eager"):
+        assert word in cells(name, wrong)[0][-1]
+        assert "x)" not in build(name, runs(wrong))
+    assert "%" not in cells("stages", wrong)[0][9]
+    assert not {"met", "missed"} & {row[2] for row in list(outcomes(runs(wrong)))[:6]}
+    assert "whole-dense" not in draw(runs(wrong))
+    base = changed(op_result(), "dense/fa4", passed=passed)
+    assert word in cells("whole-dense", base)[0][-1]
+    with pytest.raises(NoFigureError):
+        Run("", base).dense(S)
+
+
+def test_runs_are_never_compared_with_each_other():
+    op = op_result()
+    dense, ours = (
+        type(op)(op.provenance, op.arguments, tuple(r for r in op.records if keep(r)))
+        for keep in (lambda r: "dense" in r.name, lambda r: "dense" not in r.name)
+    )
+    text = build("whole-dense", [Run("a", dense), Run("b", ours)])
+    assert "x)" not in text
+
+
+def test_pages_are_made_anew():
+    once = render(BLANK, runs(), ["dense"])
+    assert render(once, runs(), ["dense"]) == once
+    assert "![dense](figures/dense.svg)" in once
+    assert once.count("](") == 1
+    assert render(once, []).count(EMPTY) == len(TABLES) - 1, "the aims stay"
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("# Empty\n", "must have markers .* got none"),
+        ("<!-- begin wishes -->\n<!-- end wishes -->\n", "got wishes"),
+    ],
+)
+def test_pages_without_known_markers_are_refused(page, message):
+    with pytest.raises(UsageError, match=message):
+        render(page, runs())
+
+
+def test_figures_are_the_same_each_time():
+    drawn = draw(runs())
+    assert set(drawn) == set(plots.FIGURES)
+    assert draw(runs()) == drawn
+    for svg in drawn.values():
+        assert svg.startswith("<?xml")
+        assert not re.search(r"<dc:date>|\d{4}-\d\d-\d\d", svg)
+    assert draw([]) == {}
+
+
+def test_figures_name_what_they_need(monkeypatch):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *arguments):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(UsageError, match=r"token-sparse-attention\[bench\]"):
+        draw(runs())
+
+
+@pytest.mark.skipif(not RESULTS, reason="no result files are committed yet")
+def test_the_committed_page_is_what_the_results_give(tmp_path):
+    page = tmp_path / PAGE.name
+    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    main(["bench", "docs", *map(str, RESULTS), "--out", str(page)])
+    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+    figures = {file.name: file.read_text() for file in (tmp_path / "figures").iterdir()}
+    assert figures == {file.name: file.read_text() for file in (PAGE.parent / "figures").iterdir()}
+
+
+def test_the_page_has_a_place_for_every_table():
+    assert re.findall(r"<!-- begin ([\w-]+) -->", PAGE.read_text(encoding="utf-8")) == list(TABLES)

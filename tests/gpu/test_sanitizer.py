@@ -1,0 +1,49 @@
+"""No kernel reads or writes outside its tensors, as NVIDIA's compute-sanitizer sees it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+
+for budget, fallback, query_len in (("shared", "zero", 333), ("per_head", "window", 150)):
+    query = torch.randn(2, 6, query_len, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 2, 2, 333, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(2, 333, dtype=torch.bool, device="cuda")
+    mask[1, :50] = False
+    config = TokenSparseConfig(
+        drop_mass=0.3, window_size=16, min_tokens=32, budget=budget, fallback=fallback,
+        fallback_window=40, crossover="off",
+    )
+    for padding_mask in (None, mask):
+        result = token_sparse_attention(
+            query, key, value, config, padding_mask=padding_mask, attention_backend="flash",
+            return_selection=True, return_lse=True,
+        )
+        assert result.selection.ran_sparse.all()
+torch.cuda.synchronize()
+print("ran")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_clean(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.path.exists(sanitizer):
+        pytest.skip("compute-sanitizer is not installed")
+    # Without the caching allocator every tensor is an allocation of its own.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex",
+               "kns=kernel", sys.executable, "-c", SCRIPT]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "ran" in done.stdout
