@@ -19,7 +19,6 @@ from token_sparse_attention.attention.backends import check_backend, choose_back
 from token_sparse_attention.attention.dense import (
     Attended,
     attend,
-    attend_dense_rows,
     attend_packed,
     attend_rows,
 )
@@ -222,7 +221,9 @@ def _attend_selected(
     into = _new_output(query, call.want_lse)
     backend = choose_backend(call.attention_backend, query, key).name
     how = {"scale": call.scale, "backend": backend}
-    rest_is_zero = attend_dense_rows(query, key, value, ~selection.ran_sparse, tokens, into, **how)
+    if tokens.padded:
+        _zero_rows(into, slice(None))
+    attend_rows(query, key, value, ~selection.ran_sparse, tokens, into, **how)
     windowed = config.fallback == "window"
     if windowed:
         attend_rows(
@@ -235,7 +236,7 @@ def _attend_selected(
             window=config.fallback_window,
             **how,
         )
-    zeros = not (windowed or rest_is_zero)
+    zeros = not (windowed or tokens.padded)
     if impl == "reference":
         if zeros:
             _zero_rows(into, selection.ran_sparse)
@@ -277,7 +278,7 @@ def _new_output(query: Tensor, want_lse: bool) -> Attended:
     return Attended(torch.empty_like(query), lse)
 
 
-def _zero_rows(into: Attended, rows: Tensor) -> None:
+def _zero_rows(into: Attended, rows: Tensor | slice) -> None:
     into.out[rows] = 0
     if into.lse is not None:
         into.lse[rows] = -torch.inf
@@ -317,7 +318,7 @@ def _all_dense(
     else:
         into = _new_output(query, call.want_lse)
         rows = torch.ones(len(query), dtype=torch.bool, device=query.device)
-        _zero_rows(into, rows)
+        _zero_rows(into, slice(None))
         attend_rows(query, key, value, rows, tokens, into, **how)
     selection = dense_selection(tokens, query.shape[1]) if call.want_selection else None
     return SparseOutput(into.out, selection, into.lse)

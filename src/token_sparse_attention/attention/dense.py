@@ -136,6 +136,10 @@ def attend_rows(
             if into.lse is not None and one.lse is not None:
                 into.lse[row, :, queries] = one.lse[0]
         return
+    if tokens.padded and backend == "fa4":  # which multiplies values beyond a row's end by zero
+        slot = torch.arange(tokens.kv_len, device=value.device)
+        real = (slot >= tokens.bounds[:, :1]) & (slot < tokens.bounds[:, 1:])
+        value = value.masked_fill(~real[:, None, :, None], 0.0)
     query, key, value, out = (x.transpose(1, 2) for x in (query, key, value, into.out))
     ends = torch.where(rows, tokens.bounds[:, 1], tokens.bounds[:, 0])
     cu_seqlens_k = torch.stack((tokens.bounds[:, 0], ends), -1)
@@ -159,41 +163,6 @@ def attend_rows(
             slot = torch.arange(query.shape[1], device=query.device)
             inside = (slot >= cu_seqlens_q[row, 0]) & (slot < cu_seqlens_q[row, 1])
             into.lse[row] = torch.where(inside, lse, into.lse[row])
-
-
-def attend_dense_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    tokens: RealTokens,
-    into: Attended,
-    *,
-    scale: float,
-    backend: str,
-) -> bool:
-    """`attend_rows` without a window, for output that holds nothing yet.
-
-    Returns:
-        Whether everything else became zero, and its log-sum-exp -inf, on the way; if not,
-        it was not written.
-    """
-    chosen = _resolve(backend, query, key)
-    if chosen == "fa4" and not tokens.padded:
-        flash.fa4_where(
-            torch.where(rows, tokens.kv_len, 0).to(torch.int32),
-            *(tensor.transpose(1, 2) for tensor in (query, key, value)),
-            scale=scale,
-            out=into.out.transpose(1, 2),
-            lse=into.lse,
-        )
-        return True
-    if tokens.padded:
-        into.out.zero_()
-        if into.lse is not None:
-            into.lse.fill_(-torch.inf)
-    attend_rows(query, key, value, rows, tokens, into, scale=scale, backend=chosen)
-    return tokens.padded
 
 
 def varlen_causal_attention(

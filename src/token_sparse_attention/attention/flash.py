@@ -64,35 +64,6 @@ def rows_attention(
     return result, lse
 
 
-def fa4_where(
-    used_keys: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Causal attention by flash-attn-4 in the rows that use keys; the others become zero.
-
-    The scheduler for whole rows is faster than that for packed ones, so this is how a batch
-    is attended whose rows turn out sparse or dense on the device.
-
-    Args:
-        used_keys: ``[B]`` int32, S_kv or 0.
-        query: ``[B, S_q, H, D]``.
-        key: ``[B, S_kv, H_kv, D]``.
-        value: likewise.
-        scale: factor of the logits.
-        out: ``[B, S_q, H, D]``, written.
-        lse: ``[B, H, S_q]`` float32, written if given.
-    """
-    _fa4_forward()(
-        query, key, value, seqused_k=used_keys, softmax_scale=scale, causal=True, out=out, lse=lse
-    )
-
-
 def varlen_attention(
     backend: str,
     query: Tensor,
@@ -109,6 +80,9 @@ def varlen_attention(
     want_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention of packed sequences; rows outside all of them are left as they are.
+
+    flash-attn-4 multiplies values up to a tile beyond a sequence's end by zero: they must not
+    be NaN or infinite.
 
     Args:
         backend: ``"fa4"`` or ``"flash"``.
@@ -140,6 +114,7 @@ def varlen_attention(
             softmax_scale=scale,
             causal=True,
             window_size_left=left,
+            pack_gqa=False,  # faster here: the tiles of a packed group balance worse
             out=out,
             return_lse=want_lse,
         )[:2]

@@ -13,6 +13,9 @@ from torch import Tensor
 
 _ROWS = 64  # rows of D elements per program
 _SLOTS = 1024  # indices per program
+# Attention kernels load whole tiles of values and multiply what lies beyond a sequence's end
+# by zero, which must not be NaN: so many rows behind the last sequence are zeroed.
+_TAIL = tl.constexpr(256)
 
 
 def cumulative_lengths(
@@ -58,10 +61,10 @@ def gather(
         max_length: no sequence keeps more tokens.
     """
     num_heads, query_len, head_dim = query.shape[1:]
-    gather_kernel[(triton.cdiv(max_length, _ROWS), len(sequences))](
+    gather_kernel[(triton.cdiv(max_length + _TAIL.value, _ROWS), len(sequences))](
         query, key, value, indices, *offsets, *packed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        key.shape[2] - query_len, indices.shape[2], sequences.start, num_heads,
+        key.shape[2] - query_len, indices.shape[2], sequences.start, num_heads, len(packed[2]),
         GROUP=num_heads // key.shape[1], HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
@@ -138,14 +141,14 @@ def cumulative_lengths_kernel(
     tl.store(offsets_k_ptr + 1 + o_s, tl.cumsum(b_keys, 0), mask=real)
 
 
-@triton.jit(do_not_specialize=["first_query", "capacity", "first_sequence"])
+@triton.jit(do_not_specialize=["first_query", "capacity", "first_sequence", "packed_rows"])
 def gather_kernel(
     query_ptr, key_ptr, value_ptr, indices_ptr, offsets_q_ptr, offsets_k_ptr,
     packed_q_ptr, packed_k_ptr, packed_v_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_ks: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vs: tl.int64,
-    first_query, capacity, first_sequence, num_heads,
+    first_query, capacity, first_sequence, num_heads, packed_rows,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Copy a block of one sequence's rows of all three tensors."""
@@ -155,7 +158,8 @@ def gather_kernel(
     count_q = tl.load(offsets_q_ptr + s + 1) - begin_q
     count_k = tl.load(offsets_k_ptr + s + 1) - begin_k
     first_row = tl.program_id(0) * ROWS
-    if first_row < count_k:
+    tail = tl.where(s == tl.num_programs(1) - 1, _TAIL, 0)
+    if first_row < count_k + tail:
         sequence = (first_sequence + s).to(tl.int64)
         b = sequence // num_heads
         head = sequence % num_heads
@@ -174,11 +178,12 @@ def gather_kernel(
         p_q = query_ptr + b * stride_qb + head * stride_qh
         p_q += (o_slot - first_query)[:, None] * stride_qs
         b_k = tl.load(p_k + o_d[None, :], mask=mask)
-        b_v = tl.load(p_v + o_d[None, :], mask=mask)
+        b_v = tl.load(p_v + o_d[None, :], mask=mask, other=0.0)
         b_q = tl.load(p_q + o_d[None, :], mask=mask_q)
         o_to = (begin_k + o_row).to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
         tl.store(packed_k_ptr + o_to, b_k, mask=mask)
-        tl.store(packed_v_ptr + o_to, b_v, mask=mask)
+        written = (o_row < count_k + tail) & (begin_k + o_row < packed_rows)
+        tl.store(packed_v_ptr + o_to, b_v, mask=written[:, None] & (o_d < HEAD_DIM)[None, :])
         o_to = (begin_q + o_query).to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
         tl.store(packed_q_ptr + o_to, b_q, mask=mask_q)
 

@@ -35,7 +35,7 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> tuple[Tiles, Tiles]:
         return Tiles(32, 32, 4, 2, 264), Tiles(32, 32, 4, 2, 264)
     if head_dim > 128:
         return Tiles(128, 64, 8, 2, 264), Tiles(128, 64, 8, 2, 264)
-    return Tiles(128, 128, 8, 3, 264), Tiles(128, 128, 8, 3, 264)
+    return Tiles(256, 64, 8, 3, 264), Tiles(128, 64, 4, 4, 264)
 
 
 def score_tokens(

@@ -3,8 +3,9 @@
 Scores are non-negative floats, so their bits order like integers. A histogram of the top bits
 says in which bin a threshold lies, one of the next bits where in that bin, and so on down to
 the value itself. The budget looks for the value at which the mass of all smaller ones reaches
-``drop_mass``, in 11, 10 and 10 bits; the selection, for each head's k-th largest, in steps of
-8 bits, which a program counts for itself before it adds its counts to the others'.
+``drop_mass``; the selection, for each head's k-th largest. A program counts its chunk for
+itself before it adds to the others' counts: attention gives most tokens about the same score,
+and adding them one by one to the same few bins would queue them up.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BINS = tl.constexpr(2048)  # of the budget's levels; the lower two use half of them
-_LEVELS = tl.constexpr(3)
 _TOP_BINS = tl.constexpr(256)
 _TOP_LEVELS = tl.constexpr(4)
 _CHUNK = 4096  # tokens per program
 _TILE = 4096  # scores per program of the smoothing kernel
+# The budget's levels. A bin costs a comparison per token: many bins and few levels suit the
+# one row of a shared budget, the reverse a row per head.
+_SHARED_BITS, _PER_HEAD_BITS = 8, 4
 
 
 class Rule(NamedTuple):
@@ -83,7 +85,9 @@ def select_tokens(
     sequences = batch_size * num_heads
     smoothed = torch.empty_like(scores)
     mean = smoothed if rule.per_head else scores.new_empty(batch_size, num_scored)
-    mass_bins = mass_rows * _LEVELS.value * _BINS.value
+    bits = _PER_HEAD_BITS if rule.per_head else _SHARED_BITS
+    levels = triton.cdiv(31, bits)
+    mass_bins = mass_rows * levels * 2**bits
     top_bins = sequences * _TOP_LEVELS.value * _TOP_BINS.value
     sizes = (2 * mass_bins, mass_bins, top_bins, batch_size)  # mass sums are float64
     zeros = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
@@ -93,26 +97,33 @@ def select_tokens(
     block_h = triton.next_power_of_2(num_heads)
     block_n = max(_TILE // block_h, 16)
     smooth_kernel[(triton.cdiv(num_scored, block_n), batch_size)](
-        scores, smoothed, mean, mass_sum, mass_count, not_finite, bounds,
-        num_heads, num_scored,
+        scores, smoothed, mean, not_finite, bounds, num_heads, num_scored,
         WINDOW=rule.window_size, POOL=rule.pool_size, PER_HEAD=rule.per_head,
         BLOCK_H=block_h, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
     scored_chunks = triton.cdiv(num_scored, _CHUNK)
-    for level in (1, 2):
-        count_mass_kernel[(scored_chunks, mass_rows)](
+    mass_chunk = 16 * _TILE // 2**bits
+    for level in range(levels):
+        width = min(bits, 31 - bits * level)
+        count_mass_kernel[(triton.cdiv(num_scored, mass_chunk), mass_rows)](
             mean, mass_sum, mass_count, bounds, float(rule.drop_mass), num_scored,
-            ROWS_PER_BATCH=mass_rows // batch_size, WINDOW=rule.window_size, LEVEL=level,
-            CHUNK=_CHUNK, num_warps=8,
+            ROWS_PER_BATCH=mass_rows // batch_size, WINDOW=rule.window_size,
+            BITS=bits, LEVELS=levels, LEVEL=level, WIDTH=width,
+            SHIFT=31 - bits * level - width, CHUNK=mass_chunk, num_warps=8,
         )  # fmt: skip
+    droppable = torch.empty(mass_rows, dtype=torch.int32, device=device)
+    count_droppable_kernel[(mass_rows,)](
+        mass_sum, mass_count, droppable, float(rule.drop_mass),
+        BITS=bits, LEVELS=levels, num_warps=4,
+    )  # fmt: skip
     lengths, budget = torch.empty(2, batch_size, num_heads, dtype=torch.int32, device=device)
     ran_sparse = torch.empty(batch_size, dtype=torch.bool, device=device)
     decide_kernel[(batch_size,)](
-        mass_sum, mass_count, not_finite, bounds, lengths, budget, ran_sparse,
+        droppable, not_finite, bounds, lengths, budget, ran_sparse,
         float(rule.drop_mass), rule.min_tokens, float(rule.kept or 0.0),
         float(rule.max_work), float(rule.fixed_tokens), first_query, num_heads,
         WINDOW=rule.window_size, PER_HEAD=rule.per_head, GIVEN=rule.kept is not None,
-        BLOCK_H=block_h, num_warps=8,
+        BLOCK_H=block_h, num_warps=4,
     )  # fmt: skip
     for level in range(_TOP_LEVELS.value):
         count_top_kernel[(scored_chunks, sequences)](
@@ -139,26 +150,13 @@ def _bits(b_value):
     return tl.where(b_value > 0, b_value.to(tl.int32, bitcast=True), 0)
 
 
-@triton.jit
-def _digit(b_bits, LEVEL: tl.constexpr):
-    """The bin of a budget's level: the top 11 bits below the sign, then 10, then 10."""
-    if LEVEL == 0:
-        b_digit = b_bits >> 20
-    elif LEVEL == 1:
-        b_digit = (b_bits >> 10) & 1023
-    else:
-        b_digit = b_bits & 1023
-    return b_digit
-
-
 @triton.jit(do_not_specialize=["num_scored"])
 def smooth_kernel(
-    scores_ptr, smoothed_ptr, mean_ptr, mass_sum_ptr, mass_count_ptr,
-    not_finite_ptr, bounds_ptr, num_heads, num_scored,
+    scores_ptr, smoothed_ptr, mean_ptr, not_finite_ptr, bounds_ptr, num_heads, num_scored,
     WINDOW: tl.constexpr, POOL: tl.constexpr, PER_HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Average pooling, the mean over heads, and the first level of the budget's histograms."""
+    """Average pooling of every head's scores, and their mean over heads."""
     b = tl.program_id(1).to(tl.int64)
     start = tl.load(bounds_ptr + 2 * b)
     stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
@@ -177,98 +175,105 @@ def smooth_kernel(
     broken = valid & ((b_smooth != b_smooth) | (tl.abs(b_smooth) == float("inf")))
     any_broken = tl.max(tl.max(broken.to(tl.int32), 1), 0)
     tl.atomic_max(not_finite_ptr + b, 1, mask=any_broken > 0, sem="relaxed")
-
-    if PER_HEAD:
-        o_hist = (b * num_heads + o_h) * (_LEVELS * _BINS)
-        b_digit = _digit(_bits(b_smooth), 0)
-        tl.atomic_add(mass_count_ptr + o_hist[:, None] + b_digit, 1, mask=valid, sem="relaxed")
-        p_sum = mass_sum_ptr + o_hist[:, None] + b_digit
-        tl.atomic_add(p_sum, b_smooth.to(tl.float64), mask=valid, sem="relaxed")
-    else:
+    if not PER_HEAD:
         b_mean = tl.sum(tl.where(valid, b_smooth, 0.0), 0) / num_heads
         tl.store(mean_ptr + b * num_scored + o_n, b_mean, mask=scored)
-        o_bin = b * (_LEVELS * _BINS) + _digit(_bits(b_mean), 0)
-        tl.atomic_add(mass_count_ptr + o_bin, 1, mask=scored, sem="relaxed")
-        tl.atomic_add(mass_sum_ptr + o_bin, b_mean.to(tl.float64), mask=scored, sem="relaxed")
 
 
 @triton.jit
-def _mass_bin(p_sum, p_count, target):
-    """The first bin at which the mass of all bins up to it reaches `target`.
+def _mass_below(p_sum, p_count, drop_mass, BITS: tl.constexpr, DONE: tl.constexpr):
+    """Where the mass of the smallest tokens reaches the share `drop_mass` of all mass.
 
     Returns:
-        The bin (the number of bins if none reaches it), and the count and mass below it.
+        The first `DONE` levels' bits of that token's mass, how many tokens have smaller ones,
+        their mass, the mass to reach, and whether it is reached at all.
     """
-    o_bin = tl.arange(0, _BINS)
-    b_sum = tl.load(p_sum + o_bin)
-    b_count = tl.load(p_count + o_bin)
-    found = tl.sum((tl.cumsum(b_sum, 0) < target).to(tl.int32), 0)
-    below = o_bin < found
-    return found, tl.sum(tl.where(below, b_count, 0), 0), tl.sum(tl.where(below, b_sum, 0.0), 0)
-
-
-@triton.jit
-def _mass_target(p_sum, drop_mass):
-    """The mass that dropped tokens may not reach; `drop_mass` is a share of the total."""
-    total = tl.sum(tl.load(p_sum + tl.arange(0, _BINS)), 0)
-    return (total + 1e-8) * drop_mass
+    BINS: tl.constexpr = 2**BITS
+    o_bin = tl.arange(0, BINS)
+    target = (tl.sum(tl.load(p_sum + o_bin), 0) + 1e-8) * drop_mass
+    bits = 0
+    count = 0
+    mass = target * 0.0
+    reached = tl.where(target > 0.0, 1, 0)
+    for level in tl.static_range(DONE):
+        b_sum = tl.load(p_sum + level * BINS + o_bin)
+        b_count = tl.load(p_count + level * BINS + o_bin)
+        found = tl.sum((mass + tl.cumsum(b_sum, 0) < target).to(tl.int32), 0)
+        reached *= (found < BINS).to(tl.int32)
+        found = tl.minimum(found, BINS - 1)
+        count += tl.sum(tl.where(o_bin < found, b_count, 0), 0)
+        mass += tl.sum(tl.where(o_bin < found, b_sum, 0.0), 0)
+        if (level + 1) * BITS <= 31:
+            bits = (bits << BITS) | found
+        else:  # the last level has what is left
+            bits = (bits << (31 - BITS * level)) | found
+    return bits, count, mass, target, reached
 
 
 @triton.jit(do_not_specialize=["num_scored", "drop_mass"])
 def count_mass_kernel(
     mean_ptr, mass_sum_ptr, mass_count_ptr, bounds_ptr, drop_mass, num_scored,
-    ROWS_PER_BATCH: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS_PER_BATCH: tl.constexpr, WINDOW: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr,
+    LEVEL: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A lower level of the budget's histograms, of the tokens in the bin found so far."""
+    """One level of the budget's histogram, of the tokens that share the bits found so far."""
+    BINS: tl.constexpr = 2**BITS
+    SUB: tl.constexpr = CHUNK // 16
     row = tl.program_id(1).to(tl.int64)
     b = row // ROWS_PER_BATCH
     start = tl.load(bounds_ptr + 2 * b)
     stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
-    p_sum = mass_sum_ptr + row * (_LEVELS * _BINS)
-    p_count = mass_count_ptr + row * (_LEVELS * _BINS)
-    o_n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    inside = (o_n >= start) & (o_n < stop)
-    b_mass = tl.load(mean_ptr + row * num_scored + o_n, mask=inside, other=0.0)
-    b_bits = _bits(b_mass)
-    target = _mass_target(p_sum, drop_mass)
-    found, _, below = _mass_bin(p_sum, p_count, target)
-    inside = inside & (_digit(b_bits, 0) == found)
-    if LEVEL == 2:
-        found, _, _ = _mass_bin(p_sum + _BINS, p_count + _BINS, target - below)
-        inside = inside & (_digit(b_bits, 1) == found)
-    o_bin = LEVEL * _BINS + _digit(b_bits, LEVEL)
-    tl.atomic_add(p_count + o_bin, 1, mask=inside, sem="relaxed")
-    tl.atomic_add(p_sum + o_bin, b_mass.to(tl.float64), mask=inside, sem="relaxed")
+    p_sum = mass_sum_ptr + row * (LEVELS * BINS)
+    p_count = mass_count_ptr + row * (LEVELS * BINS)
+    prefix, _, _, _, reached = _mass_below(p_sum, p_count, drop_mass, BITS, LEVEL)
+    o_bin = tl.arange(0, BINS)
+    b_counts = tl.zeros([BINS, SUB], tl.int32)
+    b_sums = tl.zeros([BINS, SUB], tl.float32)
+    for first in range(0, CHUNK, SUB):
+        o_n = tl.program_id(0) * CHUNK + first + tl.arange(0, SUB)
+        inside = (o_n >= start) & (o_n < stop)
+        b_mass = tl.load(mean_ptr + row * num_scored + o_n, mask=inside, other=0.0)
+        b_bits = _bits(b_mass)
+        if LEVEL > 0:
+            inside = inside & (reached > 0) & ((b_bits >> (SHIFT + WIDTH)) == prefix)
+        b_digit = tl.where(inside, (b_bits >> SHIFT) & (2**WIDTH - 1), -1)
+        hit = b_digit[None, :] == o_bin[:, None]
+        b_counts += hit.to(tl.int32)
+        b_sums += tl.where(hit, b_mass[None, :], 0.0)
+    b_count = tl.sum(b_counts, 1)
+    b_sum = tl.sum(b_sums.to(tl.float64), 1)
+    o_bin += LEVEL * BINS
+    tl.atomic_add(p_count + o_bin, b_count, mask=b_count > 0, sem="relaxed")
+    tl.atomic_add(p_sum + o_bin, b_sum, mask=b_count > 0, sem="relaxed")
 
 
-@triton.jit
-def _droppable(p_sum, p_count, drop_mass, num_scored):
-    """How many of the smallest tokens stay below the target together."""
-    target = _mass_target(p_sum, drop_mass)
-    high, count, mass = _mass_bin(p_sum, p_count, target)
-    middle, more_count, more_mass = _mass_bin(p_sum + _BINS, p_count + _BINS, target - mass)
-    count += more_count
-    mass += more_mass
-    p_sum += 2 * _BINS
-    p_count += 2 * _BINS
-    low, more_count, more_mass = _mass_bin(p_sum, p_count, target - mass)
-    count += more_count
-    mass += more_mass
+@triton.jit(do_not_specialize=["drop_mass"])
+def count_droppable_kernel(
+    mass_sum_ptr, mass_count_ptr, droppable_ptr, drop_mass,
+    BITS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """How many of a row's smallest tokens stay below the target together."""
+    BINS: tl.constexpr = 2**BITS
+    row = tl.program_id(0).to(tl.int64)
+    p_sum = mass_sum_ptr + row * (LEVELS * BINS)
+    p_count = mass_count_ptr + row * (LEVELS * BINS)
+    bits, count, mass, target, reached = _mass_below(p_sum, p_count, drop_mass, BITS, LEVELS)
     # The tokens in the last bin are equal: as many of them fit as stay below the target.
-    equal = tl.load(p_count + tl.minimum(low, _BINS - 1))
-    value = ((high << 20) | (middle << 10) | low).to(tl.float32, bitcast=True).to(tl.float64)
+    LAST_WIDTH: tl.constexpr = 31 - BITS * (LEVELS - 1)
+    equal = tl.load(p_count + (LEVELS - 1) * BINS + (bits & (2**LAST_WIDTH - 1)))
+    value = bits.to(tl.float32, bitcast=True).to(tl.float64)
     fitting = tl.ceil((target - mass) / tl.where(value > 0, value, 1.0)) - 1
     fitting = tl.minimum(tl.maximum(fitting, 0.0), equal.to(tl.float64)).to(tl.int32)
     count += tl.where(value > 0, fitting, equal)
-    return tl.where(high >= _BINS, num_scored, count)
+    everything = tl.sum(tl.load(p_count + tl.arange(0, BINS)), 0)
+    tl.store(droppable_ptr + row, tl.where(reached > 0, count, everything))
 
 
 @triton.jit(do_not_specialize=[
     "drop_mass", "min_tokens", "kept", "max_work", "fixed_tokens", "first_query"
 ])  # fmt: skip
 def decide_kernel(
-    mass_sum_ptr, mass_count_ptr, not_finite_ptr, bounds_ptr,
-    lengths_ptr, budget_ptr, ran_sparse_ptr,
+    droppable_ptr, not_finite_ptr, bounds_ptr, lengths_ptr, budget_ptr, ran_sparse_ptr,
     drop_mass, min_tokens, kept, max_work, fixed_tokens, first_query, num_heads,
     WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, GIVEN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -280,17 +285,10 @@ def decide_kernel(
     num_scored = length - WINDOW
     o_h = tl.arange(0, BLOCK_H)
     if PER_HEAD:
-        b_drop = tl.zeros([BLOCK_H], tl.int32)
-        for head in range(num_heads):
-            o_hist = (b * num_heads + head) * (_LEVELS * _BINS)
-            count = _droppable(
-                mass_sum_ptr + o_hist, mass_count_ptr + o_hist, drop_mass, num_scored
-            )
-            b_drop = tl.where(o_h == head, count, b_drop)
+        p_drop = droppable_ptr + b * num_heads + o_h
+        b_drop = tl.load(p_drop, mask=o_h < num_heads, other=0)
     else:
-        o_hist = b * (_LEVELS * _BINS)
-        count = _droppable(mass_sum_ptr + o_hist, mass_count_ptr + o_hist, drop_mass, num_scored)
-        b_drop = tl.zeros([BLOCK_H], tl.int32) + count
+        b_drop = tl.zeros([BLOCK_H], tl.int32) + tl.load(droppable_ptr + b)
     b_kept = tl.maximum(num_scored - (b_drop + 1), min_tokens)
     b_kept = tl.where(b_drop == 0, num_scored, b_kept)
     sparse = (length > min_tokens + WINDOW) & (drop_mass > 0)
