@@ -34,7 +34,8 @@ def test_golden(case):
     )
     published = tensors["output"].view(1, query.shape[2], query.shape[1], -1).transpose(1, 2)
     if selected is not None:
-        assert torch.equal(selection.indices, tensors["indices"])
+        assert (selection.lengths == selected).all()
+        assert torch.equal(selection.indices[..., :selected], tensors["indices"])
     torch.testing.assert_close(out, published, rtol=1e-4, atol=1e-5)
 
 
