@@ -112,12 +112,17 @@ def compress_sequences(
         indices = selection.indices.contiguous()
         max_queries = min(max_length, query_len)
         rows_q, rows_k = len(sequences) * max_queries, len(sequences) * max_length
-        packed = tuple(query.new_empty(rows, head_dim) for rows in (rows_q, rows_k, rows_k))
+        packed_q, packed_k, packed_v = (
+            query.new_empty(rows, head_dim) for rows in (rows_q, rows_k, rows_k)
+        )
         offsets = kernels.cumulative_lengths(
             indices, selection.lengths.contiguous(), first_query, sequences
         )
+        packed = (packed_q, packed_k, packed_v)
         kernels.gather(query, key, value, indices, offsets, sequences, packed, max_length)
-        return Compressed(*packed, *offsets, max_queries, max_length)
+        return Compressed(
+            packed_q, packed_k, packed_v, offsets[0], offsets[1], max_queries, max_length
+        )
     group = query.shape[1] // key.shape[1]
     batch, head, slot = _listed(selection, first_slot=0)
     query_batch, query_head, query_slot = _listed(selection, first_slot=first_query)

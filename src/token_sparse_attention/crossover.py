@@ -17,11 +17,11 @@ from torch import Tensor
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
 
 # Rows shorter than this run dense unscored: scoring one in vain would cost over 2% of dense.
-MIN_LENGTH = {"cuda": 65536, "cpu": 4096}
+MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
-OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 1500.0}
+OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # The same for the windowed fallback: a fixed part, and one per token of the window.
-FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (750.0, 6.0)}
+FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
 
 
 class BreakEven(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
 from token_sparse_attention.inputs import (
     RealTokens,
+    Span,
     check_attention_inputs,
     check_config,
     check_head_chunk,
@@ -72,6 +73,78 @@ class Call(NamedTuple):
     kept: float | None = None
     want_selection: bool = False
     want_lse: bool = False
+
+
+@overload
+def token_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    *,
+    padding_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    impl: str = ...,
+    attention_backend: str = ...,
+    head_chunk: int | None = ...,
+    kept: float | None = ...,
+    return_selection: Literal[False] = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    *,
+    padding_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    impl: str = ...,
+    attention_backend: str = ...,
+    head_chunk: int | None = ...,
+    kept: float | None = ...,
+    return_selection: Literal[True],
+    return_lse: Literal[False] = ...,
+) -> tuple[Tensor, TokenSelection]: ...
+
+
+@overload
+def token_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    *,
+    padding_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    impl: str = ...,
+    attention_backend: str = ...,
+    head_chunk: int | None = ...,
+    kept: float | None = ...,
+    return_selection: Literal[False] = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def token_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    *,
+    padding_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    impl: str = ...,
+    attention_backend: str = ...,
+    head_chunk: int | None = ...,
+    kept: float | None = ...,
+    return_selection: Literal[True],
+    return_lse: Literal[True],
+) -> SparseOutput: ...
 
 
 def token_sparse_attention(
@@ -220,10 +293,11 @@ def _attend_selected(
     """Attend the rows that run dense, the fallback of the others, and the selected tokens."""
     into = _new_output(query, call.want_lse)
     backend = choose_backend(call.attention_backend, query, key).name
-    how = {"scale": call.scale, "backend": backend}
     if tokens.padded:
         _zero_rows(into, slice(None))
-    attend_rows(query, key, value, ~selection.ran_sparse, tokens, into, **how)
+    attend_rows(
+        query, key, value, ~selection.ran_sparse, tokens, into, scale=call.scale, backend=backend
+    )
     windowed = config.fallback == "window"
     if windowed:
         attend_rows(
@@ -233,8 +307,9 @@ def _attend_selected(
             selection.ran_sparse,
             tokens,
             into,
+            scale=call.scale,
+            backend=backend,
             window=config.fallback_window,
-            **how,
         )
     zeros = not (windowed or tokens.padded)
     if impl == "reference":
@@ -251,7 +326,9 @@ def _attend_selected(
         packed = compress_sequences(
             query, key, value, sparse, sequences, impl=impl, max_length=max_length
         )
-        attended = attend_packed(*packed, want_lse=call.want_lse, **how)
+        attended = attend_packed(
+            *packed, scale=call.scale, backend=backend, want_lse=call.want_lse
+        )
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
         del packed
         decompress_sequences(
@@ -294,7 +371,7 @@ def _lengths_force_dense(
     """Return whether every row's lengths alone make it run dense."""
     first_query = tokens.kv_len - query_len
     # Where only the device knows the rows, the longest row there could be decides.
-    spans = tokens.spans or [(0, tokens.kv_len)]
+    spans = tokens.spans or [Span(0, tokens.kv_len)]
     for start, end in spans:
         row_queries, row_len = max(end - max(start, first_query), 0), end - start
         if row_queries < config.window_size or row_len <= config.window_size:
@@ -312,14 +389,14 @@ def _all_dense(
     query: Tensor, key: Tensor, value: Tensor, tokens: RealTokens, call: Call
 ) -> SparseOutput:
     """Dense attention of every row."""
-    how = {"scale": call.scale, "backend": call.attention_backend}
+    backend = call.attention_backend
     if not tokens.padded:
-        into = attend(query, key, value, want_lse=call.want_lse, **how)
+        into = attend(query, key, value, scale=call.scale, backend=backend, want_lse=call.want_lse)
     else:
         into = _new_output(query, call.want_lse)
         rows = torch.ones(len(query), dtype=torch.bool, device=query.device)
         _zero_rows(into, slice(None))
-        attend_rows(query, key, value, rows, tokens, into, **how)
+        attend_rows(query, key, value, rows, tokens, into, scale=call.scale, backend=backend)
     selection = dense_selection(tokens, query.shape[1]) if call.want_selection else None
     return SparseOutput(into.out, selection, into.lse)
 

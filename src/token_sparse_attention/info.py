@@ -50,9 +50,12 @@ def device_name(device: str) -> str:
 def commit() -> str | None:
     """Return the git commit that this package is run from, "-dirty" appended if it is changed.
 
-    Outside a checkout of it (an environment inside some other repository is none) it is what
-    the environment variable ``TSA_COMMIT`` says, for copies without history, or None.
+    A copy whose history is missing or stale is told by the environment variable
+    ``TSA_COMMIT``, which goes first. None outside a checkout of the package; an environment
+    inside some other repository is none.
     """
+    if told := os.environ.get("TSA_COMMIT"):
+        return told
     here = Path(__file__)
     tracked = ["git", "ls-files", "--error-unmatch", here.name]
     describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
@@ -62,7 +65,7 @@ def commit() -> str | None:
                 command, cwd=here.parent, capture_output=True, text=True, check=True
             )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("TSA_COMMIT")
+        return None
     return done.stdout.strip()
 
 

@@ -69,9 +69,14 @@ def attend(
         window = None
     backend = _resolve(backend, query, key)
     if takes_packed(backend, query):
-        transposed = (tensor.transpose(1, 2) for tensor in (query, key, value))
         out, lse = flash.rows_attention(
-            backend, *transposed, scale=scale, window=window, want_lse=want_lse
+            backend,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            scale=scale,
+            window=window,
+            want_lse=want_lse,
         )
         return Attended(out.transpose(1, 2), lse if want_lse else None)
     out = sdpa.causal_sdpa(query, key, value, scale, backend, window)
@@ -225,7 +230,9 @@ def attend_packed(
     if takes_packed(backend, query):
         out, lse = flash.varlen_attention(
             backend,
-            *(tensor[:, None] for tensor in (query, key, value)),
+            query[:, None],
+            key[:, None],
+            value[:, None],
             cu_seqlens_q,
             cu_seqlens_k,
             max_seqlen_q=max_seqlen_q,

@@ -72,17 +72,21 @@ class LayerRecord:
         if self.selection is None:
             reason = str(self.dense_reason)
             return [f"{reason}: {self.detail}" if self.detail else reason]
-        reasons = []
+        reasons: list[str | None] = []
         for ran, query_len, kv_len, budget in zip(
             self.selection.ran_sparse.tolist(),
             self.selection.query_lens.tolist(),
             self.selection.kv_lens.tolist(),
             self.selection.budget.tolist(),
         ):
-            reason = self.selection.config.dense_reason(query_len, kv_len)
-            if reason is None and min(budget) < kv_len:
-                reason = DenseReason.CROSSOVER_KEPT
-            reasons.append(None if ran else str(reason or DenseReason.NOTHING_TO_DROP))
+            reason: DenseReason | None = None
+            if not ran:
+                reason = self.selection.config.dense_reason(query_len, kv_len)
+                dropped = min(budget) < kv_len
+                reason = reason or (
+                    DenseReason.CROSSOVER_KEPT if dropped else DenseReason.NOTHING_TO_DROP
+                )
+            reasons.append(None if reason is None else str(reason))
         return reasons
 
     @property

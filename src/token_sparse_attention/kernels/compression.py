@@ -29,13 +29,16 @@ def cumulative_lengths(
         first_query: slot of the first query.
         sequences: which sequences.
     """
-    offsets = torch.empty(2, len(sequences) + 1, dtype=torch.int32, device=indices.device)
+    # Two allocations: kernels are compiled anew for pointers of another alignment.
+    offsets_q, offsets_k = (
+        torch.empty(len(sequences) + 1, dtype=torch.int32, device=indices.device) for _ in range(2)
+    )
     cumulative_lengths_kernel[(1,)](
-        indices, lengths, offsets[0], offsets[1], first_query, indices.shape[2],
+        indices, lengths, offsets_q, offsets_k, first_query, indices.shape[2],
         sequences.start, len(sequences),
         BLOCK=triton.next_power_of_2(len(sequences)), num_warps=4,
     )  # fmt: skip
-    return offsets[0], offsets[1]
+    return offsets_q, offsets_k
 
 
 def gather(

@@ -116,7 +116,9 @@ def select_tokens(
         mass_sum, mass_count, droppable, float(rule.drop_mass),
         BITS=bits, LEVELS=levels, num_warps=4,
     )  # fmt: skip
-    lengths, budget = torch.empty(2, batch_size, num_heads, dtype=torch.int32, device=device)
+    # Allocations of their own: kernels are compiled anew for pointers of another alignment.
+    lengths = torch.empty(batch_size, num_heads, dtype=torch.int32, device=device)
+    budget = torch.empty_like(lengths)
     ran_sparse = torch.empty(batch_size, dtype=torch.bool, device=device)
     decide_kernel[(batch_size,)](
         droppable, not_finite, bounds, lengths, budget, ran_sparse,
@@ -131,14 +133,15 @@ def select_tokens(
             WINDOW=rule.window_size, LEVEL=level, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
     thresholds = torch.empty(sequences, 2, dtype=torch.int32, device=device)
-    above = torch.empty(2, sequences, scored_chunks, dtype=torch.int32, device=device)
+    above = torch.empty(sequences, scored_chunks, dtype=torch.int32, device=device)
+    equal = torch.empty_like(above)
     count_above_kernel[(scored_chunks, sequences)](
-        smoothed, top_count, bounds, lengths, ran_sparse, thresholds, above[0], above[1],
+        smoothed, top_count, bounds, lengths, ran_sparse, thresholds, above, equal,
         num_heads, num_scored, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
     )  # fmt: skip
     indices = torch.empty(batch_size, num_heads, kv_len, dtype=torch.int32, device=device)
     list_tokens_kernel[(triton.cdiv(kv_len, _CHUNK), sequences)](
-        smoothed, bounds, lengths, ran_sparse, thresholds, above[0], above[1], indices,
+        smoothed, bounds, lengths, ran_sparse, thresholds, above, equal, indices,
         num_heads, num_scored, kv_len, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
     )  # fmt: skip
     return Selected(indices, lengths, ran_sparse, budget)
