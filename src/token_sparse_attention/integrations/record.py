@@ -79,14 +79,14 @@ class LayerRecord:
             self.selection.kv_lens.tolist(),
             self.selection.budget.tolist(),
         ):
-            reason: DenseReason | None = None
+            why: DenseReason | None = None
             if not ran:
-                reason = self.selection.config.dense_reason(query_len, kv_len)
+                why = self.selection.config.dense_reason(query_len, kv_len)
                 dropped = min(budget) < kv_len
-                reason = reason or (
+                why = why or (
                     DenseReason.CROSSOVER_KEPT if dropped else DenseReason.NOTHING_TO_DROP
                 )
-            reasons.append(None if reason is None else str(reason))
+            reasons.append(None if why is None else str(why))
         return reasons
 
     @property
