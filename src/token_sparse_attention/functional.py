@@ -255,12 +255,19 @@ def run(
 ) -> SparseOutput:
     """`token_sparse_attention` on checked arguments."""
     impl = resolve_impl(call.impl, query, query.shape[-1])
-    batch_size, query_len, kv_len = len(query), query.shape[2], key.shape[2]
+    query_len, kv_len = query.shape[2], key.shape[2]
     even = NEVER_DENSE if call.kept is not None else break_even(config, query)
+    longest = Span(0, kv_len)
+    if padding_mask is None and _forces_dense(config, even, longest, query_len, kv_len, call.kept):
+        return _all_dense(query, key, value, None, call)
     tokens = real_tokens(
-        padding_mask, batch_size, kv_len, query.device, on_device=impl == "triton"
+        padding_mask, len(query), kv_len, query.device, on_device=impl == "triton"
     )
-    if _lengths_force_dense(config, even, tokens, query_len, call.kept):
+    # Where only the device knows the rows, the longest row there could be decides.
+    if all(
+        _forces_dense(config, even, span, query_len, kv_len, call.kept)
+        for span in tokens.spans or [longest]
+    ):
         return _all_dense(query, key, value, tokens, call)
 
     scores = score_rows(query, key, config, tokens, call.scale, impl)
@@ -361,44 +368,42 @@ def _zero_rows(into: Attended, rows: Tensor | slice) -> None:
         into.lse[rows] = -torch.inf
 
 
-def _lengths_force_dense(
+def _forces_dense(
     config: TokenSparseConfig,
     even: BreakEven,
-    tokens: RealTokens,
+    span: Span,
     query_len: int,
+    kv_len: int,
     kept: float | None,
 ) -> bool:
-    """Return whether every row's lengths alone make it run dense."""
-    first_query = tokens.kv_len - query_len
-    # Where only the device knows the rows, the longest row there could be decides.
-    spans = tokens.spans or [Span(0, tokens.kv_len)]
-    for start, end in spans:
-        row_queries, row_len = max(end - max(start, first_query), 0), end - start
-        if row_queries < config.window_size or row_len <= config.window_size:
-            continue
-        if kept is not None:
-            return False
-        if not (
-            config.dense_reason(row_queries, row_len) or even.dense_reason(row_queries, row_len)
-        ):
-            return False
-    return True
+    """Return whether a row's lengths alone make it run dense."""
+    row_queries = max(span.end - max(span.start, kv_len - query_len), 0)
+    row_len = span.end - span.start
+    if row_queries < config.window_size or row_len <= config.window_size:
+        return True
+    if kept is not None:
+        return False
+    reason = config.dense_reason(row_queries, row_len) or even.dense_reason(row_queries, row_len)
+    return reason is not None
 
 
 def _all_dense(
-    query: Tensor, key: Tensor, value: Tensor, tokens: RealTokens, call: Call
+    query: Tensor, key: Tensor, value: Tensor, tokens: RealTokens | None, call: Call
 ) -> SparseOutput:
-    """Dense attention of every row."""
+    """Dense attention of every row; without `tokens`, all slots are real."""
     backend = call.attention_backend
-    if not tokens.padded:
+    if tokens is None or not tokens.padded:
         into = attend(query, key, value, scale=call.scale, backend=backend, want_lse=call.want_lse)
     else:
         into = _new_output(query, call.want_lse)
         rows = torch.ones(len(query), dtype=torch.bool, device=query.device)
         _zero_rows(into, slice(None))
         attend_rows(query, key, value, rows, tokens, into, scale=call.scale, backend=backend)
-    selection = dense_selection(tokens, query.shape[1]) if call.want_selection else None
-    return SparseOutput(into.out, selection, into.lse)
+    if not call.want_selection:
+        return SparseOutput(into.out, None, into.lse)
+    if tokens is None:
+        tokens = real_tokens(None, len(query), key.shape[2], query.device)
+    return SparseOutput(into.out, dense_selection(tokens, query.shape[1]), into.lse)
 
 
 def _most_tokens(

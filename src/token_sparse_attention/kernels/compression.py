@@ -36,7 +36,8 @@ def cumulative_lengths(
     cumulative_lengths_kernel[(1,)](
         indices, lengths, offsets_q, offsets_k, first_query, indices.shape[2],
         sequences.start, len(sequences),
-        BLOCK=triton.next_power_of_2(len(sequences)), num_warps=4,
+        # For all sequences, not this group's: how many are in a group follows from the length.
+        BLOCK=triton.next_power_of_2(indices.shape[0] * indices.shape[1]), num_warps=4,
     )  # fmt: skip
     return offsets_q, offsets_k
 

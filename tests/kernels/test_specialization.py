@@ -1,0 +1,94 @@
+"""A new length compiles nothing: no launch differs in what Triton compiles a kernel anew for."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from support import SMALL, make_problem
+from token_sparse_attention import token_sparse_attention
+
+pytest.importorskip("triton")
+
+from token_sparse_attention.kernels import compression, scoring, selection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_time_arguments(module):
+    """Kernel name -> argument names, and which of them are never specialised on."""
+    found = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+            free = set()
+            for decorator in node.decorator_list:
+                for keyword in getattr(decorator, "keywords", []):
+                    free |= set(ast.literal_eval(keyword.value))
+            found[node.name] = ([argument.arg for argument in node.args.args], free)
+    return found
+
+
+class Recorder:
+    """Runs a kernel, and notes what each launch would be compiled for."""
+
+    def __init__(self, kernel, names, free):
+        self.kernel, self.names, self.free, self.seen = kernel, names, free, set()
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            key = [tuple(sorted(constants.items(), key=str))]
+            for name, argument in zip(self.names, arguments):
+                if isinstance(argument, torch.Tensor):
+                    key.append((name, argument.dtype, argument.data_ptr() % 16 == 0))
+                elif isinstance(argument, int) and name not in self.free:
+                    key.append((name, argument == 1, argument % 16 == 0))
+            self.seen.add(tuple(key))
+            self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+def launches(monkeypatch, lengths, config, **options):
+    recorders = {}
+    for module in (compression, scoring, selection):
+        for name, (names, free) in run_time_arguments(module).items():
+            recorders[name] = Recorder(getattr(module, name), names, free)
+            monkeypatch.setattr(module, name, recorders[name])
+    for length in lengths:
+        problem = make_problem(batch=2, heads=8, query_len=length, device=DEVICE)
+        result = token_sparse_attention(
+            *problem,
+            config,
+            impl="triton",
+            attention_backend="math",
+            return_selection=True,
+            return_lse=True,
+            **options,
+        )
+        assert result.selection.ran_sparse.all()
+    return {name: recorder.seen for name, recorder in recorders.items()}
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+def test_lengths_change_nothing_that_is_compiled(monkeypatch, budget):
+    """Odd, even and round lengths; memory for as many heads at once as fits changes too."""
+    from token_sparse_attention import functional
+
+    monkeypatch.setattr(functional, "_PACKED_BYTES", 200_000)
+    config = dataclasses.replace(SMALL, budget=budget)
+    seen = launches(monkeypatch, (144, 177, 255), config)
+    levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if budget == "shared" else 8}
+    for name, variants in seen.items():
+        assert len(variants) == levels.get(name, 1), f"{name}: {variants}"
+
+
+def test_a_length_that_is_specialised_on_would_be_seen(monkeypatch):
+    recorder = Recorder({}, ["length"], set())
+    recorder.kernel = type("Kernel", (), {"__getitem__": lambda *_: lambda *_, **__: None})()
+    for length in (160, 177):
+        recorder[(1,)](length)
+    assert len(recorder.seen) == 2
