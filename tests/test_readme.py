@@ -16,10 +16,10 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["apply", "operator"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["apply", "operator", "dense"])
 def test_snippets_run(snippet, capsys):
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out
@@ -30,6 +30,6 @@ def test_settings_and_files_exist():
     settings = README.split("## Settings")[1].split("## ")[0]
     named = set(re.findall(r"^\| `(\w+)`", settings, re.MULTILINE))
     assert named <= fields
-    assert fields - named == {"fallback_window", "crossover"}
+    assert fields - named == {"fallback_window"}
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / link).exists(), link

@@ -1,0 +1,87 @@
+"""The break-even: its arithmetic, and its constants against the committed measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from token_sparse_attention import DenseReason, TokenSparseConfig
+from token_sparse_attention.crossover import (
+    FALLBACK_TOKENS,
+    MIN_LENGTH,
+    OVERHEAD_TOKENS,
+    BreakEven,
+    break_even,
+    effective_length,
+)
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+STAGES = ("ours/score", "ours/select", "ours/gather", "ours/scatter")
+
+
+def times(file, kind):
+    records = json.loads((RESULTS / file).read_text())["records"]
+    return {
+        (record["name"], record["seq_len"], record["kept"]): record["median_ms"]
+        for record in records
+        if record["kind"] == kind
+    }
+
+
+def test_effective_length_is_the_length_of_a_whole_prompt_and_small_for_a_chunk():
+    assert effective_length(1000, 1000) == 1000
+    assert effective_length(100, 1000) == 190
+    assert effective_length(1, 1000) < 2
+
+
+def test_break_even():
+    even = BreakEven(500, 1.0, 190.0)
+    assert even.dense_reason(499, 499) is DenseReason.CROSSOVER_LENGTH
+    assert even.dense_reason(500, 500) is None
+    assert even.max_share(1000, 1000) == pytest.approx(0.9)
+    assert even.max_share(190, 190) == 0
+    assert even.max_share(100, 1000) == 0
+    query = torch.zeros(1)
+    off = break_even(TokenSparseConfig(crossover="off"), query)
+    assert off.dense_reason(1, 1) is None
+    assert off.max_share(1, 1) == 1
+    zero = break_even(TokenSparseConfig(), query)
+    window = break_even(TokenSparseConfig(fallback="window"), query)
+    assert window.fixed_tokens > zero.fixed_tokens
+
+
+@pytest.mark.parametrize(
+    ("device", "file", "kind", "dense"),
+    [
+        ("cuda", "op-h200.json", "graph", "dense/fa4"),
+        ("cpu", "op-cpu.json", "eager", "dense/flash"),
+    ],
+)
+def test_constants_cover_the_measured_overhead(device, file, kind, dense):
+    """At every measured length that may run sparse, or the longest one there is."""
+    measured = times(file, kind)
+    lengths = sorted({length for name, length, _ in measured if name == "ours/whole"})
+    checked = [length for length in lengths if length >= MIN_LENGTH[device]] or lengths[-1:]
+    for length in checked:
+        stages = [t for key, t in measured.items() if key[0] in STAGES and key[1] == length
+                  and key[2] in (None, 0.5)]  # fmt: skip
+        assert len(stages) == 4
+        per_ms = length / measured[dense, length, None]
+        overhead = sum(stages) * per_ms
+        assert 0.4 * OVERHEAD_TOKENS[device] < overhead <= OVERHEAD_TOKENS[device]
+        base, per_token = FALLBACK_TOKENS[device]
+        window = measured["ours/window", length, None] * per_ms
+        assert 0.7 * (base + 512 * per_token) < window <= base + 512 * per_token
+
+
+def test_where_the_method_decides_dense_it_costs_under_two_percent():
+    measured = times("crossover-h200.json", "graph")
+    for name, length, kept in list(measured):
+        if name == "crossover/dense":
+            dense, ours = measured[name, length, kept], measured["crossover/ours", length, kept]
+            assert ours <= max(1.02 * dense, dense + 0.02)
+    lengths = {length for name, length, _ in measured if name == "crossover/ours"}
+    assert min(lengths) < MIN_LENGTH["cuda"] < max(lengths), "scored and unscored ones"
