@@ -86,7 +86,7 @@ def test_lengths_change_nothing_that_is_compiled(monkeypatch, budget):
         assert len(variants) == levels.get(name, 1), f"{name}: {variants}"
 
 
-def test_a_length_that_is_specialised_on_would_be_seen(monkeypatch):
+def test_a_length_that_is_specialised_on_would_be_seen():
     recorder = Recorder({}, ["length"], set())
     recorder.kernel = type("Kernel", (), {"__getitem__": lambda *_: lambda *_, **__: None})()
     for length in (160, 177):
