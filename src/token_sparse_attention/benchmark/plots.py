@@ -41,6 +41,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
         raise UsageError(
             "figures need matplotlib: pip install 'token-sparse-attention[bench]'"
         ) from error
+    runs = _of_one_device(runs)
     drawn = {}
     with mpl.rc_context(_STYLE):
         for name, plot in FIGURES.items():
@@ -51,6 +52,13 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
                 lines = (line.rstrip() for line in buffer.getvalue().splitlines())
                 drawn[name] = "\n".join(lines) + "\n"
     return drawn
+
+
+def _of_one_device(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs on the device that was measured most, the fullest first."""
+    fullest = sorted(runs, key=lambda run: len(run.result.records), reverse=True)
+    device = fullest[0].result.provenance["device"] if fullest else None
+    return [run for run in fullest if run.result.provenance["device"] == device]
 
 
 def _dense(axes: Axes, runs: Sequence[Run]) -> bool:
@@ -128,7 +136,9 @@ def _over_prefill(seq_len: int, run: Run, name: str, kept: float) -> float:
 def _add(
     lines: Lines, label: str, seq_len: int, value: Callable[..., float], *arguments: Any
 ) -> None:
-    """Add ``value(seq_len, *arguments)`` to a line, unless there is no such figure."""
+    """Add ``value(seq_len, *arguments)`` to a line, unless it has that length or there is none."""
+    if seq_len in lines.get(label, ([],))[0]:
+        return
     try:
         point = value(seq_len, *arguments)
     except NoFigureError:
