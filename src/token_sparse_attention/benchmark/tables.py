@@ -17,6 +17,7 @@ from token_sparse_attention.benchmark.runs import (
     tokens,
 )
 from token_sparse_attention.benchmark.targets import crossover_ms, outcomes
+from token_sparse_attention.config import TokenSparseConfig
 
 EMPTY = "Not measured yet."
 NONE = "-"
@@ -228,10 +229,18 @@ def _against_eager(run: Run, seq_len: int, kept: float) -> str:
 
 def _fallback(runs: Sequence[Run]) -> Rows:
     shares = _shares(runs, "ours/whole_window")
-    yield "run", "tokens", "window alone", *(f"extra, {kept:.0%} kept" for kept in shares)
+    header = ("floor", "window alone", *(f"extra, {kept:.0%} kept" for kept in shares))
+    yield "run", "tokens", *header
     for run, seq_len in _points(runs, "ours/whole_window"):
-        cells = (figure_or(_window_extra, run, seq_len, kept) for kept in shares)
-        yield run.name, tokens(seq_len), _ms(run.find("ours/window", seq_len)), *cells
+        extra = (figure_or(_window_extra, run, seq_len, kept) for kept in shares)
+        alone = _ms(run.find("ours/window", seq_len))
+        yield run.name, tokens(seq_len), figure_or(_window_floor, run, seq_len), alone, *extra
+
+
+def _window_floor(run: Run, seq_len: int) -> str:
+    """The window's operations, ``4 * S * w * D * H``, at the rate of dense attention."""
+    pairs = min(TokenSparseConfig().fallback_window / seq_len, 0.5)
+    return number(2 * pairs * milliseconds(run.dense(seq_len)))
 
 
 def _window_extra(run: Run, seq_len: int, kept: float) -> str:
