@@ -41,7 +41,7 @@ def test_every_table_says_what_was_measured():
     ]
     assert cells("whole-dense") == [["fast", "128K", "fa4: 217", "56 (3.88x)"]]
     assert cells("whole-eager") == [["fast", "128K", "122, 56.1 (2.17x)"]]
-    assert cells("fallback") == [["fast", "128K", "2.8", "4"]]
+    assert cells("fallback") == [["fast", "128K", "1.7", "2.8", "4"]]
     assert cells("memory") == [["fast", "128K", "50%", "512", "-", "2,048", "4,608", "+0.2%"]]
     assert cells("first-call") == [["fast", "128K", "50%", "5", "4.95", "5.05", "5"]]
     assert cells("crossover") == [
