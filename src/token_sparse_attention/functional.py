@@ -276,14 +276,19 @@ def run(
     )
     del scores
     attended = _attend_selected(query, key, value, config, selection, tokens, even, impl, call)
+    _mark_invalid_rows(attended, tokens)
+    return SparseOutput(
+        attended.out, selection.to_int64() if call.want_selection else None, attended.lse
+    )
+
+
+def _mark_invalid_rows(attended: Attended, tokens: RealTokens) -> None:
+    """Set rows to NaN whose mask was not one run, where no error could say so."""
     if tokens.valid is not None:
         invalid = ~tokens.valid[:, None, None]
         attended.out.masked_fill_(invalid[..., None], torch.nan)
         if attended.lse is not None:
             attended.lse.masked_fill_(invalid, torch.nan)
-    return SparseOutput(
-        attended.out, selection.to_int64() if call.want_selection else None, attended.lse
-    )
 
 
 def _attend_selected(
@@ -399,6 +404,7 @@ def _all_dense(
         rows = torch.ones(len(query), dtype=torch.bool, device=query.device)
         _zero_rows(into, slice(None))
         attend_rows(query, key, value, rows, tokens, into, scale=call.scale, backend=backend)
+        _mark_invalid_rows(into, tokens)
     if not call.want_selection:
         return SparseOutput(into.out, None, into.lse)
     if tokens is None:

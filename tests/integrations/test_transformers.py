@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from integrations.models import CONFIG, FAMILIES, LAYERS, make_ids, make_model, oracle
-from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention import DenseReason, LayerProfile, TokenSparseConfig
 from token_sparse_attention.integrations.transformers import apply
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -317,3 +317,36 @@ def test_the_report_forgets_the_oldest():
     for number in range(MAX_RECORDS + 10):
         report.add(LayerRecord(number % LAYERS, 1, 1))
     assert len(report) == MAX_RECORDS
+
+
+def test_the_crossover_is_reported_with_its_reason(monkeypatch):
+    from token_sparse_attention import crossover
+    from token_sparse_attention.integrations.transformers import register_dense_attention
+
+    auto = dataclasses.replace(CONFIG, crossover="auto")
+    model, ids = make_model(), make_ids(batch=2)
+    model.set_attn_implementation(register_dense_attention())
+    expected = model(ids).logits
+    with apply(model, auto) as report:
+        logits = model(ids).logits
+    assert {record.dense_reason for record in report} == {DenseReason.CROSSOVER_LENGTH}
+    assert torch.equal(logits, expected)
+
+    # The slots would be enough, the real tokens are too few: decided past the layer's checks.
+    monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", ids.shape[1] - 20)
+    mask = torch.ones_like(ids)
+    mask[:, :40] = 0
+    with apply(model, auto) as report:
+        model(ids, attention_mask=mask)
+    reasons = {reason for record in report for reason in record.reasons}
+    assert reasons == {str(DenseReason.CROSSOVER_LENGTH)}
+
+    monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", 10)
+    monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", 0.9 * ids.shape[1])
+    with apply(model, auto) as report:
+        model(ids)
+    reasons = {reason for record in report for reason in record.reasons}
+    assert reasons == {str(DenseReason.CROSSOVER_KEPT)}
+    with apply(model, auto, kept=0.5) as report:
+        model(ids)
+    assert {tuple(record.paths) for record in report} == {("sparse", "sparse")}

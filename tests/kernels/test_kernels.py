@@ -250,6 +250,11 @@ def test_a_mask_that_is_not_one_run_gives_nan_in_its_rows():
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
     assert lse[1].isnan().all()
+    dense = dataclasses.replace(SMALL, drop_mass=0.0)
+    out = token_sparse_attention(
+        *problem, dense, padding_mask=mask, impl="triton", attention_backend="math"
+    )
+    assert out.isnan().flatten(1).all(-1).tolist() == [False, True]
     with pytest.raises(ValueError, match="one contiguous run"):
         token_sparse_attention(*problem, SMALL, padding_mask=mask, impl="reference")
 

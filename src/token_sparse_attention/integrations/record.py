@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
+from token_sparse_attention.crossover import BreakEven
 
 MAX_RECORDS = 8192  # the oldest records are forgotten, so that a server's report stays small
 
@@ -29,6 +30,7 @@ class SelectionRecord:
         query_lens: ``[B]`` real queries per row.
         kv_lens: ``[B]`` real keys per row.
         budget: ``[B, H]`` tokens the method would keep, whether or not the row ran sparse.
+        even: from where on sparse was taken to be faster.
     """
 
     config: TokenSparseConfig
@@ -37,6 +39,7 @@ class SelectionRecord:
     query_lens: Tensor
     kv_lens: Tensor
     budget: Tensor
+    even: BreakEven
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class LayerRecord:
             why: DenseReason | None = None
             if not ran:
                 why = self.selection.config.dense_reason(query_len, kv_len)
+                why = why or self.selection.even.dense_reason(query_len, kv_len)
                 dropped = min(budget) < kv_len
                 why = why or (
                     DenseReason.CROSSOVER_KEPT if dropped else DenseReason.NOTHING_TO_DROP

@@ -30,7 +30,7 @@ from token_sparse_attention.config import (
     TokenSparseConfig,
     layer_configs,
 )
-from token_sparse_attention.crossover import break_even
+from token_sparse_attention.crossover import NEVER_DENSE, break_even
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.inputs import check_kept
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
@@ -301,10 +301,9 @@ class AppliedSparsity:
             config = self._configs.get(layer)
             reason, detail = _dense_reason(module, query, key, value, config, dropout, kwargs)
             if reason is None and config is not None and self._kept is None:
-                reason = config.dense_reason(query.shape[2], key.shape[2])
-                reason = reason or break_even(config, query).dense_reason(
-                    query.shape[2], key.shape[2]
-                )
+                lengths = (query.shape[2], key.shape[2])
+                reason = config.dense_reason(*lengths)
+                reason = reason or break_even(config, query).dense_reason(*lengths)
             if reason is None and config is not None:
                 layout = self._read_mask(attention_mask, query.shape[2], key.shape[2])
                 if layout is not None:
@@ -351,8 +350,9 @@ class AppliedSparsity:
             query_lens = padding_mask[:, kv_len - query_len :].sum(-1)
             kv_lens = padding_mask.sum(-1)
         budget = selection.lengths if selection.budget is None else selection.budget
+        even = break_even(config, query) if self._kept is None else NEVER_DENSE
         selected = SelectionRecord(
-            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens, budget
+            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens, budget, even
         )
         self.report.add(LayerRecord(layer, query_len, kv_len, selection=selected))
         return output
