@@ -16,7 +16,6 @@ from token_sparse_attention.functional import Call, run
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-# The schema is read off the annotations, for which they may not be strings of newer syntax.
 def _prefill(
     query: Tensor,
     key: Tensor,

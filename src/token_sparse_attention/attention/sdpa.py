@@ -6,6 +6,8 @@ member at a time. Packed lengths are read on the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,7 +81,9 @@ def packed_sdpa(
     return out
 
 
-def _blocks(query_len: int, kv_len: int, window: int | None, device: torch.device):  # type: ignore[no-untyped-def]
+def _blocks(
+    query_len: int, kv_len: int, window: int | None, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield blocks of queries, the keys they can see, and the band of the mask."""
     window = window or kv_len
     first_query = kv_len - query_len
