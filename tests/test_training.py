@@ -64,12 +64,13 @@ def test_rows_equal_the_tokens_of_their_text(data):
 
 def test_training_makes_a_model_that_loads(data, tmp_path):
     run(
-        *("training", "--data", data, "--out", tmp_path, "--minutes", "0.1", "--layers", "1"),
+        *("training", "--data", data, "--out", tmp_path, "--minutes", "0.05", "--layers", "1"),
         *("--stages", "256:1", "--micro-batch", "1024", "--accumulate", "1", "--workers", "1"),
         *("--samples", "1", "--lengths", "512"),
     )
     trained = json.loads((tmp_path / "training.json").read_text())
-    assert trained["steps"] >= 1
+    assert [one["run"] for one in trained["runs"]] == ["base", "long"]
+    assert all(one["steps"] >= 1 for one in trained["runs"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     with torch.no_grad():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import evaluate
 from .export import export
-from .train import STAGES, Options, Trainer
+from .train import Options, Trainer
+
+RUNS = {"base": Options.base, "long": Options.long}
+"""The runs of the recipe, in order."""
 
 
 def _stages(text: str) -> tuple[tuple[int, float], ...]:
@@ -22,24 +27,64 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training",
         description="Train the bundled retrieval model from Debian documentation packages.",
-        epilog="example: python -m training --out runs/first --minutes 16",
+        epilog="example: python -m training --out runs/first",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the model, its state and its scores")
     add("--data", type=Path, help="folder of prepared data (made if missing; default OUT/data)")
     add("--packages", type=Path, help="folder of Debian packages (default OUT/packages)")
-    add("--minutes", type=float, default=16.0, help="training time of the whole schedule")
+    add("--run", choices=[*RUNS, "all"], default="all", help="which run of the recipe")
+    add("--start-from", type=Path, metavar="DIR", help="model folder with weights to begin with")
+    add("--history", type=Path, metavar="FILE", help="training.json of the runs before")
+    add("--minutes", type=float, help="training time of a run, in place of the recipe's")
     add("--stop-after", type=float, metavar="MIN", help="stop this call early; go on by --resume")
     add("--resume", type=Path, metavar="DIR", help="go on from the state saved in DIR")
-    add("--stages", type=_stages, default=STAGES, help="LENGTH:SHARE,... of the training time")
+    add("--stages", type=_stages, help="LENGTH:SHARE,... of a run's time, likewise")
     add("--micro-batch", type=int, default=131072, help="tokens per forward pass")
     add("--accumulate", type=int, default=2, help="forward passes per step")
-    add("--peak", type=float, default=2e-3, help="highest learning rate")
+    add("--peak", type=float, help="highest learning rate, likewise")
     add("--workers", type=int, default=14, help="processes that make samples")
     add("--layers", type=int, default=14, help="decoder layers (fewer for a smoke test)")
     add("--samples", type=int, default=100, help="held-out samples per task and length; 0: none")
     add("--lengths", default="1024,2048,4096,8192,16384", help="held-out context lengths")
     return parser
+
+
+def _options(name: str, data: Path, args: argparse.Namespace) -> Options:
+    given = {
+        field: getattr(args, field)
+        for field in ("minutes", "stages", "peak")
+        if getattr(args, field) is not None
+    }
+    return dataclasses.replace(
+        RUNS[name](data),
+        stop_after=args.stop_after,
+        micro_batch=args.micro_batch,
+        accumulate=args.accumulate,
+        workers=args.workers,
+        layers=args.layers,
+        **given,
+    )
+
+
+def _train(name: str, data: Path, device: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One run: leaves a model folder and a state, returns what to say about it."""
+    trainer = Trainer(_options(name, data, args), device)
+    if args.resume:
+        trainer.load(args.resume / "state.pt")
+    elif args.start_from:
+        trainer.start_from(args.start_from)
+    trainer.run()
+    trainer.save(args.out / "state.pt")
+    export(trainer.model, data, args.out / "model")
+    return {
+        "run": name,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "seconds": round(trainer.elapsed),
+        "longest_row": trainer.options.stages[-1][0],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+    }
 
 
 def main() -> None:
@@ -49,33 +94,15 @@ def main() -> None:
     if not (data / "prose.npy").exists():
         from .prepare import prepare
 
-        prepare(args.packages or args.out / "packages", data)
+        prepare(args.packages or args.out / "packages", data, args.start_from)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = Options(
-        data=data,
-        minutes=args.minutes,
-        stop_after=args.stop_after,
-        stages=args.stages,
-        micro_batch=args.micro_batch,
-        accumulate=args.accumulate,
-        peak=args.peak,
-        workers=args.workers,
-        layers=args.layers,
-    )
-    trainer = Trainer(options, device)
-    if args.resume:
-        trainer.load(args.resume / "state.pt")
-    trainer.run()
-    trainer.save(args.out / "state.pt")
-    export(trainer.model, data, args.out / "model")
-    training = {
-        "steps": trainer.step,
-        "tokens": trainer.tokens,
-        "seconds": round(trainer.elapsed),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "sources": json.loads((data / "sources.json").read_text("utf-8")),
-    }
-    (args.out / "training.json").write_text(json.dumps(training, indent=2) + "\n", "utf-8")
+    runs = json.loads(args.history.read_text("utf-8"))["runs"] if args.history else []
+    for name in RUNS if args.run == "all" else [args.run]:
+        runs.append(_train(name, data, device, args))
+        args.start_from, args.resume = args.out / "model", None
+    sources = json.loads((data / "sources.json").read_text("utf-8"))
+    training = json.dumps({"runs": runs, "sources": sources}, indent=2)
+    (args.out / "training.json").write_text(training + "\n", "utf-8")
     if args.samples:
         lengths = [int(length) for length in args.lengths.split(",")]
         folder = args.out / "model"

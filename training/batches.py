@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from . import questions, samples, tracking
+from . import counting, questions, samples, tracking
 from .samples import Pieces, Row
 
 _MAKERS = {
     "retrieval": questions.retrieval,
     "variables": tracking.variables,
-    "frequent": tracking.frequent,
+    "frequent": counting.frequent,
+    "common": counting.common,
     "table": samples.table,
     "repeats": samples.repeats,
     "language": samples.language,
@@ -44,10 +45,10 @@ class Batch:
 def shares(length: int) -> list[float]:
     """How often each task is drawn for rows of this length, in the order of ``TASKS``."""
     if length <= 512:
-        return [0.37, 0.03, 0.0, 0.25, 0.25, 0.10]
+        return [0.37, 0.03, 0.0, 0.0, 0.25, 0.25, 0.10]
     if length <= 2048:
-        return [0.65, 0.06, 0.02, 0.09, 0.10, 0.08]
-    return [0.76, 0.06, 0.02, 0.03, 0.06, 0.07]
+        return [0.57, 0.09, 0.04, 0.05, 0.08, 0.10, 0.07]
+    return [0.61, 0.13, 0.05, 0.06, 0.03, 0.06, 0.06]
 
 
 def make_row(task: str, length: int, pieces: Pieces, rng: Generator) -> Row:

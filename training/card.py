@@ -79,13 +79,12 @@ others.
 - Contexts above {longest:,} tokens were not measured here.
 - Only RULER's wordings of needles and questions were trained.
 - With several values for one key, the order or one of the values is sometimes wrong.
-- The most frequent words of a coded text were trained on a little and not measured.
 
 ## Recipe
 
 `python -m training --out DIR` trains such a model; `training/README.md` describes how. AdamW, peak
 learning rate 2e-3, bfloat16 compute with float32 weights, 262,144 tokens a step, row length
-growing from 256 to 16,384 tokens, positions of most rows spread over up to 140,000.
+growing from 256 to {longest_row:,} tokens, positions of most rows spread over up to 140,000.
 
 ## Data and licences
 
@@ -111,10 +110,11 @@ def make_card(scores: Path, training: Path, sparse: Path, model: Path) -> str:
     return _CARD.format(
         **{**config, **measured},
         megabytes=(model / "model.safetensors").stat().st_size / 1e6,
-        tokens=trained["tokens"] / 1e6,
-        steps=trained["steps"],
-        minutes=trained["seconds"] / 60,
-        device=trained["device"],
+        tokens=sum(run["tokens"] for run in trained["runs"]) / 1e6,
+        steps=sum(run["steps"] for run in trained["runs"]),
+        minutes=sum(run["seconds"] for run in trained["runs"]) / 60,
+        device=trained["runs"][-1]["device"],
+        longest_row=max(run["longest_row"] for run in trained["runs"]),
         table=show(measured),
         profile_file=sparsity.PROFILE_FILE,
         sparse_samples=paired["samples"],

@@ -15,8 +15,11 @@ _SAMPLED = 8_000_000
 """Characters of prose that the tokenizer is trained on."""
 
 
-def prepare(packages: Path, folder: Path) -> None:
-    """Write everything that training reads into ``folder``."""
+def prepare(packages: Path, folder: Path, like: Path | None = None) -> None:
+    """Write everything that training reads into ``folder``.
+
+    The tokenizer is learnt from the text, or taken from the model folder ``like``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     corpus.fetch(packages)
     corpus.save_sources(packages, folder / "sources.json")
@@ -27,7 +30,10 @@ def prepare(packages: Path, folder: Path) -> None:
     words = json.dumps({"adjectives": adjectives, "nouns": nouns})
     (folder / "words.json").write_text(words, encoding="utf-8")
     learnt = [document.text for document in documents if not document.held_out]
-    coder = tokenizer.train([*_some(learnt, _SAMPLED), " ".join([*adjectives, *nouns])])
+    if like is None:
+        coder = tokenizer.train([*_some(learnt, _SAMPLED), " ".join([*adjectives, *nouns])])
+    else:
+        coder = tokenizer.load(like)
     tokenizer.save(coder, folder)
     # Half of the pages lose their line breaks, as RULER's essays do.
     flat = [" ".join(text.split()) if i % 2 else text for i, text in enumerate(learnt)]

@@ -1,4 +1,4 @@
-"""Question-answering samples in RULER's formats: needles, variable chains, frequent words."""
+"""Question-answering samples in RULER's formats: needles."""
 
 from __future__ import annotations
 
@@ -142,14 +142,15 @@ def _ask(found: _Needles, count: int) -> list[tuple[list[int], list[int], list[i
 def retrieval(row: Row, pieces: Pieces, rng: Generator) -> None:
     """Needles in prose, in the noise sentence, or among other needles."""
     size = row.size
-    kind = str(rng.choice(["numbers", "uuids", "words"], p=[0.82, 0.1, 0.08]))
-    dense = 0.5 if size <= 512 else 0.25
+    mix = [0.82, 0.1, 0.08] if size <= 2048 else [0.72, 0.22, 0.06]
+    kind = str(rng.choice(["numbers", "uuids", "words"], p=mix))
+    dense = 0.5 if size <= 512 or kind == "uuids" else 0.25
     hay = str(rng.choice(["needles", "prose", "noise"], p=[dense, 0.82 - dense, 0.18]))
     found = _Needles(pieces, rng, kind, several=rng.random() < 0.15)
     per_question = 120 if kind == "uuids" else 62
     most = max(1, size // (4 * per_question) if size > 512 else size // (2 * per_question))
     asked = int(rng.integers((most + 1) // 2, most + 1))
-    asked = min(asked, 32)
+    asked = min(asked, 32 if size <= 16384 else 64)
     spent = found.grow()
     limit = size - asked * per_question - 60
     if hay == "needles":

@@ -1,4 +1,4 @@
-"""Two more tasks of RULER: variable tracking and the most frequent coded words."""
+"""Variable tracking, in RULER's words and, with a worked example before it, in lm-eval's."""
 
 from __future__ import annotations
 
@@ -11,18 +11,33 @@ from .questions import NOISE
 from .samples import ANSWER, SENTENCE, Pieces, Row, fill, prose
 from .tokenizer import END_ID
 
-_LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+_INTRO = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+_NOISE_PARTS = (
+    "The grass is green.",
+    " The sky is blue.",
+    " The sun is yellow.",
+    " Here we go.",
+    " There and back again.",
+)
 
 
 def _names(rng: Generator, count: int) -> list[str]:
     names: dict[str, None] = {}
     while len(names) < count:
-        names["".join(rng.choice(_LETTERS, size=5))] = None
+        names["".join(rng.choice(LETTERS, size=5))] = None
     return list(names)
 
 
 def variables(row: Row, pieces: Pieces, rng: Generator) -> None:
     """Chains of assignments; the question asks for all the variables of one chain."""
+    if row.size >= 1024 and rng.random() < 0.5:
+        _with_example(row, pieces, rng)
+    else:
+        _plain(row, pieces, rng)
+
+
+def _plain(row: Row, pieces: Pieces, rng: Generator) -> None:
     text = pieces.text
     newline = text("\n")
     chains = 1 if rng.random() < 0.6 else int(rng.integers(2, 5))
@@ -58,12 +73,7 @@ def variables(row: Row, pieces: Pieces, rng: Generator) -> None:
     for chain in mixed.tolist():
         sequence.append(lines[starts[chain] + at[chain]])
         at[chain] += 1
-    row.add(
-        text(
-            "Memorize and track the chain(s) of variable assignment hidden in the following"
-            " text.\n\n"
-        )
-    )
+    row.add(text(_INTRO))
     kept = [questions[i] for i in rng.permutation(len(questions))]
     tail = sum(len(part) for question in kept for part in question) + 4 * len(kept)
     budget = row.room - tail - sum(len(line) + 1 for line in sequence)
@@ -107,37 +117,65 @@ def _hide(pieces: Pieces, rng: Generator, lines: list[list[int]], budget: int) -
     return out
 
 
-def frequent(row: Row, pieces: Pieces, rng: Generator) -> None:
-    """Coded words drawn from a steep distribution; the question asks for the top three."""
-    text = pieces.text
-    row.add(
-        text(
-            "Read the following coded text and track the frequency of each coded word. Find the"
-            " three most frequently appeared coded words."
-        )
+def _example(rng: Generator) -> str:
+    """A short solved task, its noise cut into sentences, as lm-eval puts it first."""
+    names = ["".join(rng.choice(LETTERS, size=3)) for _ in range(5)]
+    digits = str(rng.integers(10000, 100000))
+    sentences = [part for _ in range(5) for part in (*_NOISE_PARTS, "\n")]
+    lines = _chain(names, digits)
+    spots = np.sort(rng.choice(len(sentences), size=len(lines), replace=False)).tolist()
+    for place, (spot, line) in enumerate(zip(spots, lines, strict=True)):
+        sentences.insert(spot + place, line)
+    hay = " ".join(sentences).replace(". \n", ".\n")
+    return f"{_INTRO}{hay}{_ask(digits)}{_say(digits)}  {' '.join(names)}\n\n\n\n"
+
+
+def _chain(names: list[str], digits: str) -> list[str]:
+    first = f"VAR {names[0]} = {digits}"
+    return [first, *(f"VAR {new} = VAR {old} " for old, new in itertools.pairwise(names))]
+
+
+def _ask(digits: str) -> str:
+    return (
+        f"\nQuestion: Find all variables that are assigned the value {digits} in the text above."
     )
-    ask = text(
-        "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the"
-        " three most frequently appeared words in the above coded text?"
+
+
+def _say(digits: str) -> str:
+    return (
+        " Answer: According to the chain(s) of variable assignment in the text above, 5 variables"
+        f" are assgined the value {digits}, they are:"
     )
-    start = text(
-        " Answer: According to the coded text above, the three most frequently appeared words are:"
-    )
-    names = ["".join(rng.choice(_LETTERS, size=6)).lower() for _ in range(40)]
-    words = [list(pieces.encode(" " + name)) for name in names]
-    shares = 1.0 / np.arange(1, 41) ** 2.0
-    room = row.room - len(ask) - len(start) - 40
-    drawn = rng.choice(40, size=max(3, room // 3), p=shares / shares.sum()).tolist()
-    counts = [0] * 40
-    for word in drawn:
-        if room < len(words[word]):
-            break
-        row.add(words[word])
-        room -= len(words[word])
-        counts[word] += 1
-    top = sorted(range(40), key=lambda word: -counts[word])[:3]
+
+
+def _with_example(row: Row, pieces: Pieces, rng: Generator) -> None:
+    """The task as lm-eval writes it: lines run on in the noise, names without commas."""
+    names = _names(rng, 5)
+    digits = str(rng.integers(10000, 100000))
+    ask, say = pieces.encode(_ask(digits)), pieces.encode(_say(digits))
+    answer = pieces.encode("".join(f" {name}" for name in names))
+    row.add(pieces.encode(_example(rng) + _INTRO))
+    noise = [*pieces.text(NOISE), *pieces.text("\n")]
+    later = [*pieces.text(" " + NOISE), *pieces.text("\n")]
+    lines = [pieces.encode(f" {line.rstrip()}") for line in _chain(names, digits)]
+    spent = sum(len(line) + 3 for line in lines) + len(ask) + len(say) + len(answer) + 8
+    count = max(1, (row.room - spent) // len(later))
+    spots = np.sort(rng.integers(0, count + 1, size=len(lines))).tolist()
+    hay: list[int] = []
+    at = 0
+    for place in range(count + 1):
+        while at < len(lines) and spots[at] == place:
+            line = lines[at] if hay else pieces.encode(pieces.tokenizer.decode(lines[at])[1:])
+            hay += [*line, *(pieces.text(" ") if at else ())]
+            at += 1
+        if place < count:
+            hay += later if hay else noise
+    if hay[-1] == noise[-1]:  # newlines are one piece
+        hay.pop()
+        ask = pieces.encode("\n" + _ask(digits))
+    row.add(hay)
     row.add(ask)
-    row.add(start, SENTENCE)
-    row.add(pieces.join([words[word] for word in top]), ANSWER)
-    row.add([*text("."), END_ID], SENTENCE)
+    row.add(say, SENTENCE)
+    row.add(answer, ANSWER)
+    row.add([END_ID], SENTENCE)
     fill(row, pieces, rng)

@@ -28,6 +28,15 @@ STAGES = (
 )
 """Row length and share of the training time."""
 
+LONG_STAGES = (
+    (4096, 0.13),
+    (16384, 0.27),
+    (32768, 0.24),
+    (65536, 0.20),
+    (131072, 0.16),
+)
+"""The same for the second run, which goes on to long rows."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -41,11 +50,24 @@ class Options:
     accumulate: int = 2
     peak: float = 2e-3
     last: float = 5e-5
+    plateau: float = 0.3
     warmup: int = 100
     workers: int = 14
     seed: int = 1
     log_every: int = 50
     layers: int = 14
+
+    @classmethod
+    def base(cls, data: Path) -> Options:
+        """The first run: from nothing to rows of 16,384 tokens."""
+        return cls(data)
+
+    @classmethod
+    def long(cls, data: Path) -> Options:
+        """The second run: on from the first one's weights to rows of 131,072 tokens."""
+        return cls(
+            data, minutes=8.0, stages=LONG_STAGES, peak=6e-4, last=2e-5, plateau=0.2, seed=2
+        )
 
 
 def stage_length(stages: tuple[tuple[int, float], ...], progress: float) -> int:
@@ -60,12 +82,11 @@ def stage_length(stages: tuple[tuple[int, float], ...], progress: float) -> int:
 
 def learning_rate(options: Options, step: int, progress: float) -> float:
     """Warm-up by steps, a plateau, then a cosine over the rest of the time."""
-    plateau = 0.3
     if step < options.warmup:
         return options.peak * (step + 1) / options.warmup
-    if progress < plateau:
+    if progress < options.plateau:
         return options.peak
-    fall = min(1.0, (progress - plateau) / (1 - plateau))
+    fall = min(1.0, (progress - options.plateau) / (1 - options.plateau))
     return options.last + (options.peak - options.last) * 0.5 * (1 + math.cos(math.pi * fall))
 
 
@@ -120,6 +141,11 @@ class Trainer:
         self.forward = Forward(self.model, torch.bfloat16 if on_gpu else torch.float32, on_gpu)
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
 
+    def start_from(self, folder: Path) -> None:
+        """Take over the weights of a model folder; the optimizer starts afresh."""
+        weights = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        self.model.load_state_dict(weights)
+
     def load(self, path: Path) -> None:
         """Continue from a saved state."""
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
@@ -168,7 +194,11 @@ class Trainer:
         stop = min(total, self.elapsed + stop)
         length = stage_length(options.stages, self.elapsed / total)
         feed = Feed(
-            options.data, options.micro_batch, options.workers, 1000 * self.step + 77, length
+            options.data,
+            options.micro_batch,
+            options.workers,
+            1000 * self.step + 77 * options.seed,
+            length,
         )
         start = time.monotonic() - self.elapsed
         shown, shown_tokens = self.elapsed, self.tokens
