@@ -23,10 +23,18 @@ from token_sparse_attention.attention.dense import causal_attention, varlen_caus
 from token_sparse_attention.compression import compress_sequences
 
 VARIANTS = [
-    dataclasses.replace(SMALL, budget=budget, fallback=fallback, fallback_window=20)
+    dataclasses.replace(SMALL, budget=budget, **fallback)
     for budget in ("shared", "per_head")
-    for fallback in ("zero", "window")
+    for fallback in (
+        {"fallback": "zero"},
+        {"fallback": "window", "fallback_window": 20},
+        {"fallback": "window", "fallback_window": 20, "fallback_sinks": 5},
+    )
 ]
+
+
+def name_of(config):
+    return f"{config.budget}-{config.fallback}-{config.fallback_sinks}"
 
 
 def sparse_run(problem, config, **kwargs):
@@ -35,7 +43,7 @@ def sparse_run(problem, config, **kwargs):
     return out, selection
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.budget}-{c.fallback}")
+@pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (8, 2)])
 @pytest.mark.parametrize(("query_len", "kv_len"), [(63, 63), (257, 257), (40, 111), (16, 190)])
 def test_operator_equals_the_oracle(config, heads, kv_heads, query_len, kv_len):
@@ -83,7 +91,7 @@ def test_any_lengths_equal_the_oracle(config, query_len, past, heads, seed):
     assert relative_error(out[0], expected) < 2e-6
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.budget}-{c.fallback}")
+@pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @pytest.mark.parametrize("query_len", [200, 120])
 def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(config, query_len):
     kv_len = 200
@@ -269,7 +277,7 @@ def test_the_crossover_runs_short_and_little_dropped_rows_dense(monkeypatch):
     assert torch.equal(selection.budget, kept.lengths), "what the method would have kept"
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.budget}-{c.fallback}")
+@pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @pytest.mark.parametrize("query_len", [190, 90])
 def test_lse_is_that_of_the_keys_attended_to(config, query_len):
     problem = make_problem(batch=2, query_len=query_len, kv_len=190)
@@ -285,6 +293,7 @@ def test_lse_is_that_of_the_keys_attended_to(config, query_len):
         near = slot > slot[:, None] - (
             config.fallback_window if result.selection.ran_sparse[row] else 190
         )
+        near = near | (slot < mask[row].int().argmax() + config.fallback_sinks)
         for head in range(4):
             chosen = keep[row, head, first:, None]
             others = near if config.fallback == "window" else torch.zeros_like(near)

@@ -22,6 +22,7 @@ from token_sparse_attention.attention.dense import (
     attend_packed,
     attend_rows,
 )
+from token_sparse_attention.attention.sinks import add_sinks
 from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
@@ -312,16 +313,8 @@ def _attend_selected(
     )
     windowed = config.fallback == "window"
     if windowed:
-        attend_rows(
-            query,
-            key,
-            value,
-            selection.ran_sparse,
-            tokens,
-            into,
-            scale=call.scale,
-            backend=backend,
-            window=config.fallback_window,
+        _attend_windows(
+            query, key, value, config, selection.ran_sparse, tokens, into, backend, call
         )
     zeros = not (windowed or tokens.padded)
     if impl == "reference":
@@ -355,6 +348,47 @@ def _attend_selected(
         )
         del attended
     return into
+
+
+def _attend_windows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    rows: Tensor,
+    tokens: RealTokens,
+    into: Attended,
+    backend: str,
+    call: Call,
+) -> None:
+    """The windowed fallback of every query in some rows."""
+    lse = into.lse
+    if config.fallback_sinks and lse is None:
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    attend_rows(
+        query,
+        key,
+        value,
+        rows,
+        tokens,
+        Attended(into.out, lse),
+        scale=call.scale,
+        backend=backend,
+        window=config.fallback_window,
+    )
+    if config.fallback_sinks and lse is not None:
+        add_sinks(
+            query,
+            key,
+            value,
+            rows,
+            tokens,
+            into.out,
+            lse,
+            scale=call.scale,
+            window=config.fallback_window,
+            sinks=config.fallback_sinks,
+        )
 
 
 def _both(packed: Tensor | None, full: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -462,6 +496,7 @@ def _call_operator(
         config.budget,
         config.fallback,
         config.fallback_window,
+        config.fallback_sinks,
         config.crossover,
         *call,
     )

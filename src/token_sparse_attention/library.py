@@ -28,6 +28,7 @@ def _prefill(
     budget: str,
     fallback: str,
     fallback_window: int,
+    fallback_sinks: int,
     crossover: str,
     scale: float,
     impl: str,
@@ -49,6 +50,7 @@ def _prefill(
         budget,
         fallback,
         fallback_window,
+        fallback_sinks,
         crossover,
     )
     call = Call(scale, impl, attention_backend, head_chunk, kept, want_selection, want_lse)

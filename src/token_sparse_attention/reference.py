@@ -128,7 +128,8 @@ def token_sparse_attention(
         query, key, value, causal & (keep[:, None] | (position == query_position)), scale
     )
     if config.fallback == "window":
-        near = causal & (position > query_position - config.fallback_window)
+        near = position > query_position - config.fallback_window
+        near = causal & (near | (position < config.fallback_sinks))
         rest = masked_attention(query, key, value, near, scale)
     else:
         rest = torch.zeros_like(sparse)

@@ -48,7 +48,9 @@ def no_waiting():
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_nothing_waits_for_the_device(no_waiting, backend, fallback, budget, padded):
-    config = dataclasses.replace(CONFIG, fallback=fallback, budget=budget, fallback_window=50)
+    config = dataclasses.replace(
+        CONFIG, fallback=fallback, budget=budget, fallback_window=50, fallback_sinks=3
+    )
     problem = half_problem()
     mask = torch.ones(2, 900, dtype=torch.bool, device=DEVICE)
     mask[1, :100] = False
@@ -228,7 +230,7 @@ def test_more_than_two_to_the_31_elements():
 def test_opcheck(wants):
     problem = half_problem(query_len=200)
     arguments = (
-        *problem, None, 0.3, 16, 5, 24, "shared", "window", 40, "off", 0.125, "auto", "flash",
+        *problem, None, 0.3, 16, 5, 24, "shared", "window", 40, 3, "off", 0.125, "auto", "flash",
         None, None, wants, wants,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)

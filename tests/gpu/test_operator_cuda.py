@@ -52,8 +52,8 @@ def given_selection_truth(problem, config, selection):
     sparse = masked_attention(*exact, allowed, scale)
     rest = torch.zeros_like(sparse)
     if config.fallback == "window":
-        near = (causal & (slot > position - config.fallback_window))[None]
-        rest = masked_attention(*exact, near, scale)
+        near = (slot > position - config.fallback_window) | (slot < config.fallback_sinks)
+        rest = masked_attention(*exact, (causal & near)[None], scale)
     return torch.where(keep[:, kv_len - query_len :, None], sparse, rest)
 
 
@@ -61,9 +61,11 @@ def given_selection_truth(problem, config, selection):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (8, 1)])
 @pytest.mark.parametrize(("query_len", "kv_len"), [(257, 257), (1111, 1111), (140, 501)])
-@pytest.mark.parametrize("fallback", ["zero", "window"])
-def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback):
-    config = dataclasses.replace(SMALL, fallback=fallback, fallback_window=40)
+@pytest.mark.parametrize(("fallback", "sinks"), [("zero", 0), ("window", 0), ("window", 5)])
+def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback, sinks):
+    config = dataclasses.replace(
+        SMALL, fallback=fallback, fallback_window=40, fallback_sinks=sinks
+    )
     problem = make_problem(
         heads=heads,
         kv_heads=kv_heads,

@@ -109,7 +109,7 @@ def check_sparse(
         rest = dropped.nonzero()[:, 0]
         if len(rest) and config.fallback == "window":
             positions = _sample(rest)
-            exact = _exact_rows(inputs, head, positions, slots, config.fallback_window)
+            exact = _exact_rows(inputs, head, positions, slots, config)
             errors.append(_row_error(out[0, head, positions], exact))
         elif len(rest) and bool(out[0, head, rest].any()):
             problems.append(f"head {head}: dropped rows are not zero")
@@ -146,14 +146,22 @@ def _exact_scores(inputs: Inputs, head: int, config: TokenSparseConfig) -> Tenso
 
 
 def _exact_rows(
-    inputs: Inputs, head: int, positions: Tensor, slots: Tensor, window: int | None = None
+    inputs: Inputs,
+    head: int,
+    positions: Tensor,
+    slots: Tensor,
+    fallback: TokenSparseConfig | None = None,
 ) -> Tensor:
-    """Rows ``[R, D]`` of one head in float64: queries at `positions`, keys at `slots`."""
+    """Rows ``[R, D]`` of one head in float64: queries at `positions`, keys at `slots`.
+
+    With `fallback`, each query sees only its window and the sinks.
+    """
     kv_head = _kv_head(inputs, head)
     key, value = (tensor[0, kv_head, slots].double() for tensor in (inputs.key, inputs.value))
     visible = slots <= positions[:, None]
-    if window is not None:
-        visible &= slots > positions[:, None] - window
+    if fallback is not None:
+        near = slots > positions[:, None] - fallback.fallback_window
+        visible &= near | (slots < fallback.fallback_sinks)
     logits = inputs.query[0, head, positions].double() @ key.T * inputs.scale
     return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ value
 
