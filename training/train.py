@@ -66,7 +66,7 @@ class Options:
     def long(cls, data: Path) -> Options:
         """The second run: on from the first one's weights to rows of 131,072 tokens."""
         return cls(
-            data, minutes=8.0, stages=LONG_STAGES, peak=6e-4, last=2e-5, plateau=0.2, seed=2
+            data, minutes=7.0, stages=LONG_STAGES, peak=6e-4, last=2e-5, plateau=0.2, seed=2
         )
 
 
