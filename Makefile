@@ -10,7 +10,7 @@ PYTEST_WORKERS ?= 2
 help:
 	@echo "make demo         find facts hidden in a real document with the bundled model"
 	@echo "make test         lint, type check and all tests"
-	@echo "make compat       the tests with the newest tested transformers"
+	@echo "make compat       the tests that touch transformers, with the newest one tested"
 	@echo "make wheel-check  the wheel in an empty environment, outside this folder"
 	@echo "make train        train the bundled model anew (needs a GPU)"
 
@@ -37,7 +37,8 @@ compat:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt torch
 	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt -e '.[dev]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
+		tests/integrations tests/calibration tests/evaluation tests/test_*.py
 
 wheel-check:
 	scripts/wheel-check.sh $(PYTHON)

@@ -32,7 +32,8 @@ LEVELS = [
     {"library"},
     {"integrations", "info"},
     {"run", "benchmark"},
-    {"demo"},
+    {"demo", "calibration", "evaluation"},
+    {"report"},
     {"cli"},
 ]
 

@@ -17,7 +17,10 @@ import token_sparse_attention
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.benchmark.command import add_commands as add_benchmarks
 from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.calibration.command import add_commands as add_calibration
+from token_sparse_attention.calibration.record import CalibrationError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
+from token_sparse_attention.evaluation.command import add_commands as add_evaluation
 from token_sparse_attention.selection import IMPLS
 
 if TYPE_CHECKING:
@@ -82,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(handler=_demo)
     for command in (run, demo):
         command.add_argument("--device", default="auto", help="torch device (default: auto)")
+
+    add_calibration(commands, _command)
+    add_evaluation(commands, _command)
 
     info = _command(
         commands, "info", "show versions, devices, and the attention backends found", "tsa info"
@@ -319,10 +325,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    try:
-        passed: bool = args.bench(args)
-    except UsageError as error:
-        raise InputError(str(error)) from error
+    passed: bool = args.bench(args)
     return 0 if passed else FAILED
 
 
@@ -335,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = args.handler(args)
-    except InputError as error:
+    except (InputError, UsageError, CalibrationError) as error:
         print(f"tsa: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

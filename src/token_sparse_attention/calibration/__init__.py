@@ -1,0 +1,1 @@
+"""Which layers of a model run sparse, and how much: measured on the model itself."""

@@ -1,0 +1,222 @@
+"""A whole calibration: measure, choose, and say what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from token_sparse_attention.calibration import drift as drifts
+from token_sparse_attention.calibration import sensitivity as sensitivities
+from token_sparse_attention.calibration.choose import UnreachableError
+from token_sparse_attention.calibration.prompts import Prompt
+from token_sparse_attention.calibration.record import (
+    METHODS,
+    CalibrationResult,
+    Choice,
+    LayerDrift,
+    PromptLength,
+    Sensitivity,
+)
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.info import provenance
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to measure, and what the choice should reach.
+
+    Attributes:
+        method: ``"drift"``, ``"sensitivity"``, or ``"both"``: sensitivity decides, and drift's
+            choice is measured beside it.
+        base: the settings that every layer starts from; its ``sparse_layers`` must be None.
+        drift_quantile: layers at or below this quantile of the drift become sparse.
+        drop_masses: the settings that sensitivity tries.
+        divergence_budget: nats that the chosen layers may cost together; or
+        target_speedup: how many times less attention work they should leave.
+        max_reply: tokens of the model's own reply along which divergence is measured, where a
+            prompt brings no continuation.
+        impl: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`.
+
+    Raises:
+        ValueError: if a field is out of range, or sensitivity has not exactly one goal.
+    """
+
+    method: str = "drift"
+    base: TokenSparseConfig = field(default_factory=TokenSparseConfig.published)
+    drift_quantile: float = 0.5
+    drop_masses: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    divergence_budget: float | None = None
+    target_speedup: float | None = None
+    max_reply: int = 32
+    impl: str = "auto"
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        if self.base.sparse_layers is not None:
+            raise ValueError(
+                "sparse_layers must be null in the base settings, because calibration chooses "
+                f"the layers; got {list(self.base.sparse_layers)}"
+            )
+        if not 0 <= self.drift_quantile <= 1:
+            raise ValueError(f"drift_quantile must be in [0, 1], got {self.drift_quantile}")
+        if self.max_reply < 0:
+            raise ValueError(f"max_reply must be at least 0, got {self.max_reply}")
+        goals = [self.divergence_budget, self.target_speedup]
+        if self.method == "drift":
+            if goals != [None, None]:
+                raise ValueError(
+                    "divergence_budget and target_speedup need method sensitivity or both"
+                )
+            return
+        if goals.count(None) != 1:
+            raise ValueError(
+                f"method {self.method} needs one goal, divergence_budget or target_speedup; "
+                f"got {'both' if None not in goals else 'neither'}"
+            )
+        budget, speedup = self.divergence_budget, self.target_speedup
+        if budget is not None and not (math.isfinite(budget) and budget >= 0):
+            raise ValueError(f"divergence_budget must be at least 0, got {budget}")
+        if speedup is not None and not (math.isfinite(speedup) and speedup >= 1):
+            raise ValueError(f"target_speedup must be at least 1, got {speedup}")
+        if not self.drop_masses or not all(0 < mass < 1 for mass in self.drop_masses):
+            raise ValueError(
+                f"drop_masses must hold numbers between 0 and 1, got {self.drop_masses}"
+            )
+        if len(set(self.drop_masses)) != len(self.drop_masses):
+            raise ValueError(f"drop_masses must not repeat a number, got {self.drop_masses}")
+
+    @property
+    def goal(self) -> tuple[str, float]:
+        """What the choice should reach: its name in `record.GOALS`, and its value."""
+        if self.divergence_budget is not None:
+            return "divergence_budget", self.divergence_budget
+        if self.target_speedup is not None:
+            return "target_speedup", self.target_speedup
+        return "drift_quantile", self.drift_quantile
+
+
+def calibrate(
+    model: Any,
+    prompts: Sequence[Prompt],
+    options: CalibrationOptions,
+    *,
+    name: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    on_progress: Progress = lambda _: None,
+) -> CalibrationResult:
+    """Measure a model's layers and choose which run sparse.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        prompts: what to measure on.
+        options: what to measure and to reach.
+        name: what the result calls the model; by default what the model calls itself.
+        arguments: what the result says was asked for; by default the options.
+        on_progress: told what is being done.
+
+    Returns:
+        The result; if the goal is out of reach, with `failure` set and no profile.
+
+    Raises:
+        ValueError: if the model or the prompts cannot be measured.
+    """
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    about = provenance(str(model.device))
+    lengths = [PromptLength(prompt.ids.shape[1], 0) for prompt in prompts]
+    layers: list[LayerDrift] = []
+    choices: list[Choice] = []
+    rows: list[Sensitivity] = []
+    failure = ""
+    if options.method != "sensitivity":
+        measured = drifts.measure_drift(model, [p.ids for p in prompts], on_progress)
+        layers, choice = _by_drift(measured, options)
+        choices.append(choice)
+    if options.method != "drift":
+        references = []
+        for number, prompt in enumerate(prompts, 1):
+            on_progress(f"dense reply, prompt {number} of {len(prompts)}")
+            references.append(sensitivities.dense_reference(model, prompt, options.max_reply))
+        lengths = [PromptLength(r.ids.shape[1], r.continuation.shape[1]) for r in references]
+        rows, choices, failure = _by_sensitivity(model, references, choices, options, on_progress)
+    fields = dataclasses.asdict(options)
+    fields = {n: list(v) if isinstance(v, tuple) else v for n, v in fields.items() if n != "base"}
+    return CalibrationResult(
+        method=options.method,
+        model=model.config.name_or_path if name is None else name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        provenance=about,
+        arguments=fields if arguments is None else arguments,
+        base=options.base,
+        prompts=tuple(lengths),
+        drift=tuple(layers),
+        sensitivity=tuple(rows),
+        choices=tuple(choices),
+        failure=failure,
+    )
+
+
+def _by_drift(
+    measured: drifts.Drift, options: CalibrationOptions
+) -> tuple[list[LayerDrift], Choice]:
+    quantile = options.drift_quantile
+    _, profile = drifts.drift_profile(measured, options.base, quantile)
+    errors = measured.standard_error
+    layers = [
+        LayerDrift(
+            layer=layer,
+            relative=relative,
+            drift=measured.normalised[layer],
+            standard_error=None if errors is None else errors[layer],
+            at_or_below=layer in profile.layers,
+        )
+        for layer, relative in enumerate(measured.relative)
+    ]
+    return layers, Choice("drift_quantile", quantile, profile)
+
+
+def _by_sensitivity(
+    model: Any,
+    references: Sequence[sensitivities.Reference],
+    choices: list[Choice],
+    options: CalibrationOptions,
+    on_progress: Progress,
+) -> tuple[list[Sensitivity], list[Choice], str]:
+    """The measurements, the choices (drift's measured too), and why there is none."""
+    code = {"impl": options.impl, "attention_backend": options.attention_backend}
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+
+    def measure(profile: LayerProfile) -> sensitivities.Reading:
+        on_progress(f"{len(profile.layers)} layers sparse together")
+        return sensitivities.measure(model, references, profile, **code)
+
+    rows = sensitivities.measure_sensitivity(
+        model, references, options.base, options.drop_masses, on_progress=on_progress, **code
+    )
+    measured = []
+    for choice in choices:
+        reading = measure(choice.profile)
+        measured.append(
+            dataclasses.replace(
+                choice,
+                divergence=reading.divergence,
+                standard_error=reading.standard_error,
+                work=reading.work(num_layers),
+            )
+        )
+    if not any(row.sparse_prompts for row in rows):
+        reasons = "; ".join(dict.fromkeys(row.note for row in rows))
+        return rows, measured, f"no layer ran sparse under any setting: {reasons}"
+    try:
+        chosen = sensitivities.choose_profile(rows, options.base, *options.goal, measure)
+    except UnreachableError as error:
+        return rows, measured, str(error)
+    return rows, [*measured, chosen], ""

@@ -1,0 +1,108 @@
+"""Calibration prompts: pieces of text, or prompts with the replies that should follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.calibration.record import CalibrationError
+from token_sparse_attention.run import encode_prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads, and what it then says.
+
+    Attributes:
+        ids: ``[1, S]`` token ids.
+        continuation: ``[1, N]`` token ids; None for the model's own reply.
+    """
+
+    ids: Tensor
+    continuation: Tensor | None = None
+
+
+def text_prompts(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> list[Prompt]:
+    """Cut texts into prompts of one length, taking the texts in turn.
+
+    The pieces of a text start at equal distances, so that they overlap only where it is too
+    short for all of them; a piece that reaches the end of its text goes on at its beginning.
+
+    Args:
+        tokenizer: the model's tokenizer; a token that it begins texts with begins every piece.
+        texts: what to cut.
+        length: tokens of each prompt.
+        count: how many prompts.
+
+    Raises:
+        CalibrationError: if a text has no tokens.
+    """
+    prompts = []
+    for index, text in enumerate(texts[:count]):
+        with_special = tokenizer(text)["input_ids"]
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise CalibrationError(f"text {index + 1} must hold at least one token, but has none")
+        begin = [] if with_special[0] == tokens[0] else with_special[:1]
+        pieces = len(range(index, count, len(texts)))
+        for piece in range(pieces):
+            start = piece * len(tokens) // pieces
+            own = length - len(begin)
+            ids = begin + [tokens[(start + i) % len(tokens)] for i in range(own)]
+            prompts.append((piece, index, Prompt(torch.tensor([ids[:length]]))))
+    return [prompt for *_, prompt in sorted(prompts, key=lambda entry: entry[:2])]
+
+
+def file_prompts(tokenizer: Any, path: Path, count: int | None) -> list[Prompt]:
+    """Read prompts from a file with one JSON object a line.
+
+    Each has ``"prompt"``, encoded as `run.encode_prompt` does, through the chat template if
+    there is one, and may have ``"continuation"``, the text of the reply.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        path: the file.
+        count: read this many at most; None for all.
+
+    Raises:
+        CalibrationError: if the file cannot be read, a line is no such object, or there is
+            none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"--prompts {path} cannot be read: {error}") from error
+    prompts: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if len(prompts) == count:
+            break
+        if line.strip():
+            prompts.append(_read_prompt(tokenizer, line, f"--prompts {path}, line {number}"))
+    if not prompts:
+        raise CalibrationError(f"--prompts {path} must hold at least one prompt, but is empty")
+    return prompts
+
+
+def _read_prompt(tokenizer: Any, line: str, where: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(entry, dict) or not {"prompt"} <= set(entry) <= {"prompt", "continuation"}:
+        raise CalibrationError(
+            f"{where} must be an object with prompt and perhaps continuation, got {line[:80]}"
+        )
+    for name, value in entry.items():
+        if not isinstance(value, str) or not value.strip():
+            raise CalibrationError(f"{where}: {name} must be text, got {value!r}")
+    continuation = None
+    if "continuation" in entry:
+        encoded = tokenizer(entry["continuation"], add_special_tokens=False, return_tensors="pt")
+        continuation = encoded["input_ids"]
+    return Prompt(encode_prompt(tokenizer, entry["prompt"], None), continuation)

@@ -1,0 +1,261 @@
+"""What a calibration measured and chose, and the file that holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+
+SCHEMA_VERSION = 1
+METHODS = ("drift", "sensitivity", "both")
+GOALS = ("drift_quantile", "divergence_budget", "target_speedup")
+Row = TypeVar("Row")
+
+
+class CalibrationError(ValueError):
+    """A calibration cannot be run or read as asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class PromptLength:
+    """How long a calibration prompt was.
+
+    Attributes:
+        tokens: of the prompt.
+        continuation_tokens: of the reply that divergence was measured along.
+    """
+
+    tokens: int
+    continuation_tokens: int
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """One layer's drift.
+
+    Attributes:
+        layer: layer number.
+        relative: mean over prompts of the token-mean of
+            ``||h_out - h_in|| / (||h_in|| + 1e-8)``.
+        drift: `relative` divided by its sum over the layers.
+        standard_error: of `drift` over prompts; None with one prompt.
+        at_or_below: whether `drift` is at or below the quantile asked for.
+    """
+
+    layer: int
+    relative: float
+    drift: float
+    standard_error: float | None
+    at_or_below: bool
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one layer does to the model when it alone is sparse.
+
+    Attributes:
+        layer: layer number.
+        drop_mass: the setting.
+        divergence: KL(dense || sparse) of the next-token logits in nats, averaged over the
+            positions of each prompt and over prompts; 0 for prompts where the layer ran dense.
+        standard_error: of `divergence` over prompts; None with one prompt.
+        kept_share: share of the tokens that heads kept, averaged over prompts.
+        work: mean over heads and prompts of ``(S' / S)^2``.
+        sparse_prompts: on how many prompts the layer ran sparse.
+        note: why it ran dense on the others.
+    """
+
+    layer: int
+    drop_mass: float
+    divergence: float
+    standard_error: float | None
+    kept_share: float
+    work: float
+    sparse_prompts: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers and settings that were chosen, and what was measured of them together.
+
+    Attributes:
+        goal: ``"drift_quantile"``, ``"divergence_budget"`` or ``"target_speedup"``.
+        value: what was asked for.
+        profile: the choice, with the crossover that was asked for.
+        summed_divergence: sum of the layers' own divergences; None where these were not
+            measured.
+        divergence: KL of all chosen layers together, as in `Sensitivity`, measured with the
+            crossover off; None if it was not measured.
+        standard_error: of `divergence` over prompts.
+        work: mean over layers, heads and prompts of ``(S' / S)^2``, measured together.
+        steps_moved: by how many steps, of one layer each, the measured combination differs
+            from the one that the layers alone promised: back for a budget, on for a target.
+    """
+
+    goal: str
+    value: float
+    profile: LayerProfile
+    summed_divergence: float | None = None
+    divergence: float | None = None
+    standard_error: float | None = None
+    work: float | None = None
+    steps_moved: int = 0
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """One calibration: what was asked, what was measured, what was chosen.
+
+    Attributes:
+        method: ``"drift"``, ``"sensitivity"`` or ``"both"``.
+        model: hub id or folder.
+        dtype: of the model.
+        provenance: device, versions and commit.
+        arguments: what the command was asked for.
+        base: the settings that every layer starts from.
+        prompts: their lengths.
+        drift: one entry per layer, none if not measured.
+        sensitivity: one entry per layer and setting, none if not measured.
+        choices: drift's and then sensitivity's; the last is the result. None if the goal is
+            out of reach.
+        failure: why there is no choice; empty if there is.
+        version: of this format.
+    """
+
+    method: str
+    model: str
+    dtype: str
+    provenance: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    base: TokenSparseConfig
+    prompts: tuple[PromptLength, ...]
+    drift: tuple[LayerDrift, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    failure: str = ""
+    version: int = SCHEMA_VERSION
+
+    @property
+    def profile(self) -> LayerProfile | None:
+        """The profile to run with, None if the goal is out of reach."""
+        return None if self.failure or not self.choices else self.choices[-1].profile
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("prompts", "drift", "sensitivity"):
+            content[name] = [dataclasses.asdict(row) for row in content[name]]
+        content["choices"] = [
+            {**_fields(choice), "profile": json.loads(choice.profile.to_json())}
+            for choice in self.choices
+        ]
+        content["base"] = self.base.to_dict()
+        content["provenance"] = dict(self.provenance)
+        content["arguments"] = dict(self.arguments)
+        return {"version": content.pop("version"), **content}
+
+    def to_json(self) -> str:
+        """Return the file's content."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "calibration") -> CalibrationResult:
+        """Build a result from `to_json`'s text.
+
+        Raises:
+            CalibrationError: if the text is no such file; the message names `source` and the
+                entry.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{source} is not valid JSON: {error}") from error
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or set(content) != names:
+            raise CalibrationError(f"{source} must be an object with {', '.join(sorted(names))}")
+        if content["version"] != SCHEMA_VERSION:
+            raise CalibrationError(
+                f"{source} must have version {SCHEMA_VERSION}, got {content['version']!r}"
+            )
+        for name in ("model", "dtype", "failure", "method"):
+            _check(content[name], (str,), f"{source}: {name}")
+        for name in ("provenance", "arguments", "base"):
+            _check(content[name], (dict,), f"{source}: {name}")
+        _check_choice(content["method"], METHODS, f"{source}: method")
+        rows: dict[str, type[Any]] = {
+            "prompts": PromptLength,
+            "drift": LayerDrift,
+            "sensitivity": Sensitivity,
+            "choices": Choice,
+        }
+        for name, kind in rows.items():
+            _check(content[name], (list,), f"{source}: {name}")
+            content[name] = tuple(
+                _read_row(kind, fields, f"{source}: {name}[{index}]")
+                for index, fields in enumerate(content[name])
+            )
+        try:
+            content["base"] = TokenSparseConfig.from_dict(content["base"])
+        except (ValueError, TypeError) as error:
+            raise CalibrationError(f"{source}: base: {error}") from error
+        return cls(**content)
+
+    @classmethod
+    def load(cls, path: Path) -> CalibrationResult:
+        """Read a file that holds `to_json`'s text.
+
+        Raises:
+            CalibrationError: if it cannot be read or is none.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"{path} cannot be read: {error}") from error
+        return cls.from_json(text, str(path))
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+
+
+def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
+    hints = get_type_hints(kind)
+    _check(fields, (dict,), where)
+    if set(fields) != set(hints):
+        wrong = ", ".join(sorted(set(fields) ^ set(hints)))
+        raise CalibrationError(f"{where} has missing or unknown entries: {wrong}")
+    values = dict(fields)
+    if "profile" in values:
+        try:
+            values["profile"] = LayerProfile.from_json(json.dumps(values["profile"]))
+        except (ValueError, TypeError) as error:
+            raise CalibrationError(f"{where}.profile: {error}") from error
+    for name, value in values.items():
+        _check(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
+    if "goal" in values:
+        _check_choice(values["goal"], GOALS, f"{where}.goal")
+    return kind(**values)
+
+
+def _check(value: object, allowed: tuple[type, ...], where: str) -> None:
+    fits = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+    if isinstance(value, bool):
+        fits = bool in allowed
+    if isinstance(value, float) and not math.isfinite(value):
+        fits = False
+    if not fits:
+        wanted = " or ".join("null" if a is NoneType else a.__name__ for a in allowed)
+        raise CalibrationError(f"{where} must be {wanted}, got {value!r}")
+
+
+def _check_choice(value: str, choices: tuple[str, ...], where: str) -> None:
+    if value not in choices:
+        raise CalibrationError(f"{where} must be one of {', '.join(choices)}; got {value!r}")

@@ -1,0 +1,359 @@
+"""How much the model's predictions change when layers are sparse: measured, not guessed.
+
+A prompt is prefilled sparsely, sparsity is removed, and the reply's tokens are run on the cache
+that the prefill left. The Kullback-Leibler divergence of the next-token distributions from
+those of the dense model is averaged over the prompt's last position and the reply's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.calibration.choose import (
+    Combination,
+    Option,
+    UnreachableError,
+    back_off,
+    combinations,
+    reaching_speedup,
+    summed_divergence,
+    within_budget,
+)
+from token_sparse_attention.calibration.drift import check_eval, standard_error
+from token_sparse_attention.calibration.prompts import Prompt
+from token_sparse_attention.calibration.record import Choice, Sensitivity
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.integrations.record import LayerRecord
+from token_sparse_attention.integrations.transformers import apply
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the dense model says to a prompt.
+
+    Attributes:
+        ids: ``[1, S]`` the prompt.
+        continuation: ``[1, N]`` the reply that follows, N may be 0.
+        log_probs: ``[N + 1, V]`` float32, after the prompt and after each token of the reply.
+    """
+
+    ids: Tensor
+    continuation: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What one layer did in one prefill.
+
+    Attributes:
+        kept_share: share of the tokens that the heads kept.
+        work: mean over heads of ``(S' / S)^2``.
+        sparse: whether the layer ran sparse.
+        undecided: whether the layer ran dense before scores were asked, whatever `drop_mass`.
+        why_dense: empty if it ran sparse.
+    """
+
+    kept_share: float
+    work: float
+    sparse: bool
+    undecided: bool
+    why_dense: str
+
+
+_ABSENT = LayerReading(1.0, 1.0, False, True, "layer does not call the attention interface")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One setting's effect on all prompts.
+
+    Attributes:
+        divergences: in nats, one per prompt; exactly 0 where every layer ran dense.
+        layers: for each prompt, layer number -> what it did.
+    """
+
+    divergences: tuple[float, ...]
+    layers: tuple[Mapping[int, LayerReading], ...]
+
+    @property
+    def divergence(self) -> float:
+        """Mean over prompts."""
+        return math.fsum(self.divergences) / len(self.divergences)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of `divergence` over prompts; None with one prompt."""
+        return standard_error(self.divergences) if len(self.divergences) > 1 else None
+
+    def of_layer(self, layer: int) -> list[LayerReading]:
+        """Return what a layer did, one entry per prompt."""
+        return [layers.get(layer, _ABSENT) for layers in self.layers]
+
+    def work(self, num_layers: int) -> float:
+        """Return the mean of the work over prompts and layers."""
+        readings = [r for layer in range(num_layers) for r in self.of_layer(layer)]
+        return math.fsum(reading.work for reading in readings) / len(readings)
+
+
+@torch.no_grad()
+def dense_reference(model: Any, prompt: Prompt, max_reply: int = 32) -> Reference:
+    """Run a prompt densely and record what the model predicts.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        prompt: the prompt; without a continuation, the model's greedy reply is taken.
+        max_reply: tokens of that reply at most; 0 for the last position of the prompt only.
+
+    Raises:
+        ValueError: if the model is in training mode or its logits are not numbers.
+    """
+    check_eval(model)
+    ids = prompt.ids.to(model.device)
+    if prompt.continuation is None:
+        continuation = _greedy_reply(model, ids, max_reply)
+    else:
+        continuation = prompt.continuation.to(model.device)
+    prefill = model(ids, use_cache=True, logits_to_keep=1)
+    log_probs = _log_probs(model, prefill, continuation)
+    if log_probs.isnan().any():
+        raise ValueError("the dense model's logits must be numbers, but some are NaN")
+    return Reference(ids, continuation, log_probs)
+
+
+def _greedy_reply(model: Any, ids: Tensor, max_tokens: int) -> Tensor:
+    """The model's own reply, without what ends it: nothing sensible follows that."""
+    if max_tokens == 0:
+        return ids[:, :0]
+    generated: Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        return_dict_in_generate=False,
+    )
+    reply = generated[:, ids.shape[1] :]
+    end = model.generation_config.eos_token_id
+    if end is not None:
+        ends = torch.isin(reply[0], torch.as_tensor(end, device=reply.device)).nonzero()
+        reply = reply[:, : int(ends[0])] if len(ends) else reply
+    return reply
+
+
+def _log_probs(model: Any, prefill: Any, continuation: Tensor) -> Tensor:
+    """Log-probabilities ``[N + 1, V]`` after a prefill and after each token that follows."""
+    logits = [prefill.logits[0, -1:]]
+    if continuation.shape[1]:
+        follow = model(continuation, past_key_values=prefill.past_key_values, use_cache=True)
+        logits.append(follow.logits[0])
+    return torch.cat(logits).float().log_softmax(-1)
+
+
+def divergence(dense: Tensor, sparse: Tensor) -> float:
+    """Return KL(dense || sparse) in nats, averaged over positions.
+
+    Args:
+        dense: ``[N, V]`` log-probabilities.
+        sparse: ``[N, V]`` log-probabilities.
+
+    Raises:
+        ValueError: if it is not finite.
+
+    Example:
+        >>> half = torch.tensor([[0.5, 0.5]]).log()
+        >>> round(divergence(half, torch.tensor([[0.25, 0.75]]).log()), 4)
+        0.1438
+    """
+    old, new = dense.double(), sparse.double()
+    terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new))
+    value = float(terms.sum(-1).mean())
+    if not math.isfinite(value):
+        raise ValueError(f"the sparse model's logits must be finite, but KL is {value}")
+    return max(value, 0.0)  # rounding can leave a little less than nothing
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    references: Sequence[Reference],
+    config: TokenSparseConfig | LayerProfile,
+    *,
+    impl: str = "auto",
+    attention_backend: str = "auto",
+) -> Reading:
+    """Measure how far the model under `config` is from the dense model.
+
+    Args:
+        model: the model that the references are from.
+        references: what it says densely.
+        config: the settings; their crossover is taken as ``"off"``, so that short prompts
+            show what long ones will do.
+        impl: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`.
+    """
+    config = without_crossover(config)
+    divergences, layers = [], []
+    for reference in references:
+        with apply(model, config, impl=impl, attention_backend=attention_backend) as report:
+            prefill = model(reference.ids, use_cache=True, logits_to_keep=1)
+        readings = {record.layer: _read_layer(record) for record in report}
+        value = 0.0
+        if any(reading.sparse for reading in readings.values()):
+            log_probs = _log_probs(model, prefill, reference.continuation)
+            value = divergence(reference.log_probs, log_probs)
+        divergences.append(value)
+        layers.append(readings)
+    return Reading(tuple(divergences), tuple(layers))
+
+
+def _read_layer(record: LayerRecord) -> LayerReading:
+    selection = record.selection
+    sparse = "sparse" in record.paths
+    why = "" if sparse else str(record.reasons[0])
+    if selection is None:
+        return LayerReading(1.0, 1.0, sparse, True, why)
+    shares = selection.lengths.double() / selection.kv_lens[:, None]
+    return LayerReading(record.kept_share, float(shares.square().mean()), sparse, False, why)
+
+
+def without_crossover(
+    config: TokenSparseConfig | LayerProfile,
+) -> TokenSparseConfig | LayerProfile:
+    """Return the settings with ``crossover="off"`` everywhere."""
+    if isinstance(config, TokenSparseConfig):
+        return dataclasses.replace(config, crossover="off")
+    layers = {
+        layer: {name: value for name, value in changes.items() if name != "crossover"}
+        for layer, changes in config.layers.items()
+    }
+    return LayerProfile(dataclasses.replace(config.base, crossover="off"), layers)
+
+
+def measure_sensitivity(
+    model: Any,
+    references: Sequence[Reference],
+    base: TokenSparseConfig,
+    drop_masses: Sequence[float],
+    *,
+    impl: str = "auto",
+    attention_backend: str = "auto",
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> list[Sensitivity]:
+    """Make one layer at a time sparse, under each setting, and measure the divergence.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        references: from `dense_reference`.
+        base: the settings, apart from ``drop_mass``.
+        drop_masses: the settings to try.
+        impl: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`.
+        on_progress: told what is being done.
+
+    Returns:
+        One entry per layer and setting, in that order.
+    """
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    rows = []
+    for layer in range(num_layers):
+        reading = None
+        for drop_mass in drop_masses:
+            on_progress(f"sensitivity, layer {layer} of {num_layers - 1}, drop_mass {drop_mass:g}")
+            if reading is None or not all(r.undecided for r in reading.of_layer(layer)):
+                profile = LayerProfile(base, {layer: {"drop_mass": drop_mass}})
+                reading = measure(
+                    model, references, profile, impl=impl, attention_backend=attention_backend
+                )
+            rows.append(_summary(layer, drop_mass, reading))
+    return rows
+
+
+def _summary(layer: int, drop_mass: float, reading: Reading) -> Sensitivity:
+    own = reading.of_layer(layer)
+    return Sensitivity(
+        layer=layer,
+        drop_mass=drop_mass,
+        divergence=reading.divergence,
+        standard_error=reading.standard_error,
+        kept_share=math.fsum(r.kept_share for r in own) / len(own),
+        work=math.fsum(r.work for r in own) / len(own),
+        sparse_prompts=sum(r.sparse for r in own),
+        note="; ".join(dict.fromkeys(r.why_dense for r in own if not r.sparse)),
+    )
+
+
+def choose_profile(
+    rows: Sequence[Sensitivity],
+    base: TokenSparseConfig,
+    goal: str,
+    value: float,
+    measure_profile: Callable[[LayerProfile], Reading],
+) -> Choice:
+    """Choose each layer's setting, and measure the choice as a whole.
+
+    Args:
+        rows: from `measure_sensitivity`.
+        base: the settings that the profile starts from.
+        goal: ``"divergence_budget"``: as little work as a divergence of `value` nats allows,
+            both by the layers' sum and measured together; or ``"target_speedup"``: as little
+            divergence as work of at most ``1 / value`` allows, measured together.
+        value: see `goal`.
+        measure_profile: measures a profile on the calibration prompts.
+
+    Raises:
+        UnreachableError: if no combination reaches the target speed-up.
+    """
+    by_layer: dict[int, list[Option]] = {}
+    for row in rows:
+        option = Option(row.drop_mass, row.divergence, row.work)
+        by_layer.setdefault(row.layer, []).append(option)
+    path = combinations([by_layer[layer] for layer in sorted(by_layer)])
+    readings: dict[int, Reading] = {}
+
+    def read(index: int) -> Reading:
+        if index not in readings:
+            readings[index] = measure_profile(_profile(path[index], base))
+        return readings[index]
+
+    if goal == "divergence_budget":
+        start = within_budget(path, value)
+        index = back_off(start, lambda i: read(i).divergence <= value)
+    elif goal == "target_speedup":
+        start = index = reaching_speedup(path, value)
+        while (work := read(index).work(len(by_layer))) * value > 1:
+            if index == len(path) - 1:
+                raise UnreachableError(
+                    f"target speed-up {value:g} is out of reach: with every layer at its "
+                    f"cheapest measured setting, together, the attention work is {work:.3f} "
+                    f"of dense, {1 / work:.2f}x"
+                )
+            index += 1
+    else:
+        raise ValueError(f"goal must be divergence_budget or target_speedup, got {goal!r}")
+    reading = read(index)
+    return Choice(
+        goal=goal,
+        value=value,
+        profile=_profile(path[index], base),
+        summed_divergence=summed_divergence(path[index]),
+        divergence=reading.divergence,
+        standard_error=reading.standard_error,
+        work=reading.work(len(by_layer)),
+        steps_moved=abs(index - start),
+    )
+
+
+def _profile(combination: Combination, base: TokenSparseConfig) -> LayerProfile:
+    layers = {
+        layer: {"drop_mass": option.drop_mass}
+        for layer, option in enumerate(combination)
+        if option.drop_mass
+    }
+    return LayerProfile(base, layers)

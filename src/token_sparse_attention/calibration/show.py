@@ -1,0 +1,216 @@
+"""A calibration for people: a table of the layers, sentences on the choice, and a plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from token_sparse_attention.calibration.drift import drift_threshold
+from token_sparse_attention.calibration.record import (
+    CalibrationError,
+    CalibrationResult,
+    Choice,
+    LayerDrift,
+    Sensitivity,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PLOT_FORMATS = (".svg", ".png")
+_STYLE: Any = {"svg.hashsalt": "token-sparse-attention", "svg.fonttype": "none", "font.size": 9}
+_SIZE = (6.4, 3.4)
+
+
+def layer_table(result: CalibrationResult) -> Table:
+    """Return one row per layer: its drift, its sensitivity, and its setting in each choice."""
+    masses = list(dict.fromkeys(row.drop_mass for row in result.sensitivity))
+    table = Table("layer")
+    if result.drift:
+        table.add_column("drift")
+    for mass in masses:
+        table.add_column(f"KL, kept\nat {mass:g}")
+    for choice in result.choices:
+        table.add_column("by drift" if choice.goal == "drift_quantile" else "by KL")
+    for layer in range(len(result.drift) or len(result.sensitivity) // max(len(masses), 1)):
+        cells = [str(layer)]
+        if result.drift:
+            cells.append(f"{result.drift[layer].drift:.3g}")
+        cells += [_cell(row) for row in result.sensitivity if row.layer == layer]
+        table.add_row(*cells, *(_setting(choice, layer) for choice in result.choices))
+    return table
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """Return a value with its standard error, if there is one."""
+    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
+
+
+def _cell(row: Sensitivity) -> str:
+    if not row.sparse_prompts:
+        return "ran dense"
+    return f"{row.divergence:.1e} {row.kept_share:.0%}"
+
+
+def _setting(choice: Choice, layer: int) -> str:
+    changes = choice.profile.layers.get(layer)
+    if changes is None:
+        return "dense"
+    return f"{changes.get('drop_mass', choice.profile.base.drop_mass):g}"
+
+
+def sentences(result: CalibrationResult) -> list[str]:
+    """Say what was measured and chosen."""
+    lengths = sorted({prompt.tokens for prompt in result.prompts})
+    span = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
+    count = len(result.prompts)
+    told = [f"Measured on {count} prompt{'s' if count > 1 else ''} of {span} tokens."]
+    if result.sensitivity:
+        positions = sum(prompt.continuation_tokens + 1 for prompt in result.prompts)
+        told.append(
+            f"KL: of the sparse model's next-token predictions from the dense ones, in nats, over "
+            f"{positions} positions, one layer sparse at a time at each drop_mass; ± is the "
+            "standard error over prompts."
+        )
+    notes: dict[str, set[int]] = {}
+    for row in result.sensitivity:
+        if row.note:
+            notes.setdefault(row.note, set()).add(row.layer)
+    for note, layers in notes.items():
+        told.append(
+            f"Ran dense on some or all prompts, counted as divergence 0 and work 1: "
+            f"layers {ranges(sorted(layers))} ({note})."
+        )
+    num_layers = len(result.drift) or len({row.layer for row in result.sensitivity})
+    told += [_sentence(choice, result.drift, num_layers) for choice in result.choices]
+    if result.failure:
+        told.append(f"No profile: {result.failure}.")
+    return told
+
+
+def _sentence(choice: Choice, drift: Sequence[LayerDrift], num_layers: int) -> str:
+    layers = sorted(choice.profile.layers)
+    which = f"{len(layers)} of {num_layers} layers sparse ({ranges(layers) or 'none'})"
+    if choice.goal == "drift_quantile":
+        threshold, _ = drift_threshold([row.drift for row in drift], choice.value)
+        text = (
+            f"By drift: {which}, those at or below the {choice.value:g} quantile, {threshold:.3g}"
+        )
+    else:
+        text = f"By sensitivity, {choice.goal.replace('_', ' ')} {choice.value:g}: {which}"
+    if choice.divergence is not None and choice.work is not None:
+        together = plus_minus(choice.divergence, choice.standard_error)
+        text += f"; together {together} nats, attention work {choice.work:.3f} of dense"
+    if choice.summed_divergence is not None:
+        text += f"; the layers' own divergences add up to {choice.summed_divergence:.3g}"
+    if choice.steps_moved:
+        way = "back" if choice.goal == "divergence_budget" else "on"
+        text += f"; moved {way} by {choice.steps_moved} steps to meet it together"
+    return text + "."
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Return ascending numbers in short form.
+
+    Example:
+        >>> ranges([0, 2, 3, 4])
+        '0, 2-4'
+    """
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def check_plot(path: Path) -> None:
+    """Raise before anything is measured if the plot could not be drawn.
+
+    Raises:
+        CalibrationError: if the file's ending is unknown or matplotlib is not installed.
+    """
+    if path.suffix not in PLOT_FORMATS:
+        raise CalibrationError(f"--plot must end in {' or '.join(PLOT_FORMATS)}, got {path}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CalibrationError(
+            "--plot needs matplotlib: pip install 'token-sparse-attention[bench]'"
+        ) from error
+
+
+def draw(result: CalibrationResult, suffix: str) -> bytes:
+    """Return the plot: drift and sensitivity side by side, or the one that was measured.
+
+    Args:
+        result: the calibration.
+        suffix: ``".svg"`` or ``".png"``. The same result gives the same SVG.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    panels = [bool(result.drift), bool(result.sensitivity)].count(True)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_SIZE[0] * panels, _SIZE[1]), layout="constrained")
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        if result.drift:
+            _draw_drift(axes[0], result)
+        if result.sensitivity:
+            _draw_sensitivity(axes[-1], result.sensitivity)
+        buffer = io.BytesIO()
+        form = suffix.removeprefix(".")
+        about = {"Date": None, "Creator": None} if form == "svg" else {}
+        figure.savefig(buffer, format=form, dpi=150, metadata=about)
+    return buffer.getvalue()
+
+
+def _draw_drift(axes: Axes, result: CalibrationResult) -> None:
+    values = [row.drift for row in result.drift]
+    for chosen, label in ((True, "at or below: sparse"), (False, "above: dense")):
+        rows = [row for row in result.drift if row.at_or_below == chosen]
+        axes.errorbar(
+            [row.layer for row in rows],
+            [row.drift for row in rows],
+            yerr=[row.standard_error or 0.0 for row in rows],
+            fmt="o" if chosen else "s",
+            markersize=4,
+            color="C0" if chosen else "C7",
+            label=label,
+        )
+    if min(values) > 0:  # one layer, often the first, can drift a hundred times as far as others
+        axes.set_yscale("log")
+    threshold, _ = drift_threshold(values, result.choices[0].value)
+    axes.axhline(threshold, color="C3", linewidth=1, label=f"{result.choices[0].value:g} quantile")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("drift, share of all layers'")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity]) -> None:
+    ran = [row for row in rows if row.sparse_prompts]
+    for mass in dict.fromkeys(row.drop_mass for row in rows):
+        own = [row for row in ran if row.drop_mass == mass]
+        axes.errorbar(
+            [row.layer for row in own],
+            [row.divergence for row in own],
+            yerr=[row.standard_error or 0.0 for row in own],
+            fmt="o-",
+            markersize=3,
+            linewidth=1,
+            label=f"drop_mass {mass:g}",
+        )
+    positive = [row.divergence for row in ran if row.divergence > 0]
+    if positive:  # zero has a place on this scale, unlike on a logarithmic one
+        axes.set_yscale("symlog", linthresh=min(positive))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("KL with this layer alone sparse, nats")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)

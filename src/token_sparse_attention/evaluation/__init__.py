@@ -1,0 +1,1 @@
+"""Accuracy of sparse prefill against dense prefill, on lm-evaluation-harness's tasks."""

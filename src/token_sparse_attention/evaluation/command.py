@@ -1,0 +1,356 @@
+"""``tsa eval``: arguments, progress, tables. Exit codes are those of `cli`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from token_sparse_attention import bundled
+from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.evaluation import harness
+from token_sparse_attention.evaluation.record import (
+    EvalHeader,
+    EvalResults,
+    load_results,
+    save_results,
+)
+from token_sparse_attention.evaluation.samples import SampleSet
+from token_sparse_attention.evaluation.summary import Row, summarise
+from token_sparse_attention.info import provenance
+from token_sparse_attention.selection import IMPLS
+
+if TYPE_CHECKING:
+    from token_sparse_attention.evaluation.evaluate import Runner
+
+MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]
+_FAILED = 1
+_BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
+_LENGTHS, _LIMIT = (4096,), 50
+_TABLE_WIDTH = 110
+
+
+def add_commands(commands: Any, make: MakeCommand) -> None:
+    """Add ``tsa eval``; `make` adds a command of name, summary and example."""
+    command = make(
+        commands,
+        "eval",
+        "compare the accuracy of sparse and dense prefill on lm-evaluation-harness's tasks",
+        "tsa eval --lengths 2048,4096 --limit 10 --config published --config profile "
+        "--out result.jsonl\n"
+        "  tsa eval --prepare-only --samples samples.jsonl.gz     (where lm-eval is)\n"
+        "  tsa eval --samples samples.jsonl.gz --out result.jsonl (where the GPU is)\n"
+        "  tsa eval --samples samples.jsonl.gz --score result.jsonl",
+    )
+    command.add_argument(
+        "model", nargs="?", help="hub id or folder (default: the small model that ships here)"
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="results; a run goes on there")
+    command.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a sparse configuration; VALUE: default, published, profile (the model folder's "
+        "token_sparse_profile.json), a profile that ships here (llama-3.1-8b-instruct, "
+        "mistral-nemo-instruct-2407), a JSON file, or JSON; may be given several times "
+        "(default: the model's profile, else default)",
+    )
+    _add_sample_arguments(command)
+    command.add_argument("--device", default="auto", help="torch device (default: auto)")
+    command.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
+    command.add_argument("--impl", default="auto", choices=IMPLS)
+    command.add_argument("--attention-backend", default="auto", choices=BACKENDS)
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
+    )
+    command.set_defaults(handler=run_eval)
+
+
+def _add_sample_arguments(command: argparse.ArgumentParser) -> None:
+    asked = command.add_argument_group("samples")
+    asked.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="NAMES",
+        help="lm-eval's tasks or groups (default: ruler, which here means the tasks of RULER "
+        f"that need no download: {', '.join(harness.LOCAL_RULER)})",
+    )
+    asked.add_argument(
+        "--lengths",
+        type=_numbers,
+        metavar="LIST",
+        help="prompt lengths in tokens, for tasks made to a length (default: "
+        f"{','.join(map(str, _LENGTHS))})",
+    )
+    asked.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help=f"samples per task and length (default: {_LIMIT})",
+    )
+    asked.add_argument(
+        "--seed", type=int, help="another one draws other samples of RULER (default: 0)"
+    )
+    asked.add_argument(
+        "--apply-chat-template", action="store_true", help="make prompts chats, for chat models"
+    )
+    asked.add_argument(
+        "--samples", type=Path, metavar="FILE", help="take the samples from this file (.jsonl.gz)"
+    )
+    asked.add_argument(
+        "--prepare-only", action="store_true", help="only write the samples, to --samples"
+    )
+    asked.add_argument(
+        "--score",
+        type=Path,
+        metavar="RESULT",
+        help="only score the results in this file that have no score yet; needs --samples",
+    )
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Run ``tsa eval`` and return its exit code.
+
+    Raises:
+        UsageError: if something that was given cannot be used.
+    """
+    _check_arguments(args)
+    if args.score:
+        return _score(args)
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
+        ) from error
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return _prepare_only(args) if args.prepare_only else _evaluate(args)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if (args.prepare_only or args.score) and not args.samples:
+        raise UsageError("--prepare-only and --score need --samples FILE")
+    if args.samples and not args.prepare_only:
+        asked = {
+            "--tasks": args.tasks,
+            "--lengths": args.lengths,
+            "--limit": args.limit,
+            "--seed": args.seed,
+            "--apply-chat-template": args.apply_chat_template or None,
+        }
+        given = [name for name, value in asked.items() if value is not None]
+        if given:
+            raise UsageError(
+                f"{given[0]} only matters where samples are prepared, but --samples gives them; "
+                "leave one of the two out"
+            )
+    if not (args.out or args.prepare_only or args.score):
+        raise UsageError("--out FILE is needed, for the results")
+
+
+def _score(args: argparse.Namespace) -> int:
+    from token_sparse_attention.evaluation.evaluate import score
+
+    results, samples = load_results(args.score), SampleSet.load(args.samples)
+    with Console(stderr=True).status("scoring"):
+        results = score(results, samples, harness.Scorer(samples))
+    save_results(args.score, results)
+    _show(args, args.score, results)
+    return 0
+
+
+def _prepare_only(args: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    name = args.model or str(bundled.MODEL)
+    trust = args.trust_remote_code
+    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust))
+    samples = _prepare(args, tokenizer)
+    samples.save(args.samples)
+    if args.json:
+        print(json.dumps({"samples": str(args.samples), "count": len(samples.samples)}))
+    else:
+        print(f"{args.samples}: {len(samples.samples)} samples")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from token_sparse_attention import run
+    from token_sparse_attention.evaluation.evaluate import Runner
+    from token_sparse_attention.evaluation.settings import read_configurations
+
+    name = args.model or str(bundled.MODEL)
+    configurations = read_configurations(args.config, name)
+    samples = SampleSet.load(args.samples) if args.samples else None
+    options = {key: getattr(args, key) for key in ("device", "dtype", "trust_remote_code")}
+    model, tokenizer = _load(name, lambda: run.load_model(name, **options))
+    if samples is None:
+        samples = _prepare(args, tokenizer)
+    runner = Runner(model, tokenizer, configurations, args.impl, args.attention_backend)
+    results = _run(args, runner, samples)
+    if results is None:
+        return _FAILED
+    _show(args, args.out, results)
+    return 0
+
+
+def _run(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalResults | None:
+    """Evaluate with a progress bar; None if the job failed, which standard error then says."""
+    from token_sparse_attention.evaluation.evaluate import evaluate
+
+    scorer = harness.Scorer(samples) if harness.installed_version() else None
+    header = _header(args, runner, samples)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("starting", total=len(samples.samples) * len(runner.names))
+        try:
+            return evaluate(
+                runner,
+                samples,
+                header,
+                args.out,
+                scorer=scorer,
+                report=lambda what, done: progress.update(bar, description=what, completed=done),
+            )
+        except (RuntimeError, OSError) as error:
+            print(
+                f"tsa: the evaluation failed: {error}\n"
+                f"tsa: {args.out} keeps what was finished; the same command goes on from there",
+                file=sys.stderr,
+            )
+            return None
+
+
+def _header(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalHeader:
+    from token_sparse_attention.evaluation.settings import settings_dicts
+
+    about = provenance(str(runner.model.device))
+    about["versions"]["lm-eval"] = samples.lm_eval
+    return EvalHeader(
+        provenance=about,
+        arguments={
+            "model": args.model or _BUNDLED,
+            "dtype": str(runner.model.dtype).removeprefix("torch."),
+            "impl": args.impl,
+            "attention_backend": args.attention_backend,
+            "lengths": samples.lengths,
+            "limit": samples.limit,
+            "seed": samples.seed,
+            "chat_template": samples.chat_template,
+            "samples_sha256": samples.digest(),
+        },
+        model=runner.facts(),
+        configurations=settings_dicts(runner.configurations),
+        tasks=samples.tasks,
+    )
+
+
+def _load(name: str, load: Callable[[], Any]) -> Any:
+    """Load from a checkpoint, or say that it cannot be used."""
+    with Console(stderr=True).status(f"loading {name}"):
+        try:
+            return load()
+        except (OSError, ValueError, RuntimeError, AttributeError) as error:
+            raise UsageError(f"{name} cannot be loaded: {error}") from error
+
+
+def _prepare(args: argparse.Namespace, tokenizer: Any) -> SampleSet:
+    if args.apply_chat_template and tokenizer.chat_template is None:
+        raise UsageError("--apply-chat-template needs a tokenizer with a chat template")
+    with Console(file=sys.stderr).status("preparing samples") as status:
+        return harness.prepare(
+            args.tasks or ("ruler",),
+            args.lengths or _LENGTHS,
+            args.limit or _LIMIT,
+            tokenizer=tokenizer,
+            tokenizer_name=args.model or _BUNDLED,
+            seed=args.seed or 0,
+            chat_template=args.apply_chat_template,
+            report=status.update,
+        )
+
+
+def _show(args: argparse.Namespace, path: Path, results: EvalResults) -> None:
+    rows = summarise(results)
+    unscored = sum(result.score is None for result in results.samples)
+    if args.json:
+        content = {"results": str(path), "unscored": unscored, "rows": [asdict(r) for r in rows]}
+        print(json.dumps(content, indent=2))
+        return
+    # Files and narrow terminals get whole lines.
+    console = Console(width=max(Console().width, _TABLE_WIDTH))
+    console.print(_table("All tasks together", [row for row in rows if row.task is None]))
+    tasks = results.header.tasks
+    for task in tasks if len(tasks) > 1 else ():
+        console.print(_table(task, [row for row in rows if row.task == task]))
+    if unscored:
+        console.print(
+            f"{unscored} replies have no score yet: where lm-eval is installed, run "
+            f"tsa eval --score {path} --samples FILE",
+            highlight=False,
+        )
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """Return a table; the rows of all lengths together only where there are several."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("length", no_wrap=True)
+    table.add_column("configuration", no_wrap=True)
+    losses = ("difference", "95% interval", "loss", "loss below")
+    for column in ("n", "score", *losses, "kept", "work", "prefill"):
+        table.add_column(column, justify="right", no_wrap=True)
+    several = len({row.length for row in rows if row.length is not None}) > 1
+    for row in rows:
+        if row.length is None and not several:
+            continue
+        table.add_row(
+            "all" if row.length is None else f"{row.length:,}" if row.length else "-",
+            row.configuration,
+            str(row.samples),
+            _cell("{:.3f}", row.score),
+            _cell("{:+.3f}", row.difference),
+            _cell("{:+.3f} {:+.3f}", row.difference_low, row.difference_high),
+            _cell("{:+.1%}", row.relative_loss),
+            _cell("{:+.1%}", row.relative_loss_upper),
+            f"{row.kept_share:.1%}",
+            f"{row.work:.3f}",
+            f"{row.seconds:#.3g} s",
+        )
+    return table
+
+
+def _cell(form: str, *values: float | None) -> str:
+    return "-" if None in values else form.format(*values)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in _names(text))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

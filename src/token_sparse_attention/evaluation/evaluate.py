@@ -1,0 +1,190 @@
+"""Run every configuration on the same samples, and score what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.config import layer_configs
+from token_sparse_attention.evaluation import generate
+from token_sparse_attention.evaluation.generate import Reply
+from token_sparse_attention.evaluation.record import (
+    DENSE,
+    EvalHeader,
+    EvalResults,
+    SampleResult,
+    open_results,
+    to_line,
+)
+from token_sparse_attention.evaluation.samples import Sample, SampleSet
+from token_sparse_attention.evaluation.settings import Settings
+from token_sparse_attention.integrations.transformers import register_dense_attention
+
+
+class SampleScorer(Protocol):
+    """What scores replies: `harness.Scorer`, where lm-eval is installed."""
+
+    def score(self, sample: Sample, reply: str) -> float:
+        """Return the score of a reply, from 0 to 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """A model that replies under named configurations.
+
+    On CUDA, dense layers run on this library's dense kernels too, so that times compare
+    sparsity and not kernels.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        configurations: the sparse ones; the dense one comes first, by itself.
+        impl: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`.
+
+    Raises:
+        UsageError: if a configuration names a layer that the model does not have.
+    """
+
+    model: Any
+    tokenizer: Any
+    configurations: Mapping[str, Settings]
+    impl: str = "auto"
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, config in self.configurations.items():
+            try:
+                layer_configs(config, self.facts()["num_layers"])
+            except ValueError as error:
+                raise UsageError(f"--config {name} does not fit the model: {error}") from error
+        if self.on_cuda:
+            name = register_dense_attention(self.attention_backend)
+            self.model.set_attn_implementation(name)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the model is on a CUDA device."""
+        return bool(self.model.device.type == "cuda")
+
+    @property
+    def names(self) -> list[str]:
+        """All configurations, the dense one first."""
+        return [DENSE, *self.configurations]
+
+    def facts(self) -> dict[str, int]:
+        """Return the `MODEL_FACTS`."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = config.num_attention_heads
+        return {
+            "num_layers": config.num_hidden_layers,
+            "num_heads": heads,
+            "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        }
+
+    def reply(self, sample: Sample, name: str, draft: list[int]) -> Reply:
+        """Reply to a sample under a configuration.
+
+        Raises:
+            UsageError: if the configuration cannot be run on the model.
+        """
+        ids = generate.encode(self.model, self.tokenizer, sample.prompt, sample.max_new_tokens)
+        end = generate.ending(self.model, self.tokenizer, sample.until, sample.max_new_tokens)
+        try:
+            return generate.reply(
+                self.model,
+                ids,
+                self.configurations.get(name),
+                end,
+                draft=draft,
+                impl=self.impl,
+                attention_backend=self.attention_backend,
+            )
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"the configuration {name!r} cannot be run: {error}") from error
+
+
+def evaluate(
+    runner: Runner,
+    samples: SampleSet,
+    header: EvalHeader,
+    path: Path,
+    *,
+    scorer: SampleScorer | None,
+    report: Callable[[str, int], object] = lambda *_: None,
+) -> EvalResults:
+    """Reply to every sample densely and under each configuration, and write the results.
+
+    What the file holds already is not done again.
+
+    Args:
+        runner: the model and the configurations.
+        samples: what to reply to.
+        header: the first line of the result file.
+        path: the result file.
+        scorer: scores the replies; None leaves them without a score.
+        report: is told what runs next, and how many results there are.
+
+    Raises:
+        UsageError: if the file belongs to another run, or a configuration cannot be run.
+    """
+    results, file = open_results(path, header)
+    done = {result.key for result in results}
+    warm = not runner.on_cuda
+    with file:
+        for sample in samples.samples:
+            draft: list[int] = []
+            for name in runner.names:
+                if (sample.task, sample.length, sample.index, name) in done:
+                    continue
+                report(f"{sample.task} {sample.length or ''}, {name}", len(results))
+                if not warm:  # kernels are compiled now, not in the first result's time
+                    for each in runner.names:
+                        runner.reply(sample, each, [])
+                    warm = True
+                reply = runner.reply(sample, name, draft)
+                if name == DENSE:
+                    draft = reply.tokens
+                result = _result(sample, name, reply, scorer)
+                file.write(to_line(result))
+                file.flush()
+                results.append(result)
+    report("done", len(results))
+    return EvalResults(header, tuple(results))
+
+
+def score(results: EvalResults, samples: SampleSet, scorer: SampleScorer) -> EvalResults:
+    """Return results with scores where they had none.
+
+    Raises:
+        UsageError: if the results are about other samples.
+    """
+    if results.header.arguments.get("samples_sha256") != samples.digest():
+        raise UsageError("--samples must be the file that the results were made from")
+    by_key = {(sample.task, sample.length, sample.index): sample for sample in samples.samples}
+    scored = [
+        dataclasses.replace(result, score=scorer.score(by_key[result.key[:3]], result.reply))
+        if result.score is None
+        else result
+        for result in results.samples
+    ]
+    return EvalResults(results.header, tuple(scored))
+
+
+def _result(sample: Sample, name: str, reply: Reply, scorer: SampleScorer | None) -> SampleResult:
+    return SampleResult(
+        task=sample.task,
+        length=sample.length,
+        index=sample.index,
+        configuration=name,
+        score=None if scorer is None else scorer.score(sample, reply.text),
+        reply=reply.text,
+        prompt_tokens=reply.prompt_tokens,
+        kept=reply.kept,
+        new_tokens=len(reply.tokens),
+        seconds=reply.seconds,
+    )

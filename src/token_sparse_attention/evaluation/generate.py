@@ -1,0 +1,211 @@
+"""Greedy replies after a prefill that may be sparse; needs transformers only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.evaluation.record import LayerKept
+from token_sparse_attention.integrations.record import PrefillReport
+from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.run import context_limit
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said to a prompt.
+
+    Attributes:
+        text: decoded, without special tokens, up to the first stop text.
+        tokens: all that were generated, an end token included.
+        prompt_tokens: S.
+        kept: see `SampleResult`.
+        seconds: from the start of the prefill to the first token.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    kept: list[LayerKept] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    """When a reply is over.
+
+    Attributes:
+        tokenizer: decodes the reply.
+        until: texts that end it.
+        end_tokens: tokens that end it.
+        max_new_tokens: the most tokens.
+    """
+
+    tokenizer: Any
+    until: Sequence[str]
+    end_tokens: frozenset[int]
+    max_new_tokens: int
+
+    def reached(self, tokens: Sequence[int]) -> bool:
+        """Return whether a reply of these tokens is over."""
+        if len(tokens) >= self.max_new_tokens or tokens[-1] in self.end_tokens:
+            return True
+        return bool(self.until) and any(stop in self._decode(tokens) for stop in self.until)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the reply as text, up to the first stop text."""
+        text = self._decode(tokens)
+        for stop in self.until:
+            text = text.split(stop)[0] if stop else text
+        return text
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+def encode(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Tensor:
+    """Return a prompt's token ids ``[1, S]`` as lm-eval would give them to a model.
+
+    The start token is added as the tokenizer does it, unless the prompt begins with it; and
+    what does not fit the model's context together with the reply is cut off at the start.
+
+    Raises:
+        UsageError: if the reply alone does not fit, or the prompt has no tokens.
+    """
+    start = tokenizer.bos_token
+    ids: Tensor = tokenizer(
+        prompt,
+        return_tensors="pt",
+        add_special_tokens=not (start and prompt.startswith(start)),
+    )["input_ids"]
+    limit = context_limit(model)
+    if limit is not None:
+        if max_new_tokens >= limit:
+            raise UsageError(
+                f"replies of {max_new_tokens} tokens do not fit the {limit} positions of the model"
+            )
+        ids = ids[:, -(limit - max_new_tokens) :]
+    if not ids.shape[1]:
+        raise UsageError("a prompt must have at least one token, got none")
+    return ids
+
+
+def ending(model: Any, tokenizer: Any, until: Sequence[str], max_new_tokens: int) -> Ending:
+    """Return when replies of a model end: as its generation config and the task say."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    ends = [ends] if isinstance(ends, int) else (ends or [])
+    return Ending(tokenizer, [stop for stop in until if stop], frozenset(ends), max_new_tokens)
+
+
+@torch.no_grad()
+def reply(
+    model: Any,
+    ids: Tensor,
+    config: TokenSparseConfig | LayerProfile | None,
+    end: Ending,
+    *,
+    draft: Sequence[int] = (),
+    impl: str = "auto",
+    attention_backend: str = "auto",
+) -> Reply:
+    """Reply greedily: the likeliest token each time, whatever the generation config says.
+
+    Sparsity is applied to the prefill alone and removed before the first decode step. The
+    draft is a reply that may be right, such as the dense one: one forward pass over all of
+    it tells how far it is what greedy decoding would give. So the result is that of decoding
+    token by token, up to what several tokens in one pass round differently from one at a time.
+
+    Args:
+        model: a causal language model.
+        ids: ``[1, S]`` token ids of the prompt.
+        config: settings of the prefill, None for dense.
+        end: when the reply is over.
+        draft: tokens to try; a finished reply under the same `end`.
+        impl: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`.
+    """
+    ids = ids.to(model.device)
+    # All keys of all layers: a cache that forgets could not be cropped.
+    cache = DynamicCache()
+    report: PrefillReport | None = None
+    applied = None
+    if config is not None:
+        applied = apply(model, config, impl=impl, attention_backend=attention_backend)
+        report = applied.report
+    try:
+        _wait(ids)
+        start = time.perf_counter()
+        first = _next_tokens(model, ids, cache, last_only=True)[0]
+        seconds = time.perf_counter() - start
+    finally:
+        if applied is not None:
+            applied.remove()
+    tokens = _decode(model, cache, first, draft, end)
+    kept = None if report is None else kept_of(report, model)
+    return Reply(end.text(tokens), tokens, ids.shape[1], kept, seconds)
+
+
+def kept_of(report: PrefillReport, model: Any) -> list[LayerKept]:
+    """Return how many tokens each layer's heads kept in the last prefill, None where dense."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    kept: list[LayerKept] = [None] * layers
+    for record in report.last_prefill():
+        if record.kept is not None and record.paths == ["sparse"]:
+            heads = record.kept[0]
+            kept[record.layer] = heads[0] if len(set(heads)) == 1 else heads
+    return kept
+
+
+def _decode(
+    model: Any, cache: DynamicCache, first: int, draft: Sequence[int], end: Ending
+) -> list[int]:
+    tokens = [first]
+    if draft and draft[0] == first and len(draft) > 1:
+        tokens = _accept(model, cache, draft)
+    while not end.reached(tokens):
+        last = torch.tensor([[tokens[-1]]], device=model.device)
+        tokens += _next_tokens(model, last, cache, last_only=True)
+    return tokens
+
+
+def _accept(model: Any, cache: DynamicCache, draft: Sequence[int]) -> list[int]:
+    """Return the draft as far as it is right, and the token after that unless all was right.
+
+    The draft's first token is known to be right. Afterwards the cache holds all tokens that
+    are returned but the last.
+    """
+    given = torch.tensor([list(draft[:-1])], device=model.device)
+    following = _next_tokens(model, given, cache, last_only=False)
+    right = 1
+    while right < len(draft) and following[right - 1] == draft[right]:
+        right += 1
+    tokens = [*draft[:right], *following[right - 1 : right]]
+    surplus = len(draft) - len(tokens)
+    if surplus:
+        cache.crop(-surplus)
+    return tokens
+
+
+def _next_tokens(model: Any, ids: Tensor, cache: DynamicCache, *, last_only: bool) -> list[int]:
+    """Return the likeliest token after each of `ids`, or after the last; waits for the device."""
+    output = model(
+        ids, past_key_values=cache, use_cache=True, logits_to_keep=1 if last_only else 0
+    )
+    likeliest: list[int] = output.logits[0].argmax(-1).tolist()
+    return likeliest
+
+
+def _wait(ids: Tensor) -> None:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)

@@ -1,0 +1,201 @@
+"""Accuracy, its loss against dense prefill, and how much was attended: rows of the tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
+
+from token_sparse_attention.evaluation.record import (
+    DENSE,
+    EvalResults,
+    LayerKept,
+    SampleResult,
+)
+
+# Half a sample for each way that two replies can turn out: both right, one right, both wrong.
+_PSEUDO_PAIRS = ((1.0, 1.0, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5), (0.0, 0.0, 0.5))
+_TWO_SIDED, _ONE_SIDED = NormalDist().inv_cdf(0.975), NormalDist().inv_cdf(0.95)
+
+Pair = tuple[float, float, float]  # dense score, sparse score, weight
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration's results on a group of samples.
+
+    Attributes:
+        task: lm-eval's name of the task, None for all tasks together.
+        length: what the task was built for, in tokens; None for all lengths together, 0 for
+            tasks that set none.
+        configuration: name of the configuration.
+        samples: how many replies there are.
+        pairs: how many samples were scored here and densely; the fields up to
+            `relative_loss_upper` are about these.
+        score: mean score, None if there are no pairs.
+        difference: mean of the score minus the dense score of the same sample.
+        difference_low: lower end of the difference's 95% confidence interval.
+        difference_high: upper end.
+        relative_loss: minus the difference, as a share of the dense mean score; None if that
+            is 0.
+        relative_loss_upper: the relative loss is below this with 95% confidence.
+        kept_share: share of the prompt that a head attends over, mean over samples, layers
+            and heads; 1 in dense layers.
+        work: mean over the same of that share squared: attention's operations against dense.
+        seconds: mean time from the start of the prefill to the first token.
+    """
+
+    task: str | None
+    length: int | None
+    configuration: str
+    samples: int
+    pairs: int
+    score: float | None
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    relative_loss: float | None
+    relative_loss_upper: float | None
+    kept_share: float
+    work: float
+    seconds: float
+
+
+def summarise(results: EvalResults) -> tuple[Row, ...]:
+    """Return one row per configuration for every group of samples that there is.
+
+    Groups, in this order: all samples; each length, all tasks together; each task, all
+    lengths together; each task and length. A mean over tasks is a mean over samples, which is
+    the mean of the tasks' means where they have equally many samples. A group that would
+    repeat another one (of the only task, or the only length) is there all the same.
+    """
+    dense = {s.key[:3]: s for s in results.samples if s.configuration == DENSE}
+    rows = []
+    for task, length, members in _groups(results.samples):
+        for name in results.header.configurations:
+            chosen = [s for s in members if s.configuration == name]
+            if chosen:
+                rows.append(_row(task, length, name, chosen, dense))
+    return tuple(rows)
+
+
+def layer_shares(kept: LayerKept, prompt_tokens: int) -> list[float]:
+    """Return what share of the prompt each head of a layer kept; one number if all kept alike."""
+    if kept is None:
+        return [1.0]
+    return [n / prompt_tokens for n in (kept if isinstance(kept, list) else [kept])]
+
+
+def kept_share(sample: SampleResult) -> float:
+    """Return the share of the prompt that heads attended over, mean over layers and heads."""
+    shares = _all_shares(sample)
+    return fmean(fmean(layer) for layer in shares)
+
+
+def attention_work(sample: SampleResult) -> float:
+    """Return the mean over layers and heads of the kept share squared."""
+    shares = _all_shares(sample)
+    return fmean(fmean(share**2 for share in layer) for layer in shares)
+
+
+def difference_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return a 95% confidence interval of the mean of ``sparse - dense``.
+
+    Args:
+        pairs: ``(dense, sparse)`` scores from 0 to 1 of the same samples, at least one.
+
+    Source:
+        Normal interval after adding half a sample to each of the four outcomes (Agresti and
+        Min, Statistics in Medicine 24, 2005). Without these, samples that all agree would
+        give an interval of no width however few they are.
+    """
+    weighted = _with_pseudo_pairs(pairs)
+    total = sum(weight for *_, weight in weighted)
+    mean = sum(weight * (sparse - dense) for dense, sparse, weight in weighted) / total
+    variance = sum(w * (sparse - dense - mean) ** 2 for dense, sparse, w in weighted) / total
+    margin = _TWO_SIDED * math.sqrt(variance / total)
+    return max(mean - margin, -1.0), min(mean + margin, 1.0)
+
+
+def relative_loss_bound(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the one-sided 95% upper bound of ``1 - mean(sparse) / mean(dense)``.
+
+    By the delta method for a ratio of means, with the same half samples added as in
+    `difference_interval`.
+
+    Args:
+        pairs: ``(dense, sparse)`` scores from 0 to 1 of the same samples, at least one.
+    """
+    weighted = _with_pseudo_pairs(pairs)
+    total = sum(weight for *_, weight in weighted)
+    dense_mean = sum(weight * dense for dense, _, weight in weighted) / total
+    loss = sum(weight * (dense - sparse) for dense, sparse, weight in weighted)
+    ratio = loss / total / dense_mean
+    squares = sum(w * (dense - sparse - ratio * dense) ** 2 for dense, sparse, w in weighted)
+    deviation = math.sqrt(squares / total / total) / dense_mean
+    return min(ratio + _ONE_SIDED * deviation, 1.0)
+
+
+def _with_pseudo_pairs(pairs: Sequence[tuple[float, float]]) -> list[Pair]:
+    return [*((dense, sparse, 1.0) for dense, sparse in pairs), *_PSEUDO_PAIRS]
+
+
+def _groups(
+    samples: Sequence[SampleResult],
+) -> Iterator[tuple[str | None, int | None, list[SampleResult]]]:
+    lengths = sorted({sample.length for sample in samples})
+    tasks = list(dict.fromkeys(sample.task for sample in samples))
+    wanted: list[tuple[str | None, int | None]] = [
+        (None, None),
+        *((None, length) for length in lengths),
+        *((task, None) for task in tasks),
+        *((task, length) for task in tasks for length in lengths),
+    ]
+    for task, length in wanted:
+        members = [s for s in samples if task in (None, s.task) and length in (None, s.length)]
+        if members:
+            yield task, length, members
+
+
+def _row(
+    task: str | None,
+    length: int | None,
+    configuration: str,
+    samples: Sequence[SampleResult],
+    dense: Mapping[tuple[str, int, int], SampleResult],
+) -> Row:
+    pairs = []
+    for sample in samples:
+        base = dense.get(sample.key[:3])
+        if base is not None and base.score is not None and sample.score is not None:
+            pairs.append((base.score, sample.score))
+    score = difference = low = high = loss = bound = None
+    if pairs:
+        dense_score, score = (fmean(column) for column in zip(*pairs))
+        if configuration != DENSE:
+            difference = score - dense_score
+            low, high = difference_interval(pairs)
+            if dense_score > 0:
+                loss = (dense_score - score) / dense_score
+                bound = relative_loss_bound(pairs)
+    return Row(
+        task=task,
+        length=length,
+        configuration=configuration,
+        samples=len(samples),
+        pairs=len(pairs),
+        score=score,
+        difference=difference,
+        difference_low=low,
+        difference_high=high,
+        relative_loss=loss,
+        relative_loss_upper=bound,
+        kept_share=fmean(map(kept_share, samples)),
+        work=fmean(map(attention_work, samples)),
+        seconds=fmean(sample.seconds for sample in samples),
+    )
+
+
+def _all_shares(sample: SampleResult) -> list[list[float]]:
+    return [layer_shares(layer, sample.prompt_tokens) for layer in sample.kept or [None]]

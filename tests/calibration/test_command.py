@@ -1,0 +1,216 @@
+"""tsa calibrate: prompts, files, output, exit codes, and what it says about bad input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from integrations.models import CONFIG, LAYERS, make_model
+from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.calibration.command import add_commands
+from token_sparse_attention.calibration.prompts import file_prompts, text_prompts
+from token_sparse_attention.calibration.record import CalibrationError, CalibrationResult
+from token_sparse_attention.calibration.show import draw, layer_table, ranges, sentences
+
+WORDS = [f"word{number}" for number in range(190)]
+
+
+def make_tokenizer(*, begin: bool = False):
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begin:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, texts, prompts and a config, as a user would have them."""
+    folder = tmp_path_factory.mktemp("user")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    (folder / "a.txt").write_text(" ".join(WORDS[(7 * i) % 190] for i in range(300)))
+    (folder / "config.json").write_text(CONFIG.to_json())
+    entries = [
+        {"prompt": " ".join(WORDS[:120]), "continuation": "word3 word4 word5"},
+        {"prompt": " ".join(WORDS[60:])},
+    ]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n\n")
+    return folder
+
+
+def calibrate(*arguments):
+    """Run the command as `cli` does, and return its exit code."""
+
+    def make(commands, name, summary, example):
+        assert summary[0].islower()
+        assert f"tsa {name}" in example
+        command = commands.add_parser(name)
+        command.add_argument("--json", action="store_true")
+        return command
+
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(dest="command"), make)
+    args = parser.parse_args(["calibrate", *map(str, arguments)])
+    return args.handler(args)
+
+
+def test_drift_writes_a_profile_and_what_was_measured(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "profile.json"
+    assert calibrate(
+        folder / "model", "--method", "drift", "--text", folder / "a.txt", "--length", 90,
+        "--num-prompts", 2, "--out", out, "--plot", tmp_path / "plot.png",
+    ) == 0  # fmt: skip
+    profile = LayerProfile.from_json(out.read_text())
+    result = CalibrationResult.load(tmp_path / "new" / "profile.measured.json")
+    assert profile == result.profile
+    assert profile.base == TokenSparseConfig.published()
+    assert sorted(profile.layers) == [row.layer for row in result.drift if row.at_or_below]
+    assert [prompt.tokens for prompt in result.prompts] == [90, 90]
+    assert result.sensitivity == ()
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "By drift: 2 of 3 layers sparse" in printed.replace("\n", " ")
+    assert str(out) in printed.replace("\n", "")
+
+
+def test_both_prints_json_with_prompts_of_their_own(folder, tmp_path, capsys):
+    assert calibrate(
+        folder / "model", "--method", "both", "--prompts", folder / "p.jsonl", "--config",
+        folder / "config.json", "--drop-mass", "0.1,0.3", "--divergence-budget", 100,
+        "--reply-tokens", 5, "--out", tmp_path / "profile.json", "--json",
+    ) == 0  # fmt: skip
+    result = CalibrationResult.from_json(capsys.readouterr().out)
+    assert [(p.tokens, p.continuation_tokens) for p in result.prompts] == [(120, 3), (130, 5)]
+    assert [choice.goal for choice in result.choices] == ["drift_quantile", "divergence_budget"]
+    assert sorted(result.profile.layers) == [0, 1, 2]
+    assert result.base == CONFIG
+    assert result.arguments["drop_mass"] == [0.1, 0.3]
+    assert result == CalibrationResult.load(tmp_path / "profile.measured.json")
+
+    table = layer_table(result)
+    assert table.row_count == LAYERS
+    assert len(table.columns) == 6
+    told = " ".join(sentences(result))
+    assert "Measured on 2 prompts of 120 to 130 tokens." in told
+    assert "over 10 positions" in told
+    assert "divergence budget 100: 3 of 3 layers sparse (0-2)" in told
+    svg = draw(result, ".svg")
+    assert svg.count(b'id="axes_') == 2
+    assert svg == draw(result, ".svg")
+
+
+def test_a_goal_out_of_reach_fails_and_keeps_the_measurements(folder, tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    assert calibrate(
+        folder / "model", "--method", "sensitivity", "--text", folder / "a.txt", "--length", 90,
+        "--num-prompts", 1, "--config", folder / "config.json", "--drop-mass", "0.1",
+        "--target-speedup", 50, "--out", out, "--reply-tokens", 0,
+    ) == 1  # fmt: skip
+    assert not out.exists()
+    result = CalibrationResult.load(tmp_path / "profile.measured.json")
+    assert len(result.sensitivity) == LAYERS
+    assert "No profile: target speed-up 50 is out of reach" in capsys.readouterr().out
+
+
+def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, capsys):
+    base = TokenSparseConfig(min_tokens=16, window_size=16, fallback="window")
+    profile = tmp_path / "given.json"
+    profile.write_text(LayerProfile(base, {1: {}}).to_json())
+    cut = ("--text", folder / "a.txt", "--length", 90, "--num-prompts", 1, "--json")
+    calibrate(folder / "model", "--method", "drift", "--config", profile, *cut)
+    assert CalibrationResult.from_json(capsys.readouterr().out).base == base
+    goal = ("--method", "sensitivity", "--divergence-budget", 1)
+    assert calibrate(folder / "model", *goal, *cut) == 1, "too short for the defaults"
+    assert CalibrationResult.from_json(capsys.readouterr().out).base == TokenSparseConfig()
+    own = folder / "model" / "token_sparse_profile.json"
+    own.write_text(profile.read_text())
+    calibrate(folder / "model", *goal, *cut)
+    own.unlink()
+    assert CalibrationResult.from_json(capsys.readouterr().out).base == base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--method drift --prompts p.jsonl --length 9", "used whole"),
+        ("--method sensitivity", "needs one goal"),
+        ("--method drift --drift-quantile 3", "drift_quantile must be in"),
+        ("--method drift --text gone.txt", "--text gone.txt cannot be read"),
+        ("--method drift --prompts gone.jsonl", "--prompts gone.jsonl cannot be read"),
+        ("--method drift --config p.jsonl", "--config p.jsonl cannot be used"),
+        ("--method drift --plot plot.pdf", "--plot must end in .svg or .png"),
+        ("--method drift --out .", r"--out \. cannot be written"),
+        ("--method drift --device moon", "cannot be loaded"),
+    ],
+)
+def test_bad_input_is_named(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(CalibrationError, match=message):
+        calibrate("model", *arguments.split())
+
+
+def test_texts_are_cut_in_turn_at_equal_distances():
+    tokenizer = make_tokenizer()
+    texts = [" ".join(WORDS[:100]), " ".join(WORDS[150:160])]
+    cut = [p.ids[0].tolist() for p in text_prompts(tokenizer, texts, 40, 4)]
+    assert cut[0] == list(range(4, 44))
+    assert cut[2] == list(range(54, 94))
+    short = list(range(154, 164))
+    assert cut[1] == short * 4, "a short text is repeated"
+    assert cut[3] == (short[5:] + short[:5]) * 4
+    with_begin = text_prompts(make_tokenizer(begin=True), texts, 40, 3)
+    assert [p.ids[0, :2].tolist() for p in with_begin] == [[1, 4], [1, 154], [1, 54]]
+    assert {p.ids.shape for p in with_begin} == {(1, 40)}
+    with pytest.raises(CalibrationError, match="text 1 must hold at least one token"):
+        text_prompts(tokenizer, [" "], 40, 1)
+
+
+def test_prompts_go_through_the_chat_template(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "word9 {{ messages[0]['content'] }} word8"
+    prompts = file_prompts(tokenizer, folder / "p.jsonl", 1)
+    assert len(prompts) == 1
+    assert prompts[0].ids[0].tolist() == [13, *range(4, 124), 12]
+    assert prompts[0].continuation.tolist() == [[7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\nnonsense', "line 2 is not valid JSON"),
+        ('{"promt": "a"}', "line 1 must be an object with prompt"),
+        ('{"prompt": "a", "answer": "b"}', "line 1 must be an object with prompt"),
+        ('{"prompt": ""}', "line 1: prompt must be text, got ''"),
+        ('{"prompt": "a", "continuation": 3}', "line 1: continuation must be text, got 3"),
+        ("\n", "must hold at least one prompt"),
+    ],
+)
+def test_prompt_files_are_read_strictly(tmp_path, text, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    with pytest.raises(CalibrationError, match=message):
+        file_prompts(make_tokenizer(), path, None)
+
+
+def test_the_documented_prompts_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text()
+    code = page.split("## Prompts with questions")[1].split("```python")[1].split("```")[0]
+    exec(code, {})
+    prompts = file_prompts(make_tokenizer(), tmp_path / "prompts.jsonl", None)
+    assert len(prompts) == 6
+    assert min(prompt.ids.shape[1] for prompt in prompts) > 4000
+
+
+def test_ranges():
+    assert ranges([]) == ""
+    assert ranges([0, 1, 3, 5, 6, 7]) == "0-1, 3, 5-7"

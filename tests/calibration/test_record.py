@@ -1,0 +1,76 @@
+"""The calibration file: what is written is read back, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.calibration.record import (
+    CalibrationError,
+    CalibrationResult,
+    Choice,
+    LayerDrift,
+    PromptLength,
+    Sensitivity,
+)
+
+PROFILE = LayerProfile(TokenSparseConfig(drop_mass=0.1), {1: {"drop_mass": 0.4}, 3: {}})
+RESULT = CalibrationResult(
+    method="both",
+    model="some/model",
+    dtype="bfloat16",
+    provenance={"device": "a device", "versions": {"torch": "2"}, "commit": None},
+    arguments={"length": 4096, "text": ["a.txt"]},
+    base=TokenSparseConfig(drop_mass=0.1),
+    prompts=(PromptLength(4096, 32), PromptLength(4096, 7)),
+    drift=(LayerDrift(0, 1.5, 0.75, 0.01, False), LayerDrift(1, 0.5, 0.25, None, True)),
+    sensitivity=(Sensitivity(0, 0.1, 1e-4, None, 0.8, 0.7, 2, "too short"),),
+    choices=(
+        Choice("drift_quantile", 0.5, PROFILE),
+        Choice("divergence_budget", 0.01, PROFILE, 0.008, 0.009, 0.001, 0.6, 2),
+    ),
+)
+
+
+def test_results_survive_the_file(tmp_path):
+    path = tmp_path / "profile.measured.json"
+    path.write_text(RESULT.to_json())
+    assert CalibrationResult.load(path) == RESULT
+    assert RESULT.profile == PROFILE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "must have version 1, got 2"),
+        (lambda c: c.pop("drift"), "must be an object with arguments, base"),
+        (lambda c: c.update(extra=1), "must be an object with"),
+        (lambda c: c.update(method="guess"), "method must be one of drift"),
+        (lambda c: c.update(model=3), "model must be str, got 3"),
+        (lambda c: c["base"].update(drop_mass=2), "base: drop_mass must be in"),
+        (lambda c: c["prompts"][1].update(tokens="4"), r"prompts\[1\].tokens must be int"),
+        (lambda c: c["drift"][0].pop("relative"), r"drift\[0\] has missing .* relative"),
+        (lambda c: c["drift"][0].update(at_or_below=1), r"drift\[0\].at_or_below must be bool"),
+        (lambda c: c["sensitivity"][0].update(layer=True), r"layer must be int, got True"),
+        (lambda c: c["sensitivity"].append(3), r"sensitivity\[1\] must be dict, got 3"),
+        (lambda c: c["choices"][0].update(goal="x"), r"choices\[0\].goal must be one of"),
+        (lambda c: c["choices"][1]["profile"].update(version=9), "profile: profile version"),
+    ],
+)
+def test_anything_else_is_refused_by_name(change, message):
+    content = json.loads(RESULT.to_json())
+    change(content)
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationResult.from_json(json.dumps(content), "this file")
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(CalibrationError, match=r"gone.json cannot be read"):
+        CalibrationResult.load(tmp_path / "gone.json")
+    with pytest.raises(CalibrationError, match="this file is not valid JSON"):
+        CalibrationResult.from_json("{", "this file")
+    text = RESULT.to_json().replace("0.0001", "NaN")
+    with pytest.raises(CalibrationError, match="divergence must be float, got nan"):
+        CalibrationResult.from_json(text)

@@ -1,0 +1,295 @@
+"""Sensitivity: what the divergence is, and that choices hold when measured together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from integrations.models import CONFIG, LAYERS, make_ids, make_model
+from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.calibration import job, sensitivity
+from token_sparse_attention.calibration.choose import UnreachableError
+from token_sparse_attention.calibration.job import CalibrationOptions, calibrate
+from token_sparse_attention.calibration.prompts import Prompt
+from token_sparse_attention.calibration.record import Sensitivity
+from token_sparse_attention.calibration.sensitivity import (
+    LayerReading,
+    Reading,
+    choose_profile,
+    dense_reference,
+    divergence,
+    measure,
+    measure_sensitivity,
+)
+from token_sparse_attention.integrations.transformers import apply
+
+MASSES = (0.1, 0.3)
+
+
+def sharp_model(**changes):
+    """Attention that prefers some tokens, so that settings differ in what they drop."""
+    model = make_model(**changes)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(12)
+        layer.self_attn.k_proj.weight.mul_(12)
+    return model
+
+
+def references(model, count=2, **options):
+    return [dense_reference(model, Prompt(make_ids(seed=i)), **options) for i in range(count)]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_divergence_is_that_of_decoding_after_a_sparse_prefill(family):
+    model, ids, reply = make_model(family), make_ids(), make_ids(6, seed=5)
+    reference = dense_reference(model, Prompt(ids, reply))
+    measured = measure(model, [reference], CONFIG)
+
+    def decoded():
+        """Logits by a forward pass per token, on a cache of the prefill."""
+        output = model(ids, use_cache=True)
+        rows = [output.logits[0, -1]]
+        for token in reply[0]:
+            output = model(token[None, None], past_key_values=output.past_key_values)
+            rows.append(output.logits[0, -1])
+        return torch.stack(rows).double().log_softmax(-1)
+
+    dense = decoded()
+    with apply(model, CONFIG):
+        sparse = decoded()
+    literal = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(dense, sparse)) / 7
+    assert reference.log_probs.shape == (7, 199)
+    assert literal > 1e-6
+    assert measured.divergence == pytest.approx(literal, rel=1e-2)
+    assert measured.standard_error is None
+
+
+def test_what_the_model_says_itself_is_followed_up_to_its_end():
+    model, ids = make_model(), make_ids()
+    said = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert dense_reference(model, Prompt(ids), 5).continuation[0].tolist() == said.tolist()
+    assert dense_reference(model, Prompt(ids), 0).log_probs.shape == (1, 199)
+    model.generation_config.eos_token_id = [198, int(said[3])]
+    end = said.tolist().index(said[3])
+    assert dense_reference(model, Prompt(ids), 5).continuation[0].tolist() == said[:end].tolist()
+
+
+def test_divergence_by_hand_and_with_impossible_tokens():
+    half = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]).log()
+    other = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.5, 0.0]]).log()
+    expected = (0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))) / 2
+    assert divergence(half, other) == pytest.approx(float(expected), rel=1e-6)
+    assert divergence(half, half) == 0
+    with pytest.raises(ValueError, match="KL is inf"):
+        divergence(half, torch.tensor([[1.0, 0.0, 0.0]] * 2).log())
+
+
+def test_a_layer_that_drops_nothing_costs_nothing_and_saves_nothing():
+    model = make_model()
+    rows = measure_sensitivity(  # "math" rounds unlike the model's own attention
+        model, references(model), CONFIG, (1e-9, 0.3), attention_backend="math"
+    )
+    for row in rows[::2]:
+        assert (row.divergence, row.standard_error, row.work, row.kept_share) == (0, 0, 1, 1)
+        assert row.sparse_prompts == 0
+        assert row.note.startswith("no token's mass fits")
+    for row in rows[1::2]:
+        assert row.divergence > 0
+        assert row.kept_share**2 <= row.work < row.kept_share < 1
+        assert (row.sparse_prompts, row.note) == (2, "")
+
+
+def test_a_layer_without_influence_is_chosen_first():
+    model = make_model()
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+    options = CalibrationOptions(
+        method="sensitivity", base=CONFIG, drop_masses=MASSES, divergence_budget=0.0, max_reply=4
+    )
+    result = calibrate(model, [Prompt(make_ids())], options)
+    of_layer = {layer: [r for r in result.sensitivity if r.layer == layer] for layer in range(3)}
+    assert all(row.divergence == 0 and row.sparse_prompts for row in of_layer[1])
+    assert all(row.divergence > 0 for layer in (0, 2) for row in of_layer[layer])
+    assert dict(result.profile.layers) == {1: {"drop_mass": 0.3}}
+    assert result.choices[0].divergence == 0
+    assert result.choices[0].work == pytest.approx((2 + of_layer[1][1].work) / 3)
+
+
+def test_crossover_is_off_while_measuring_and_as_given_in_the_profile():
+    model = make_model()
+    base = dataclasses.replace(CONFIG, crossover="auto")
+    options = CalibrationOptions(
+        method="sensitivity", base=base, drop_masses=(0.3,), target_speedup=1.2, max_reply=2
+    )
+    result = calibrate(model, [Prompt(make_ids())], options)
+    assert all(row.sparse_prompts for row in result.sensitivity)
+    assert result.profile.base == base
+    changed = LayerProfile(CONFIG, {0: {"crossover": "auto", "drop_mass": 0.2}})
+    off = sensitivity.without_crossover(changed).layer_configs(3)
+    assert off == {0: dataclasses.replace(CONFIG, drop_mass=0.2)}
+
+
+def test_a_layer_that_can_never_run_sparse_is_measured_once(monkeypatch):
+    model, calls = make_model("Gemma3Text"), []
+    real = sensitivity.measure
+
+    def counted(model, refs, profile, **code):
+        calls.append(tuple(profile.layers))
+        return real(model, refs, profile, **code)
+
+    monkeypatch.setattr(sensitivity, "measure", counted)
+    rows = measure_sensitivity(model, references(model, max_reply=2), CONFIG, MASSES)
+    assert calls == [(0,), (1,), (1,), (2,), (2,)]
+    assert [row.drop_mass for row in rows] == [*MASSES] * LAYERS
+    assert {row.note for row in rows[:2]} == {"layer attends within a sliding window"}
+    assert {row.work for row in rows[:2]} == {1.0}
+
+
+def test_more_dropped_is_less_work_in_every_layer():
+    model = sharp_model()
+    rows = measure_sensitivity(model, references(model), CONFIG, MASSES)
+    for less, more in zip(rows[::2], rows[1::2]):
+        assert more.work < less.work
+        assert len({less.layer, more.layer}) == 1
+
+
+def test_work_is_the_mean_square_of_what_each_head_keeps():
+    model, config = sharp_model(), dataclasses.replace(CONFIG, budget="per_head")
+    reading = measure(model, references(model, 1, max_reply=0), config)
+    with apply(model, config) as report:
+        model(make_ids(seed=0))
+    squares = [[(kept / 200) ** 2 for kept in record.kept[0]] for record in report]
+    assert len({square for heads in squares for square in heads}) > LAYERS
+    for layer, heads in enumerate(squares):
+        assert reading.of_layer(layer)[0].work == pytest.approx(sum(heads) / len(heads))
+    whole = sum(map(sum, squares)) / (4 * LAYERS)
+    assert reading.work(LAYERS) == pytest.approx(whole)
+    assert reading.work(LAYERS + 1) == pytest.approx((LAYERS * whole + 1) / (LAYERS + 1))
+
+
+def test_the_model_is_given_back_even_when_measuring_fails(monkeypatch):
+    model = make_model()
+    refs = references(model, 1)
+    before = model(make_ids()).logits
+    monkeypatch.setattr(sensitivity, "_read_layer", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(model, refs, CONFIG)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(make_ids()).logits, before)
+
+
+def test_a_model_in_training_or_with_broken_logits_is_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="eval mode"):
+        dense_reference(model.train(), Prompt(make_ids()))
+    model.eval().lm_head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="must be numbers"):
+        dense_reference(model, Prompt(make_ids(), make_ids(3)))
+
+
+def rows_of(*divergences, work=0.25):
+    return [Sensitivity(i, 0.2, d, None, 0.5, work, 1) for i, d in enumerate(divergences)]
+
+
+def joint(excess=1.0, work=0.25):
+    """A model whose layers together cost `excess` times their sum."""
+    costs = [0.01, 0.02, 0.04, 0.08]
+
+    def measure_profile(profile):
+        measured.append(sorted(profile.layers))
+        layers = {i: LayerReading(0.5, work, True, False, "") for i in profile.layers}
+        return Reading((excess * sum(costs[i] for i in profile.layers),), (layers,))
+
+    measured = []
+    return rows_of(*costs), measure_profile, measured
+
+
+@pytest.mark.parametrize(
+    ("excess", "layers", "moved"),
+    [(1.0, [0, 1, 2], 0), (2.5, [0, 1], 1), (5.0, [0], 2), (50.0, [], 3), (0.1, [0, 1, 2], 0)],
+)
+def test_a_choice_is_backed_off_until_it_meets_its_budget_together(excess, layers, moved):
+    rows, measure_profile, _ = joint(excess)
+    choice = choose_profile(rows, CONFIG, "divergence_budget", 0.075, measure_profile)
+    assert sorted(choice.profile.layers) == layers
+    assert choice.divergence <= 0.075
+    assert choice.summed_divergence <= 0.075
+    assert choice.steps_moved == moved
+    assert choice.work == pytest.approx(1 - 0.75 * len(layers) / 4)
+
+
+def test_a_target_is_reached_together_or_named():
+    rows, measure_profile, _ = joint()
+    choice = choose_profile(rows, CONFIG, "target_speedup", 1.6, measure_profile)
+    assert sorted(choice.profile.layers) == [0, 1]
+    assert choice.work == pytest.approx(0.625)
+    rows, worse, measured = joint(work=0.5)
+    choice = choose_profile(rows, CONFIG, "target_speedup", 1.6, worse)
+    assert sorted(choice.profile.layers) == [0, 1, 2]
+    assert choice.steps_moved == 1
+    assert len(measured) == 2
+    with pytest.raises(UnreachableError, match=r"5 is out of reach.*0.250 of dense, 4.00x"):
+        choose_profile(rows, CONFIG, "target_speedup", 5, measure_profile)
+    with pytest.raises(UnreachableError, match=r"together, the attention work is 0.500"):
+        choose_profile(rows, CONFIG, "target_speedup", 3, worse)
+
+
+def test_both_methods_are_measured_beside_each_other():
+    model = sharp_model()
+    options = CalibrationOptions(
+        method="both", base=CONFIG, drop_masses=MASSES, target_speedup=1.2, max_reply=4
+    )
+    prompts = [Prompt(make_ids(160)), Prompt(make_ids(200, seed=2))]
+    result = calibrate(model, prompts, options)
+    by_drift, chosen = result.choices
+    assert [p.tokens for p in result.prompts] == [160, 200]
+    assert [p.continuation_tokens for p in result.prompts] == [4, 4]
+    assert len(result.drift) == LAYERS
+    assert sum(row.drift for row in result.drift) == pytest.approx(1)
+    assert set(by_drift.profile.layers) == {r.layer for r in result.drift if r.at_or_below}
+    again = measure(model, references_of(model, prompts), by_drift.profile)
+    assert by_drift.divergence == pytest.approx(again.divergence)
+    assert by_drift.work == pytest.approx(again.work(LAYERS))
+    assert chosen.work <= 1 / 1.2
+    assert result.profile == chosen.profile
+
+
+def references_of(model, prompts):
+    return [dense_reference(model, prompt, 4) for prompt in prompts]
+
+
+def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
+    model = make_model()
+    options = CalibrationOptions(
+        method="both", base=CONFIG, drop_masses=(0.1,), target_speedup=50, max_reply=1
+    )
+    result = calibrate(model, [Prompt(make_ids())], options)
+    assert "50 is out of reach" in result.failure
+    assert result.profile is None
+    assert len(result.sensitivity) == LAYERS
+    short = dataclasses.replace(options, base=TokenSparseConfig())
+    result = calibrate(model, [Prompt(make_ids())], short)
+    assert "no layer ran sparse under any setting: context not longer" in result.failure
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "guess"}, "method must be one of drift, sensitivity, both"),
+        ({"base": TokenSparseConfig(sparse_layers=(1,))}, "sparse_layers must be null"),
+        ({"drift_quantile": 2}, r"drift_quantile must be in \[0, 1\], got 2"),
+        ({"divergence_budget": 1.0}, "need method sensitivity or both"),
+        ({"method": "both"}, "needs one goal.*got neither"),
+        ({"method": "both", "divergence_budget": 1.0, "target_speedup": 2.0}, "got both"),
+        ({"method": "both", "divergence_budget": -1.0}, "divergence_budget must be at least 0"),
+        ({"method": "both", "target_speedup": 0.5}, "target_speedup must be at least 1, got 0.5"),
+        ({"method": "both", "target_speedup": 2.0, "drop_masses": (0.0,)}, "between 0 and 1"),
+        ({"method": "both", "target_speedup": 2.0, "drop_masses": ()}, "drop_masses must hold"),
+        ({"method": "both", "target_speedup": 2.0, "drop_masses": (0.1, 0.1)}, "not repeat"),
+        ({"max_reply": -1}, "max_reply must be at least 0"),
+    ],
+)
+def test_options_name_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        job.CalibrationOptions(**changes)

@@ -1,0 +1,48 @@
+"""A tiny model in a folder, and samples for it that need no lm-eval."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+from integrations.models import make_model
+from token_sparse_attention import bundled
+from token_sparse_attention.evaluation.command import add_commands
+from token_sparse_attention.evaluation.samples import Sample, SampleSet, pack_doc
+
+CONFIG = (
+    '{"drop_mass": 0.4, "window_size": 8, "pool_size": 3, "min_tokens": 8, "crossover": "off"}'
+)
+
+
+def save_model(folder) -> str:
+    """A random model with the bundled tokenizer."""
+    make_model(vocab_size=4096).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled.MODEL / name, folder)
+    return str(folder)
+
+
+def make_samples(count: int = 3, lm_eval: str = "0.4.13") -> SampleSet:
+    samples = []
+    for index in range(count):
+        context = "".join(f"The number of {n * 7 + index} is {n}. " for n in range(30))
+        doc = {"input": context, "outputs": [str(index)], "max_length": 512}
+        prompt = context + "The number is"
+        packed = pack_doc(doc, prompt)
+        samples.append(Sample("niah_single_1", 512, index, prompt, [], 6, packed))
+    return SampleSet(lm_eval, "bundled", False, 0, [512], count, {"niah_single_1": 1.0}, samples)
+
+
+def run_eval(*arguments: str) -> int:
+    """`tsa eval` without the rest of the command line."""
+    parser = argparse.ArgumentParser()
+
+    def make(commands, name, summary, example):  # noqa: ARG001
+        command = commands.add_parser(name)
+        command.add_argument("--json", action="store_true")
+        return command
+
+    add_commands(parser.add_subparsers(), make)
+    args = parser.parse_args(["eval", *arguments])
+    return args.handler(args)

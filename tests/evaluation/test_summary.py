@@ -1,0 +1,110 @@
+"""The rows of the tables, against sums by hand and simulations with a known truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import pytest
+
+from evaluation.results import DENSE, SPARSE, pair, results
+from token_sparse_attention.evaluation.summary import (
+    attention_work,
+    difference_interval,
+    kept_share,
+    relative_loss_bound,
+    summarise,
+)
+
+
+def rows_of(*samples):
+    return {(row.task, row.length, row.configuration): row for row in summarise(results(*samples))}
+
+
+def test_kept_share_and_work_are_means_over_layers_and_heads():
+    sample = dataclasses.replace(SPARSE, kept=[40, [10, 20, 30, 100]])
+    assert kept_share(sample) == pytest.approx((0.4 + (0.1 + 0.2 + 0.3 + 1) / 4) / 2)
+    assert attention_work(sample) == pytest.approx((0.16 + (0.01 + 0.04 + 0.09 + 1) / 4) / 2)
+    assert attention_work(SPARSE) == pytest.approx((0.25 + 1) / 2)
+    assert kept_share(DENSE) == attention_work(DENSE) == 1
+
+
+def test_every_group_has_its_rows():
+    rows = rows_of(
+        *pair(1.0, 1.0),
+        *pair(1.0, 0.0, index=1),
+        *pair(0.5, 0.0, task="count", length=200, prompt_tokens=200),
+    )
+    assert list(rows) == [
+        (task, length, name)
+        for task, length in [
+            (None, None),
+            (None, 100),
+            (None, 200),
+            ("recall", None),
+            ("count", None),
+            ("recall", 100),
+            ("count", 200),
+        ]
+        for name in ("dense", "sparse")
+    ]
+    everything, recall = rows[None, None, "sparse"], rows["recall", 100, "sparse"]
+    assert everything.samples == everything.pairs == 3
+    assert everything.score == pytest.approx(1 / 3)
+    assert everything.difference == pytest.approx(-0.5)
+    assert everything.relative_loss == pytest.approx(0.6)
+    assert everything.seconds == 0.25
+    assert recall.difference == -0.5
+    assert everything.kept_share == pytest.approx((0.75 + 0.75 + 0.625) / 3)
+    assert rows[None, None, "dense"].difference is None
+
+
+def test_only_scored_pairs_count():
+    unfinished = dataclasses.replace(DENSE, index=2, score=0.0)
+    rows = rows_of(*pair(1.0, 1.0), *pair(None, None, index=1), unfinished)
+    assert (rows[None, None, "sparse"].samples, rows[None, None, "sparse"].pairs) == (2, 1)
+    assert rows[None, None, "sparse"].score == 1
+    assert rows[None, None, "dense"].score == 0.5
+    unscored = rows_of(*pair(None, None))[None, None, "sparse"]
+    assert unscored.score is unscored.difference is unscored.relative_loss_upper is None
+    assert unscored.work == pytest.approx(0.625)
+
+
+def test_no_relative_loss_where_dense_is_always_wrong():
+    row = rows_of(*pair(0.0, 1.0))[None, None, "sparse"]
+    assert row.difference == 1
+    assert row.relative_loss is row.relative_loss_upper is None
+
+
+def test_the_interval_is_that_of_agresti_and_min():
+    right, lost, won, wrong = 40, 6, 2, 12
+    pairs = [(1.0, 1.0)] * right + [(1.0, 0.0)] * lost + [(0.0, 1.0)] * won + [(0.0, 0.0)] * wrong
+    n, b, c = len(pairs) + 2, lost + 0.5, won + 0.5  # half a sample in each of the four cells
+    centre = (c - b) / n
+    margin = 1.959964 * math.sqrt((b + c) - (c - b) ** 2 / n) / n
+    assert difference_interval(pairs) == pytest.approx((centre - margin, centre + margin), 1e-6)
+
+
+def test_agreement_of_few_samples_proves_little():
+    widths = [difference_interval([(1.0, 1.0)] * n)[1] for n in (1, 10, 100, 1000)]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > 0.5
+    assert widths[-1] < 0.005
+    assert relative_loss_bound([(1.0, 1.0)] * 10) > 0.05
+
+
+@pytest.mark.parametrize(("dense", "lost", "won"), [(0.9, 0.01, 0.01), (0.6, 0.1, 0.05)])
+def test_intervals_hold_the_truth_as_often_as_they_say(dense, lost, won):
+    """`lost` of all samples are right only densely, `won` only sparsely."""
+    draw = random.Random(0)
+    outcomes = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)]
+    weights = [dense - lost, lost, won, 1 - dense - won]
+    rounds, inside, below = 400, 0, 0
+    for _ in range(rounds):
+        pairs = draw.choices(outcomes, weights, k=200)
+        low, high = difference_interval(pairs)
+        inside += low <= won - lost <= high
+        below += (lost - won) / dense <= relative_loss_bound(pairs)
+    assert inside / rounds > 0.93
+    assert below / rounds > 0.93
