@@ -1,0 +1,283 @@
+"""Which blocks of keys each block of queries attends to: the form every block pattern gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_SIZE = (128, 128)
+
+
+class BlockGrid(NamedTuple):
+    """How the queries and keys of one problem fall into blocks.
+
+    Queries are the last `query_len` positions and their blocks start at the first of them, so
+    in a chunk the diagonal of the attention matrix need not meet the corners of blocks.
+
+    Attributes:
+        query_len: queries.
+        kv_len: keys.
+        block_size: queries and keys per block.
+    """
+
+    query_len: int
+    kv_len: int
+    block_size: tuple[int, int] = BLOCK_SIZE
+
+    @property
+    def query_blocks(self) -> int:
+        """Blocks of queries, the last of which may be short."""
+        return -(-self.query_len // self.block_size[0])
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks of keys, the last of which may be short."""
+        return -(-self.kv_len // self.block_size[1])
+
+    @property
+    def diagonal_blocks(self) -> int:
+        """The most blocks of keys on the diagonal of one block of queries."""
+        return min((self.block_size[0] - 2) // self.block_size[1] + 2, self.kv_blocks)
+
+    def query_span(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the first and the last position of each query block, ``[Q]`` int64."""
+        begin = torch.arange(self.query_blocks, device=device) * self.block_size[0]
+        begin = begin + (self.kv_len - self.query_len)
+        return begin, (begin + self.block_size[0] - 1).clamp(max=self.kv_len - 1)
+
+    def kv_begin(self, device: torch.device) -> Tensor:
+        """Return the first position of each block of keys, ``[K]`` int64."""
+        return torch.arange(self.kv_blocks, device=device) * self.block_size[1]
+
+    def visible(self, device: torch.device) -> Tensor:
+        """Return ``[Q, K]`` bool: does some query of the block see some key of the block?"""
+        return self.kv_begin(device) <= self.query_span(device)[1][:, None]
+
+    def earlier(self, device: torch.device) -> Tensor:
+        """Return ``[Q, K]`` bool: does the block of keys end before the block's first query?
+
+        The other visible blocks are those on the diagonal: they hold the position of a query.
+        """
+        end = self.kv_begin(device) + (self.block_size[1] - 1)
+        return end < self.query_span(device)[0][:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """For each batch entry, head and block of queries: the blocks of keys it attends to.
+
+    Within a full block every query attends to every key; within a partial block the causal
+    rule applies, aligned at the end. The lists are what flash-attn-4 and FlexAttention take:
+    block numbers in ascending order, as many as the count says, then anything.
+
+    Args:
+        partial_count: ``[B, H, Q]`` int32.
+        partial_index: ``[B, H, Q, P]`` int32, P at most K: only blocks on the diagonal are
+            partial, so P is small.
+        full_count: ``[B, H, Q]`` int32.
+        full_index: ``[B, H, Q, K]`` int32.
+        query_len: queries; Q is their number of blocks.
+        kv_len: keys, at least `query_len`; K is their number of blocks.
+        block_size: queries and keys per block.
+
+    Raises:
+        TypeError: if a field has the wrong type or dtype.
+        ValueError: if shapes or devices do not fit together. `validate` checks the contents.
+    """
+
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+    query_len: int
+    kv_len: int
+    block_size: tuple[int, int] = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        check_grid(self.grid)
+        for field in fields(self)[:4]:
+            tensor = getattr(self, field.name)
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
+                given = getattr(tensor, "dtype", type(tensor).__name__)
+                raise TypeError(f"{field.name} must be an int32 tensor, got {given}")
+            if tensor.device != self.full_count.device:
+                raise ValueError(
+                    f"{field.name} must be on full_count's device {self.full_count.device}, "
+                    f"got {tensor.device}"
+                )
+        lists = (*self.full_count.shape[:2], self.grid.query_blocks)
+        for name in ("partial", "full"):
+            count, index = getattr(self, f"{name}_count"), getattr(self, f"{name}_index")
+            if count.dim() != 3 or count.shape != lists:
+                raise ValueError(
+                    f"{name}_count must have shape [B, H, {self.grid.query_blocks}], the same "
+                    f"for both lists; got {list(count.shape)}"
+                )
+            if index.dim() != 4 or index.shape[:3] != lists:
+                raise ValueError(
+                    f"{name}_index must have shape {[*lists]} and a last dimension, "
+                    f"got {list(index.shape)}"
+                )
+            if index.shape[3] > self.grid.kv_blocks:
+                raise ValueError(
+                    f"{name}_index must list at most {self.grid.kv_blocks} blocks of keys, "
+                    f"got room for {index.shape[3]}"
+                )
+
+    @property
+    def grid(self) -> BlockGrid:
+        """How queries and keys fall into blocks."""
+        return BlockGrid(self.query_len, self.kv_len, self.block_size)
+
+    @classmethod
+    def from_block_map(
+        cls,
+        kept: Tensor,
+        *,
+        query_len: int,
+        kv_len: int,
+        block_size: tuple[int, int] = BLOCK_SIZE,
+    ) -> BlockMask:
+        """Build the lists from a map of blocks to keep, and apply the causal rule.
+
+        Blocks that no query of the block sees are left out whatever the map says; those on
+        the diagonal are always kept, as partial blocks, so that every query sees itself. On
+        CUDA this does not wait for the device.
+
+        Args:
+            kept: ``[B, H, Q, K]`` bool.
+            query_len: queries.
+            kv_len: keys.
+            block_size: queries and keys per block.
+
+        Raises:
+            TypeError: if `kept` is no bool tensor.
+            ValueError: if its shape is not that of the blocks.
+
+        Example:
+            >>> kept = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+            >>> kept[..., 0] = True
+            >>> mask = BlockMask.from_block_map(kept, query_len=300, kv_len=300)
+            >>> mask.full_count.tolist(), mask.partial_index[0, 0, :, 0].tolist()
+            ([[[0, 1, 1]]], [0, 1, 2])
+        """
+        grid = BlockGrid(query_len, kv_len, block_size)
+        check_grid(grid)
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            given = getattr(kept, "dtype", type(kept).__name__)
+            raise TypeError(f"kept must be a bool tensor, got {given}")
+        if kept.dim() != 4 or kept.shape[2:] != (grid.query_blocks, grid.kv_blocks):
+            raise ValueError(
+                f"kept must have shape [B, H, {grid.query_blocks}, {grid.kv_blocks}] for "
+                f"{query_len} queries and {kv_len} keys in blocks of {block_size}, "
+                f"got {list(kept.shape)}"
+            )
+        earlier = grid.earlier(kept.device)
+        full_count, full_index = _pack(kept & earlier, grid.kv_blocks)
+        diagonal = grid.visible(kept.device) & ~earlier
+        partial_count, partial_index = _pack(diagonal, grid.diagonal_blocks)
+        heads = kept.shape[:2]
+        return cls(
+            partial_count.expand(*heads, -1).contiguous(),
+            partial_index.expand(*heads, -1, -1).contiguous(),
+            full_count,
+            full_index,
+            query_len,
+            kv_len,
+            block_size,
+        )
+
+    def block_map(self) -> Tensor:
+        """Return ``[B, H, Q, K]`` bool: the blocks in either list."""
+        return self._map("full") | self._map("partial")
+
+    def _map(self, name: str) -> Tensor:
+        count, index = getattr(self, f"{name}_count"), getattr(self, f"{name}_index")
+        listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+        kv_blocks = self.grid.kv_blocks
+        found = torch.zeros(
+            *count.shape, kv_blocks + 1, dtype=torch.bool, device=index.device
+        )  # the last column takes what is not listed
+        found.scatter_(-1, torch.where(listed, index.long(), kv_blocks), True)
+        return found[..., :kv_blocks]
+
+    def dense_view(self) -> Tensor:
+        """Return ``[B, H, S_q, S_kv]`` bool, which keys each query attends to. For tests."""
+        query_size, kv_size = self.block_size
+        tokens = self.block_map().repeat_interleave(query_size, -2)[:, :, : self.query_len]
+        tokens = tokens.repeat_interleave(kv_size, -1)[..., : self.kv_len]
+        slot = torch.arange(self.kv_len, device=tokens.device)
+        return tokens & (slot <= slot[self.kv_len - self.query_len :, None])
+
+    def density(self) -> Tensor:
+        """Return ``[B, H]`` float32: kept pairs of blocks over causal pairs of blocks.
+
+        A pair is causal if some query of it sees some key of it. A partial block counts as
+        much as a full one. Density 1 is dense attention.
+        """
+        kept = (self.full_count + self.partial_count).sum(-1)
+        return kept / self.grid.visible(kept.device).sum()
+
+    def validate(self) -> None:
+        """Check the contents; this waits for the device.
+
+        Raises:
+            ValueError: naming the list, the rule and one place where it is broken.
+        """
+        device = self.full_count.device
+        earlier = self.grid.earlier(device)
+        diagonal = self.grid.visible(device) & ~earlier
+        for name, allowed, rule in (
+            ("full", earlier, "blocks before the block's first query"),
+            ("partial", diagonal, "blocks on the diagonal"),
+        ):
+            count, index = getattr(self, f"{name}_count"), getattr(self, f"{name}_index")
+            _reject(
+                (count < 0) | (count > index.shape[-1]),
+                f"{name}_count must be between 0 and {index.shape[-1]}",
+            )
+            slot = torch.arange(index.shape[-1], device=device)
+            listed = slot < count[..., None]
+            outside = listed & ((index < 0) | (index >= self.grid.kv_blocks))
+            _reject(outside.any(-1), f"{name}_index must be below {self.grid.kv_blocks}")
+            unordered = listed[..., 1:] & (index[..., 1:] <= index[..., :-1])
+            _reject(unordered.any(-1), f"{name}_index must ascend without repeats")
+            _reject((self._map(name) & ~allowed).any(-1), f"{name}_index must list {rule} only")
+        missing = diagonal & ~self._map("partial")
+        _reject(missing.any(-1), "partial_index must list every block on the diagonal")
+
+
+def check_grid(grid: BlockGrid) -> None:
+    """Raise TypeError or ValueError unless the lengths and the block size make sense."""
+    sizes = grid.block_size
+    if not isinstance(sizes, tuple) or len(sizes) != 2:
+        raise TypeError(f"block_size must be a pair (queries, keys), got {sizes!r}")
+    named = {"query_len": grid.query_len, "kv_len": grid.kv_len, "block_size": sizes[0]}
+    for name, value in [*named.items(), ("block_size", sizes[1])]:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must hold whole numbers, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if grid.query_len > grid.kv_len:
+        raise ValueError(
+            f"query_len must not exceed kv_len, which is {grid.kv_len}; got {grid.query_len}"
+        )
+
+
+def _pack(kept: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Return how many entries of the last dimension are set, and which, in ascending order."""
+    slot = torch.where(kept, kept.cumsum(-1) - 1, capacity)
+    number = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device)
+    index = F.pad(torch.zeros_like(slot[..., :capacity], dtype=torch.int32), (0, 1))
+    index.scatter_(-1, slot, number.expand_as(slot))
+    return kept.sum(-1, dtype=torch.int32), index[..., :capacity].contiguous()
+
+
+def _reject(broken: Tensor, rule: str) -> None:
+    if bool(broken.any()):
+        batch, head, block = broken.nonzero()[0].tolist()
+        raise ValueError(f"{rule}; broken at batch {batch}, head {head}, query block {block}")

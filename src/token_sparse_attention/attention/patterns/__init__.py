@@ -1,0 +1,189 @@
+"""Block-sparse patterns by name: each is a config and a function from Q and K to blocks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.attention.block_mask import (
+    BLOCK_SIZE,
+    BlockGrid,
+    BlockMask,
+    check_grid,
+)
+from token_sparse_attention.attention.block_sparse import (
+    attend_blocks,
+    choose_block_backend,
+)
+from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.attention.patterns.flexprefill import (
+    FlexPrefillConfig,
+    flexprefill_mask,
+)
+from token_sparse_attention.attention.patterns.minference import (
+    MInferenceConfig,
+    minference_attention,
+)
+from token_sparse_attention.attention.patterns.streaming import StreamingConfig, streaming_mask
+from token_sparse_attention.attention.patterns.xattention import (
+    XAttentionConfig,
+    xattention_mask,
+)
+from token_sparse_attention.inputs import (
+    check_attention_inputs,
+    check_no_gradients,
+    resolve_scale,
+)
+
+
+class Pattern(NamedTuple):
+    """A block-sparse pattern.
+
+    Attributes:
+        config: class of its settings.
+        run: what `attend` calls on checked arguments.
+    """
+
+    config: type
+    run: Callable[..., Attended]
+
+    @overload
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        config: Any = ...,
+        *,
+        scale: float | None = ...,
+        backend: str = ...,
+        return_lse: Literal[False] = ...,
+        block_size: tuple[int, int] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        config: Any = ...,
+        *,
+        scale: float | None = ...,
+        backend: str = ...,
+        return_lse: Literal[True],
+        block_size: tuple[int, int] = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        config: Any = None,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
+        return_lse: bool = False,
+        block_size: tuple[int, int] = BLOCK_SIZE,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Causal attention by this pattern: a replacement of dense causal attention.
+
+        Args:
+            query: ``[B, H, S_q, D]``, the last S_q positions.
+            key: ``[B, H_kv, S_kv, D]``, H a multiple of H_kv.
+            value: likewise.
+            config: an instance of `config`; its defaults if None.
+            scale: factor of the logits, ``1 / sqrt(D)`` if None.
+            backend: as in `block_sparse_attention`.
+            return_lse: also return the log-sum-exp.
+            block_size: queries and keys per block; fa4 and flex want the default on CUDA.
+
+        Returns:
+            ``[B, H, S_q, D]``, or a pair with the log-sum-exp ``[B, H, S_q]`` float32.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if shapes do not fit, or the backend is unknown or cannot run them.
+
+        Example:
+            >>> query = torch.randn(1, 4, 300, 32)
+            >>> key, value = torch.randn(2, 1, 2, 300, 32)
+            >>> find_pattern("streaming").attend(query, key, value).shape
+            torch.Size([1, 4, 300, 32])
+        """
+        check_attention_inputs(query, key, value)
+        check_no_gradients(query=query, key=key, value=value)
+        if config is None:
+            config = self.config()
+        if not isinstance(config, self.config):
+            raise TypeError(
+                f"config must be a {self.config.__name__}, got {type(config).__name__}"
+            )
+        check_grid(BlockGrid(query.shape[2], key.shape[2], block_size))
+        # Before the estimate, so that a name that cannot run costs nothing.
+        choose_block_backend(backend, query, block_size, want_lse=return_lse)
+        with torch.no_grad():
+            out, lse = self.run(
+                query,
+                key,
+                value,
+                config,
+                scale=resolve_scale(scale, query.shape[-1]),
+                backend=backend,
+                block_size=block_size,
+                want_lse=return_lse,
+            )
+        return out if lse is None else (out, lse)
+
+
+def find_pattern(name: str) -> Pattern:
+    """Return a pattern by its name.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in PATTERNS:
+        near = difflib.get_close_matches(str(name), PATTERNS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}; got {name!r}{hint}")
+    return PATTERNS[name]
+
+
+def _from_mask(make_mask: Callable[..., BlockMask]) -> Callable[..., Attended]:
+    """Return the `Pattern.run` of a function that gives a `BlockMask`."""
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        config: Any,
+        *,
+        scale: float,
+        backend: str,
+        block_size: tuple[int, int],
+        want_lse: bool,
+    ) -> Attended:
+        mask = make_mask(query, key, config, scale, block_size)
+        return attend_blocks(
+            query, key, value, mask, scale=scale, backend=backend, want_lse=want_lse
+        )
+
+    return run
+
+
+def _minference(*arguments: Any, want_lse: bool, **settings: Any) -> Attended:
+    out, lse = minference_attention(*arguments, **settings)
+    return Attended(out, lse if want_lse else None)
+
+
+PATTERNS = {
+    "flexprefill": Pattern(FlexPrefillConfig, _from_mask(flexprefill_mask)),
+    "minference": Pattern(MInferenceConfig, _minference),
+    "xattention": Pattern(XAttentionConfig, _from_mask(xattention_mask)),
+    "streaming": Pattern(StreamingConfig, _from_mask(streaming_mask)),
+}

@@ -1,0 +1,132 @@
+"""What the patterns estimate with: block means, the last queries' attention, coverage.
+
+Everything here is tensor operations of fixed shapes, so nothing waits for the device, and
+nothing is quadratic in tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from token_sparse_attention.attention.block_mask import BlockGrid
+
+
+def query_groups(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Return the query heads ``[B, G, S_q, D]`` of each KV head."""
+    return torch.split(query, query.shape[1] // key.shape[1], 1)
+
+
+def check_count(name: str, value: object, minimum: int) -> None:
+    """Raise TypeError or ValueError unless `value` is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_share(name: str, value: object, *, zero: bool = False) -> None:
+    """Raise TypeError or ValueError unless `value` is in ``(0, 1]``; or 0, where allowed."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and (0 < value <= 1 or (zero and value == 0))):
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
+
+
+def block_means(tokens: Tensor, size: int) -> Tensor:
+    """Mean of each block of rows, ``[..., S, D]`` to ``[..., ceil(S / size), D]`` float32."""
+    length = tokens.shape[-2]
+    blocks = -(-length // size)
+    padded = F.pad(tokens, (0, 0, 0, blocks * size - length))
+    split = padded.reshape(*tokens.shape[:-2], blocks, size, tokens.shape[-1])
+    sums = split.sum(-2, dtype=torch.float32)
+    begin = torch.arange(blocks, device=tokens.device) * size
+    return sums / (length - begin).clamp(max=size)[:, None]
+
+
+def block_sums(mass: Tensor, size: int) -> Tensor:
+    """Sum over each block of tokens, ``[..., S]`` to ``[..., ceil(S / size)]``."""
+    blocks = -(-mass.shape[-1] // size)
+    padded = F.pad(mass, (0, blocks * size - mass.shape[-1]))
+    return padded.reshape(*mass.shape[:-1], blocks, size).sum(-1)
+
+
+def last_query_attention(query: Tensor, head_key: Tensor, count: int, scale: float) -> Tensor:
+    """Causal softmax attention of the last `count` queries of one group.
+
+    Args:
+        query: ``[B, G, S_q, D]``, the query heads that share the KV head.
+        head_key: ``[B, S_kv, D]``.
+        count: queries, at most S_q.
+        scale: factor of the logits.
+
+    Returns:
+        ``[B, G, count, S_kv]`` float32.
+    """
+    recent = (query[:, :, -count:].float() * scale).flatten(1, 2)
+    logits = recent @ head_key.float().transpose(1, 2)
+    logits = logits.view(*query.shape[:2], count, -1)
+    future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+    logits[..., -count:].masked_fill_(future, -torch.inf)
+    return logits.softmax(-1)
+
+
+def distance_mass(attention: Tensor) -> Tensor:
+    """Sum attention along its diagonals: the mass at each distance from query to key.
+
+    Args:
+        attention: ``[..., W, S]``, of the last W queries.
+
+    Returns:
+        ``[..., S]``: entry d sums the W entries whose key lies d positions back.
+    """
+    window, length = attention.shape[-2:]
+    # From the end, row r starts W-1-r keys late: lay the rows end to end, one shorter each.
+    skewed = F.pad(attention.flip(-1), (0, window)).flatten(-2)[..., window - 1 :]
+    width = length + window - 1
+    rows = skewed[..., : window * width].reshape(*attention.shape[:-1], width)
+    return rows[..., :length].sum(-2)
+
+
+def smallest_cover(mass: Tensor, share: float, minimum: int = 0) -> Tensor:
+    """Mark the fewest entries of the last dimension that hold `share` of its mass.
+
+    At least `minimum` entries are marked, the heaviest first; entries where the mass is not a
+    number are marked all, so that bad inputs come out as dense attention would put them.
+
+    Args:
+        mass: ``[..., N]``, not negative.
+        share: in ``[0, 1]``; 1 marks everything.
+        minimum: entries to mark at least.
+
+    Returns:
+        ``[..., N]`` bool.
+    """
+    if share >= 1:
+        return torch.ones_like(mass, dtype=torch.bool)
+    ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    marked = ~(before >= share * ordered.sum(-1, keepdim=True))
+    marked |= torch.arange(mass.shape[-1], device=mass.device) < minimum
+    return torch.zeros_like(marked).scatter_(-1, order, marked)
+
+
+def blocks_at_distances(chosen: Tensor, grid: BlockGrid) -> Tensor:
+    """Mark the blocks that hold a pair of query and key at a chosen distance.
+
+    Args:
+        chosen: ``[B, H, S_kv]`` bool, by distance.
+        grid: the blocks.
+
+    Returns:
+        ``[B, H, Q, K]`` bool.
+    """
+    first, last = grid.query_span(chosen.device)
+    begin = grid.kv_begin(chosen.device)
+    nearest = (first[:, None] - (begin + grid.block_size[1] - 1)).clamp(min=0)
+    beyond = (last[:, None] - begin + 1).clamp(min=0)
+    before = F.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
+    return before[..., beyond] > before[..., nearest]

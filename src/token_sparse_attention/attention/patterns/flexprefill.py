@@ -1,0 +1,153 @@
+"""FlexPrefill (arXiv 2502.20766): each head's pattern and budget from its own attention.
+
+The last block of queries stands for all. Where the attention between block means predicts
+that block's true attention, the head is *query-aware*: its blocks are chosen by the means.
+Elsewhere it is *vertical-slash*: the columns and diagonals of the last block's attention.
+Both take as few as hold a share gamma of the estimated attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.patterns.estimate import (
+    block_means,
+    block_sums,
+    blocks_at_distances,
+    check_count,
+    check_share,
+    distance_mass,
+    last_query_attention,
+    query_groups,
+    smallest_cover,
+)
+
+
+@dataclass(frozen=True)
+class FlexPrefillConfig:
+    """Settings of FlexPrefill.
+
+    Args:
+        gamma: share of the estimated attention that the chosen blocks hold, in ``(0, 1]``.
+        tau: a head is query-aware if the square root of the Jensen-Shannon divergence (in
+            nats) between estimate and truth is below this; 0 makes every head vertical-slash.
+        min_budget: tokens that a head chooses at least: per block of queries if query-aware,
+            in columns and in diagonals each if vertical-slash.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if it is out of range.
+    """
+
+    gamma: float = 0.95
+    tau: float = 0.1
+    min_budget: int = 1024
+
+    def __post_init__(self) -> None:
+        check_share("gamma", self.gamma)
+        check_share("tau", self.tau, zero=True)
+        check_count("min_budget", self.min_budget, 0)
+
+
+class LastBlock(NamedTuple):
+    """What the attention of the last block of queries says.
+
+    Attributes:
+        columns: ``[B, H, K]`` float32, its mass on each block of keys.
+        distances: ``[B, H, K]`` float32, its mass at distances of 0, 1, ... blocks of keys.
+        divergence: ``[B, H]`` float32, `divergence` of what block means predict.
+    """
+
+    columns: Tensor
+    distances: Tensor
+    divergence: Tensor
+
+
+def flexprefill_mask(
+    query: Tensor,
+    key: Tensor,
+    config: FlexPrefillConfig,
+    scale: float,
+    block_size: tuple[int, int] = BLOCK_SIZE,
+) -> BlockMask:
+    """Choose every head's blocks (algorithm 1).
+
+    The first block of keys and those on the diagonal are always kept.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        config: the settings.
+        scale: factor of the logits.
+        block_size: queries and keys per block.
+    """
+    grid = BlockGrid(query.shape[2], key.shape[2], block_size)
+    key_means = block_means(key, block_size[1])
+    last = last_block(query, key, key_means, grid, scale)
+    kept = torch.where(
+        (last.divergence < config.tau)[..., None, None],
+        query_aware_blocks(query, key_means, config, grid, scale),
+        vertical_slash_blocks(last, config, grid),
+    )
+    kept[..., 0] = True
+    return BlockMask.from_block_map(
+        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size
+    )
+
+
+def last_block(
+    query: Tensor, key: Tensor, key_means: Tensor, grid: BlockGrid, scale: float
+) -> LastBlock:
+    """Attend with the last block of queries and compare with the estimate (algorithm 2)."""
+    count = min(grid.block_size[0], grid.query_len)
+    parts = []
+    for kv_head, group in enumerate(query_groups(query, key)):
+        attention = last_query_attention(group, key[:, kv_head], count, scale)
+        columns = block_sums(attention.mean(2), grid.block_size[1])
+        distances = block_sums(distance_mass(attention) / count, grid.block_size[1])
+        recent = group[:, :, -count:].float().mean(2)
+        estimate = (recent @ key_means[:, kv_head].transpose(1, 2) * scale).softmax(-1)
+        parts.append(LastBlock(columns, distances, divergence(estimate, columns)))
+    return LastBlock(*(torch.cat(part, 1) for part in zip(*parts)))
+
+
+def divergence(one: Tensor, other: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence of distributions over the last dimension."""
+    middle = (one + other) / 2
+    apart = sum(torch.xlogy(side, side) - torch.xlogy(side, middle) for side in (one, other))
+    return (torch.as_tensor(apart).sum(-1) / 2).clamp(min=0).sqrt()
+
+
+def query_aware_blocks(
+    query: Tensor, key_means: Tensor, config: FlexPrefillConfig, grid: BlockGrid, scale: float
+) -> Tensor:
+    """Blocks by the attention between block means, over all blocks of a head (algorithm 4)."""
+    means = block_means(query, grid.block_size[0])
+    means = means.reshape(*key_means.shape[:2], -1, means.shape[3])  # a group's heads in a row
+    logits = means @ key_means.transpose(2, 3) * scale
+    logits = logits.view(*query.shape[:2], grid.query_blocks, grid.kv_blocks)
+    attention = logits.masked_fill(~grid.visible(query.device), -torch.inf).softmax(-1)
+    chosen = smallest_cover(attention.flatten(2), config.gamma).view_as(attention)
+    return chosen | smallest_cover(attention, 0.0, _min_blocks(config, grid))
+
+
+def vertical_slash_blocks(last: LastBlock, config: FlexPrefillConfig, grid: BlockGrid) -> Tensor:
+    """Blocks of columns and of diagonals, each holding the share gamma (algorithm 3).
+
+    Coverage is counted in whole blocks, which is what a kernel runs. A chosen block of
+    diagonals keeps every block that one of its diagonals passes through.
+    """
+    minimum = _min_blocks(config, grid)
+    vertical = smallest_cover(last.columns, config.gamma, minimum)
+    slash = smallest_cover(last.distances, config.gamma, minimum)
+    distances = slash.repeat_interleave(grid.block_size[1], -1)[..., : grid.kv_len]
+    return vertical[:, :, None] | blocks_at_distances(distances, grid)
+
+
+def _min_blocks(config: FlexPrefillConfig, grid: BlockGrid) -> int:
+    return -(-config.min_budget // grid.block_size[1])

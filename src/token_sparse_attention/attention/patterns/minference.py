@@ -1,0 +1,280 @@
+"""MInference's vertical-slash pattern (arXiv 2407.02490), attended as blocks plus columns.
+
+The last queries' attention names the heaviest columns (keys that all queries look at) and
+diagonals (distances that queries look back by). A thousand scattered columns touch nearly
+every block, so they are gathered into a short list of keys instead, and only diagonals become
+blocks. Blocks and columns share no pair of query and key; their outputs are merged by
+log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.block_sparse import attend_blocks
+from token_sparse_attention.attention.columns import attend_columns, merge_attended
+from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.attention.patterns.estimate import (
+    blocks_at_distances,
+    check_count,
+    check_share,
+    distance_mass,
+    last_query_attention,
+    query_groups,
+    smallest_cover,
+)
+
+HEAD_PATTERNS = ("vertical_and_slash", "stream_llm")
+
+
+class HeadBudget(NamedTuple):
+    """What one head may keep.
+
+    Attributes:
+        pattern: ``"vertical_and_slash"``, or ``"stream_llm"``: the first columns and the
+            shortest distances, whatever the attention.
+        vertical_size: columns.
+        slash_size: diagonals.
+    """
+
+    pattern: str
+    vertical_size: int
+    slash_size: int
+
+
+@dataclass(frozen=True)
+class MInferenceConfig:
+    """Settings of the vertical-slash pattern.
+
+    Args:
+        vertical_size: columns per head.
+        slash_size: diagonals per head.
+        last_queries: how many of the last queries estimate the attention.
+        sink_size: the first columns, taken before any other and counted in the budget.
+        local_size: the shortest distances, likewise; at least 1.
+        coverage: if given, a head takes the fewest columns, and the fewest diagonals, that
+            hold this share of the estimated attention; the sizes are then upper bounds.
+            It does not act on ``"stream_llm"`` heads.
+        heads: a budget per head, in place of the two sizes; see `load_head_budgets`.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if it is out of range.
+    """
+
+    vertical_size: int = 1000
+    slash_size: int = 6096
+    last_queries: int = 64
+    sink_size: int = 30
+    local_size: int = 100
+    coverage: float | None = None
+    heads: tuple[HeadBudget, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("vertical_size", self.vertical_size, 1)
+        check_count("slash_size", self.slash_size, 1)
+        check_count("last_queries", self.last_queries, 1)
+        check_count("sink_size", self.sink_size, 0)
+        check_count("local_size", self.local_size, 1)
+        if self.coverage is not None:
+            check_share("coverage", self.coverage)
+        if self.heads is not None:
+            budgets = tuple(_head_budget(f"heads[{i}]", b) for i, b in enumerate(self.heads))
+            object.__setattr__(self, "heads", budgets)
+
+
+class VerticalSlash(NamedTuple):
+    """What each head chose.
+
+    Attributes:
+        columns: ``[B, H, C]`` int64, ascending; S_kv stands for no column.
+        distances: ``[B, H, S_kv]`` bool, the chosen diagonals by distance.
+    """
+
+    columns: Tensor
+    distances: Tensor
+
+
+def minference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: MInferenceConfig,
+    *,
+    scale: float,
+    backend: str = "auto",
+    block_size: tuple[int, int] = BLOCK_SIZE,
+) -> Attended:
+    """Attend over the blocks the chosen diagonals touch, and the chosen columns beside them.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: likewise.
+        config: the settings.
+        scale: factor of the logits.
+        backend: a block-sparse backend. The columns run through FlexAttention on CUDA, also
+            with ``"fa4"``.
+        block_size: queries and keys per block.
+
+    Returns:
+        ``[B, H, S_q, D]`` and its log-sum-exp ``[B, H, S_q]`` float32.
+    """
+    chosen = vertical_slash(query, key, config, scale)
+    mask = slash_blocks(chosen, query.shape[2], block_size)
+    blocks = attend_blocks(query, key, value, mask, scale=scale, backend=backend, want_lse=True)
+    columns = attend_columns(
+        query,
+        key,
+        value,
+        chosen.columns,
+        mask.block_map(),
+        mask.grid,
+        scale=scale,
+        backend=backend,
+    )
+    return merge_attended(blocks, columns)
+
+
+def vertical_slash(
+    query: Tensor, key: Tensor, config: MInferenceConfig, scale: float
+) -> VerticalSlash:
+    """Choose columns and diagonals by the attention of the last queries (algorithm 2).
+
+    Raises:
+        ValueError: if `config.heads` is not one budget per query head.
+    """
+    heads, kv_len = query.shape[1], key.shape[2]
+    if config.heads is not None and len(config.heads) != heads:
+        raise ValueError(
+            f"heads must hold a budget for each of the {heads} query heads, "
+            f"got {len(config.heads)}"
+        )
+    vertical, slash = last_query_mass(query, key, config, scale)
+    budgets = config.heads or (
+        HeadBudget("vertical_and_slash", config.vertical_size, config.slash_size),
+    )
+    fixed = None
+    if any(budget.pattern == "stream_llm" for budget in budgets):
+        fixed = _fixed_heads(budgets, query.device)
+        nearness = torch.arange(kv_len, 0, -1, device=query.device, dtype=vertical.dtype)
+        vertical = torch.where(fixed, nearness, vertical)
+        slash = torch.where(fixed, nearness, slash)
+    keep_columns = _heaviest(vertical, config.sink_size, "vertical_size", budgets, config, fixed)
+    most = min(max(budget.vertical_size for budget in budgets), kv_len)
+    position = torch.arange(kv_len, device=query.device)
+    columns = torch.where(keep_columns, position, kv_len).sort(-1).values[..., :most]
+    distances = _heaviest(slash, config.local_size, "slash_size", budgets, config, fixed)
+    return VerticalSlash(columns, distances)
+
+
+def last_query_mass(
+    query: Tensor, key: Tensor, config: MInferenceConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the mass on each column and at each distance, ``[B, H, S_kv]`` float32 each."""
+    count = min(config.last_queries, query.shape[2])
+    vertical, slash = [], []
+    for kv_head, group in enumerate(query_groups(query, key)):
+        attention = last_query_attention(group, key[:, kv_head], count, scale)
+        vertical.append(attention.sum(2))
+        slash.append(distance_mass(attention))
+    return torch.cat(vertical, 1), torch.cat(slash, 1)
+
+
+def _heaviest(
+    mass: Tensor,
+    always: int,
+    size: str,
+    budgets: tuple[HeadBudget, ...],
+    config: MInferenceConfig,
+    fixed: Tensor | None,
+) -> Tensor:
+    """Mark each head's heaviest entries up to its budget, the first `always` before others."""
+    first = torch.arange(mass.shape[-1], device=mass.device) < always
+    order = mass.masked_fill(first, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    sizes = tuple(getattr(budget, size) for budget in budgets)
+    limit = sizes[0] if len(set(sizes)) == 1 else _sizes(sizes, mass.device)
+    within = torch.arange(mass.shape[-1], device=mass.device) < limit
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, within.expand_as(order))
+    if config.coverage is None:
+        return kept
+    needed = first | smallest_cover(mass, config.coverage)
+    return kept & (needed if fixed is None else needed | fixed)
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """``[H, 1]``; remembered, because a copy to the device would wait for it."""
+    return torch.tensor(sizes, device=device)[:, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _fixed_heads(budgets: tuple[HeadBudget, ...], device: torch.device) -> Tensor:
+    fixed = [budget.pattern == "stream_llm" for budget in budgets]
+    return torch.tensor(fixed, device=device)[:, None]
+
+
+def slash_blocks(
+    chosen: VerticalSlash, query_len: int, block_size: tuple[int, int] = BLOCK_SIZE
+) -> BlockMask:
+    """Return the blocks that a chosen diagonal passes through."""
+    grid = BlockGrid(query_len, chosen.distances.shape[-1], block_size)
+    return BlockMask.from_block_map(
+        blocks_at_distances(chosen.distances, grid),
+        query_len=query_len,
+        kv_len=grid.kv_len,
+        block_size=block_size,
+    )
+
+
+def load_head_budgets(path: str | Path) -> list[tuple[HeadBudget, ...]]:
+    """Read each layer's head budgets from a JSON pattern file.
+
+    The file holds a list with an entry per layer: a list of heads, or an object from head
+    numbers to heads. A head is ``[pattern, vertical_size, slash_size]``; what follows (the
+    score in published files) is not read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not of this form, or names an unknown pattern.
+        TypeError: if a size is no int.
+    """
+    try:
+        layers = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"{path} must hold a list with an entry per layer")
+    return [_layer_budgets(f"{path}: layer {i}", layer) for i, layer in enumerate(layers)]
+
+
+def _layer_budgets(where: str, layer: Any) -> tuple[HeadBudget, ...]:
+    if isinstance(layer, dict):
+        numbers = [str(head) for head in range(len(layer))]
+        if sorted(layer) != sorted(numbers):
+            raise ValueError(f"{where} must number its heads from 0, got {sorted(layer)}")
+        layer = [layer[number] for number in numbers]
+    if not isinstance(layer, list) or not layer:
+        raise ValueError(f"{where} must be a list of heads or an object from number to head")
+    return tuple(_head_budget(f"{where}, head {i}", head) for i, head in enumerate(layer))
+
+
+def _head_budget(where: str, head: Any) -> HeadBudget:
+    if not isinstance(head, (list, tuple)) or len(head) < 3:
+        raise ValueError(f"{where} must be [pattern, vertical_size, slash_size], got {head!r}")
+    pattern, vertical_size, slash_size = head[:3]
+    if pattern not in HEAD_PATTERNS:
+        raise ValueError(
+            f"{where} must have a pattern among {', '.join(HEAD_PATTERNS)}; got {pattern!r}"
+        )
+    check_count(f"{where} vertical_size", vertical_size, 1)
+    check_count(f"{where} slash_size", slash_size, 1)
+    return HeadBudget(pattern, vertical_size, slash_size)

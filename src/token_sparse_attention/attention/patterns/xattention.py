@@ -1,0 +1,115 @@
+"""XAttention (arXiv 2503.16428): blocks by the sums of their antidiagonals.
+
+Every stride-th antidiagonal of a block of the attention matrix crosses each of its columns
+and diagonals, so their sum tells how much the block matters. Queries at stride offsets from
+the end and keys at the same offsets from the start, laid side by side, give all of these sums
+in one product that is stride times shorter on both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.patterns.estimate import (
+    block_sums,
+    check_count,
+    check_share,
+    smallest_cover,
+)
+
+_SCORE_ELEMENTS = 2**26  # scores held at once, which bounds memory at a quarter of a GiB
+
+
+@dataclass(frozen=True)
+class XAttentionConfig:
+    """Settings of XAttention.
+
+    Args:
+        stride: every stride-th antidiagonal is scored; it must divide the block size.
+        threshold: share of a block of queries' score that its chosen blocks hold, in
+            ``(0, 1]``.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if it is out of range.
+    """
+
+    stride: int = 8
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_count("stride", self.stride, 1)
+        check_share("threshold", self.threshold)
+
+
+def xattention_mask(
+    query: Tensor,
+    key: Tensor,
+    config: XAttentionConfig,
+    scale: float,
+    block_size: tuple[int, int] = BLOCK_SIZE,
+) -> BlockMask:
+    """Choose for each block of queries the fewest blocks that hold the threshold.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        config: the settings.
+        scale: factor of the logits.
+        block_size: queries and keys per block.
+
+    Raises:
+        ValueError: if the stride does not divide the block size.
+    """
+    if block_size[0] % config.stride or block_size[1] % config.stride:
+        raise ValueError(f"stride must divide the block size {block_size}, got {config.stride}")
+    grid = BlockGrid(query.shape[2], key.shape[2], block_size)
+    kept = smallest_cover(antidiagonal_scores(query, key, config, grid, scale), config.threshold)
+    return BlockMask.from_block_map(
+        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size
+    )
+
+
+def antidiagonal_scores(
+    query: Tensor, key: Tensor, config: XAttentionConfig, grid: BlockGrid, scale: float
+) -> Tensor:
+    """Estimate each block's share of attention, ``[B, H, Q, K]`` float32.
+
+    A score is the mean over the real strided rows of the block.
+    """
+    stride = config.stride
+    # The factor goes in first, so that half precision holds the sums of stride products.
+    rows = _strided(query * (scale / stride), stride).flip(-2).flatten(-2)
+    columns = _strided(key, stride).flatten(-2)
+    per_block = grid.block_size[0] // stride
+    last_position = torch.arange(rows.shape[2], device=query.device) * stride + (stride - 1)
+    last_position = last_position + (grid.kv_len - grid.query_len)
+    begin = torch.arange(columns.shape[2], device=query.device) * stride
+    block_scores = query.shape[0] * query.shape[1] * per_block * columns.shape[2]
+    at_once = max(_SCORE_ELEMENTS // block_scores, 1) * per_block
+    scores = []
+    for first in range(0, rows.shape[2], at_once):
+        part = rows[:, :, first : first + at_once]
+        end = (first + at_once) * stride + grid.kv_len - grid.query_len
+        group_rows = part.reshape(*key.shape[:2], -1, part.shape[3])
+        logits = (group_rows @ columns[:, :, : -(-end // stride)].transpose(2, 3)).float()
+        logits = logits.view(*part.shape[:3], -1)
+        seen = begin[: logits.shape[-1]] <= last_position[first : first + at_once, None]
+        attention = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        blocks = block_sums(attention, grid.block_size[1] // stride)
+        blocks = block_sums(blocks.transpose(2, 3), per_block).transpose(2, 3)
+        scores.append(F.pad(blocks, (0, grid.kv_blocks - blocks.shape[-1])))
+    per_row = torch.arange(grid.query_blocks, device=query.device) * per_block
+    return torch.cat(scores, 2) / (rows.shape[2] - per_row).clamp(max=per_block)[:, None]
+
+
+def _strided(tokens: Tensor, stride: int) -> Tensor:
+    """``[B, H, S, D]`` as ``[B, H, ceil(S / stride), stride, D]``, padded with zeros."""
+    padding = -tokens.shape[2] % stride
+    padded = F.pad(tokens, (0, 0, 0, padding))
+    return padded.reshape(*tokens.shape[:2], -1, stride, tokens.shape[3])
