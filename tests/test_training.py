@@ -62,6 +62,30 @@ def test_rows_equal_the_tokens_of_their_text(data):
     assert "0 of" in run("training.check", "--data", data)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_the_training_pass_is_the_stock_models(architecture):
+    sys.path.insert(0, str(ROOT))
+    try:
+        from training.network import Forward, make_config, make_model
+    finally:
+        sys.path.remove(str(ROOT))
+    model = make_model(make_config(architecture, layers=2), seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.manual_seed(1)))
+    tokens = torch.randint(2, 4096, (2, 40), generator=torch.manual_seed(2))
+    positions = torch.arange(40).expand(2, -1) * 3
+    targets = tokens.roll(-1, 1)
+    with torch.no_grad():
+        losses, right = Forward(model, torch.float32, False)(tokens, positions, targets)
+        logits = model(tokens, position_ids=positions, attention_mask=torch.ones(2, 40)).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(right, logits.flatten(0, 1).argmax(-1) == targets.flatten())
+
+
 def test_training_makes_a_model_that_loads(data, tmp_path):
     run(
         *("training", "--data", data, "--out", tmp_path, "--minutes", "0.05", "--layers", "1"),

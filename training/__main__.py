@@ -12,6 +12,7 @@ import torch
 
 from . import evaluate
 from .export import export
+from .network import ARCHITECTURES
 from .train import Options, Trainer
 
 RUNS = {"base": Options.base, "long": Options.long}
@@ -44,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=2, help="forward passes per step")
     add("--peak", type=float, help="highest learning rate, likewise")
     add("--workers", type=int, default=14, help="processes that make samples")
-    add("--layers", type=int, default=14, help="decoder layers (fewer for a smoke test)")
+    add("--architecture", choices=ARCHITECTURES, default="llama", help="llama is what ships")
+    add("--layers", type=int, help="decoder layers (fewer for a smoke test)")
     add("--samples", type=int, default=100, help="held-out samples per task and length; 0: none")
     add("--lengths", default="1024,2048,4096,8192,16384", help="held-out context lengths")
     return parser
@@ -62,6 +64,7 @@ def _options(name: str, data: Path, args: argparse.Namespace) -> Options:
         micro_batch=args.micro_batch,
         accumulate=args.accumulate,
         workers=args.workers,
+        architecture=args.architecture,
         layers=args.layers,
         **given,
     )

@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, PreTrainedModel
 
 from .tokenizer import END_ID, PAD_ID
 
 
-def export(model: LlamaForCausalLM, data: Path, folder: Path) -> None:
+def export(model: PreTrainedModel, data: Path, folder: Path) -> None:
     """Save weights (bfloat16, tied embeddings once), configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     half = copy.deepcopy(model).to("cpu", torch.bfloat16)

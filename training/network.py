@@ -1,17 +1,27 @@
-"""The model and its training forward pass.
+"""The models and their training forward pass.
 
-The parameters live in a stock ``LlamaForCausalLM``. The forward pass here computes the same
-function on flat ``[tokens, hidden]`` tensors, so that everything but attention is compiled once
-for all row lengths, and takes explicit positions without reading document borders into them.
+The parameters live in a stock ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``. The forward pass
+here computes the same function on flat ``[tokens, hidden]`` tensors, so that everything but
+attention is compiled once for all row lengths, and takes explicit positions without reading
+document borders into them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from .tokenizer import END_ID, PAD_ID, VOCABULARY
 
@@ -25,17 +35,27 @@ _BACKENDS = [
 ]
 
 
-def make_config(
-    hidden: int = 256, layers: int = 14, heads: int = 8, mlp: int = 576
-) -> LlamaConfig:
-    """The bundled model's configuration: deep and narrow, four query heads per KV head."""
-    return LlamaConfig(
+_SHAPES: dict[str, tuple[type[PretrainedConfig], int, int, int]] = {
+    "llama": (LlamaConfig, 256, 14, 576),
+    "qwen3": (Qwen3Config, 320, 18, 864),
+}
+"""Configuration class, hidden size, layers and MLP size."""
+ARCHITECTURES = tuple(_SHAPES)
+
+
+def make_config(architecture: str = "llama", layers: int | None = None) -> PretrainedConfig:
+    """A configuration, deep and narrow, four query heads per KV head.
+
+    ``"llama"`` is the bundled model's; ``"qwen3"`` is larger and normalises queries and keys.
+    """
+    kind, hidden, usual_layers, mlp = _SHAPES[architecture]
+    return kind(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 4,
+        num_hidden_layers=layers or usual_layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
@@ -47,10 +67,11 @@ def make_config(
     )
 
 
-def make_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+def make_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A freshly initialised model in float32."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    kind = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
+    model = kind(config)
     shrink = (2 * config.num_hidden_layers) ** -0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,15 +99,24 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _before(
-    x: Tensor, norm: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+    x: Tensor,
+    norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_norms: tuple[Tensor, Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, projections and RoPE; heads are the middle dimension of the results."""
     weight = torch.cat([query, key, value]).to(x.dtype)
     q, k, v = F.linear(_norm(x, norm), weight).split(
         [query.shape[0], key.shape[0], value.shape[0]], dim=-1
     )
-    q = _rotate(q.unflatten(-1, (-1, 64)), cos, sin)
-    k = _rotate(k.unflatten(-1, (-1, 64)), cos, sin)
+    q, k = (part.unflatten(-1, (-1, 64)) for part in (q, k))
+    if head_norms is not None:
+        q, k = _norm(q, head_norms[0]), _norm(k, head_norms[1])
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     return q, k, v.unflatten(-1, (-1, 64)).contiguous()
 
 
@@ -110,7 +140,7 @@ def _score(x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor) -> tuple
 class Forward:
     """The training forward pass over the parameters of ``model``."""
 
-    def __init__(self, model: LlamaForCausalLM, dtype: torch.dtype, compiled: bool) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, compiled: bool) -> None:
         self.model, self.dtype = model, dtype
         self._before, self._after, self._score = _before, _after, _score
         if compiled:
@@ -138,6 +168,7 @@ class Forward:
                 a.q_proj.weight,
                 a.k_proj.weight,
                 a.v_proj.weight,
+                (a.q_norm.weight, a.k_norm.weight) if hasattr(a, "q_norm") else None,
                 cos,
                 sin,
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .batches import TASKS, Batch, Feed
 from .network import Forward, make_config, make_model
@@ -55,7 +55,8 @@ class Options:
     workers: int = 14
     seed: int = 1
     log_every: int = 50
-    layers: int = 14
+    architecture: str = "llama"
+    layers: int | None = None
 
     @classmethod
     def base(cls, data: Path) -> Options:
@@ -100,7 +101,7 @@ def loss_weights(length: int) -> list[float]:
     return weights
 
 
-def make_optimizer(model: LlamaForCausalLM, options: Options) -> torch.optim.AdamW:
+def make_optimizer(model: PreTrainedModel, options: Options) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices only."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
@@ -135,7 +136,9 @@ class Trainer:
 
     def __init__(self, options: Options, device: str) -> None:
         self.options, self.device = options, device
-        self.model = make_model(make_config(layers=options.layers), options.seed).to(device)
+        config = make_config(options.architecture, options.layers)
+        # Any: a PreTrainedModel has no types that say what it is made of.
+        self.model: Any = make_model(config, options.seed).to(device)
         self.optimizer = make_optimizer(self.model, options)
         on_gpu = device == "cuda"
         self.forward = Forward(self.model, torch.bfloat16 if on_gpu else torch.float32, on_gpu)
@@ -143,8 +146,8 @@ class Trainer:
 
     def start_from(self, folder: Path) -> None:
         """Take over the weights of a model folder; the optimizer starts afresh."""
-        weights = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-        self.model.load_state_dict(weights)
+        trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model.load_state_dict(trained.state_dict())
 
     def load(self, path: Path) -> None:
         """Continue from a saved state."""
