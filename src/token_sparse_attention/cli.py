@@ -21,6 +21,7 @@ from token_sparse_attention.calibration.command import add_commands as add_calib
 from token_sparse_attention.calibration.record import CalibrationError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
 from token_sparse_attention.evaluation.command import add_commands as add_evaluation
+from token_sparse_attention.report.command import add_commands as add_report
 from token_sparse_attention.selection import IMPLS
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_calibration(commands, _command)
     add_evaluation(commands, _command)
+    add_report(commands, _command)
 
     info = _command(
         commands, "info", "show versions, devices, and the attention backends found", "tsa info"

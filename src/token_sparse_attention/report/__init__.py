@@ -1,0 +1,1 @@
+"""One HTML page of results, and the captures of kept text that it can show."""

@@ -1,0 +1,51 @@
+"use strict";
+// Marks in a prompt which tokens a layer's heads kept. Neighbours that look alike share one
+// element, so that long prompts stay quick.
+for (const viewer of document.querySelectorAll(".kept-text")) {
+  const { tokens, layers } = JSON.parse(document.getElementById(viewer.dataset.source).textContent);
+  const [layerBox, headBox, status, prompt] = [".layer", ".head", ".status", ".prompt"].map(
+    (name) => viewer.querySelector(name),
+  );
+  const LEVELS = 5;
+  const bytes = (mask) => Uint8Array.from(atob(mask), (letter) => letter.charCodeAt(0));
+
+  function levelsOf(masks) {
+    const counts = new Uint16Array(tokens.length);
+    for (const mask of masks.map(bytes)) {
+      for (let i = 0; i < counts.length; i++) counts[i] += (mask[i >> 3] >> (i & 7)) & 1;
+    }
+    return counts.map((count) => Math.ceil((count * LEVELS) / masks.length));
+  }
+
+  function show() {
+    const { masks, denseReason } = layers[layerBox.value];
+    const head = Number(headBox.value);
+    headBox.disabled = denseReason !== null;
+    const chosen = head < 0 ? masks : masks.slice(head, head + 1);
+    const levels = chosen.length ? levelsOf(chosen) : new Uint16Array(tokens.length).fill(LEVELS);
+    const content = document.createDocumentFragment();
+    let kept = 0;
+    for (let start = 0, end; start < tokens.length; start = end) {
+      for (end = start + 1; end < tokens.length && levels[end] === levels[start]; end++);
+      const run = document.createElement(levels[start] ? "mark" : "span");
+      run.className = "h" + (denseReason === null ? levels[start] : "");
+      run.textContent = tokens.slice(start, end).join("");
+      content.append(run);
+      if (levels[start]) kept += end - start;
+    }
+    prompt.replaceChildren(content);
+    const by = head < 0 ? "at least one head" : "head " + head;
+    const share = ((100 * kept) / tokens.length).toFixed(1);
+    status.textContent =
+      denseReason === null
+        ? `${kept.toLocaleString("en")} of ${tokens.length.toLocaleString("en")} tokens (${share}%) kept by ${by}.`
+        : `This layer ran dense, over all tokens: ${denseReason}.`;
+  }
+
+  const sparse = layers.findIndex((layer) => layer.denseReason === null);
+  layerBox.value = Math.max(sparse, 0);
+  headBox.value = -1;
+  layerBox.addEventListener("change", show);
+  headBox.addEventListener("change", show);
+  show();
+}

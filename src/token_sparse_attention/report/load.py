@@ -1,0 +1,68 @@
+"""Result files of any kind, told apart by what they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from token_sparse_attention.benchmark.record import ResultFile, UsageError
+from token_sparse_attention.benchmark.runs import Run
+from token_sparse_attention.evaluation.record import EvalResults, load_results
+from token_sparse_attention.report.kept_text import KeptText
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a report is made of; every result with the name it goes by.
+
+    Attributes:
+        evaluations: results of ``tsa eval``.
+        captures: results of ``tsa capture``.
+        runs: results of ``tsa bench``.
+    """
+
+    evaluations: tuple[tuple[str, EvalResults], ...]
+    captures: tuple[tuple[str, KeptText], ...]
+    runs: tuple[Run, ...]
+
+
+def load(paths: Sequence[Path]) -> Inputs:
+    """Read result files.
+
+    Raises:
+        UsageError: if one cannot be read, or is of no kind that is known here.
+    """
+    evaluations, captures, runs = [], [], []
+    for path, name in zip(paths, _names(paths)):
+        try:
+            text = path.read_bytes().decode("utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error}") from error
+        # A whole file is one object, or else each of its lines is, the first being a header.
+        content = _object(text) or _object(text.partition("\n")[0]) or {}
+        if "configurations" in content:
+            evaluations.append((name, load_results(path)))
+        elif "records" in content:
+            runs.append(Run(name, ResultFile.from_json(text, str(path))))
+        elif "tokens" in content:
+            captures.append((name, KeptText.from_dict(content, str(path))))
+        else:
+            raise UsageError(f"{path} must be a result of tsa eval, tsa capture or tsa bench")
+    return Inputs(tuple(evaluations), tuple(captures), tuple(runs))
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the files' names, or their whole paths where names repeat."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]

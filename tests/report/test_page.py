@@ -1,0 +1,195 @@
+"""The page as text: what it shows, that nothing in it is loaded, and that texts stay texts."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+
+import pytest
+
+from benchmark.synthetic import op_result
+from evaluation.results import SPARSE
+from report.pages import HOSTILE, KEPT, TOKENS, Page, all_inputs, evaluation, texts
+from token_sparse_attention.benchmark.runs import Run
+from token_sparse_attention.evaluation.summary import summarise
+from token_sparse_attention.report.accuracy import mean_shares
+from token_sparse_attention.report.load import Inputs
+from token_sparse_attention.report.page import build_page
+
+
+@pytest.fixture(scope="module")
+def html():
+    return build_page(all_inputs(), title=f"About {HOSTILE}")
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)  # which checks that every element is closed
+
+
+def table(page: Page, caption: str) -> list[list[str]]:
+    """The cells of a table, row by row."""
+    (_, text), *_ = [found for found in page.find("table") if found[1].startswith(caption)]
+    start = next(
+        i
+        for i, (name, _, inside) in enumerate(page.elements)
+        if name == "table" and "".join(inside) == text
+    )
+    rows: list[list[str]] = []
+    for name, _, inside in page.elements[start + 1 :]:
+        if name == "table":
+            break
+        if name == "tr":
+            rows.append([])
+        elif name in ("th", "td"):
+            rows[-1].append("".join(inside))
+    return rows
+
+
+def test_nothing_is_loaded_and_only_its_own_script_may_run(html, page):
+    for name, attributes, _ in page.elements:
+        assert not {"src", "srcset", "action", "data", "style"} & set(attributes), name
+        assert name not in {"img", "link", "iframe", "object", "embed", "base", "image", "use"}
+        assert attributes.get("href", "#").startswith("#")
+        assert not [key for key in attributes if key.startswith("on")]
+    style = "".join(texts(page, "style"))
+    assert "url(" not in style
+    assert "@import" not in style
+    assert not re.findall(r"https?://", html)
+    code = [text for attributes, text in page.find("script") if "type" not in attributes]
+    digest = base64.b64encode(hashlib.sha256(code[0].encode()).digest()).decode()
+    policy = page.find("meta", **{"http-equiv": "Content-Security-Policy"})[0][0]["content"]
+    assert len(code) == 1
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_hostile_texts_come_out_as_they_went_in(page):
+    data = json.loads(page.find("script", id="kept-0")[0][1])
+    assert tuple(data["tokens"]) == TOKENS
+    assert texts(page, "title")[0] == f"About {HOSTILE}"
+    assert texts(page, "dd")[:3] == [HOSTILE, "default", HOSTILE]
+    assert HOSTILE in {row[1] for row in table(page, "All tasks together")}
+    assert "Stage times: <i>op</i>" in texts(page, "h2")
+
+
+def test_the_same_inputs_give_the_same_page(html):
+    assert build_page(all_inputs(), title=f"About {HOSTILE}") == html
+
+
+def test_every_section_is_linked_and_every_drawing_described(page):
+    targets = {attributes["href"] for attributes, _ in page.find("a")}
+    assert targets == {f"#{attributes['id']}" for attributes, _ in page.find("h2")}
+    drawings = page.find("svg")
+    assert len(drawings) == 4 + 2 + 1 + 1  # scatters, heat maps, the capture's, stages
+    for attributes, _ in drawings:
+        assert attributes["role"] == "img"
+        assert len(attributes["aria-label"]) > 20
+    ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_accuracy_table_holds_the_summary(page):
+    header, *rows = table(page, "All tasks together")
+    wanted = [r for r in summarise(evaluation()) if r.task is None and r.length is not None]
+    assert len(rows) == len(wanted) == 4
+    for cells, row in zip(rows, wanted):
+        shown = dict(zip(header, cells))
+        assert shown["configuration"] == row.configuration
+        assert float(shown["accuracy"]) == pytest.approx(row.score, abs=6e-4)
+        assert float(shown["work"]) == pytest.approx(row.work, abs=6e-4)
+        if row.difference is not None:
+            low, high = map(float, shown["95% interval"].split(" to "))
+            assert low == pytest.approx(row.difference_low, abs=6e-4)
+            assert high == pytest.approx(row.difference_high, abs=6e-4)
+
+
+def test_intervals_are_drawn_from_the_dense_accuracy():
+    page = Page(build_page(Inputs((("e", evaluation()),), (), ())))
+    row = next(r for r in summarise(evaluation()) if r.length == 2048 and r.difference is not None)
+    # The third chart is the longer length's first. There dense scores 1, sparse 0.5.
+    dense = float(page.find("circle")[2][0]["cy"])
+    corners = page.find("polygon")[2][0]["points"].split()
+    sparse = sum(float(corner.split(",")[1]) for corner in corners) / len(corners)
+    interval = page.find("line", **{"class": "interval s1"})[2][0]
+    low, high = (1 - 0.5 * (float(interval[e]) - dense) / (sparse - dense) for e in ("y1", "y2"))
+    assert row.score == 0.5
+    assert low == pytest.approx(1 + row.difference_low, abs=2e-3)
+    assert high == pytest.approx(min(1 + row.difference_high, 1), abs=2e-3)
+
+
+def test_mean_shares_take_dense_prompts_and_shared_budgets_for_all_heads():
+    first = dataclasses.replace(SPARSE, kept=[[10, 20, 30, 40], None])
+    second = dataclasses.replace(SPARSE, kept=[20, None], prompt_tokens=200)
+    third = dataclasses.replace(SPARSE, kept=[None, None])
+    assert mean_shares([first, second, third]) == [
+        pytest.approx([(0.1 * n + 0.1 + 1) / 3 for n in (1, 2, 3, 4)]),
+        None,
+    ]
+    assert mean_shares([second, third]) == [pytest.approx([0.55]), None]
+
+
+def test_sources_tell_commits_and_whether_the_code_was_changed(page):
+    changed = {**KEPT.provenance, "commit": "0123456789abcdef-dirty"}
+    capture = dataclasses.replace(KEPT, provenance=changed)
+    rows = table(Page(build_page(Inputs((), (("kept", capture),), ()))), "Sources")
+    assert rows[1] == [
+        "kept",
+        f"kept text of {HOSTILE}",
+        "a device",
+        "0123456789ab-dirty",
+        "torch 2",
+    ]
+    assert table(page, "Sources")[3][3] == "0123456789ab"
+
+
+def test_unscored_results_say_so():
+    results = evaluation()
+    samples = tuple(dataclasses.replace(s, score=None) for s in results.samples)
+    inputs = Inputs((("e", dataclasses.replace(results, samples=samples)),), (), ())
+    page = Page(build_page(inputs))
+    assert "2K tokens: nothing has a score yet." in texts(page, "p")
+    assert not page.find("polygon")
+
+
+def test_stage_table_holds_the_times(page):
+    header, row = table(page, "Milliseconds")
+    shown = dict(zip(header, row))
+    assert (shown["tokens"], shown["kept"]) == ("128K", "50%")
+    # 0.5 + 0.2 + 0.9 + 54 + 0.4 in parts, 56 as a whole, of 217.
+    assert [shown[n] for n in ("score", "select", "gather", "attend", "scatter")] == [
+        *("0.5", "0.2", "0.9", "54", "0.4")
+    ]
+    assert (shown["sum"], shown["whole"], shown["dense"]) == ("56", "56", "fa4: 217")
+    assert shown["speed-up"] == "3.88x"
+
+
+def test_a_failed_check_shows_no_time():
+    result = op_result()
+    records = tuple(
+        dataclasses.replace(r, passed=False) if r.name == "ours/whole" and r.passed else r
+        for r in result.records
+    )
+    run = Run("op", dataclasses.replace(result, records=records))
+    page = Page(build_page(Inputs((), (), (run,))))
+    assert table(page, "Milliseconds")[1][:3] == ["128K", "50%", "check failed"]
+    assert not page.find("svg")
+
+
+def test_without_captures_there_is_no_script():
+    page = Page(build_page(Inputs((("e", evaluation()),), (), ())))
+    assert not page.find("script")
+
+
+def test_capture_lists_kept_shares_and_reasons(page):
+    rows = table(page, "this prompt")
+    assert rows[1:] == [
+        ["0", "dense", "dense", "dense"],
+        ["1", "40.0%", "40.0%", "40.0%"],
+        ["2", "55.0%", "10.0%", "100.0%"],
+    ]
+    assert table(page, "Layers that ran dense")[1:] == [["0", "too short & dense"]]
+    assert KEPT.layers[2].kept() == [1, 10]
