@@ -21,6 +21,7 @@ from token_sparse_attention.calibration.command import add_commands as add_calib
 from token_sparse_attention.calibration.record import CalibrationError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
 from token_sparse_attention.evaluation.command import add_commands as add_evaluation
+from token_sparse_attention.evaluation.replay_command import add_commands as add_replay
 from token_sparse_attention.report.command import add_commands as add_report
 from token_sparse_attention.selection import IMPLS
 
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmarks = bench.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     add_benchmarks(benchmarks, _command)
+    add_replay(benchmarks, _command)
     bench.set_defaults(handler=_bench)
     return parser
 

@@ -35,6 +35,26 @@ class Inputs(NamedTuple):
         return torch.finfo(self.query.dtype).eps
 
 
+def random_inputs(
+    seq_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Inputs:
+    """Random tensors that lie in memory as Hugging Face models give them: ``[B, S, H, D]``."""
+    generator = torch.Generator(device).manual_seed(seq_len)
+    return Inputs(
+        *(
+            torch.randn(
+                *(1, seq_len, heads, head_dim), generator=generator, device=device, dtype=dtype
+            ).transpose(1, 2)
+            for heads in (num_heads, num_kv_heads, num_kv_heads)
+        )
+    )
+
+
 class Verdict(NamedTuple):
     """The outcome of a check; `Record` explains the fields."""
 

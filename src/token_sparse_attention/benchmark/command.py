@@ -47,20 +47,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     _add_op_arguments(operator)
     _add_prefill_arguments(prefill)
     for command, budget in ((operator, 0.2), (prefill, 5.0)):
-        command.add_argument("--device", default="auto", help="torch device (default: auto)")
-        command.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
-        command.add_argument("--heads", dest="num_heads", type=_positive, default=32, metavar="H")
-        command.add_argument(
-            "--kv-heads", dest="num_kv_heads", type=_positive, default=8, metavar="H"
-        )
-        command.add_argument(
-            "--budget-seconds",
-            type=float,
-            default=budget,
-            metavar="S",
-            help=f"to spend on each time, as far as a few samples allow (default: {budget:g})",
-        )
-        command.add_argument("--out", type=Path, metavar="FILE", help="where to write the results")
+        add_measuring_arguments(command, budget)
     docs.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result files")
     docs.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown to update")
     operator.set_defaults(bench=_op)
@@ -68,14 +55,30 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     docs.set_defaults(bench=_docs)
 
 
-_DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_measuring_arguments(command: argparse.ArgumentParser, budget: float) -> None:
+    """Add what all commands that measure take; `budget` is the default one, in seconds."""
+    command.add_argument("--device", default="auto", help="torch device (default: auto)")
+    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    command.add_argument("--heads", dest="num_heads", type=positive, default=32, metavar="H")
+    command.add_argument("--kv-heads", dest="num_kv_heads", type=positive, default=8, metavar="H")
+    command.add_argument(
+        "--budget-seconds",
+        type=float,
+        default=budget,
+        metavar="S",
+        help=f"to spend on each time, as far as a few samples allow (default: {budget:g})",
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="where to write the results")
 
 
 def _add_op_arguments(command: argparse.ArgumentParser) -> None:
     lists: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]] = {
-        "lengths": (_positive, op.LENGTHS, "prompt lengths"),
+        "lengths": (positive, op.LENGTHS, "prompt lengths"),
         "crossover-lengths": (
-            _positive,
+            positive,
             op.CROSSOVER_LENGTHS,
             "lengths at which the method decides, with crossover on",
         ),
@@ -83,17 +86,17 @@ def _add_op_arguments(command: argparse.ArgumentParser) -> None:
         "drop-mass": (float, op.DROP_MASS, "settings at the crossover lengths"),
     }
     _add_lists(command, lists)
-    command.add_argument("--head-dim", type=_positive, default=128, metavar="D")
+    command.add_argument("--head-dim", type=positive, default=128, metavar="D")
     command.add_argument(
         "--backends",
-        type=_list_of(str),
+        type=list_of(str),
         metavar="NAMES",
         help="dense kernels, the first being the one to compare with (default: "
         f"{','.join(_CUDA_BACKENDS)}; off CUDA {','.join(_CPU_BACKENDS)})",
     )
     command.add_argument(
         "--peers-up-to",
-        type=_positive,
+        type=positive,
         default=131072,
         metavar="S",
         help="longest prompt for slow peers: flash, flex, eager (default: 131072)",
@@ -104,7 +107,7 @@ def _add_prefill_arguments(command: argparse.ArgumentParser) -> None:
     _add_lists(
         command,
         {
-            "lengths": (_positive, _PREFILL_LENGTHS, "prompt lengths"),
+            "lengths": (positive, _PREFILL_LENGTHS, "prompt lengths"),
             "kept": (float, _PREFILL_KEPT, "shares of the tokens to keep"),
         },
     )
@@ -115,7 +118,7 @@ def _add_prefill_arguments(command: argparse.ArgumentParser) -> None:
         "vocab": ("vocab_size", 128256),
     }
     for name, (dest, default) in shape.items():
-        command.add_argument(f"--{name}", dest=dest, type=_positive, default=default, metavar="N")
+        command.add_argument(f"--{name}", dest=dest, type=positive, default=default, metavar="N")
 
 
 def _add_lists(
@@ -126,21 +129,24 @@ def _add_lists(
         shown = ",".join(map(str, default))
         command.add_argument(
             f"--{name}",
-            type=_list_of(kind),
+            type=list_of(kind),
             default=default,
             metavar="LIST",
             help=f"{what} (default: {shown})",
         )
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Return what reads an argument of values between commas."""
+
     def read(text: str) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(",") if part.strip())
 
     return read
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read an argument that is a number from 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -148,7 +154,7 @@ def _positive(text: str) -> int:
 
 
 def _op(args: argparse.Namespace) -> bool:
-    device = _device(args.device)
+    device = device_named(args.device)
     default = _CUDA_BACKENDS if device.type == "cuda" else _CPU_BACKENDS
     options = op.OpOptions(
         device=device,
@@ -174,7 +180,7 @@ def _prefill(args: argparse.Namespace) -> bool:
         raise UsageError(
             "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
         ) from error
-    device = _device(args.device)
+    device = device_named(args.device)
     options = prefill.PrefillOptions(
         device=device,
         dtype=getattr(torch, args.dtype),
@@ -191,7 +197,12 @@ def _prefill(args: argparse.Namespace) -> bool:
     return _measured(args, device, lambda report: prefill.measure(options, report))
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Return a device that works; ``"auto"`` is CUDA where there is one.
+
+    Raises:
+        UsageError: if it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

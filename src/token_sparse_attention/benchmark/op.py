@@ -12,7 +12,7 @@ from torch import Tensor
 
 from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
 from token_sparse_attention.benchmark import checks, timing
-from token_sparse_attention.benchmark.checks import Inputs, Verdict
+from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
 from token_sparse_attention.benchmark.contenders import DENSE, dense_call, eager_composition
 from token_sparse_attention.benchmark.record import Record, UsageError
 from token_sparse_attention.compression import compress, decompress
@@ -174,20 +174,8 @@ class _Point:
 
 
 def _make_inputs(options: OpOptions, seq_len: int) -> Inputs:
-    """Random tensors that lie in memory as Hugging Face models give them: ``[B, S, H, D]``."""
-    generator = torch.Generator(options.device).manual_seed(seq_len)
-    heads = (options.num_heads, options.num_kv_heads, options.num_kv_heads)
-    return Inputs(
-        *(
-            torch.randn(
-                *(1, seq_len, count, options.head_dim),
-                generator=generator,
-                device=options.device,
-                dtype=options.dtype,
-            ).transpose(1, 2)
-            for count in heads
-        )
-    )
+    heads = (options.num_heads, options.num_kv_heads)
+    return random_inputs(seq_len, *heads, options.head_dim, options.device, options.dtype)
 
 
 def _measure_length(point: _Point, report: Report) -> Iterator[Record]:

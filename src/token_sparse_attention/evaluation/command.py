@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,14 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     command.add_argument(
         "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
     )
+    command.add_argument(
+        "--processes",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="load the model into N processes that share the device; prefill times are then "
+        "not those of an idle one (default: 1)",
+    )
     command.set_defaults(handler=run_eval)
 
 
@@ -107,6 +115,15 @@ def _add_sample_arguments(command: argparse.ArgumentParser) -> None:
     )
     asked.add_argument(
         "--samples", type=Path, metavar="FILE", help="take the samples from this file (.jsonl.gz)"
+    )
+    asked.add_argument(
+        "--only-tasks", type=_names, metavar="NAMES", help="of those in --samples, only these"
+    )
+    asked.add_argument(
+        "--only-lengths",
+        type=_numbers,
+        metavar="LIST",
+        help="of those in --samples, only these; others may be added to --out later",
     )
     asked.add_argument(
         "--prepare-only", action="store_true", help="only write the samples, to --samples"
@@ -157,6 +174,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
                 f"{given[0]} only matters where samples are prepared, but --samples gives them; "
                 "leave one of the two out"
             )
+    only = args.only_tasks is not None or args.only_lengths is not None
+    if only and (args.prepare_only or args.score or not args.samples):
+        raise UsageError("--only-tasks and --only-lengths choose from --samples what to run")
     if not (args.out or args.prepare_only or args.score):
         raise UsageError("--out FILE is needed, for the results")
 
@@ -200,19 +220,29 @@ def _evaluate(args: argparse.Namespace) -> int:
     if samples is None:
         samples = _prepare(args, tokenizer)
     runner = Runner(model, tokenizer, configurations, args.impl, args.attention_backend)
-    results = _run(args, runner, samples)
+    results = _run(args, runner, samples, name, options)
     if results is None:
         return _FAILED
     _show(args, args.out, results)
     return 0
 
 
-def _run(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalResults | None:
+def _run(
+    args: argparse.Namespace,
+    runner: Runner,
+    samples: SampleSet,
+    name: str,
+    options: dict[str, Any],
+) -> EvalResults | None:
     """Evaluate with a progress bar; None if the job failed, which standard error then says."""
+    from token_sparse_attention.evaluation import processes
     from token_sparse_attention.evaluation.evaluate import evaluate
 
     scorer = harness.Scorer(samples) if harness.installed_version() else None
     header = _header(args, runner, samples)
+    samples = _only(args, samples)
+    several = args.processes > 1
+    source = processes.several(runner, args.processes, name, options) if several else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -228,6 +258,7 @@ def _run(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalRe
                 header,
                 args.out,
                 scorer=scorer,
+                source=source,
                 report=lambda what, done: progress.update(bar, description=what, completed=done),
             )
         except (RuntimeError, OSError) as error:
@@ -256,11 +287,33 @@ def _header(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> Eva
             "seed": samples.seed,
             "chat_template": samples.chat_template,
             "samples_sha256": samples.digest(),
+            **({"processes": args.processes} if args.processes > 1 else {}),
         },
         model=runner.facts(),
         configurations=settings_dicts(runner.configurations),
         tasks=samples.tasks,
     )
+
+
+def _only(args: argparse.Namespace, samples: SampleSet) -> SampleSet:
+    """Return the samples to run; a result names the file they are from, not the choice."""
+    for option, asked, there in (
+        ("--only-tasks", args.only_tasks, {sample.task for sample in samples.samples}),
+        ("--only-lengths", args.only_lengths, {sample.length for sample in samples.samples}),
+    ):
+        unknown = [entry for entry in asked or () if entry not in there]
+        if unknown:
+            raise UsageError(
+                f"{option} must be among {', '.join(map(str, sorted(there)))} for these "
+                f"--samples, got {unknown[0]}"
+            )
+    chosen = [
+        sample
+        for sample in samples.samples
+        if sample.task in (args.only_tasks or (sample.task,))
+        and sample.length in (args.only_lengths or (sample.length,))
+    ]
+    return replace(samples, samples=chosen)
 
 
 def _load(name: str, load: Callable[[], Any]) -> Any:

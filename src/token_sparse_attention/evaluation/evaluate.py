@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from token_sparse_attention.evaluation.record import (
     DENSE,
     EvalHeader,
     EvalResults,
+    Key,
     SampleResult,
     open_results,
     to_line,
@@ -22,6 +25,17 @@ from token_sparse_attention.evaluation.record import (
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Settings
 from token_sparse_attention.integrations.transformers import register_dense_attention
+
+Arrival = tuple[Sample, str, Reply]  # a configuration's reply to a sample
+
+
+class Source(Protocol):
+    """What gives the replies: `replies` in this process, or others."""
+
+    def __call__(
+        self, samples: Sequence[Sample], done: Collection[Key], report: Callable[[str], object]
+    ) -> Generator[Arrival, None, None]:
+        """Yield a reply for each sample and configuration that is not done."""
 
 
 class SampleScorer(Protocol):
@@ -115,6 +129,7 @@ def evaluate(
     path: Path,
     *,
     scorer: SampleScorer | None,
+    source: Source | None = None,
     report: Callable[[str, int], object] = lambda *_: None,
 ) -> EvalResults:
     """Reply to every sample densely and under each configuration, and write the results.
@@ -127,34 +142,67 @@ def evaluate(
         header: the first line of the result file.
         path: the result file.
         scorer: scores the replies; None leaves them without a score.
-        report: is told what runs next, and how many results there are.
+        source: gives the replies; None for the runner itself.
+        report: is told what runs next, and how many of the results wanted there are.
 
     Raises:
         UsageError: if the file belongs to another run, or a configuration cannot be run.
     """
     results, file = open_results(path, header)
     done = {result.key for result in results}
-    warm = not runner.on_cuda
-    with file:
-        for sample in samples.samples:
-            draft: list[int] = []
-            for name in runner.names:
-                if (sample.task, sample.length, sample.index, name) in done:
-                    continue
-                report(f"{sample.task} {sample.length or ''}, {name}", len(results))
-                if not warm:  # kernels are compiled now, not in the first result's time
-                    for each in runner.names:
-                        runner.reply(sample, each, [])
-                    warm = True
-                reply = runner.reply(sample, name, draft)
-                if name == DENSE:
-                    draft = reply.tokens
-                result = _result(sample, name, reply, scorer)
-                file.write(to_line(result))
-                file.flush()
-                results.append(result)
-    report("done", len(results))
+    wanted = {(*_key(sample), name) for sample in samples.samples for name in runner.names}
+    others = len(done - wanted)  # a file may hold samples that are not asked for now
+    left = {key[:3] for key in wanted - done}
+    todo = [sample for sample in samples.samples if _key(sample) in left]
+
+    def tell(what: str) -> None:
+        report(what, len(results) - others)
+
+    tell("starting")
+    arriving = (source or partial(replies, runner))(todo, done, tell)
+    with file, closing(arriving):
+        for sample, name, reply in arriving:
+            result = _result(sample, name, reply, scorer)
+            file.write(to_line(result))
+            file.flush()
+            results.append(result)
+    tell("done")
     return EvalResults(header, tuple(results))
+
+
+def replies(
+    runner: Runner,
+    samples: Sequence[Sample],
+    done: Collection[Key],
+    report: Callable[[str], object],
+) -> Generator[Arrival, None, None]:
+    """Yield the replies to each sample, densely first and then under each configuration.
+
+    Args:
+        runner: the model and the configurations.
+        samples: what to reply to.
+        done: keys of replies that are not wanted.
+        report: is told what runs next.
+    """
+    warm = not runner.on_cuda
+    for sample in samples:
+        draft: list[int] = []
+        for name in runner.names:
+            if (*_key(sample), name) in done:
+                continue
+            report(f"{sample.task} {sample.length or ''}, {name}")
+            if not warm:  # kernels are compiled now, not in the first result's time
+                for each in runner.names:
+                    runner.reply(sample, each, [])
+                warm = True
+            reply = runner.reply(sample, name, draft)
+            if name == DENSE:
+                draft = reply.tokens
+            yield sample, name, reply
+
+
+def _key(sample: Sample) -> tuple[str, int, int]:
+    return sample.task, sample.length, sample.index
 
 
 def score(results: EvalResults, samples: SampleSet, scorer: SampleScorer) -> EvalResults:
@@ -165,7 +213,7 @@ def score(results: EvalResults, samples: SampleSet, scorer: SampleScorer) -> Eva
     """
     if results.header.arguments.get("samples_sha256") != samples.digest():
         raise UsageError("--samples must be the file that the results were made from")
-    by_key = {(sample.task, sample.length, sample.index): sample for sample in samples.samples}
+    by_key = {_key(sample): sample for sample in samples.samples}
     scored = [
         dataclasses.replace(result, score=scorer.score(by_key[result.key[:3]], result.reply))
         if result.score is None

@@ -1,0 +1,353 @@
+"""How long the operator takes where the heads keep numbers of tokens that were recorded.
+
+All stages run as in `token_sparse_attention`, scoring and selecting included. What they select
+on random inputs is then put aside for a selection of the recorded numbers, made in advance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention import functional
+from token_sparse_attention.attention.backends import choose_backend
+from token_sparse_attention.attention.dense import causal_attention
+from token_sparse_attention.benchmark import checks, timing
+from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
+from token_sparse_attention.inputs import real_tokens
+from token_sparse_attention.selection import (
+    TokenSelection,
+    dense_selection,
+    resolve_impl,
+    score_rows,
+    select_rows,
+)
+
+SKIPPED = "skipped"
+
+
+class Shape(NamedTuple):
+    """The attention to measure: H, H_kv and D."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class LayerRun(NamedTuple):
+    """What a sparse layer did.
+
+    Attributes:
+        config: its settings.
+        shares: share of the prompt that each head kept, or one number for all of them;
+            empty if the layer ran dense.
+    """
+
+    config: TokenSparseConfig
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """How to measure.
+
+    Attributes:
+        device: where.
+        dtype: of the tensors.
+        attention_backend: which kernel attends, dense and sparse; see `token_sparse_attention`.
+        share_within: runs share a measurement where no head's number of tokens differs by
+            more than this share of it.
+        budget_seconds: to spend on each time, as far as a few samples allow.
+
+    Raises:
+        UsageError: if a field is out of range.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    attention_backend: str = "auto"
+    share_within: float = 0.01
+    budget_seconds: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share_within < 1:
+            raise UsageError(f"--share-within must be in [0, 1), got {self.share_within:g}")
+
+
+@dataclass(frozen=True)
+class ReplayPoint:
+    """One measurement: a layer's attention, and dense attention in turns with it.
+
+    Attributes:
+        num_heads: H.
+        num_kv_heads: H_kv.
+        head_dim: D.
+        seq_len: S.
+        dtype: of the tensors.
+        backend: the kernel that attended, here and densely.
+        settings: of the layer; None for dense attention by itself.
+        kept: tokens that each head kept, or one number for all; None if the layer ran dense,
+            which with `settings` means after it was scored.
+        kind: how the layer was timed, see `Record`; ``"skipped"`` if it could not be.
+        median_ms: median time.
+        low_ms: 20th percentile of the time.
+        high_ms: 80th percentile.
+        dense_ms: median time of dense attention.
+        samples: how many times were taken.
+        error: relative error against float64, the worst of the rows checked.
+        passed: whether the check passed.
+        note: what else to know.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    seq_len: int
+    dtype: str
+    backend: str
+    settings: Mapping[str, Any] | None
+    kept: tuple[int, ...] | None
+    kind: str
+    median_ms: float | None
+    low_ms: float | None
+    high_ms: float | None
+    dense_ms: float | None
+    samples: int
+    error: float | None
+    passed: bool
+    note: str
+
+
+class Replayer:
+    """Measures at one shape and length, and what is nearly the same only once."""
+
+    def __init__(self, options: ReplayOptions, shape: Shape, seq_len: int) -> None:
+        if shape.num_heads % shape.num_kv_heads:
+            raise UsageError(
+                f"--heads must be a multiple of --kv-heads {shape.num_kv_heads}, "
+                f"got {shape.num_heads}"
+            )
+        timing.free_memory(options.device)
+        self.options, self.shape, self.seq_len = options, shape, seq_len
+        self.inputs = random_inputs(seq_len, *shape, options.device, options.dtype)
+        query, key, _ = self.inputs
+        self._backend = choose_backend(options.attention_backend, query, key).name
+        self._impl = resolve_impl("auto", query, shape.head_dim)
+        self._dense_call = partial(
+            causal_attention, *self.inputs, scale=self.inputs.scale, backend=self._backend
+        )
+        try:
+            verdict = checks.check_dense(self.inputs, self._dense_call())
+        except ValueError as error:
+            raise UsageError(f"--attention-backend: {error}") from error
+        (taken,) = timing.kernel_times([self._dense_call], options.device, options.budget_seconds)
+        self._reference_error = verdict.allowance
+        self.dense = self._point(None, None, taken, taken, verdict)
+        self._measured: list[tuple[TokenSparseConfig, ReplayPoint]] = []
+
+    def point(self, run: LayerRun | None) -> ReplayPoint:
+        """Return a measurement of a layer: made now, or of one that was nearly the same.
+
+        Args:
+            run: what the layer did; None for one that was not to run sparse. One that ran
+                dense counts as scored, unless its length alone decides.
+        """
+        if run is None or (not run.shares and self._forces_dense(run.config)):
+            return self.dense
+        config = run.config
+        if self.seq_len <= config.window_size:
+            raise UsageError(
+                f"lengths must exceed the settings' window_size {config.window_size}, "
+                f"got {self.seq_len}"
+            )
+        kept = head_counts(run, self.shape.num_heads, self.seq_len)
+        for other, point in self._measured:
+            if other == config and _nearly_equal(point.kept, kept, self.options.share_within):
+                return point
+        try:
+            point = self._measure(config, kept)
+        except torch.OutOfMemoryError as error:
+            timing.free_memory(self.options.device)
+            point = self._point(config, kept, None, None, Verdict(False, None, _first_line(error)))
+        self._measured.append((config, point))
+        return point
+
+    def _forces_dense(self, config: TokenSparseConfig) -> bool:
+        lengths = (self.seq_len, self.seq_len)
+        even = break_even(config, self.inputs.query)
+        return (config.dense_reason(*lengths) or even.dense_reason(*lengths)) is not None
+
+    @torch.no_grad()
+    def _measure(self, config: TokenSparseConfig, kept: tuple[int, ...] | None) -> ReplayPoint:
+        selection = make_selection(
+            kept, config.window_size, self.inputs, padded=self._impl == "triton"
+        )
+        call = partial(
+            run_with,
+            self.inputs,
+            config,
+            selection,
+            even=self._break_even(config, kept),
+            impl=self._impl,
+            backend=self._backend,
+            kept=None if kept is None else fmean(kept) / self.seq_len,
+        )
+        verdict = checks.check_sparse(
+            self.inputs, call(), selection, config, reference_error=self._reference_error
+        )
+        dense, ours = timing.kernel_times(
+            [self._dense_call, call], self.options.device, self.options.budget_seconds
+        )
+        if self.options.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the graphs held
+        return self._point(config, kept, ours, dense, verdict)
+
+    def _break_even(self, config: TokenSparseConfig, kept: tuple[int, ...] | None) -> BreakEven:
+        """The operator's own, which bounds its memory, unless more was kept elsewhere."""
+        even = break_even(config, self.inputs.query)
+        fitting = int(even.max_share(self.seq_len, self.seq_len) * self.seq_len)
+        return NEVER_DENSE if kept is not None and max(kept) > fitting else even
+
+    def _point(
+        self,
+        config: TokenSparseConfig | None,
+        kept: tuple[int, ...] | None,
+        ours: timing.Timing | None,
+        dense: timing.Timing | None,
+        verdict: Verdict,
+    ) -> ReplayPoint:
+        notes = [verdict.note]
+        if ours and dense:
+            notes.append(ours.note)
+            notes.append("" if ours.kind == dense.kind else f"dense time: {dense.kind}")
+        return ReplayPoint(
+            *self.shape,
+            seq_len=self.seq_len,
+            dtype=str(self.options.dtype).removeprefix("torch."),
+            backend=self._backend,
+            settings=None if config is None else config.to_dict(),
+            kept=kept,
+            kind=ours.kind if ours else SKIPPED,
+            median_ms=ours.median_ms if ours else None,
+            low_ms=ours.low_ms if ours else None,
+            high_ms=ours.high_ms if ours else None,
+            dense_ms=dense.median_ms if dense else None,
+            samples=ours.samples if ours else 0,
+            error=verdict.error,
+            passed=verdict.passed,
+            note="; ".join(filter(None, notes)),
+        )
+
+
+def head_counts(run: LayerRun, num_heads: int, seq_len: int) -> tuple[int, ...] | None:
+    """Return how many of `seq_len` tokens each of `num_heads` heads keeps; None for dense.
+
+    Recorded heads are repeated or thinned out evenly; one number for all stays one.
+
+    Example:
+        >>> head_counts(LayerRun(TokenSparseConfig(), (0.5, 1.0)), 4, 1000)
+        (500, 500, 1000, 1000)
+    """
+    shares = run.shares
+    if not shares:
+        return None
+    if len(shares) > 1:
+        shares = tuple(shares[head * len(shares) // num_heads] for head in range(num_heads))
+    lowest = run.config.window_size
+    return tuple(min(max(round(share * seq_len), lowest), seq_len) for share in shares)
+
+
+def make_selection(
+    kept: Sequence[int] | None, window_size: int, inputs: Inputs, *, padded: bool
+) -> TokenSelection:
+    """Return a selection of random slots and the window, or one that runs dense.
+
+    Args:
+        kept: tokens that each head keeps, or one number for all; None for dense.
+        window_size: how many of the last tokens are kept in any case.
+        inputs: what to select from.
+        padded: whether indices have capacity for every slot and 32 bits, as Triton's have.
+    """
+    _, num_heads, seq_len, _ = inputs.query.shape
+    device = inputs.query.device
+    if kept is None:
+        selection = dense_selection(real_tokens(None, 1, seq_len, device), num_heads)
+        if padded:
+            indices, lengths = selection.indices.int(), selection.lengths.int()
+            selection = selection._replace(indices=indices, lengths=lengths, budget=lengths)
+        return selection
+    counts = list(kept) * (num_heads if len(kept) == 1 else 1)
+    dtype = torch.int32 if padded else torch.int64
+    capacity = seq_len if padded else max(counts)
+    indices = torch.full((1, num_heads, capacity), -1, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seq_len)
+    for head, count in enumerate(counts):
+        order = torch.rand(seq_len, generator=generator, device=device)
+        order[seq_len - window_size :] = 2
+        indices[0, head, :count] = order.topk(count).indices.sort().values.to(dtype)
+    return TokenSelection(
+        indices,
+        torch.tensor([counts], dtype=dtype, device=device),
+        torch.ones(1, dtype=torch.bool, device=device),
+        seq_len,
+    )
+
+
+def run_with(
+    inputs: Inputs,
+    config: TokenSparseConfig,
+    selection: TokenSelection,
+    *,
+    even: BreakEven,
+    impl: str,
+    backend: str,
+    kept: float | None,
+) -> Tensor:
+    """Run every stage of the operator, but attend over the tokens of another selection.
+
+    Args:
+        inputs: query, key and value.
+        config: the settings.
+        selection: what to attend over.
+        even: the crossover, which bounds the memory of shared budgets.
+        impl: ``"triton"`` or ``"reference"``.
+        backend: which kernel attends.
+        kept: the share to select in vain, so that selecting does as much as it did.
+
+    Returns:
+        ``[1, H, S, D]``.
+    """
+    query, key, value = inputs
+    seq_len = query.shape[2]
+    tokens = real_tokens(None, 1, seq_len, query.device, on_device=impl == "triton")
+    scores = score_rows(query, key, config, tokens, inputs.scale, impl)
+    select_rows(scores, config, tokens, impl, query_len=seq_len, kept=kept, even=even)
+    del scores
+    call = functional.Call(inputs.scale, impl, backend)
+    return functional._attend_selected(
+        query, key, value, config, selection, tokens, even, impl, call
+    ).out
+
+
+def _nearly_equal(
+    one: tuple[int, ...] | None, other: tuple[int, ...] | None, within: float
+) -> bool:
+    if one is None or other is None:
+        return one is other
+    return len(one) == len(other) and all(
+        abs(a - b) <= within * min(a, b) for a, b in zip(one, other)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]

@@ -1,0 +1,401 @@
+"""From recorded token counts to speed: replays the results of ``tsa eval``, and their file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from types import NoneType
+from typing import Any, NamedTuple
+
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.benchmark.replay import (
+    LayerRun,
+    Replayer,
+    ReplayOptions,
+    ReplayPoint,
+    Shape,
+)
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig, layer_configs
+from token_sparse_attention.evaluation.record import EvalResults, SampleResult, check_entries
+from token_sparse_attention.evaluation.summary import layer_shares
+
+SCHEMA_VERSION = 1
+SUITE = "replay"
+
+
+class Part(NamedTuple):
+    """Some of a layer's runs: their share, and which of the points was measured for them."""
+
+    share: float
+    point: int
+
+
+@dataclass(frozen=True)
+class ReplayRow:
+    """One configuration at one length and shape.
+
+    Attributes:
+        configuration: name of the configuration.
+        length: what the samples were built for.
+        digest: of the counts that were replayed, of `counts_digest`.
+        samples: how many samples they are from.
+        own_shape: whether this is the shape of the model that was evaluated.
+        reused: how many parts of layers took the measurement of others nearly the same.
+        layers: for every layer its parts, whose shares add up to 1.
+    """
+
+    configuration: str
+    length: int
+    digest: str
+    samples: int
+    own_shape: bool
+    reused: int
+    layers: tuple[tuple[Part, ...], ...]
+
+
+class Times(NamedTuple):
+    """Attention of all layers together, in milliseconds: dense and as configured."""
+
+    dense_ms: float
+    sparse_ms: float
+
+    @property
+    def speed_up(self) -> float:
+        """How many times as fast as dense attention."""
+        return self.dense_ms / self.sparse_ms
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one run replayed, and where.
+
+    Attributes:
+        provenance: device, versions and commit when the measurement began.
+        arguments: what the command was asked for.
+        points: the measurements.
+        rows: which measurements make up which configuration.
+        suite: ``"replay"``.
+        version: of this format.
+    """
+
+    provenance: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    points: tuple[ReplayPoint, ...] = field(repr=False)
+    rows: tuple[ReplayRow, ...]
+    suite: str = SUITE
+    version: int = SCHEMA_VERSION
+
+    @property
+    def failures(self) -> list[ReplayPoint]:
+        """The measurements whose check failed, or that could not be made."""
+        return [point for point in self.points if not point.passed]
+
+    def row_points(self, row: ReplayRow) -> list[ReplayPoint]:
+        """Return the measurements that a row rests on."""
+        return [self.points[part.point] for layer in row.layers for part in layer]
+
+    def times(self, row: ReplayRow) -> Times | None:
+        """Return a row's times; None if a measurement is missing or its check failed."""
+        dense_ms = sparse_ms = 0.0
+        for layer in row.layers:
+            for share, number in layer:
+                point = self.points[number]
+                if not point.passed or point.dense_ms is None or point.median_ms is None:
+                    return None
+                dense_ms += share * point.dense_ms
+                sparse_ms += share * point.median_ms
+        return Times(dense_ms, sparse_ms)
+
+    def to_json(self) -> str:
+        """Return the file's content; points and rows take one line each."""
+        head = {
+            "version": self.version,
+            "suite": self.suite,
+            "provenance": dict(self.provenance),
+            "arguments": dict(self.arguments),
+        }
+        opened = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
+        lists = [
+            f'  "{name}": [\n'
+            + ",\n".join("    " + json.dumps(_entries(e), allow_nan=False) for e in entries)
+            + "\n  ]"
+            for name, entries in (("points", self.points), ("rows", self.rows))
+        ]
+        return f"{opened},\n" + ",\n".join(lists) + "\n}\n"
+
+    def save(self, path: Path) -> None:
+        """Write the file, and the folder it lies in.
+
+        Raises:
+            UsageError: if it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--out {path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Replay:
+        """Read a file that `save` wrote.
+
+        Raises:
+            UsageError: if it cannot be read or is none; the message names the entry.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{path} must be an object, got {type(content).__name__}")
+        check_entries(content, _FILE_KINDS, str(path))
+        for name, wanted in (("version", SCHEMA_VERSION), ("suite", SUITE)):
+            if content[name] != wanted:
+                raise UsageError(f"{path}: {name} must be {wanted!r}, got {content[name]!r}")
+        points = tuple(
+            _read_point(entry, f"{path}: points[{index}]")
+            for index, entry in enumerate(content["points"])
+        )
+        rows = tuple(
+            _read_row(entry, len(points), f"{path}: rows[{index}]")
+            for index, entry in enumerate(content["rows"])
+        )
+        return cls(content["provenance"], content["arguments"], points, rows)
+
+
+def replay(
+    evaluations: Sequence[tuple[str, EvalResults]],
+    options: ReplayOptions,
+    target: Shape,
+    *,
+    own_shape: bool = False,
+    lengths: Sequence[int] = (),
+    report: Callable[[str], object] = lambda _: None,
+) -> Iterator[tuple[list[ReplayPoint], list[ReplayRow]]]:
+    """Replay every configuration at every length; yield all points and rows after each.
+
+    Args:
+        evaluations: results, each with the name it goes by.
+        options: how to measure.
+        target: the shape to measure at; recorded heads are repeated to fit it.
+        own_shape: whether to measure at the evaluated model's own shape besides.
+        lengths: only these lengths; all if empty.
+        report: is told what is being measured.
+
+    Raises:
+        UsageError: if results cannot be replayed, or there are none.
+    """
+    points: list[ReplayPoint] = []
+    rows: list[ReplayRow] = []
+    for seq_len, shape, own, jobs in _jobs(evaluations, target, own_shape, lengths):
+        report(f"{seq_len:,} tokens, {shape.num_heads} heads: dense")
+        replayer = Replayer(options, shape, seq_len)
+        numbers: dict[int, int] = {}  # of this replayer's points, by identity
+        for name, results, configuration, length in jobs:
+            chosen = chosen_samples(results, configuration, length)
+            layers, reused = [], 0
+            for layer, runs in enumerate(layer_runs(results, configuration, chosen)):
+                report(
+                    f"{seq_len:,} tokens, {shape.num_heads} heads: {name}, {configuration}, "
+                    f"layer {layer}"
+                )
+                parts = []
+                for share, run in runs:
+                    point = replayer.point(run)
+                    reused += point is not replayer.dense and id(point) in numbers
+                    if id(point) not in numbers:
+                        numbers[id(point)] = len(points)
+                        points.append(point)
+                    parts.append(Part(share, numbers[id(point)]))
+                layers.append(tuple(parts))
+            digest = counts_digest(results, configuration, length)
+            rows.append(
+                ReplayRow(configuration, length, digest, len(chosen), own, reused, tuple(layers))
+            )
+            yield points, rows
+        del replayer
+
+
+Job = tuple[str, EvalResults, str, int]
+
+
+def _jobs(
+    evaluations: Sequence[tuple[str, EvalResults]],
+    target: Shape,
+    own_shape: bool,
+    lengths: Sequence[int],
+) -> list[tuple[int, Shape, bool, list[Job]]]:
+    """Group what is to be replayed by the tensors that it needs."""
+    groups: dict[tuple[int, Shape, bool], list[Job]] = {}
+    for name, results in evaluations:
+        model = results.header.model
+        own = Shape(model["num_heads"], model["num_kv_heads"], model["head_dim"])
+        for length in sorted({sample.length for sample in results.samples}):
+            if lengths and length not in lengths:
+                continue
+            for configuration in results.header.configurations:
+                chosen = chosen_samples(results, configuration, length)
+                if not chosen:
+                    continue
+                # Tasks that set no length are replayed at their prompts' mean length.
+                seq_len = length or round(fmean(sample.prompt_tokens for sample in chosen))
+                job = (name, results, configuration, length)
+                for shape, is_own in ((target, False), *([(own, True)] if own_shape else [])):
+                    groups.setdefault((seq_len, shape, is_own), []).append(job)
+    if not groups:
+        raise UsageError("there are no results to replay, or none of the lengths asked for")
+    return [(*key, jobs) for key, jobs in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def chosen_samples(results: EvalResults, configuration: str, length: int) -> list[SampleResult]:
+    """Return a configuration's results of a length, all tasks together."""
+    return [s for s in results.samples if (s.configuration, s.length) == (configuration, length)]
+
+
+def counts_digest(results: EvalResults, configuration: str, length: int) -> str:
+    """Return a hash of settings and recorded counts, by which a replay names what it replayed."""
+    chosen = chosen_samples(results, configuration, length)
+    counts = sorted((s.task, s.index, s.prompt_tokens, json.dumps(s.kept)) for s in chosen)
+    settings = results.header.configurations[configuration]
+    hashed = json.dumps([settings, counts], sort_keys=True).encode()
+    return hashlib.sha256(hashed).hexdigest()
+
+
+def layer_runs(
+    results: EvalResults, configuration: str, samples: Sequence[SampleResult]
+) -> list[list[tuple[float, LayerRun | None]]]:
+    """Return what each layer did: runs with the share of the samples that they stand for.
+
+    Samples in which a layer ran dense are a part of their own. For the others the root of the
+    mean square of a head's shares stands, because attention's time goes with the square: so
+    the replayed work is the recorded work.
+
+    Args:
+        results: the evaluation.
+        configuration: whose results.
+        samples: the results, at least one.
+
+    Raises:
+        UsageError: if the settings are none of Token Sparse Attention, or do not list a layer
+            that ran sparse.
+    """
+    num_layers = results.header.model["num_layers"]
+    configs = _layer_configs(results.header.configurations[configuration], num_layers)
+    runs = []
+    for layer in range(num_layers):
+        recorded = [
+            layer_shares(sample.kept[layer], sample.prompt_tokens)
+            for sample in samples
+            if sample.kept is not None and sample.kept[layer] is not None
+        ]
+        config = configs.get(layer)
+        parts: list[tuple[float, LayerRun | None]] = []
+        if recorded:
+            if config is None:
+                raise UsageError(
+                    f"configuration {configuration!r} ran layer {layer} sparse, but does not "
+                    "list it"
+                )
+            parts.append((len(recorded) / len(samples), LayerRun(config, _mean(recorded))))
+        dense = len(samples) - len(recorded)
+        if dense:
+            parts.append((dense / len(samples), None if config is None else LayerRun(config, ())))
+        runs.append(parts)
+    return runs
+
+
+def _layer_configs(
+    settings: Mapping[str, Any] | None, num_layers: int
+) -> dict[int, TokenSparseConfig]:
+    if settings is None:
+        return {}
+    try:
+        if "version" in settings:
+            return layer_configs(LayerProfile.from_json(json.dumps(settings)), num_layers)
+        return layer_configs(TokenSparseConfig.from_dict(settings), num_layers)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"settings that cannot be replayed: {error}") from error
+
+
+def _mean(recorded: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    heads = max(map(len, recorded))
+    full = [shares if len(shares) == heads else [*shares] * heads for shares in recorded]
+    return tuple(math.sqrt(fmean(share**2 for share in head)) for head in zip(*full))
+
+
+_NUMBER, _OPTIONAL = (int, float), (int, float, NoneType)
+_FILE_KINDS: dict[str, tuple[type, ...]] = {
+    "version": (int,),
+    "suite": (str,),
+    "provenance": (dict,),
+    "arguments": (dict,),
+    "points": (list,),
+    "rows": (list,),
+}
+_POINT_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "seq_len", "samples"), (int,)),
+    **dict.fromkeys(("dtype", "backend", "kind", "note"), (str,)),
+    **dict.fromkeys(("median_ms", "low_ms", "high_ms", "dense_ms", "error"), _OPTIONAL),
+    "settings": (dict, NoneType),
+    "kept": (list, NoneType),
+    "passed": (bool,),
+}
+_ROW_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("configuration", "digest"), (str,)),
+    **dict.fromkeys(("length", "samples", "reused"), (int,)),
+    "own_shape": (bool,),
+    "layers": (list,),
+}
+
+
+def _entries(entry: ReplayPoint | ReplayRow) -> dict[str, Any]:
+    return {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
+
+
+def _read_point(content: Any, where: str) -> ReplayPoint:
+    _check_object(content, _POINT_KINDS, where)
+    kept = content["kept"]
+    if kept is not None:
+        if not kept or not all(type(count) is int and count > 0 for count in kept):
+            raise UsageError(f"{where}: kept must hold positive numbers, got {kept!r}")
+        kept = tuple(kept)
+    return ReplayPoint(**{**content, "kept": kept})
+
+
+def _read_row(content: Any, num_points: int, where: str) -> ReplayRow:
+    _check_object(content, _ROW_KINDS, where)
+    layers = []
+    for layer in content["layers"]:
+        if not _is_layer(layer, num_points):
+            raise UsageError(
+                f"{where}: layers must hold pairs of a share and the number of a point, below "
+                f"{num_points}; got {layer!r}"
+            )
+        layers.append(tuple(Part(share, point) for share, point in layer))
+    if not layers:
+        raise UsageError(f"{where}: layers must not be empty")
+    return ReplayRow(**{**content, "layers": tuple(layers)})
+
+
+def _is_layer(layer: Any, num_points: int) -> bool:
+    if not isinstance(layer, list) or not all(
+        isinstance(part, list) and len(part) == 2 for part in layer
+    ):
+        return False
+    right = all(
+        type(share) in _NUMBER and type(point) is int and 0 <= point < num_points
+        for share, point in layer
+    )
+    return right and math.isclose(sum(share for share, _ in layer), 1, rel_tol=1e-6)
+
+
+def _check_object(content: Any, kinds: Mapping[str, tuple[type, ...]], where: str) -> None:
+    if not isinstance(content, dict):
+        raise UsageError(f"{where} must be an object, got {content!r}")
+    check_entries(content, kinds, where)

@@ -1,0 +1,79 @@
+"""Several processes give what one gives, and their failures are told."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import pytest
+
+from evaluation.failing import bad_input, sudden_death, unforeseen
+from evaluation.small import CONFIG, make_samples, run_eval, save_model
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.evaluation import harness, processes
+from token_sparse_attention.evaluation.record import load_results
+
+
+def by_key(path):
+    found = load_results(path).samples
+    return {result.key: result.__dict__ | {"seconds": 0} for result in found}
+
+
+@pytest.fixture
+def samples(tmp_path):
+    path = tmp_path / "samples.jsonl.gz"
+    make_samples(4).save(path)
+    return str(path)
+
+
+def test_two_processes_finish_what_one_began(samples, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "installed_version", lambda: None)
+    model = save_model(tmp_path / "model")
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    asked = (model, "--samples", samples, "--dtype", "float32", "--config", f"a={CONFIG}")
+    assert run_eval(*asked, "--out", str(whole)) == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    header = json.loads(lines[0])
+    header["arguments"]["processes"] = 2
+    # The dense reply to the first sample is there, and everything about the last one.
+    out.write_text("".join([json.dumps(header) + "\n", lines[1], *lines[-2:]]))
+    capsys.readouterr()
+    assert run_eval(*asked, "--out", str(out), "--processes", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["unscored"] == 8
+    assert by_key(out) == by_key(whole)
+    assert not multiprocessing.active_children()
+    with pytest.raises(UsageError, match=r"arguments\.processes is 2, now it would be None"):
+        run_eval(*asked, "--out", str(out))
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "message"),
+    [
+        (bad_input, UsageError, "there is no such model"),
+        (unforeseen, RuntimeError, "abacus"),
+        (sudden_death, RuntimeError, "died with exit code 7"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_worker_that_fails_stops_the_run(load, error, message):
+    one = make_samples(1).samples
+    with pytest.raises(error, match=message):
+        list(processes.spread(load, 9, one, set(), lambda _: None))
+    assert not multiprocessing.active_children()
+
+
+def test_some_of_the_samples_can_be_chosen(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "installed_version", lambda: None)
+    model = save_model(tmp_path / "model")
+    asked = (model, "--samples", samples, "--config", f"a={CONFIG}", "--out")
+    out = tmp_path / "r.jsonl"
+    assert (
+        run_eval(*asked, str(out), "--only-tasks", "niah_single_1", "--only-lengths", "512") == 0
+    )
+    assert len(load_results(out).samples) == 8
+    with pytest.raises(UsageError, match="--only-lengths must be among 512"):
+        run_eval(*asked, str(out), "--only-lengths", "64")
+    with pytest.raises(UsageError, match="--only-tasks must be among niah_single_1"):
+        run_eval(*asked, str(out), "--only-tasks", "abacus")
+    with pytest.raises(UsageError, match="choose from --samples"):
+        run_eval(model, "--out", str(out), "--only-lengths", "64")
