@@ -105,19 +105,6 @@ def test_training_makes_a_model_that_loads(data, tmp_path):
     assert "512" in scores["right"]["single_1"]
 
 
-def test_sparsity_is_measured_on_the_same_questions(data, tmp_path):
-    run(
-        *("training.sparsity", "--model", bundled.MODEL, "--data", data),
-        *("--samples", "1", "--lengths", "1536", "--out", tmp_path / "sparsity.json"),
-    )
-    measured = json.loads((tmp_path / "sparsity.json").read_text())
-    assert set(measured["results"]) == {"dense", "published", "profile"}
-    assert measured["results"]["dense"]["right"]["marked"]["1536"] == [True]
-    assert measured["results"]["dense"]["kept_share"]["1536"] == []
-    assert all(share < 1 for share in measured["results"]["profile"]["kept_share"]["1536"])
-    assert measured["versions"]["torch"] == torch.__version__
-
-
 def test_the_card_is_what_the_results_say(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(bundled.MODEL / name, tmp_path)
