@@ -87,6 +87,7 @@ def _train(name: str, data: Path, device: str, args: argparse.Namespace) -> dict
         "seconds": round(trainer.elapsed),
         "longest_row": trainer.options.stages[-1][0],
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "sources": json.loads((data / "sources.json").read_text("utf-8")),
     }
 
 
@@ -103,8 +104,7 @@ def main() -> None:
     for name in RUNS if args.run == "all" else [args.run]:
         runs.append(_train(name, data, device, args))
         args.start_from, args.resume = args.out / "model", None
-    sources = json.loads((data / "sources.json").read_text("utf-8"))
-    training = json.dumps({"runs": runs, "sources": sources}, indent=2)
+    training = json.dumps({"runs": runs}, indent=2)
     (args.out / "training.json").write_text(training + "\n", "utf-8")
     if args.samples:
         lengths = [int(length) for length in args.lengths.split(",")]

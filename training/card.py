@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -107,7 +108,6 @@ def make_card(ruler: Path, training: Path, model: Path) -> str:
     header, rows = measured.header, summarise(measured)
     trained = json.loads(training.read_text("utf-8"))
     config = json.loads((model / "config.json").read_text("utf-8"))
-    sources = [f"| {s['package']} | {s['version']} | {s['licence']} |" for s in trained["sources"]]
     return _CARD.format(
         **{**config, **header.arguments},
         parameters=_count_parameters(model / "model.safetensors"),
@@ -122,7 +122,7 @@ def make_card(ruler: Path, training: Path, model: Path) -> str:
         table=_dense_table(rows),
         profile_file=PROFILE_FILE,
         sparse_table=_sparse_table(rows),
-        sources="\n".join(sources),
+        sources=_source_table(trained["runs"]),
     )
 
 
@@ -130,6 +130,19 @@ def _count_parameters(weights: Path) -> int:
     with safe_open(weights, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     return sum(math.prod(shape) for shape in shapes)
+
+
+def _source_table(runs: Sequence[dict[str, Any]]) -> str:
+    """One line per package, with the versions that the runs read."""
+    versions: dict[tuple[str, str], dict[str, None]] = {}
+    for run in runs:
+        for source in run["sources"]:
+            package = versions.setdefault((source["package"], source["licence"]), {})
+            package[source["version"]] = None
+    return "\n".join(
+        f"| {package} | {', '.join(found)} | {licence} |"
+        for (package, licence), found in versions.items()
+    )
 
 
 def _dense_table(rows: Sequence[Row]) -> str:
