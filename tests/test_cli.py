@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from integrations.models import make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.cli import main
 from token_sparse_attention.run import (
     PROFILE_FILE,
@@ -216,6 +218,7 @@ def test_bad_input_exits_2_and_names_it(folder, capsys, tmp_path, change, messag
         ["run", "--prompt-file", "x", "--max-new-tokens", "0"],
         ["run", "--prompt-file", "x", "--impl", "magic"],
         ["run", "--prompt-file", "x", "--attention-backend", "magic"],
+        ["run", "--prompt-file", "x", "--attention-backend", 'flexprefill:{"gama": 1}'],
     ],
 )
 def test_bad_arguments_exit_2(arguments, capsys):
@@ -223,6 +226,33 @@ def test_bad_arguments_exit_2(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert "usage: tsa" in capsys.readouterr().err
+
+
+def test_run_takes_a_pattern_in_every_layer(folder, capsys, monkeypatch):
+    seen = []
+    pattern = PATTERNS["streaming"]
+
+    def run(query, *arguments, **settings):
+        seen.append(query.shape[2])
+        return pattern.run(query, *arguments, **settings)
+
+    monkeypatch.setitem(PATTERNS, "streaming", pattern._replace(run=run))
+    config = folder / "one-layer.json"
+    config.write_text(dataclasses.replace(CONFIG, sparse_layers=(1,)).to_json())
+    asked = ("--config", config, "--attention-backend", 'streaming:{"local_size": 99}')
+    result = run_json(
+        capsys,
+        *(folder / "model", "--prompt-file", folder / "document.txt", "--compare"),
+        *("--max-new-tokens", "2", *asked),
+    )
+    assert result["attention_backend"] == 'streaming:{"local_size":99}'
+    assert [layer["paths"] for layer in result["sparse"]["layers"]] == [
+        ["dense"],
+        ["sparse"],
+        ["dense"],
+    ]
+    kept = result["sparse"]["layers"][1]["kept"][0][0]
+    assert seen == [300, kept, 300], "every layer of the sparse prefill, and nothing else"
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "info"])
@@ -244,6 +274,7 @@ def test_info(capsys):
         assert entry["auto"] in entry["available"]
         assert entry["reason"]
         assert "cudnn" not in entry["available"]
+        assert entry["patterns_on"] == "reference"
     assert main(["info"]) == 0
     assert "auto picks" in capsys.readouterr().out
 

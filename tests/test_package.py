@@ -25,7 +25,7 @@ PUBLIC = sorted(
 LEVELS = [
     {"config"},
     {"inputs", "crossover", "reference", "bundled"},
-    {"kernels"},
+    {"limits", "kernels"},
     {"selection"},
     {"compression", "attention"},
     {"functional"},

@@ -15,6 +15,8 @@ from rich.table import Table
 
 import token_sparse_attention
 from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.command import add_commands as add_benchmarks
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands as add_calibration
@@ -72,7 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-new-tokens", type=_positive_int, default=64, metavar="N")
     run.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
     run.add_argument("--impl", default="auto", choices=IMPLS)
-    run.add_argument("--attention-backend", default="auto", choices=BACKENDS)
+    run.add_argument(
+        "--attention-backend",
+        type=_backend,
+        default="auto",
+        metavar="NAME",
+        help=f"dense kernel: {', '.join(BACKENDS)}; or block-sparse pattern in every layer: "
+        f"{', '.join(PATTERNS)}, settings as JSON after a colon (default: auto)",
+    )
     run.add_argument(
         "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
     )
@@ -129,6 +138,13 @@ def _positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _backend(text: str) -> str:
+    try:
+        return parse_backend(text)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _read_prompt(path: str) -> str:
@@ -216,6 +232,7 @@ def _run(args: argparse.Namespace) -> int:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "config": json.loads(config.to_json()),
                 "config_source": source,
+                "attention_backend": args.attention_backend,
                 **provenance(str(model.device)),
                 **{path: answer.to_dict() for path, answer in answers.items()},
             }
@@ -314,7 +331,9 @@ def _info(args: argparse.Namespace) -> int:
     for name, version in facts["versions"].items():
         table.add_row(name, version or "not installed")
     console.print(table)
-    table = Table("device", "dtype", "backends that ran", "auto picks", "because")
+    table = Table(
+        "device", "dtype", "backends that ran", "auto picks", "because", "patterns run on"
+    )
     for device in facts["devices"]:
         for entry in facts["backends"][device["device"]]:
             table.add_row(
@@ -323,6 +342,7 @@ def _info(args: argparse.Namespace) -> int:
                 ", ".join(entry["available"]) or "none",
                 entry["auto"],
                 entry["reason"],
+                entry["patterns_on"],
             )
     console.print(table)
     return 0

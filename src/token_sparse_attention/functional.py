@@ -8,21 +8,23 @@ select gets the fallback there. Nothing is evicted: each call chooses again.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.backends import check_backend, choose_backend, takes_packed
-from token_sparse_attention.attention.dense import (
-    Attended,
+from token_sparse_attention.attention.backends import takes_packed
+from token_sparse_attention.attention.causal import (
     attend,
     attend_packed,
     attend_rows,
+    dense_backend,
+    parse_backend,
+    resolve_backend,
 )
-from token_sparse_attention.attention.sinks import add_sinks
+from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.attention.patterns.base import PatternConfig
+from token_sparse_attention.attention.windows import attend_windows
 from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
@@ -37,6 +39,7 @@ from token_sparse_attention.inputs import (
     real_tokens,
     resolve_scale,
 )
+from token_sparse_attention.limits import forces_dense, head_groups, most_tokens
 from token_sparse_attention.selection import (
     TokenSelection,
     check_impl,
@@ -45,8 +48,6 @@ from token_sparse_attention.selection import (
     score_rows,
     select_rows,
 )
-
-_PACKED_BYTES = 512 * 2**20  # of Q, K, V and output of the heads that are processed at once
 
 
 class SparseOutput(NamedTuple):
@@ -86,7 +87,7 @@ def token_sparse_attention(
     padding_mask: Tensor | None = ...,
     scale: float | None = ...,
     impl: str = ...,
-    attention_backend: str = ...,
+    attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
     return_selection: Literal[False] = ...,
@@ -104,7 +105,7 @@ def token_sparse_attention(
     padding_mask: Tensor | None = ...,
     scale: float | None = ...,
     impl: str = ...,
-    attention_backend: str = ...,
+    attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
     return_selection: Literal[True],
@@ -122,7 +123,7 @@ def token_sparse_attention(
     padding_mask: Tensor | None = ...,
     scale: float | None = ...,
     impl: str = ...,
-    attention_backend: str = ...,
+    attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
     return_selection: Literal[False] = ...,
@@ -140,7 +141,7 @@ def token_sparse_attention(
     padding_mask: Tensor | None = ...,
     scale: float | None = ...,
     impl: str = ...,
-    attention_backend: str = ...,
+    attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
     return_selection: Literal[True],
@@ -157,7 +158,7 @@ def token_sparse_attention(
     padding_mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
-    attention_backend: str = "auto",
+    attention_backend: str | PatternConfig = "auto",
     head_chunk: int | None = None,
     kept: float | None = None,
     return_selection: bool = False,
@@ -170,8 +171,8 @@ def token_sparse_attention(
     elsewhere. For prefill; the result has no gradient.
 
     On CUDA nothing here waits for the device, unless the attention backend is one that
-    reads lengths on the host (cudnn, efficient, math); so the call can be captured in a CUDA
-    graph, and compiled as one operator.
+    reads lengths on the host (cudnn, efficient, math, patterns); so the call can be captured
+    in a CUDA graph. It can be compiled as one operator.
 
     Args:
         query: ``[B, H, S_q, D]``, floating, after position encoding. Queries occupy the
@@ -188,7 +189,10 @@ def token_sparse_attention(
             ``"reference"``.
         attention_backend: which kernel attends: ``"auto"``, ``"fa4"`` (flash-attn-4),
             ``"flash"`` (FlashAttention-2), ``"cudnn"``, ``"efficient"`` or ``"math"``. An
-            explicit choice never falls back.
+            explicit choice never falls back. Or a block-sparse pattern, which then runs in
+            place of dense causal attention, in rows that run dense as well: ``"flexprefill"``,
+            ``"minference"``, ``"xattention"``, ``"streaming"``, or settings such as
+            ``FlexPrefillConfig(gamma=0.9)``; see `parse_backend`.
         head_chunk: how many heads of the batch to compress and attend at once, which bounds
             memory; as many as fit half a GiB if None. The reference takes all.
         kept: keep this share of a row's real tokens, in ``(0, 1]``, in place of the budget,
@@ -226,12 +230,12 @@ def token_sparse_attention(
     check_config(config)
     check_attention_inputs(query, key, value)
     check_no_gradients(query=query, key=key, value=value)
-    check_backend(attention_backend)
+    backend = parse_backend(attention_backend)
     check_impl(impl)
     check_head_chunk(head_chunk)
     check_kept(kept)
     scale = resolve_scale(scale, query.shape[-1])
-    call = Call(scale, impl, attention_backend, head_chunk, kept, return_selection, return_lse)
+    call = Call(scale, impl, backend, head_chunk, kept, return_selection, return_lse)
     if torch.compiler.is_compiling():
         result = _call_operator(query, key, value, padding_mask, config, call)
     else:
@@ -259,14 +263,14 @@ def run(
     query_len, kv_len = query.shape[2], key.shape[2]
     even = NEVER_DENSE if call.kept is not None else break_even(config, query)
     longest = Span(0, kv_len)
-    if padding_mask is None and _forces_dense(config, even, longest, query_len, kv_len, call.kept):
+    if padding_mask is None and forces_dense(config, even, longest, query_len, kv_len, call.kept):
         return _all_dense(query, key, value, None, call)
     tokens = real_tokens(
         padding_mask, len(query), kv_len, query.device, on_device=impl == "triton"
     )
     # Where only the device knows the rows, the longest row there could be decides.
     if all(
-        _forces_dense(config, even, span, query_len, kv_len, call.kept)
+        forces_dense(config, even, span, query_len, kv_len, call.kept)
         for span in tokens.spans or [longest]
     ):
         return _all_dense(query, key, value, tokens, call)
@@ -276,7 +280,7 @@ def run(
         scores, config, tokens, impl, query_len=query_len, kept=call.kept, even=even
     )
     del scores
-    attended = _attend_selected(query, key, value, config, selection, tokens, even, impl, call)
+    attended = attend_selected(query, key, value, config, selection, tokens, even, impl, call)
     _mark_invalid_rows(attended, tokens)
     return SparseOutput(
         attended.out, selection.to_int64() if call.want_selection else None, attended.lse
@@ -292,7 +296,7 @@ def _mark_invalid_rows(attended: Attended, tokens: RealTokens) -> None:
             attended.lse.masked_fill_(invalid, torch.nan)
 
 
-def _attend_selected(
+def attend_selected(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -305,7 +309,7 @@ def _attend_selected(
 ) -> Attended:
     """Attend the rows that run dense, the fallback of the others, and the selected tokens."""
     into = _new_output(query, call.want_lse)
-    backend = choose_backend(call.attention_backend, query, key).name
+    backend = resolve_backend(call.attention_backend, query, key)
     if tokens.padded:
         _zero_rows(into, slice(None))
     attend_rows(
@@ -313,8 +317,16 @@ def _attend_selected(
     )
     windowed = config.fallback == "window"
     if windowed:
-        _attend_windows(
-            query, key, value, config, selection.ran_sparse, tokens, into, backend, call
+        attend_windows(
+            query,
+            key,
+            value,
+            config,
+            selection.ran_sparse,
+            tokens,
+            into,
+            scale=call.scale,
+            backend=dense_backend(backend),
         )
     zeros = not (windowed or tokens.padded)
     if impl == "reference":
@@ -326,13 +338,18 @@ def _attend_selected(
     elif not takes_packed(backend, query) and not selection.ran_sparse.any():
         return into
     sparse = selection._replace(lengths=selection.lengths * selection.ran_sparse[:, None])
-    max_length = _most_tokens(config, even, query.shape[2], key.shape[2], call.kept)
-    for sequences in _head_groups(query, max_length, impl, call.head_chunk):
+    max_length = most_tokens(config, even, query.shape[2], key.shape[2], call.kept)
+    for sequences in head_groups(query, max_length, impl, call.head_chunk):
         packed = compress_sequences(
             query, key, value, sparse, sequences, impl=impl, max_length=max_length
         )
         attended = attend_packed(
-            *packed, scale=call.scale, backend=backend, want_lse=call.want_lse
+            *packed,
+            scale=call.scale,
+            backend=backend,
+            heads=[number % query.shape[1] for number in sequences],
+            num_heads=query.shape[1],
+            want_lse=call.want_lse,
         )
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
         del packed
@@ -350,47 +367,6 @@ def _attend_selected(
     return into
 
 
-def _attend_windows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig,
-    rows: Tensor,
-    tokens: RealTokens,
-    into: Attended,
-    backend: str,
-    call: Call,
-) -> None:
-    """The windowed fallback of every query in some rows."""
-    lse = into.lse
-    if config.fallback_sinks and lse is None:
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    attend_rows(
-        query,
-        key,
-        value,
-        rows,
-        tokens,
-        Attended(into.out, lse),
-        scale=call.scale,
-        backend=backend,
-        window=config.fallback_window,
-    )
-    if config.fallback_sinks and lse is not None:
-        add_sinks(
-            query,
-            key,
-            value,
-            rows,
-            tokens,
-            into.out,
-            lse,
-            scale=call.scale,
-            window=config.fallback_window,
-            sinks=config.fallback_sinks,
-        )
-
-
 def _both(packed: Tensor | None, full: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if packed is None or full is None else (packed, full)
 
@@ -405,25 +381,6 @@ def _zero_rows(into: Attended, rows: Tensor | slice) -> None:
     into.out[rows] = 0
     if into.lse is not None:
         into.lse[rows] = -torch.inf
-
-
-def _forces_dense(
-    config: TokenSparseConfig,
-    even: BreakEven,
-    span: Span,
-    query_len: int,
-    kv_len: int,
-    kept: float | None,
-) -> bool:
-    """Return whether a row's lengths alone make it run dense."""
-    row_queries = max(span.end - max(span.start, kv_len - query_len), 0)
-    row_len = span.end - span.start
-    if row_queries < config.window_size or row_len <= config.window_size:
-        return True
-    if kept is not None:
-        return False
-    reason = config.dense_reason(row_queries, row_len) or even.dense_reason(row_queries, row_len)
-    return reason is not None
 
 
 def _all_dense(
@@ -444,35 +401,6 @@ def _all_dense(
     if tokens is None:
         tokens = real_tokens(None, len(query), key.shape[2], query.device)
     return SparseOutput(into.out, dense_selection(tokens, query.shape[1]), into.lse)
-
-
-def _most_tokens(
-    config: TokenSparseConfig, even: BreakEven, query_len: int, kv_len: int, kept: float | None
-) -> int:
-    """Return how many tokens a head can keep at most, which packed tensors must hold."""
-    if kept is not None:
-        return max(int(kept * kv_len + 0.5), config.window_size)
-    if config.budget == "per_head":
-        return kv_len
-    # The device compares in single precision.
-    return min(math.ceil(even.max_share(query_len, kv_len) * kv_len * 1.0001) + 1, kv_len)
-
-
-def _head_groups(
-    query: Tensor, max_length: int, impl: str, head_chunk: int | None
-) -> Iterator[range]:
-    """Yield the sequences, numbered ``b * H + h``, that are processed together."""
-    total = query.shape[0] * query.shape[1]
-    if impl == "reference":
-        size = total
-    elif head_chunk is not None:
-        size = head_chunk
-    else:
-        rows = 2 * max_length + 2 * min(max_length, query.shape[2])
-        fitting = max(_PACKED_BYTES // (rows * query.shape[3] * query.element_size()), 1)
-        size = math.ceil(total / math.ceil(total / fitting))
-    for first in range(0, total, size):
-        yield range(first, min(first + size, total))
 
 
 def _call_operator(

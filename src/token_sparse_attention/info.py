@@ -14,6 +14,7 @@ import torch
 
 import token_sparse_attention
 from token_sparse_attention.attention.backends import BACKENDS, choose_backend
+from token_sparse_attention.attention.block_sparse import choose_block_backend
 from token_sparse_attention.attention.dense import causal_attention
 
 PACKAGES = ("torch", "transformers", "triton", "flash-attn-4", "accelerate")
@@ -95,7 +96,8 @@ def backends(device: str) -> list[dict[str, Any]]:
     """Run every attention backend once on `device`, and ask which one `auto` picks.
 
     Returns:
-        One entry per dtype: the dtype, the backends that ran, auto's choice and its reason.
+        One entry per dtype: the dtype, the backends that ran, auto's choice and its reason,
+        and which executor block-sparse patterns run on.
     """
     entries = []
     shape = (1, _SHAPE["num_heads"], _SHAPE["seq_len"], _SHAPE["head_dim"])
@@ -120,6 +122,7 @@ def backends(device: str) -> list[dict[str, Any]]:
                 "available": ran,
                 "auto": chosen.name,
                 "reason": chosen.reason,
+                "patterns_on": choose_block_backend("auto", query).name,
             }
         )
     return entries

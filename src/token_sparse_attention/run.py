@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
+from token_sparse_attention.attention.causal import parse_backend, pattern_config
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
 from token_sparse_attention.integrations.record import PrefillReport
-from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 
 PROFILE_FILE = "token_sparse_profile.json"  # a model folder may ship its own settings
 _WARM_UP_TOKENS = 256
@@ -142,7 +145,7 @@ def answer(
     *,
     max_new_tokens: int = 64,
     impl: str = "auto",
-    attention_backend: str = "auto",
+    attention_backend: str | PatternConfig = "auto",
 ) -> Answer:
     """Answer a prompt greedily: sparsely under `config`, or densely if it is None.
 
@@ -153,11 +156,15 @@ def answer(
         config: the settings, or None.
         max_new_tokens: at most this many tokens are generated.
         impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`; a pattern runs in every layer, the
+            dense ones too. Without settings this is not read.
     """
     if config is None:
         return _generate(model, tokenizer, ids, max_new_tokens, None)
-    with apply(model, config, impl=impl, attention_backend=attention_backend) as report:
+    backend = parse_backend(attention_backend)
+    patterned = pattern_config(backend) is not None
+    every_layer = attention_of_every_layer(model, backend) if patterned else nullcontext()
+    with every_layer, apply(model, config, impl=impl, attention_backend=backend) as report:
         return _generate(model, tokenizer, ids, max_new_tokens, report)
 
 

@@ -97,6 +97,42 @@ def test_a_run_goes_on_where_it_was_cut_off(
         run_eval(model, "--samples", samples, "--config", "a=default", "--out", str(out))
 
 
+PATTERN = 'streaming:{"sink_size": 0, "local_size": 1}'
+
+
+@pytest.mark.usefixtures("without_lm_eval")
+def test_a_pattern_alone_and_composed_in_one_run(model, samples, tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    configurations = ("--config", f"a={CONFIG}", "--config", f"p={PATTERN}")
+    configurations += ("--config", f"both={PATTERN}+{CONFIG}", "--config", "all=streaming")
+    assert run_eval(model, "--samples", samples, *configurations, "--out", str(out), "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["configuration"]: row["work_is_bound"] for row in rows} == {
+        "dense": False,
+        "a": False,
+        "p": True,
+        "both": True,
+        "all": True,
+    }
+    results = load_results(out)
+    header = results.header.configurations
+    assert header["p"]["pattern"] == {"name": "streaming", "sink_size": 0, "local_size": 1}
+    assert header["both"] == {"pattern": header["p"]["pattern"], "settings": header["a"]}
+    for first in range(0, 15, 5):
+        dense, a, p, both, everything = results.samples[first : first + 5]
+        assert dense.kept is p.kept is everything.kept is None
+        assert a.kept[0] == both.kept[0], "the first layer sees the same tokens"
+        assert dense.reply == everything.reply, "a window of 4096 tokens is the whole prompt"
+    for names in (("dense", "p"), ("a", "both"), ("p", "both")):
+        assert any(one.reply != other.reply for one, other in pairs(results, *names)), names
+    run_eval(model, "--samples", samples, *configurations, "--out", str(out))
+    assert "≤1.000" in capsys.readouterr().out
+
+
+def pairs(results, *names):
+    return zip(*([s for s in results.samples if s.configuration == name] for name in names))
+
+
 def test_samples_come_back_from_their_file(tmp_path):
     made, path = make_samples(), tmp_path / "s.jsonl.gz"
     made.save(path)
@@ -121,6 +157,11 @@ def test_samples_come_back_from_their_file(tmp_path):
         ([], "--out FILE is needed"),
         (["no/such/model", "--samples", "S", "--out", "r"], "no/such/model cannot be loaded"),
         (["--samples", "absent", "--out", "r"], "--samples absent cannot be read"),
+        (["--samples", "S", "--out", "r", "--attention-backend", "cudn"], "did you mean 'cudnn'"),
+        (
+            ["--samples", "S", "--out", "r", "--attention-backend", "flexprefill"],
+            "patterns are configurations: --config flexprefill or --config NAME=flexprefill",
+        ),
         (["--samples", "S", "--out", "r", "--config", "defalt"], "did you mean 'default'"),
         (
             ["--samples", "S", "--out", "r", "--config", "llama-3.1-8b-instruct"],

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from token_sparse_attention import LayerProfile, TokenSparseConfig, bundled
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import layer_configs
-from token_sparse_attention.evaluation.settings import read_configurations, settings_dicts
+from token_sparse_attention.evaluation.settings import (
+    Configuration,
+    read_configurations,
+    read_runs,
+    settings_dicts,
+)
 from token_sparse_attention.run import default_config
 
 MODEL = str(bundled.MODEL)
@@ -28,8 +35,44 @@ def test_every_kind_of_value(tmp_path):
         "c": TokenSparseConfig(),
         "d": profile,
     }
-    assert list(settings_dicts(found)) == ["dense", *found]
-    assert settings_dicts(found)["b"]["drop_mass"] == 0.2
+    runs = read_runs([*given, f"d={profile.to_json()}"], MODEL)
+    assert runs == {name: Configuration(settings) for name, settings in found.items()}
+    assert list(settings_dicts(runs)) == ["dense", *found]
+    assert settings_dicts(runs)["b"] == found["b"].to_dict()
+
+
+def test_patterns_alone_and_with_token_sparsity(tmp_path):
+    file = tmp_path / "a+b.json"
+    file.write_text(TokenSparseConfig(drop_mass=0.1).to_json())
+    found = read_runs(
+        [
+            "flexprefill",
+            "flexprefill+published",
+            f"minference+{file}",
+            'x=xattention:{"stride": 16, "threshold": 8e-1}+default',
+            'y=streaming:{"local_size": 4096}',
+            'z=streaming+{"drop_mass": 0.3}',
+            str(file),
+        ],
+        MODEL,
+    )
+    assert found == {
+        "flexprefill": Configuration(None, "flexprefill"),
+        "flexprefill+published": Configuration(TokenSparseConfig.published(), "flexprefill"),
+        "minference+a+b": Configuration(TokenSparseConfig(drop_mass=0.1), "minference"),
+        "x": Configuration(TokenSparseConfig(), 'xattention:{"stride":16,"threshold":0.8}'),
+        "y": Configuration(None, "streaming"),
+        "z": Configuration(TokenSparseConfig(drop_mass=0.3), "streaming"),
+        "a+b": Configuration(TokenSparseConfig(drop_mass=0.1)),
+    }
+    header = settings_dicts(found)
+    assert header["flexprefill"] == {
+        "pattern": {"name": "flexprefill", "gamma": 0.95, "tau": 0.1, "min_budget": 1024},
+        "settings": None,
+    }
+    assert header["x"]["pattern"] == {"name": "xattention", "stride": 16, "threshold": 0.8}
+    assert header["x"]["settings"] == TokenSparseConfig().to_dict()
+    json.dumps(header)
 
 
 def test_the_model_decides_where_nothing_is_given():
@@ -66,6 +109,26 @@ def test_the_published_layer_lists(name, num_layers, layers):
 def test_what_cannot_be_used_is_named(given, message):
     with pytest.raises(UsageError, match=message):
         read_configurations(given, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["flexprefil"], "no file 'flexprefil'; did you mean 'flexprefill'"),
+        (["flexprefill+publishd"], "did you mean 'published'"),
+        (["flexprefill+"], "expected [+]VALUE after 'flexprefill'"),
+        (["a=flexprefill+xattention"], "no file 'xattention'"),
+        (['a=flexprefill:{"gama": 1}'], "no setting 'gama'; did you mean 'gamma'"),
+        (['a=flexprefill:{"gamma": 2}+default'], "gamma must be in"),
+        (["a=flexprefill:published"], "cannot be used"),
+        (['a=flexprefill:{"gamma": 1}published'], "expected [+]VALUE after"),
+        (['flexprefill:{"gamma": 1}'], "must be NAME=VALUE"),
+        (["flexprefill", "flexprefill"], "'flexprefill' is taken"),
+    ],
+)
+def test_patterns_that_cannot_be_used_are_named(given, message):
+    with pytest.raises(UsageError, match=message):
+        read_runs(given, MODEL)
 
 
 def test_a_model_without_a_profile():

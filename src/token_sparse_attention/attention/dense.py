@@ -5,6 +5,7 @@ Causal always means aligned at the end: the last query sees every key. GQA is na
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -120,31 +121,24 @@ def attend_rows(
         window: keys each query sees, itself included; None for all.
     """
     backend = _resolve(backend, query, key)
-    first_query = key.shape[2] - query.shape[2]
     if not takes_packed(backend, query):
-        for row, (wanted, span) in enumerate(zip(rows.tolist(), tokens.host_spans())):
-            begin = max(span.start, first_query)
-            if not wanted or begin >= span.end:
-                continue
-            queries = slice(begin - first_query, span.end - first_query)
-            keys = slice(span.start, span.end)
-            one = attend(
-                query[row : row + 1, :, queries],
-                key[row : row + 1, :, keys],
-                value[row : row + 1, :, keys],
+
+        def run(*row: Tensor) -> Attended:
+            return attend(
+                *row,
                 scale=scale,
                 backend=backend,
                 window=window,
                 want_lse=into.lse is not None,
             )
-            into.out[row, :, queries] = one.out[0]
-            if into.lse is not None and one.lse is not None:
-                into.lse[row, :, queries] = one.lse[0]
+
+        attend_each_row(query, key, value, rows, tokens, into, run)
         return
     if tokens.padded and backend == "fa4":  # which multiplies values beyond a row's end by zero
         slot = torch.arange(tokens.kv_len, device=value.device)
         real = (slot >= tokens.bounds[:, :1]) & (slot < tokens.bounds[:, 1:])
         value = value.masked_fill(~real[:, None, :, None], 0.0)
+    first_query = key.shape[2] - query.shape[2]
     query, key, value, out = (x.transpose(1, 2) for x in (query, key, value, into.out))
     ends = torch.where(rows, tokens.bounds[:, 1], tokens.bounds[:, 0])
     cu_seqlens_k = torch.stack((tokens.bounds[:, 0], ends), -1)
@@ -168,6 +162,43 @@ def attend_rows(
             slot = torch.arange(query.shape[1], device=query.device)
             inside = (slot >= cu_seqlens_q[row, 0]) & (slot < cu_seqlens_q[row, 1])
             into.lse[row] = torch.where(inside, lse, into.lse[row])
+
+
+def attend_each_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    tokens: RealTokens,
+    into: Attended,
+    run: Callable[..., Attended],
+) -> None:
+    """`attend_rows`, one row after the other, its real tokens cut out by lengths on the host.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: likewise.
+        rows: ``[B]`` bool, the rows wanted.
+        tokens: where the real tokens are.
+        into: what to write.
+        run: attends, given query, key and value of one row with a batch dimension.
+    """
+    first_query = key.shape[2] - query.shape[2]
+    for row, (wanted, span) in enumerate(zip(rows.tolist(), tokens.host_spans())):
+        begin = max(span.start, first_query)
+        if not wanted or begin >= span.end:
+            continue
+        queries = slice(begin - first_query, span.end - first_query)
+        keys = slice(span.start, span.end)
+        one = run(
+            query[row : row + 1, :, queries],
+            key[row : row + 1, :, keys],
+            value[row : row + 1, :, keys],
+        )
+        into.out[row, :, queries] = one.out[0]
+        if into.lse is not None and one.lse is not None:
+            into.lse[row, :, queries] = one.lse[0]
 
 
 def varlen_causal_attention(

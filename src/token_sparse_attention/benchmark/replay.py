@@ -333,7 +333,7 @@ def run_with(
     select_rows(scores, config, tokens, impl, query_len=seq_len, kept=kept, even=even)
     del scores
     call = functional.Call(inputs.scale, impl, backend)
-    return functional._attend_selected(
+    return functional.attend_selected(
         query, key, value, config, selection, tokens, even, impl, call
     ).out
 

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from token_sparse_attention import bundled
 from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import (
@@ -48,6 +50,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "compare the accuracy of sparse and dense prefill on lm-evaluation-harness's tasks",
         "tsa eval --lengths 2048,4096 --limit 10 --config published --config profile "
         "--out result.jsonl\n"
+        "  tsa eval --config flexprefill --config both=flexprefill+published --out result.jsonl\n"
         "  tsa eval --prepare-only --samples samples.jsonl.gz     (where lm-eval is)\n"
         "  tsa eval --samples samples.jsonl.gz --out result.jsonl (where the GPU is)\n"
         "  tsa eval --samples samples.jsonl.gz --score result.jsonl",
@@ -63,14 +66,20 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         metavar="NAME=VALUE",
         help="a sparse configuration; VALUE: default, published, profile (the model folder's "
         "token_sparse_profile.json), a profile that ships here (llama-3.1-8b-instruct, "
-        "mistral-nemo-instruct-2407), a JSON file, or JSON; may be given several times "
-        "(default: the model's profile, else default)",
+        "mistral-nemo-instruct-2407), a JSON file, or JSON; or a block-sparse pattern alone "
+        f"({', '.join(PATTERNS)}; settings as JSON after a colon); or PATTERN+VALUE for both; "
+        "may be given several times (default: the model's profile, else default)",
     )
     _add_sample_arguments(command)
     command.add_argument("--device", default="auto", help="torch device (default: auto)")
     command.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
     command.add_argument("--impl", default="auto", choices=IMPLS)
-    command.add_argument("--attention-backend", default="auto", choices=BACKENDS)
+    command.add_argument(
+        "--attention-backend",
+        default="auto",
+        metavar="NAME",
+        help=f"dense kernel: {', '.join(BACKENDS)} (default: auto)",
+    )
     command.add_argument(
         "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
     )
@@ -158,6 +167,15 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
+    try:
+        backend = parse_backend(args.attention_backend)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--attention-backend: {error}") from error
+    if backend not in BACKENDS:
+        raise UsageError(
+            "--attention-backend must name a dense kernel, which the dense replies run on too; "
+            f"patterns are configurations: --config {backend} or --config NAME={backend}+VALUE"
+        )
     if (args.prepare_only or args.score) and not args.samples:
         raise UsageError("--prepare-only and --score need --samples FILE")
     if args.samples and not args.prepare_only:
@@ -210,10 +228,10 @@ def _prepare_only(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from token_sparse_attention import run
     from token_sparse_attention.evaluation.evaluate import Runner
-    from token_sparse_attention.evaluation.settings import read_configurations
+    from token_sparse_attention.evaluation.settings import read_runs
 
     name = args.model or str(bundled.MODEL)
-    configurations = read_configurations(args.config, name)
+    configurations = read_runs(args.config, name)
     samples = SampleSet.load(args.samples) if args.samples else None
     options = {key: getattr(args, key) for key in ("device", "dtype", "trust_remote_code")}
     model, tokenizer = _load(name, lambda: run.load_model(name, **options))
@@ -384,7 +402,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
             _cell("{:+.1%}", row.relative_loss),
             _cell("{:+.1%}", row.relative_loss_upper),
             f"{row.kept_share:.1%}",
-            f"{row.work:.3f}",
+            f"{'≤' if row.work_is_bound else ''}{row.work:.3f}",
             f"{row.seconds:#.3g} s",
         )
     return table

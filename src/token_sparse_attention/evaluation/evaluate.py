@@ -23,7 +23,7 @@ from token_sparse_attention.evaluation.record import (
     to_line,
 )
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
-from token_sparse_attention.evaluation.settings import Settings
+from token_sparse_attention.evaluation.settings import Configuration
 from token_sparse_attention.integrations.transformers import register_dense_attention
 
 Arrival = tuple[Sample, str, Reply]  # a configuration's reply to a sample
@@ -57,7 +57,7 @@ class Runner:
         tokenizer: its tokenizer.
         configurations: the sparse ones; the dense one comes first, by itself.
         impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`.
+        attention_backend: the kernel of dense attention; patterns are in configurations.
 
     Raises:
         UsageError: if a configuration names a layer that the model does not have.
@@ -65,14 +65,16 @@ class Runner:
 
     model: Any
     tokenizer: Any
-    configurations: Mapping[str, Settings]
+    configurations: Mapping[str, Configuration]
     impl: str = "auto"
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, config in self.configurations.items():
+        for name, run in self.configurations.items():
+            if run.settings is None:
+                continue
             try:
-                layer_configs(config, self.facts()["num_layers"])
+                layer_configs(run.settings, self.facts()["num_layers"])
             except ValueError as error:
                 raise UsageError(f"--config {name} does not fit the model: {error}") from error
         if self.on_cuda:
@@ -108,12 +110,14 @@ class Runner:
         """
         ids = generate.encode(self.model, self.tokenizer, sample.prompt, sample.max_new_tokens)
         end = generate.ending(self.model, self.tokenizer, sample.until, sample.max_new_tokens)
+        run = self.configurations.get(name, Configuration())
         try:
             return generate.reply(
                 self.model,
                 ids,
-                self.configurations.get(name),
+                run.settings,
                 end,
+                pattern=run.pattern,
                 draft=draft,
                 impl=self.impl,
                 attention_backend=self.attention_backend,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 from token_sparse_attention.evaluation.record import LayerKept
 from token_sparse_attention.integrations.record import PrefillReport
-from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.run import context_limit
 
 
@@ -116,41 +117,44 @@ def reply(
     end: Ending,
     *,
     draft: Sequence[int] = (),
+    pattern: str | None = None,
     impl: str = "auto",
     attention_backend: str = "auto",
 ) -> Reply:
     """Reply greedily: the likeliest token each time, whatever the generation config says.
 
-    Sparsity is applied to the prefill alone and removed before the first decode step. The
-    draft is a reply that may be right, such as the dense one: one forward pass over all of
-    it tells how far it is what greedy decoding would give. So the result is that of decoding
-    token by token, up to what several tokens in one pass round differently from one at a time.
+    Sparsity, of tokens and of blocks, is applied to the prefill alone and removed before the
+    first decode step. The draft is a reply that may be right, such as the dense one: one
+    forward pass over all of it tells how far it is what greedy decoding would give. So the
+    result is that of decoding token by token, up to what several tokens in one pass round
+    differently from one at a time.
 
     Args:
         model: a causal language model.
         ids: ``[1, S]`` token ids of the prompt.
-        config: settings of the prefill, None for dense.
+        config: settings of the prefill, None for no token sparsity.
         end: when the reply is over.
         draft: tokens to try; a finished reply under the same `end`.
+        pattern: the block-sparse pattern by which all layers attend in the prefill, the
+            selected tokens of sparse ones too.
         impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`.
+        attention_backend: what attends in sparse layers without a pattern.
     """
     ids = ids.to(model.device)
     # All keys of all layers: a cache that forgets could not be cropped.
     cache = DynamicCache()
     report: PrefillReport | None = None
-    applied = None
-    if config is not None:
-        applied = apply(model, config, impl=impl, attention_backend=attention_backend)
-        report = applied.report
-    try:
+    with ExitStack() as stack:
+        if pattern is not None:
+            stack.enter_context(attention_of_every_layer(model, pattern))
+        if config is not None:
+            backend = attention_backend if pattern is None else pattern
+            applied = apply(model, config, impl=impl, attention_backend=backend)
+            report = stack.enter_context(applied)
         _wait(ids)
         start = time.perf_counter()
         first = _next_tokens(model, ids, cache, last_only=True)[0]
         seconds = time.perf_counter() - start
-    finally:
-        if applied is not None:
-            applied.remove()
     tokens = _decode(model, cache, first, draft, end)
     kept = None if report is None else kept_of(report, model)
     return Reply(end.text(tokens), tokens, ids.shape[1], kept, seconds)

@@ -18,6 +18,7 @@ from token_sparse_attention.benchmark.record import UsageError
 
 SCHEMA_VERSION = 1
 DENSE = "dense"  # the configuration that all others are compared with
+PATTERN = "pattern"  # what the settings of a configuration with a block-sparse pattern hold
 MODEL_FACTS = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
 LayerKept = int | list[int] | None
 Key = tuple[str, int, int, str]
@@ -32,7 +33,9 @@ class EvalHeader:
             its versions also name the lm-eval that made the samples.
         arguments: what was asked for, and the digest of the samples.
         model: `MODEL_FACTS` of the model.
-        configurations: name -> settings of every configuration, None for the dense one.
+        configurations: name -> settings of every configuration, None for the dense one. With
+            a block-sparse pattern, an object of its ``"pattern"``, name and settings, and the
+            ``"settings"`` of token sparsity, None without.
         tasks: task -> its version in lm-eval.
         version: of this format.
     """
@@ -59,7 +62,7 @@ class SampleResult:
         prompt_tokens: S.
         kept: one entry per layer: how many tokens the heads kept, window included; a list
             with one number per head where they differ; None where the layer ran dense. None
-            in place of the list for the dense configuration.
+            in place of the list without token sparsity.
         new_tokens: length of the reply.
         seconds: from the start of the prefill to the first token.
     """
@@ -237,6 +240,8 @@ def _header(content: dict[str, Any], where: str) -> EvalHeader:
     for name, settings in content["configurations"].items():
         if name != DENSE and not isinstance(settings, dict):
             raise UsageError(f"{where}: configurations[{name!r}] must be an object")
+        if settings and not isinstance(settings.get(PATTERN, {}), dict):
+            raise UsageError(f"{where}: configurations[{name!r}].{PATTERN} must be an object")
     return EvalHeader(**content)
 
 

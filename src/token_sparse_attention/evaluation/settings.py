@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from token_sparse_attention.attention.causal import parse_backend, pattern_config
+from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
-from token_sparse_attention.evaluation.record import DENSE
+from token_sparse_attention.evaluation.record import DENSE, PATTERN
 from token_sparse_attention.run import PROFILE_FILE
 
 PROFILES = Path(__file__).parent / "profiles"  # the layers that the paper lists for two models
+_PATTERN = re.compile(rf"({'|'.join(PATTERNS)})(?:$|:|\+)")  # that a value begins with
 Settings = TokenSparseConfig | LayerProfile
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What one configuration of an evaluation runs.
+
+    Attributes:
+        settings: of token sparsity; None for none.
+        pattern: the block-sparse pattern that every layer attends by, in the string form of
+            `parse_backend`; None for dense kernels.
+    """
+
+    settings: Settings | None = None
+    pattern: str | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it as JSON-ready values: with a pattern, all settings of that too.
+
+        Without one these are the settings alone.
+        """
+        settings = None if self.settings is None else json.loads(self.settings.to_json())
+        if self.pattern is None:
+            return settings or {}
+        name, config = self.pattern.partition(":")[0], pattern_config(self.pattern)
+        fields = {} if config is None else dataclasses.asdict(config)
+        return {PATTERN: {"name": name, **fields}, "settings": settings}
 
 
 def keywords() -> list[str]:
@@ -22,7 +54,7 @@ def keywords() -> list[str]:
 
 
 def read_configurations(given: Sequence[str], model: str) -> dict[str, Settings]:
-    """Return named settings, in order.
+    """Return named settings of token sparsity, in order.
 
     Args:
         given: ``NAME=VALUE`` or ``VALUE``: a value is one of `keywords`, a JSON file, or JSON
@@ -33,25 +65,73 @@ def read_configurations(given: Sequence[str], model: str) -> dict[str, Settings]
     Raises:
         UsageError: if a value cannot be used, or a name is taken.
     """
-    if not given:
-        given = ["profile" if (Path(model) / PROFILE_FILE).is_file() else "default"]
-    found: dict[str, Settings] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or "{" in name:
-            name, value = Path(text).name.removesuffix(".json"), text
-        if not name or "{" in name:
-            raise UsageError(f"--config must be NAME=VALUE where the value is JSON, got {text!r}")
-        if name == DENSE or name in found:
-            raise UsageError(f"--config: the name {name!r} is taken, give another one")
-        try:
-            found[name] = _read(value, model)
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"--config {text} cannot be used: {error}") from error
+    return {name: _read(text, value, model) for text, name, value in _named(given, model)}
+
+
+def read_runs(given: Sequence[str], model: str) -> dict[str, Configuration]:
+    """Return named configurations, in order: token sparsity, a block-sparse pattern, or both.
+
+    Args:
+        given: as for `read_configurations`, where a value may also be ``PATTERN`` or
+            ``PATTERN+VALUE``. A pattern is a name, and after a colon its settings as JSON.
+        model: as for `read_configurations`.
+
+    Raises:
+        UsageError: if a value cannot be used, or a name is taken.
+    """
+    found = {}
+    for text, name, value in _named(given, model):
+        pattern, rest = _split_pattern(text, value)
+        settings = None if pattern and not rest else _read(text, rest, model)
+        found[name] = Configuration(settings, pattern)
     return found
 
 
-def _read(value: str, model: str) -> Settings:
+def _named(given: Sequence[str], model: str) -> Iterator[tuple[str, str, str]]:
+    """Yield what was given, its name and its value."""
+    if not given:
+        given = ["profile" if (Path(model) / PROFILE_FILE).is_file() else "default"]
+    taken = {DENSE}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or "{" in name:
+            begins = _PATTERN.match(text)
+            pattern = begins[0] if begins else ""
+            name = pattern + Path(text.removeprefix(pattern)).name.removesuffix(".json")
+            value = text
+        if not name or "{" in name:
+            raise UsageError(f"--config must be NAME=VALUE where the value is JSON, got {text!r}")
+        if name in taken:
+            raise UsageError(f"--config: the name {name!r} is taken, give another one")
+        taken.add(name)
+        yield text, name, value
+
+
+def _split_pattern(text: str, value: str) -> tuple[str | None, str]:
+    """Return the pattern at the beginning of a value, in its string form, and the rest."""
+    begins = _PATTERN.match(value)
+    if begins is None:
+        return None, value
+    end = len(begins[1])
+    try:
+        if value[end : end + 1] == ":":
+            end = json.JSONDecoder().raw_decode(value, end + 1)[1]
+        pattern = parse_backend(value[:end])
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--config {text} cannot be used: {error}") from error
+    if end < len(value) and (value[end] != "+" or end + 1 == len(value)):
+        raise UsageError(f"--config {text}: expected +VALUE after {value[:end]!r}")
+    return pattern, value[end + 1 :]
+
+
+def _read(text: str, value: str, model: str) -> Settings:
+    try:
+        return _settings(value, model)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--config {text} cannot be used: {error}") from error
+
+
+def _settings(value: str, model: str) -> Settings:
     if value.startswith("{"):
         return _parse(value)
     if value == "default":
@@ -66,7 +146,7 @@ def _read(value: str, model: str) -> Settings:
     if value in keywords():
         return load_config(PROFILES / f"{value}.json")
     if not Path(value).is_file():
-        near = difflib.get_close_matches(value, keywords(), n=1)
+        near = difflib.get_close_matches(value, [*keywords(), *PATTERNS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(keywords())}"
         raise ValueError(f"there is no file {value!r}{hint}")
     return load_config(value)
@@ -80,7 +160,8 @@ def _parse(text: str) -> Settings:
     return LayerProfile.from_json(text) if is_profile else TokenSparseConfig.from_json(text)
 
 
-def settings_dicts(configurations: Mapping[str, Settings]) -> dict[str, dict[str, object] | None]:
+def settings_dicts(
+    configurations: Mapping[str, Configuration],
+) -> dict[str, dict[str, object] | None]:
     """Return what a result file's header records of the configurations, the dense one first."""
-    dicts = {name: json.loads(config.to_json()) for name, config in configurations.items()}
-    return {DENSE: None, **dicts}
+    return {DENSE: None, **{name: run.to_dict() for name, run in configurations.items()}}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
 from token_sparse_attention.evaluation.record import (
     DENSE,
+    PATTERN,
     EvalResults,
     LayerKept,
     SampleResult,
@@ -44,6 +45,8 @@ class Row:
             and heads; 1 in dense layers.
         work: mean over the same of that share squared: attention's operations against dense.
         seconds: mean time from the start of the prefill to the first token.
+        work_is_bound: whether a block-sparse pattern skips more than `work` says, which does
+            not count the blocks that a pattern leaves out.
     """
 
     task: str | None
@@ -60,6 +63,7 @@ class Row:
     kept_share: float
     work: float
     seconds: float
+    work_is_bound: bool = False
 
 
 def summarise(results: EvalResults) -> tuple[Row, ...]:
@@ -73,10 +77,11 @@ def summarise(results: EvalResults) -> tuple[Row, ...]:
     dense = {s.key[:3]: s for s in results.samples if s.configuration == DENSE}
     rows = []
     for task, length, members in _groups(results.samples):
-        for name in results.header.configurations:
+        for name, settings in results.header.configurations.items():
             chosen = [s for s in members if s.configuration == name]
             if chosen:
-                rows.append(_row(task, length, name, chosen, dense))
+                row = _row(task, length, name, chosen, dense)
+                rows.append(replace(row, work_is_bound=PATTERN in (settings or {})))
     return tuple(rows)
 
 

@@ -8,11 +8,11 @@ the attention implementation that the model had before, with the mask that it ha
 
 from __future__ import annotations
 
-import sys
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from token_sparse_attention.attention.backends import check_backend
-from token_sparse_attention.attention.dense import causal_attention
+from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import (
     DenseReason,
     LayerProfile,
@@ -34,6 +33,12 @@ from token_sparse_attention.crossover import NEVER_DENSE, break_even
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.inputs import check_kept
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
+from token_sparse_attention.integrations.implementation import (
+    DENSE_PREFIX,
+    dense_function,
+    dense_reason,
+    register_dense_attention,
+)
 from token_sparse_attention.integrations.record import (
     LayerRecord,
     PrefillReport,
@@ -41,31 +46,10 @@ from token_sparse_attention.integrations.record import (
 )
 from token_sparse_attention.selection import check_impl
 
-_NAME_PREFIX = "tsa_"  # must contain neither "flash" nor "sdpa", which transformers interprets
-_DENSE_PREFIX = "dense_"  # of the names that `register_dense_attention` gives
-_DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
-# Arguments that change nothing about attention itself. Any other one that is set, and that
-# `_dense_reason` does not read, sends the layer to the model's own implementation.
-_NEUTRAL_ARGUMENTS = frozenset(
-    {
-        "cache_position",
-        "is_causal",
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_embeddings",
-        "position_ids",
-        "return_dict",
-        "sliding_window",
-        "softcap",
-        "s_aux",
-        "use_cache",
-    }
-)
+__all__ = ["AppliedSparsity", "apply", "attention_of_every_layer", "register_dense_attention"]
 
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+_NAME_PREFIX = "tsa_"  # must contain neither "flash" nor "sdpa", which transformers interprets
+_DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 def apply(
@@ -73,7 +57,7 @@ def apply(
     config: TokenSparseConfig | LayerProfile,
     *,
     impl: str = "auto",
-    attention_backend: str = "auto",
+    attention_backend: str | PatternConfig = "auto",
     kept: float | None = None,
 ) -> AppliedSparsity:
     """Make a causal language model prefill sparsely, until removed.
@@ -88,7 +72,9 @@ def apply(
             named. It may be compiled, dispatched over devices by accelerate, or use any cache.
         config: the settings for all layers, or for its ``sparse_layers``; or a profile.
         impl: which code scores and selects, see `token_sparse_attention`.
-        attention_backend: which kernel attends, see `token_sparse_attention`.
+        attention_backend: which kernel or pattern attends in the sparse layers, see
+            `token_sparse_attention`. The other layers stay on the model's own implementation;
+            give the model one by `register_dense_attention` to run a pattern there too.
         kept: keep this share of the tokens whatever the settings say, see
             `token_sparse_attention`; for benchmarks.
 
@@ -115,71 +101,41 @@ def apply(
         >>> [record.paths for record in report]
         [['sparse'], ['sparse']]
     """
-    check_backend(attention_backend)
+    backend = parse_backend(attention_backend)
     check_impl(impl)
     check_kept(kept)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     _check_model(model)
     text_config = model.config.get_text_config(decoder=True)
     configs = layer_configs(config, text_config.num_hidden_layers)
-    return AppliedSparsity(model, configs, impl, attention_backend, kept)
+    return AppliedSparsity(model, configs, impl, backend, kept)
 
 
-def register_dense_attention(attention_backend: str = "auto") -> str:
-    """Register dense attention by this library's kernels, for models to run on.
+@contextmanager
+def attention_of_every_layer(
+    model: PreTrainedModel, attention_backend: str | PatternConfig
+) -> Iterator[None]:
+    """Run a model on `register_dense_attention` of a backend meanwhile.
 
-    Causal prefills without a mask run on `attention_backend`; whatever else a model asks for
-    goes to transformers' ``"sdpa"``. With flash-attn-4 that makes dense layers of long
-    prompts faster too; `apply` can be used on top.
+    `apply` inside makes layers token sparse besides.
 
     Args:
-        attention_backend: which kernel attends, see `token_sparse_attention`.
-
-    Returns:
-        The implementation's name, for ``from_pretrained(..., attn_implementation=name)`` or
-        ``model.set_attn_implementation(name)``.
+        model: a model that `apply` could serve.
+        attention_backend: which kernel or pattern attends.
 
     Raises:
-        ValueError: if the backend's name is unknown.
-
-    Example:
-        >>> register_dense_attention("math")
-        'dense_math'
+        TypeError: if an argument has the wrong type.
+        ValueError: if the model cannot be served, or the backend is unknown.
     """
-    check_backend(attention_backend)
-    # transformers interprets "flash" in a name.
-    name = _DENSE_PREFIX + attention_backend.replace("flash", "fa2")
-
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        config = TokenSparseConfig(min_tokens=0, window_size=1)
-        reason, _ = _dense_reason(module, query, key, value, config, dropout, kwargs)
-        if reason or attention_mask is not None or query.shape[2] != key.shape[2]:
-            return _dense_function("sdpa", module)(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                scaling=scaling,
-                dropout=dropout,
-                **kwargs,
-            )
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = causal_attention(query, key, value, scale=scale, backend=attention_backend)
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    return name
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    _check_model(model)
+    config = model.config.get_text_config(decoder=True)
+    name, before = register_dense_attention(attention_backend), config._attn_implementation
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -206,7 +162,7 @@ def _check_model(model: PreTrainedModel) -> None:
             "applying again (models built on one config object share it)"
         )
     if implementation not in _DENSE_IMPLEMENTATIONS and not implementation.startswith(
-        _DENSE_PREFIX
+        DENSE_PREFIX
     ):
         raise ValueError(
             f"model must run one of the attention implementations "
@@ -299,7 +255,7 @@ class AppliedSparsity:
         if module in self._modules and layer is not None:
             self._interface_called = True
             config = self._configs.get(layer)
-            reason, detail = _dense_reason(module, query, key, value, config, dropout, kwargs)
+            reason, detail = dense_reason(module, query, key, value, config, dropout, kwargs)
             if reason is None and config is not None and self._kept is None:
                 lengths = (query.shape[2], key.shape[2])
                 reason = config.dense_reason(*lengths)
@@ -313,7 +269,7 @@ class AppliedSparsity:
             if reason is DenseReason.GRADIENTS:
                 warnings.warn(f"token sparse attention ran dense: {reason}", stacklevel=2)
             self.report.add(LayerRecord(layer, query.shape[2], key.shape[2], reason, detail))
-        dense = _dense_function(self._dense_name, module)
+        dense = dense_function(self._dense_name, module)
         return dense(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
@@ -367,61 +323,3 @@ class AppliedSparsity:
         layout = read_mask(mask, query_len, kv_len)
         self._last_mask = (weakref.ref(mask), lengths, layout)
         return layout
-
-
-def _dense_reason(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[DenseReason | None, str]:
-    """Return why this call cannot run sparse, and on what; (None, "") if it may."""
-    if query.shape[2] == 1:
-        return DenseReason.DECODE, ""
-    if config is None:
-        return DenseReason.LAYER_NOT_SELECTED, ""
-    is_causal = kwargs.get("is_causal")
-    window = kwargs.get("sliding_window")
-    wants_weights = kwargs.get(
-        "output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)
-    )
-    records_gradients = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (query, key, value)
-    )
-    obstacles = {
-        DenseReason.NOT_CAUSAL: not (
-            getattr(module, "is_causal", True) if is_causal is None else is_causal
-        ),
-        DenseReason.SLIDING_WINDOW: window is not None and window < key.shape[2],
-        DenseReason.SOFT_CAP: kwargs.get("softcap") is not None,
-        DenseReason.ATTENTION_SINKS: kwargs.get("s_aux") is not None,
-        DenseReason.DROPOUT: dropout > 0,
-        DenseReason.GRADIENTS: records_gradients,
-        DenseReason.ATTENTION_WEIGHTS: bool(wants_weights),
-        DenseReason.HEAD_DIM: value.shape != key.shape,
-    }
-    for reason, stands in obstacles.items():
-        if stands:
-            return reason, ""
-    for name, argument in kwargs.items():
-        if name not in _NEUTRAL_ARGUMENTS and argument is not None and argument is not False:
-            return DenseReason.UNKNOWN_ARGUMENT, name
-    return None, ""
-
-
-def _dense_function(name: str, module: nn.Module) -> AttentionFunction:
-    """Return the function that `module` would call under implementation `name`."""
-    if name != "eager":
-        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
-        return function
-    for cls in type(module).__mro__:
-        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if eager is not None:
-            return eager  # type: ignore[no-any-return]
-    raise RuntimeError(
-        f"{type(module).__name__} has no eager attention function to run dense with; call "
-        "model.set_attn_implementation('sdpa') before apply()"
-    )

@@ -1,9 +1,12 @@
-"""Block-sparse patterns by name: each is a config and a function from Q and K to blocks."""
+"""Block-sparse patterns by name: each is a config and a function from Q and K to blocks.
+
+Another pattern costs one of each and a line in `PATTERNS`; `streaming` is the shortest one.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -20,6 +23,7 @@ from token_sparse_attention.attention.block_sparse import (
     choose_block_backend,
 )
 from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
     flexprefill_mask,
@@ -27,6 +31,7 @@ from token_sparse_attention.attention.patterns.flexprefill import (
 from token_sparse_attention.attention.patterns.minference import (
     MInferenceConfig,
     minference_attention,
+    of_heads,
 )
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig, streaming_mask
 from token_sparse_attention.attention.patterns.xattention import (
@@ -39,6 +44,21 @@ from token_sparse_attention.inputs import (
     resolve_scale,
 )
 
+__all__ = [
+    "PATTERNS",
+    "FlexPrefillConfig",
+    "MInferenceConfig",
+    "Pattern",
+    "PatternConfig",
+    "StreamingConfig",
+    "XAttentionConfig",
+    "find_pattern",
+]
+
+
+def _same_for_all_heads(config: Any, heads: Sequence[int], num_heads: int) -> Any:  # noqa: ARG001
+    return config
+
 
 class Pattern(NamedTuple):
     """A block-sparse pattern.
@@ -46,10 +66,13 @@ class Pattern(NamedTuple):
     Attributes:
         config: class of its settings.
         run: what `attend` calls on checked arguments.
+        of_heads: given settings, numbers of query heads and how many heads there are, returns
+            the settings for these heads alone; only settings that name heads need it.
     """
 
-    config: type
+    config: type[PatternConfig]
     run: Callable[..., Attended]
+    of_heads: Callable[[Any, Sequence[int], int], Any] = _same_for_all_heads
 
     @overload
     def attend(
@@ -183,7 +206,7 @@ def _minference(*arguments: Any, want_lse: bool, **settings: Any) -> Attended:
 
 PATTERNS = {
     "flexprefill": Pattern(FlexPrefillConfig, _from_mask(flexprefill_mask)),
-    "minference": Pattern(MInferenceConfig, _minference),
+    "minference": Pattern(MInferenceConfig, _minference, of_heads),
     "xattention": Pattern(XAttentionConfig, _from_mask(xattention_mask)),
     "streaming": Pattern(StreamingConfig, _from_mask(streaming_mask)),
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import (
     block_means,
     block_sums,
@@ -29,7 +30,7 @@ from token_sparse_attention.attention.patterns.estimate import (
 
 
 @dataclass(frozen=True)
-class FlexPrefillConfig:
+class FlexPrefillConfig(PatternConfig):
     """Settings of FlexPrefill.
 
     Args:

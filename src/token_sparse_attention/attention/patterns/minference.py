@@ -9,8 +9,10 @@ log-sum-exp.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, B
 from token_sparse_attention.attention.block_sparse import attend_blocks
 from token_sparse_attention.attention.columns import attend_columns, merge_attended
 from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import (
     blocks_at_distances,
     check_count,
@@ -51,7 +54,7 @@ class HeadBudget(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MInferenceConfig:
+class MInferenceConfig(PatternConfig):
     """Settings of the vertical-slash pattern.
 
     Args:
@@ -87,6 +90,8 @@ class MInferenceConfig:
         if self.coverage is not None:
             check_share("coverage", self.coverage)
         if self.heads is not None:
+            if not isinstance(self.heads, (list, tuple)):
+                raise TypeError(f"heads must hold a budget per head, got {self.heads!r}")
             budgets = tuple(_head_budget(f"heads[{i}]", b) for i, b in enumerate(self.heads))
             object.__setattr__(self, "heads", budgets)
 
@@ -152,12 +157,8 @@ def vertical_slash(
     Raises:
         ValueError: if `config.heads` is not one budget per query head.
     """
-    heads, kv_len = query.shape[1], key.shape[2]
-    if config.heads is not None and len(config.heads) != heads:
-        raise ValueError(
-            f"heads must hold a budget for each of the {heads} query heads, "
-            f"got {len(config.heads)}"
-        )
+    kv_len = key.shape[2]
+    _check_heads(config, query.shape[1])
     vertical, slash = last_query_mass(query, key, config, scale)
     budgets = config.heads or (
         HeadBudget("vertical_and_slash", config.vertical_size, config.slash_size),
@@ -174,6 +175,26 @@ def vertical_slash(
     columns = torch.where(keep_columns, position, kv_len).sort(-1).values[..., :most]
     distances = _heaviest(slash, config.local_size, "slash_size", budgets, config, fixed)
     return VerticalSlash(columns, distances)
+
+
+def of_heads(config: MInferenceConfig, heads: Sequence[int], num_heads: int) -> MInferenceConfig:
+    """Return the settings for some of the `num_heads` query heads, in their order.
+
+    Raises:
+        ValueError: if `config.heads` is not one budget per query head.
+    """
+    _check_heads(config, num_heads)
+    if config.heads is None:
+        return config
+    return dataclasses.replace(config, heads=tuple(config.heads[head] for head in heads))
+
+
+def _check_heads(config: MInferenceConfig, num_heads: int) -> None:
+    if config.heads is not None and len(config.heads) != num_heads:
+        raise ValueError(
+            f"heads must hold a budget for each of the {num_heads} query heads, "
+            f"got {len(config.heads)}"
+        )
 
 
 def last_query_mass(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import check_count
 
 
 @dataclass(frozen=True)
-class StreamingConfig:
+class StreamingConfig(PatternConfig):
     """Settings of sink and local attention, in tokens; both act in whole blocks.
 
     Args:

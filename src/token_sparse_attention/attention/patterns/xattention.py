@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import (
     block_sums,
     check_count,
@@ -26,7 +27,7 @@ _SCORE_ELEMENTS = 2**26  # scores held at once, which bounds memory at a quarter
 
 
 @dataclass(frozen=True)
-class XAttentionConfig:
+class XAttentionConfig(PatternConfig):
     """Settings of XAttention.
 
     Args:

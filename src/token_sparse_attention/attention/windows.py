@@ -1,4 +1,4 @@
-"""Attention sinks: the first keys of a row, added to sliding-window attention.
+"""The windowed fallback: sliding-window attention, and a row's first keys besides.
 
 Models put much of their attention on the first tokens, whatever these say; a sliding window
 that has left them behind gives that mass to its own keys instead (StreamingLLM, arXiv
@@ -10,9 +10,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from token_sparse_attention.attention.dense import Attended, attend_rows
+from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.inputs import RealTokens
 
 _QUERIES = 8192  # at once, which bounds the memory of the logits
+
+
+def attend_windows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    rows: Tensor,
+    tokens: RealTokens,
+    into: Attended,
+    *,
+    scale: float,
+    backend: str,
+) -> None:
+    """The windowed fallback of every query in some rows, written in place.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: likewise.
+        config: the settings, which have the window and the sinks.
+        rows: ``[B]`` bool, the rows wanted; others stay.
+        tokens: where the real tokens are.
+        into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
+        scale: factor of the logits.
+        backend: one of `BACKENDS`.
+    """
+    lse = into.lse
+    if config.fallback_sinks and lse is None:
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    attend_rows(
+        query,
+        key,
+        value,
+        rows,
+        tokens,
+        Attended(into.out, lse),
+        scale=scale,
+        backend=backend,
+        window=config.fallback_window,
+    )
+    if config.fallback_sinks and lse is not None:
+        add_sinks(
+            query,
+            key,
+            value,
+            rows,
+            tokens,
+            into.out,
+            lse,
+            scale=scale,
+            window=config.fallback_window,
+            sinks=config.fallback_sinks,
+        )
 
 
 def add_sinks(

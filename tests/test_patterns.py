@@ -1,0 +1,142 @@
+"""Token sparsity and a block-sparse pattern together: the pattern on the compressed order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from attention.by_hand import HEADS, LITTLE, by_hand
+from support import SMALL, Problem, kept_mask, make_problem, relative_error
+from token_sparse_attention import token_sparse_attention
+from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.patterns import (
+    FlexPrefillConfig,
+    MInferenceConfig,
+    StreamingConfig,
+    XAttentionConfig,
+)
+
+EVERYTHING = {
+    "flexprefill": FlexPrefillConfig(gamma=1.0),
+    "minference": MInferenceConfig(vertical_size=5000, slash_size=5000),
+    "xattention": XAttentionConfig(threshold=1.0),
+    "streaming": StreamingConfig(local_size=5000),
+}
+SCALE = 0.25
+PER_HEAD = dataclasses.replace(SMALL, budget="per_head")
+WINDOW = {"fallback": "window", "fallback_window": 20, "fallback_sinks": 5}
+
+
+@pytest.mark.parametrize("fallback", [{}, WINDOW], ids=["zero", "window"])
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+@pytest.mark.parametrize("past", [0, 333])
+@pytest.mark.parametrize("pattern", LITTLE.values(), ids=LITTLE)
+def test_a_pattern_acts_on_the_compressed_order(pattern, past, budget, fallback):
+    settings = dataclasses.replace(SMALL, budget=budget, **fallback)
+    problem = make_problem(query_len=1000 - past, kv_len=1000)
+    plain, dense = token_sparse_attention(*problem, settings, return_selection=True)
+    out, selection = token_sparse_attention(
+        *problem, settings, attention_backend=pattern, return_selection=True
+    )
+    assert selection.ran_sparse.all()
+    assert torch.equal(selection.indices, dense.indices), "patterns do not select tokens"
+    if budget == "per_head":
+        assert len(set(selection.lengths[0].tolist())) > 1
+    kept = kept_mask(selection.indices, 1000)[0]
+    expected = by_hand(problem, kept, pattern, plain, SCALE)
+    assert relative_error(out[0], expected) < 1e-6
+    assert relative_error(out[0], plain[0]) > 1e-2, "the pattern must leave something out"
+
+
+def test_heads_keep_their_own_settings():
+    problem = make_problem(heads=2, kv_heads=1, query_len=600)
+    for settings in (SMALL, PER_HEAD):
+        plain, selection = token_sparse_attention(*problem, settings, return_selection=True)
+        out = token_sparse_attention(*problem, settings, attention_backend=HEADS)
+        kept = kept_mask(selection.indices, 600)[0]
+        assert relative_error(out[0], by_hand(problem, kept, HEADS, plain, SCALE)) < 1e-6
+        twice = [tensor.expand(2, -1, -1, -1) for tensor in problem]
+        both = token_sparse_attention(*twice, settings, attention_backend=HEADS)
+        torch.testing.assert_close(both, out.expand(2, -1, -1, -1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [SMALL, PER_HEAD], ids=["shared", "per_head"])
+@pytest.mark.parametrize("query_len", [700, 401, 90, 17])
+@pytest.mark.parametrize("pattern", EVERYTHING.values(), ids=EVERYTHING)
+def test_a_pattern_that_keeps_everything_changes_nothing(pattern, query_len, settings):
+    problem = make_problem(query_len=query_len, kv_len=max(query_len, 401))
+    options = {"return_lse": True}
+    plain, plain_lse = token_sparse_attention(*problem, settings, **options)
+    out, lse = token_sparse_attention(*problem, settings, attention_backend=pattern, **options)
+    assert relative_error(out, plain) < 1e-6
+    torch.testing.assert_close(lse, plain_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", LITTLE.values(), ids=LITTLE)
+def test_rows_that_run_dense_go_through_the_pattern(pattern):
+    problem = make_problem(query_len=500)
+    settings = dataclasses.replace(SMALL, drop_mass=0.0)
+    out = token_sparse_attention(*problem, settings, attention_backend=pattern)
+    everything = torch.ones(4, 500, dtype=torch.bool)
+    expected = by_hand(problem, everything, pattern, out, SCALE)
+    assert relative_error(out[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("settings", [SMALL, dataclasses.replace(PER_HEAD, **WINDOW)])
+@pytest.mark.parametrize("pattern", LITTLE.values(), ids=LITTLE)
+def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(pattern, settings):
+    settings = dataclasses.replace(settings, min_tokens=430)
+    problem = make_problem(batch=4, query_len=550, kv_len=700)
+    mask = torch.ones(4, 700, dtype=torch.bool)
+    mask[1, :33] = False
+    mask[2, 671:] = False
+    mask[3, :260] = False  # too short to run sparse, long enough to leave blocks out
+    for tensor, first in zip(problem, (150, 0, 0)):
+        tensor.masked_fill_(~mask[:, None, first:, None], torch.nan)
+    out, selection = token_sparse_attention(
+        *problem, settings, padding_mask=mask, attention_backend=pattern, return_selection=True
+    )
+    assert selection.ran_sparse.tolist() == [True, True, True, False]
+    for row in range(4):
+        first, last = mask[row].nonzero().flatten()[[0, -1]].tolist()
+        begin, end = max(first - 150, 0), last + 1 - 150
+        alone = Problem(
+            problem.query[row : row + 1, :, begin:end],
+            problem.key[row : row + 1, :, first : last + 1],
+            problem.value[row : row + 1, :, first : last + 1],
+        )
+        expected = token_sparse_attention(*alone, settings, attention_backend=pattern)[0]
+        torch.testing.assert_close(out[row, :, begin:end], expected, rtol=1e-5, atol=1e-6)
+        assert not out[row, :, :begin].any()
+        assert not out[row, :, end:].any()
+
+
+@pytest.mark.parametrize("pattern", [*LITTLE.values(), HEADS])
+def test_traced_into_one_graph_it_gives_the_same(pattern):
+    problem = make_problem(heads=2, kv_heads=1, query_len=300)
+    backend = parse_backend(pattern)
+
+    def call(query, key, value):
+        return token_sparse_attention(query * 1, key, value, SMALL, attention_backend=backend)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*problem), call(*problem))
+
+
+def test_what_cannot_be_traced_or_run_is_named():
+    problem = make_problem(query_len=300)
+
+    def call(backend):
+        return token_sparse_attention(*problem, SMALL, attention_backend=backend)
+
+    traced = torch.compile(call, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"must be text where torch\.compile traces it"):
+        traced(FlexPrefillConfig(gamma=0.9))
+    with pytest.raises(ValueError, match="did you mean 'flexprefill'"):
+        traced("flexprefil")
+    with pytest.raises(ValueError, match="did you mean 'flexprefill'"):
+        call("flexprefil")
+    with pytest.raises(ValueError, match="each of the 4 query heads, got 2"):
+        call(HEADS)
