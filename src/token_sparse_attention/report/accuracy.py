@@ -73,7 +73,10 @@ def _scatters(
         yield tag("p", f"{_length(length)}: nothing has a score yet.")
         return
     for what, unit in (("work", "attention work, dense = 1"), ("seconds", "first token, seconds")):
-        points = [_point(row, getattr(row, what), colours) for row in scored if row is not dense]
+        # A pattern's work is not known, only a bound of it.
+        placed = [row for row in scored if row is not dense]
+        placed = [row for row in placed if what != "work" or not row.work_is_bound]
+        points = [_point(row, getattr(row, what), colours) for row in placed]
         reference = _point(dense, getattr(dense, what), colours)
         title = f"{_length(length)}: accuracy against {what}"
         chart = charts.scatter(title, unit, points, reference)
@@ -101,7 +104,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number("{:+.3f} to {:+.3f}", row.difference_low, row.difference_high),
         _number("{:.1%}", row.relative_loss_upper),
         f"{row.kept_share:.1%}",
-        f"{row.work:.3f}",
+        f"{'≤' if row.work_is_bound else ''}{row.work:.3f}",
         f"{row.seconds:.3g} s",
     )
 

@@ -1,0 +1,110 @@
+"""The block-sparse executors on a GPU: against the reference, in half precision's own units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support import relative_error
+from token_sparse_attention.attention.backends import fa4_installed
+from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
+from token_sparse_attention.attention.block_sparse import block_sparse_attention
+from token_sparse_attention.attention.patterns import PATTERNS
+
+DEVICE = "cuda"
+BACKENDS = [
+    pytest.param(
+        "fa4", marks=pytest.mark.skipif(not fa4_installed(), reason="flash-attn-4 is missing")
+    ),
+    "flex",
+]
+SETTINGS = {
+    "flexprefill": {"gamma": 0.7, "min_budget": 256},
+    "minference": {"vertical_size": 200, "slash_size": 300},
+    "streaming": {"local_size": 512},
+    "xattention": {},
+}
+
+
+def make_inputs(batch, heads, kv_heads, query_len, kv_len, head_dim):
+    """Tensors as models hand them over: [B, S, H, D] in memory."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, query_len, heads, head_dim, generator=generator) * 2
+    key, value = torch.randn(2, batch, kv_len, kv_heads, head_dim, generator=generator)
+    return [x.to(DEVICE, torch.bfloat16).transpose(1, 2) for x in (query, key, value)]
+
+
+def random_mask(query, key, share):
+    grid = BlockGrid(query.shape[2], key.shape[2])
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    kept = torch.rand(
+        *query.shape[:2], grid.query_blocks, grid.kv_blocks, generator=generator, device=DEVICE
+    )
+    return BlockMask.from_block_map(kept < share, query_len=query.shape[2], kv_len=key.shape[2])
+
+
+def eager(query, key, value, mask):
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    return logits.masked_fill(~mask.dense_view(), -torch.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.1])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "query_len", "kv_len", "head_dim"),
+    [
+        (1, 4, 4, 512, 512, 128),
+        (2, 8, 2, 1000, 1000, 128),
+        (1, 8, 4, 63, 63, 64),
+        (2, 4, 2, 111, 2047, 128),
+        (1, 8, 2, 300, 1333, 96),
+        (1, 4, 1, 1, 700, 128),
+    ],
+)
+def test_an_executor_is_as_close_as_eager(
+    backend, share, batch, heads, kv_heads, query_len, kv_len, head_dim
+):
+    inputs = make_inputs(batch, heads, kv_heads, query_len, kv_len, head_dim)
+    mask = random_mask(inputs[0], inputs[1], share)
+    mask.validate()
+    exact, exact_lse = block_sparse_attention(
+        *(x.double() for x in inputs), mask, backend="reference", return_lse=True
+    )
+    out, lse = block_sparse_attention(*inputs, mask, backend=backend, return_lse=True)
+    budget = 2 * relative_error(eager(*inputs, mask), exact) + 1e-5
+    assert relative_error(out, exact) <= budget
+    assert (lse - exact_lse).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_that_nobody_selects_are_not_read(backend):
+    query, key, value = make_inputs(1, 8, 2, 1024, 1024, 128)
+    kept = torch.rand(1, 8, 8, 8, device=DEVICE) < 0.5
+    kept[..., 2] = False
+    mask = BlockMask.from_block_map(kept, query_len=1024, kv_len=1024)
+    clean = block_sparse_attention(query, key, value, mask, backend=backend)
+    key[:, :, 256:384] = value[:, :, 256:384] = torch.nan
+    out = block_sparse_attention(query, key, value, mask, backend=backend)
+    others = torch.ones(1024, dtype=torch.bool, device=DEVICE)
+    others[256:384] = False  # their own block is always kept
+    assert torch.equal(out[:, :, others], clean[:, :, others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_does_not_wait_for_the_device(name, backend):
+    inputs = make_inputs(1, 8, 2, 3000, 3333, 128)
+    pattern = PATTERNS[name]
+    config = pattern.config(**SETTINGS[name])
+    exact, exact_lse = pattern.attend(*inputs, config, backend="reference", return_lse=True)
+    out, lse = pattern.attend(*inputs, config, backend=backend, return_lse=True)
+    assert relative_error(out, exact) < 1e-2
+    assert (lse - exact_lse).abs().max() < 2e-2
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pattern.attend(*inputs, config, backend=backend, return_lse=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
