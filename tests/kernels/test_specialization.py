@@ -76,9 +76,9 @@ def launches(monkeypatch, lengths, config, **options):
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
 def test_lengths_change_nothing_that_is_compiled(monkeypatch, budget):
     """Odd, even and round lengths; memory for as many heads at once as fits changes too."""
-    from token_sparse_attention import functional
+    from token_sparse_attention import limits
 
-    monkeypatch.setattr(functional, "_PACKED_BYTES", 200_000)
+    monkeypatch.setattr(limits, "_PACKED_BYTES", 200_000)
     config = dataclasses.replace(SMALL, budget=budget)
     seen = launches(monkeypatch, (144, 177, 255), config)
     levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if budget == "shared" else 8}
