@@ -18,6 +18,7 @@ from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.command import add_commands as add_benchmarks
+from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands as add_calibration
 from token_sparse_attention.calibration.record import CalibrationError
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--compare", action="store_true", help="also answer densely, and show both times"
     )
-    run.add_argument("--max-new-tokens", type=_positive_int, default=64, metavar="N")
+    run.add_argument("--max-new-tokens", type=positive, default=64, metavar="N")
     run.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
     run.add_argument("--impl", default="auto", choices=IMPLS)
     run.add_argument(
@@ -131,13 +132,6 @@ def _command(
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return command
-
-
-def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def _backend(text: str) -> str:

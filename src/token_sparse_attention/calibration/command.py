@@ -14,6 +14,7 @@ from rich.console import Console
 
 from token_sparse_attention import bundled
 from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.calibration.record import (
     METHODS,
     CalibrationError,
@@ -88,13 +89,13 @@ def _add_prompt_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"tokens of each prompt cut from text (default: {DEFAULT_LENGTH})",
     )
     command.add_argument(
         "--num-prompts",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"how many prompts (default: {DEFAULT_PROMPTS} from text, all of a prompt file)",
     )
@@ -147,13 +148,6 @@ def _add_choice_arguments(command: argparse.ArgumentParser) -> None:
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def _not_negative(text: str) -> int:

@@ -19,6 +19,7 @@ from token_sparse_attention import bundled
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
+from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import (
@@ -85,7 +86,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     )
     command.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="load the model into N processes that share the device; prefill times are then "
@@ -112,7 +113,7 @@ def _add_sample_arguments(command: argparse.ArgumentParser) -> None:
     )
     asked.add_argument(
         "--limit",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"samples per task and length (default: {_LIMIT})",
     )
@@ -417,11 +418,4 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in _names(text))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    return tuple(positive(part) for part in _names(text))

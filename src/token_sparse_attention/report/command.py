@@ -13,6 +13,7 @@ from rich.console import Console
 
 from token_sparse_attention import bundled
 from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.report.load import load
 from token_sparse_attention.report.page import TITLE, build_page
@@ -64,7 +65,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     capture.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the capture to write"
     )
-    capture.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N")
+    capture.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
     capture.add_argument("--device", default="auto", help="torch device (default: auto)")
     capture.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
     capture.add_argument("--impl", default="auto", choices=IMPLS)
@@ -73,13 +74,6 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
     )
     capture.set_defaults(handler=run_capture)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def run_report(args: argparse.Namespace) -> int:
