@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from token_sparse_attention.attention.dense import attend, attend_packed
 from token_sparse_attention.integrations import transformers as integration
 from token_sparse_attention.selection import score_tokens, select_tokens
 
-_ROWS = 512  # compressed queries whose band is attended at once
+_ROWS = 4096  # queries attended by hand at once
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,24 @@ class Variant:
             not selected, so that no query loses its neighbours.
         value_norm: scores are multiplied by the norm of the value.
         spread: how many of the scoring queries lie spread over the whole sequence.
+        dense_last: how many of the last queries attend to every key.
+        pooled: size of the blocks whose mean key and value stand for the keys that are out of
+            a query's reach; 0 for none.
+        pooled_for: which queries see them: ``"fallback"``, ``"selected"`` or ``"both"``.
+        selected: what selected queries get: ``"compressed"`` attention, or ``"dense"``
+            attention to find what the compressed one costs.
+        fallback: what the others get: the ``"window"``; the window and the selected ``"keys"``
+            before it, and then selected queries get that too; or ``"dense"`` attention.
     """
 
     union: bool = False
     value_norm: bool = False
     spread: int = 0
+    dense_last: int = 0
+    pooled: int = 0
+    pooled_for: str = "both"
+    selected: str = "compressed"
+    fallback: str = "window"
 
 
 def attention(
@@ -59,6 +73,34 @@ def attention(
         scale: factor of the logits.
         backend: which kernel attends.
     """
+    run = partial(attend, scale=scale, backend=backend)
+    selection = _select(query, key, value, config, variant, scale)
+    if not bool(selection.ran_sparse.all()):
+        return run(query, key, value).out, selection
+    out = _fallback(query, key, value, config, variant, selection, scale, run)
+    if variant.fallback != "keys":
+        if variant.selected == "dense":
+            rows = run(query, key, value).out
+        else:
+            rows = _selected(query, key, value, config, variant, selection, scale, backend)
+        chosen = torch.zeros(out.shape[1:3], dtype=torch.bool, device=out.device)
+        for head, slots in enumerate(_slots(selection)):
+            chosen[head, slots] = True
+        out = torch.where(chosen[None, :, :, None], rows.to(out.dtype), out)
+    if variant.dense_last:
+        last = slice(query.shape[2] - variant.dense_last, None)
+        out[:, :, last] = run(query[:, :, last], key, value).out
+    return out, selection
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    variant: Variant,
+    scale: float,
+) -> TokenSelection:
     if variant.spread:
         scores = spread_scores(query, key, config.window_size, variant.spread, scale)
     else:
@@ -66,23 +108,153 @@ def attention(
     if variant.value_norm:
         norms = value[:, :, : scores.shape[2]].float().norm(dim=-1)
         scores = scores * norms.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    selection = select_tokens(scores, config)
-    if not bool(selection.ran_sparse.all()):
-        return attend(query, key, value, scale=scale, backend=backend).out, selection
-    window = config.fallback_window
-    near = attend(
-        query, key, value, scale=scale, backend=backend, window=window, want_lse=variant.union
-    )
-    packed = compress(query, key, value, selection)
-    chosen = attend_packed(*packed, scale=scale, backend=backend, want_lse=variant.union)
+    return select_tokens(scores, config).to_int64()
+
+
+def _fallback(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    variant: Variant,
+    selection: TokenSelection,
+    scale: float,
+    run: Any,
+) -> Tensor:
+    """What every query would get if it were not selected, ``[1, H, S, D]``."""
+    if variant.fallback == "dense":
+        out: Tensor = run(query, key, value).out.clone()
+        return out
+    window, group = config.fallback_window, query.shape[1] // key.shape[1]
+    near = run(query, key, value, window=window, want_lse=True)
     out = near.out.clone()
-    rows = chosen.out
+    with_keys = variant.fallback == "keys"
+    with_pooled = variant.pooled and variant.pooled_for in ("fallback", "both")
+    if not (with_keys or with_pooled):
+        return out
+    positions = torch.arange(query.shape[2], device=query.device)
+    for head, slots in enumerate(_slots(selection)):
+        keys, values = key[0, head // group], value[0, head // group]
+        far = [Summary.of_tokens(keys, values, slots)] if with_keys else []
+        if with_pooled:
+            far.append(
+                Summary.of_blocks(keys, values, variant.pooled, slots if with_keys else slots[:0])
+            )
+        summary = Summary.together(far)
+        for begin in range(0, len(positions), _ROWS):
+            part = slice(begin, begin + _ROWS)
+            reach = positions[part] - window
+            old = near.out[0, head, part], near.lse[0, head, part]
+            out[0, head, part] = summary.add(query[0, head, part], reach, *old, scale)[0]
+    return out
+
+
+def _selected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    variant: Variant,
+    selection: TokenSelection,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """What the selected queries get, at their slots in ``[1, H, S, D]``; else nothing useful."""
+    window, group = config.fallback_window, query.shape[1] // key.shape[1]
+    with_pooled = variant.pooled and variant.pooled_for in ("selected", "both")
+    packed = compress(query, key, value, selection)
+    chosen = attend_packed(*packed, scale=scale, backend=backend, want_lse=True)
+    rows, lses = chosen.out, chosen.lse
     if variant.union:
-        rows = _union(packed, chosen, near, selection, window, scale)
-    for head, (begin, size) in enumerate(_sequences(selection)):
-        slots = selection.indices[0, head, :size]
-        out[0, head, slots] = rows[begin : begin + size].to(out.dtype)
-    return out, selection
+        near = attend(
+            query, key, value, scale=scale, backend=backend, window=window, want_lse=True
+        )
+        rows, lses = _union(packed, chosen, near, selection, window, scale)
+    out = torch.empty_like(query)
+    begin = 0
+    for head, slots in enumerate(_slots(selection)):
+        own = slice(begin, begin + len(slots))
+        begin += len(slots)
+        result = rows[own].to(out.dtype)
+        if with_pooled:
+            keys, values = key[0, head // group], value[0, head // group]
+            summary = Summary.of_blocks(keys, values, variant.pooled, slots)
+            for first in range(0, len(slots), _ROWS):
+                part = slice(first, first + _ROWS)
+                reach = slots[part] - (window if variant.union else 1)
+                old = rows[own][part], lses[own][part]
+                result[part] = summary.add(packed.query[own][part], reach, *old, scale)[0]
+        out[0, head, slots] = result
+    return out
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Keys and values that each stand for some tokens of one head.
+
+    Attributes:
+        keys: ``[N, D]``.
+        values: ``[N, D]``.
+        counts: ``[N]``, how many tokens each stands for.
+        ends: ``[N]``, the last slot each stands for.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of_tokens(cls, keys: Tensor, values: Tensor, slots: Tensor) -> Summary:
+        """Each of some tokens for itself."""
+        return cls(keys[slots], values[slots], torch.ones_like(slots), slots)
+
+    @classmethod
+    def of_blocks(cls, keys: Tensor, values: Tensor, size: int, without: Tensor) -> Summary:
+        """The mean of each whole block's tokens, some left out."""
+        blocks = len(keys) // size
+        there = torch.ones(len(keys), device=keys.device)
+        there[without] = 0
+        there = there[: blocks * size]
+        counts = there.view(blocks, size).sum(1)
+
+        def mean(rows: Tensor) -> Tensor:
+            sums = (rows[: blocks * size].float() * there[:, None]).view(blocks, size, -1).sum(1)
+            return (sums / counts.clamp(min=1)[:, None]).to(rows.dtype)
+
+        ends = torch.arange(1, blocks + 1, device=keys.device) * size - 1
+        some = counts > 0
+        return cls(mean(keys)[some], mean(values)[some], counts[some], ends[some])
+
+    @classmethod
+    def together(cls, parts: list[Summary]) -> Summary:
+        """Several as one."""
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.__annotations__))
+
+    def add(
+        self, query: Tensor, reach: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return attention's output and log-sum-exp with these keys besides.
+
+        Args:
+            query: ``[R, D]``.
+            reach: ``[R]``, the last slot that each query may see here.
+            out: ``[R, D]``, attention without these keys.
+            lse: ``[R]``, its log-sum-exp.
+            scale: factor of the logits.
+        """
+        logits = (query @ self.keys.T).float() * scale + self.counts.log()
+        logits = logits.masked_fill(self.ends > reach[:, None], -torch.inf)
+        both = torch.logaddexp(lse, logits.logsumexp(-1))
+        weights = (logits - both[:, None]).exp().to(query.dtype)
+        mixed = out * (lse - both).exp()[:, None] + (weights @ self.values).float()
+        return mixed.to(query.dtype), both
+
+
+def _slots(selection: TokenSelection) -> Iterator[Tensor]:
+    """The selected slots of each head."""
+    for head, size in enumerate(selection.lengths[0].tolist()):
+        yield selection.indices[0, head, :size]
 
 
 def _sequences(selection: TokenSelection) -> Iterator[tuple[int, int]]:
@@ -94,9 +266,10 @@ def _sequences(selection: TokenSelection) -> Iterator[tuple[int, int]]:
 
 def _union(
     packed: Any, chosen: Any, near: Any, selection: TokenSelection, window: int, scale: float
-) -> Tensor:
-    """Rows of attention over selected and near keys: both, less what both counted."""
+) -> tuple[Tensor, Tensor]:
+    """Attention over selected and near keys, and its log-sum-exp: both, less what both counted."""
     rows = torch.empty(len(chosen.out), chosen.out.shape[1], device=chosen.out.device)
+    sums = torch.empty_like(chosen.lse)
     for head, (begin, size) in enumerate(_sequences(selection)):
         part = slice(begin, begin + size)
         slots = selection.indices[0, head, :size]
@@ -108,7 +281,8 @@ def _union(
         weights[2].neg_()
         outs = torch.stack((chosen.out[part].float(), near.out[0, head, slots].float(), both))
         rows[part] = (weights[..., None] * outs).sum(0) / weights.sum(0)[:, None]
-    return rows
+        sums[part] = lses.amax(0) + weights.sum(0).log()
+    return rows, sums
 
 
 def _band(

@@ -78,7 +78,7 @@ def test_dense_replies_are_those_of_generate_whatever_the_draft(family):
     right = generated(model, ids)
     assert len(set(right)) > 3
     for draft in drafts(right):
-        said = reply(model, ids, None, end(), draft=draft)
+        said = reply(model, ids, None, end(), drafts=[draft])
         assert said.tokens == right, draft
         assert said.kept is None
         assert said.prompt_tokens == 90
@@ -90,7 +90,7 @@ def test_sparse_replies_decode_densely_whatever_the_draft(model):
     dense = generated(model, ids)
     assert right != dense
     for draft in (dense, *drafts(right)):
-        assert reply(model, ids, CONFIG, end(), draft=draft).tokens == right, draft
+        assert reply(model, ids, CONFIG, end(), drafts=[draft]).tokens == right, draft
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -98,11 +98,12 @@ def test_a_draft_costs_one_forward_pass(model):
     ids, calls = make_ids(90), []
     right = generated(model, ids)
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    reply(model, ids, None, end(), draft=right)
+    reply(model, ids, None, end(), drafts=[right])
     assert len(calls) == 2
-    reply(model, ids, None, end())
+    wrong = [right[0], *((token + 1) % 199 for token in right[1:])]
+    reply(model, ids, None, end(), drafts=[wrong, right])
+    assert len(calls) == 2 + 3
     hook.remove()
-    assert len(calls) == 2 + NEW
 
 
 def test_replies_end_at_end_tokens_and_stop_texts(model):

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import layer_configs
 from token_sparse_attention.evaluation import generate
@@ -102,13 +104,24 @@ class Runner:
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         }
 
-    def reply(self, sample: Sample, name: str, draft: list[int]) -> Reply:
+    def encode(self, sample: Sample) -> Tensor:
+        """Return a sample's token ids ``[1, S]``."""
+        return generate.encode(self.model, self.tokenizer, sample.prompt, sample.max_new_tokens)
+
+    def reply(
+        self, sample: Sample, ids: Tensor, name: str, drafts: Sequence[Sequence[int]]
+    ) -> Reply:
         """Reply to a sample under a configuration.
+
+        Args:
+            sample: says when a reply ends.
+            ids: the sample, encoded.
+            name: of the configuration.
+            drafts: see `generate.reply`.
 
         Raises:
             UsageError: if the configuration cannot be run on the model.
         """
-        ids = generate.encode(self.model, self.tokenizer, sample.prompt, sample.max_new_tokens)
         end = generate.ending(self.model, self.tokenizer, sample.until, sample.max_new_tokens)
         run = self.configurations.get(name, Configuration())
         try:
@@ -118,7 +131,7 @@ class Runner:
                 run.settings,
                 end,
                 pattern=run.pattern,
-                draft=draft,
+                drafts=drafts,
                 impl=self.impl,
                 attention_backend=self.attention_backend,
             )
@@ -179,29 +192,35 @@ def replies(
     samples: Sequence[Sample],
     done: Collection[Key],
     report: Callable[[str], object],
+    *,
+    shared: bool = False,
 ) -> Generator[Arrival, None, None]:
     """Yield the replies to each sample, densely first and then under each configuration.
+
+    A sample's earlier replies are the drafts of its later ones.
 
     Args:
         runner: the model and the configurations.
         samples: what to reply to.
         done: keys of replies that are not wanted.
         report: is told what runs next.
+        shared: whether other processes use the device, so that times are not worth a warm-up.
     """
-    warm = not runner.on_cuda
+    warm = not runner.on_cuda or shared
     for sample in samples:
-        draft: list[int] = []
-        for name in runner.names:
-            if (*_key(sample), name) in done:
-                continue
+        names = [name for name in runner.names if (*_key(sample), name) not in done]
+        if not names:
+            continue
+        ids = runner.encode(sample)
+        drafts: list[list[int]] = []
+        for name in names:
             report(f"{sample.task} {sample.length or ''}, {name}")
             if not warm:  # kernels are compiled now, not in the first result's time
                 for each in runner.names:
-                    runner.reply(sample, each, [])
+                    runner.reply(sample, ids, each, [])
                 warm = True
-            reply = runner.reply(sample, name, draft)
-            if name == DENSE:
-                draft = reply.tokens
+            reply = runner.reply(sample, ids, name, tuple(drafts))
+            drafts.append(reply.tokens)
             yield sample, name, reply
 
 

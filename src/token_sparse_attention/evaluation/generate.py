@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.evaluation.drafts import propose
 from token_sparse_attention.evaluation.record import LayerKept
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
@@ -116,7 +117,7 @@ def reply(
     config: TokenSparseConfig | LayerProfile | None,
     end: Ending,
     *,
-    draft: Sequence[int] = (),
+    drafts: Sequence[Sequence[int]] = (),
     pattern: str | None = None,
     impl: str = "auto",
     attention_backend: str = "auto",
@@ -124,23 +125,23 @@ def reply(
     """Reply greedily: the likeliest token each time, whatever the generation config says.
 
     Sparsity, of tokens and of blocks, is applied to the prefill alone and removed before the
-    first decode step. The draft is a reply that may be right, such as the dense one: one
-    forward pass over all of it tells how far it is what greedy decoding would give. So the
-    result is that of decoding token by token, up to what several tokens in one pass round
-    differently from one at a time.
+    first decode step. Drafts are replies that may be right, such as the dense one: one forward
+    pass over a draft tells how far it is what greedy decoding would give. So the result is
+    that of decoding token by token, up to what several tokens in one pass round differently
+    from one at a time.
 
     Args:
         model: a causal language model.
         ids: ``[1, S]`` token ids of the prompt.
         config: settings of the prefill, None for no token sparsity.
         end: when the reply is over.
-        draft: tokens to try; a finished reply under the same `end`.
+        drafts: replies to try; where none fits, tokens of the prompt are tried.
         pattern: the block-sparse pattern by which all layers attend in the prefill, the
             selected tokens of sparse ones too.
         impl: see `token_sparse_attention`.
         attention_backend: what attends in sparse layers without a pattern.
     """
-    ids = ids.to(model.device)
+    prompt, ids = ids[0].cpu(), ids.to(model.device)
     # All keys of all layers: a cache that forgets could not be cropped.
     cache = DynamicCache()
     report: PrefillReport | None = None
@@ -155,7 +156,7 @@ def reply(
         start = time.perf_counter()
         first = _next_tokens(model, ids, cache, last_only=True)[0]
         seconds = time.perf_counter() - start
-    tokens = _decode(model, cache, first, draft, end)
+    tokens = _decode(model, cache, first, drafts, prompt, end)
     kept = None if report is None else kept_of(report, model)
     return Reply(end.text(tokens), tokens, ids.shape[1], kept, seconds)
 
@@ -172,32 +173,29 @@ def kept_of(report: PrefillReport, model: Any) -> list[LayerKept]:
 
 
 def _decode(
-    model: Any, cache: DynamicCache, first: int, draft: Sequence[int], end: Ending
+    model: Any,
+    cache: DynamicCache,
+    first: int,
+    drafts: Sequence[Sequence[int]],
+    prompt: Tensor,
+    end: Ending,
 ) -> list[int]:
+    """Return the reply that begins with `first`; the cache holds all tokens but the last."""
     tokens = [first]
-    if draft and draft[0] == first and len(draft) > 1:
-        tokens = _accept(model, cache, draft)
     while not end.reached(tokens):
-        last = torch.tensor([[tokens[-1]]], device=model.device)
-        tokens += _next_tokens(model, last, cache, last_only=True)
-    return tokens
-
-
-def _accept(model: Any, cache: DynamicCache, draft: Sequence[int]) -> list[int]:
-    """Return the draft as far as it is right, and the token after that unless all was right.
-
-    The draft's first token is known to be right. Afterwards the cache holds all tokens that
-    are returned but the last.
-    """
-    given = torch.tensor([list(draft[:-1])], device=model.device)
-    following = _next_tokens(model, given, cache, last_only=False)
-    right = 1
-    while right < len(draft) and following[right - 1] == draft[right]:
-        right += 1
-    tokens = [*draft[:right], *following[right - 1 : right]]
-    surplus = len(draft) - len(tokens)
-    if surplus:
-        cache.crop(-surplus)
+        room = end.max_new_tokens - len(tokens) - 1
+        draft = propose(tokens, drafts, prompt)[:room]
+        given = torch.tensor([[tokens[-1], *draft]], device=model.device)
+        following = _next_tokens(model, given, cache, last_only=False)
+        right = 0
+        while right < len(draft) and following[right] == draft[right]:
+            right += 1
+        if right < len(draft):
+            cache.crop(right - len(draft))
+        for token in following[: right + 1]:
+            tokens.append(token)
+            if end.reached(tokens):
+                break
     return tokens
 
 

@@ -148,7 +148,7 @@ def _work(
         runner = load()
         from token_sparse_attention.evaluation.evaluate import replies
 
-        for sample, name, reply in replies(runner, samples, done, lambda _: None):
+        for sample, name, reply in replies(runner, samples, done, lambda _: None, shared=True):
             connection.send(((sample.task, sample.length, sample.index), name, reply))
         connection.send(None)
     except BrokenPipeError:  # nobody is listening any more

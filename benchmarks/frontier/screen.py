@@ -1,0 +1,109 @@
+"""Accuracy of the method's variants, which the library does not have, on samples of `tsa eval`.
+
+    python -m benchmarks.frontier.screen --samples samples.jsonl.gz --points points.json \\
+        --out result.jsonl --processes 6
+
+The points are ``{"name": {"config": {...}, "variant": {...}}}``; the result is a file of
+`tsa eval`, which scores it (``tsa eval --score``) and goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.frontier.variants import Variant, varied
+from rich.console import Console
+from rich.progress import Progress
+
+from token_sparse_attention import TokenSparseConfig, bundled, run
+from token_sparse_attention.info import provenance
+from token_sparse_attention.evaluation import harness, processes
+from token_sparse_attention.evaluation.evaluate import Runner, evaluate
+from token_sparse_attention.evaluation.generate import Reply
+from token_sparse_attention.evaluation.record import EvalHeader
+from token_sparse_attention.evaluation.samples import Sample, SampleSet
+from token_sparse_attention.evaluation.settings import Configuration, settings_dicts
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantRunner(Runner):
+    """A runner some of whose configurations are variants."""
+
+    variants: Mapping[str, Variant] = dataclasses.field(default_factory=dict)
+
+    def reply(self, sample: Sample, ids: Any, name: str, drafts: Sequence[Sequence[int]]) -> Reply:
+        """Reply under a configuration, varied where it is a variant."""
+        variant = self.variants.get(name)
+        with nullcontext() if variant is None else varied(variant):
+            return super().reply(sample, ids, name, drafts)
+
+
+def load_runner(model: str, options: dict[str, Any], points: dict[str, Any]) -> VariantRunner:
+    """Load the model and return its runner under the points."""
+    return VariantRunner(
+        *run.load_model(model, **options),
+        {
+            name: Configuration(TokenSparseConfig.from_dict(point["config"]))
+            for name, point in points.items()
+        },
+        variants={
+            name: Variant(**point["variant"]) for name, point in points.items() if point["variant"]
+        },
+    )
+
+
+def main() -> None:
+    """Run the points that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=str(bundled.MODEL))
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--points", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args()
+    samples, points = SampleSet.load(args.samples), json.loads(args.points.read_text())
+    load = partial(load_runner, args.model, {"device": args.device}, points)
+    runner = load()
+    about = provenance(str(runner.model.device))
+    about["versions"]["lm-eval"] = samples.lm_eval
+    header = EvalHeader(
+        provenance=about,
+        arguments={
+            "model": "bundled" if args.model == str(bundled.MODEL) else args.model,
+            "variants": {name: dataclasses.asdict(v) for name, v in runner.variants.items()},
+            "seed": samples.seed,
+            "samples_sha256": samples.digest(),
+        },
+        model=runner.facts(),
+        configurations=settings_dicts(runner.configurations),
+        tasks=samples.tasks,
+    )
+    several = args.processes > 1
+    source = partial(processes.spread, load, args.processes) if several else None
+    if several:
+        runner.model.to("cpu")
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("starting", total=len(samples.samples) * len(runner.names))
+        evaluate(
+            runner,
+            samples,
+            header,
+            args.out,
+            scorer=harness.Scorer(samples) if harness.installed_version() else None,
+            source=source,
+            report=lambda what, done: progress.update(bar, description=what, completed=done),
+        )
+
+
+if __name__ == "__main__":
+    main()

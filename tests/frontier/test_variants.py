@@ -1,0 +1,118 @@
+"""The variants of the frontier study against dense attention and the library's operator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmarks.frontier.variants import Variant, attention
+
+from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention.attention.dense import attend
+
+CONFIG = TokenSparseConfig(
+    drop_mass=0.5,
+    window_size=8,
+    pool_size=3,
+    min_tokens=10,
+    fallback="window",
+    fallback_window=16,
+    crossover="off",
+    budget="per_head",
+)
+
+
+@pytest.fixture
+def qkv():
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 4, 203, 16, generator=generator) * 2
+    key, value = torch.randn(2, 1, 2, 203, 16, generator=generator)
+    return query, key, value
+
+
+def run(qkv, **fields):
+    out, selection = attention(*qkv, CONFIG, Variant(**fields), scale=0.25)
+    assert selection.ran_sparse.all()
+    assert (selection.lengths < 150).all()
+    return out, selection
+
+
+def dense(qkv):
+    return attend(*qkv, scale=0.25).out
+
+
+def test_without_a_variant_it_is_the_library_s_operator(qkv):
+    expected = token_sparse_attention(*qkv, CONFIG, scale=0.25)
+    torch.testing.assert_close(run(qkv)[0], expected)
+
+
+@pytest.mark.parametrize("union", [False, True])
+def test_summaries_of_single_tokens_make_it_dense(qkv, union):
+    out, _ = run(qkv, pooled=1, union=union)
+    torch.testing.assert_close(out, dense(qkv), rtol=1e-4, atol=1e-5)
+    out, _ = run(qkv, pooled=1, fallback="keys")
+    torch.testing.assert_close(out, dense(qkv), rtol=1e-4, atol=1e-5)
+
+
+def test_each_half_of_the_summaries_goes_to_its_queries(qkv):
+    plain, selection = run(qkv)
+    chosen = torch.zeros(4, 203, dtype=torch.bool)
+    for head in range(4):
+        chosen[head, selection.indices[0, head, : selection.lengths[0, head]]] = True
+    for which, mask in (("selected", chosen), ("fallback", ~chosen)):
+        out, _ = run(qkv, pooled=1, pooled_for=which)
+        torch.testing.assert_close(out[0][mask], dense(qkv)[0][mask], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[0][~mask], plain[0][~mask])
+
+
+def test_the_oracles_and_the_last_queries_are_dense(qkv):
+    out, _ = run(qkv, selected="dense", fallback="dense")
+    torch.testing.assert_close(out, dense(qkv))
+    out, _ = run(qkv, dense_last=20)
+    torch.testing.assert_close(out[:, :, -20:], dense(qkv)[:, :, -20:])
+    torch.testing.assert_close(out[:, :, :-20], run(qkv)[0][:, :, :-20])
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_larger_blocks_are_means_weighted_by_their_count(qkv, size):
+    query, key, value = qkv
+    equal = key[:, :, :1].expand_as(key).contiguous()  # then all that counts is how many
+    out, _ = run((query, equal, value), fallback="keys", pooled=size)
+    reach = torch.arange(203) - CONFIG.fallback_window
+    head, at = 3, 150
+    slots = run((query, equal, value))[1]
+    slots = slots.indices[0, head, : slots.lengths[0, head]]
+    seen = torch.zeros(203, dtype=torch.bool)
+    seen[reach[at] + 1 : at + 1] = True
+    seen[slots[slots <= reach[at]]] = True
+    seen[: (int(reach[at]) + 1) // size * size] = True
+    expected = value[0, 1][seen].mean(0)
+    torch.testing.assert_close(out[0, head, at], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_alone_are_seen_by_all_queries(qkv):
+    query, key, value = qkv
+    out, selection = run(qkv, fallback="keys")
+    head, at = 1, 180
+    slots = selection.indices[0, head, : selection.lengths[0, head]]
+    seen = torch.arange(203) > at - CONFIG.fallback_window
+    seen[slots] = True
+    seen &= torch.arange(203) <= at
+    logits = (query[0, head, at] @ key[0, 0].T * 0.25).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(out[0, head, at], logits.softmax(-1) @ value[0, 0])
+
+
+def test_the_other_scores_select_other_tokens(qkv):
+    base = run(qkv)[1].indices
+    for fields in ({"value_norm": True}, {"spread": 4}):
+        other, selection = run(qkv, **fields)
+        assert not torch.equal(selection.indices, base)
+        assert other.isfinite().all()
+
+
+def test_a_sequence_that_runs_dense_stays_dense(qkv):
+    config = replace(CONFIG, min_tokens=500)
+    out, selection = attention(*qkv, config, Variant(pooled=4, dense_last=5), scale=0.25)
+    assert not selection.ran_sparse.any()
+    torch.testing.assert_close(out, dense(qkv))
