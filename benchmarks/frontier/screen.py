@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from token_sparse_attention import TokenSparseConfig, bundled, run
-from token_sparse_attention.info import provenance
 from token_sparse_attention.evaluation import harness, processes
 from token_sparse_attention.evaluation.evaluate import Runner, evaluate
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.record import EvalHeader
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration, settings_dicts
+from token_sparse_attention.info import provenance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Variant:
             attention to find what the compressed one costs.
         fallback: what the others get: the ``"window"``; the window and the selected ``"keys"``
             before it, and then selected queries get that too; or ``"dense"`` attention.
+        landmarks: how many of a head's best-scored keys the fallback's queries see besides.
     """
 
     union: bool = False
@@ -50,6 +51,7 @@ class Variant:
     pooled_for: str = "both"
     selected: str = "compressed"
     fallback: str = "window"
+    landmarks: int = 0
 
 
 def attention(
@@ -74,10 +76,12 @@ def attention(
         backend: which kernel attends.
     """
     run = partial(attend, scale=scale, backend=backend)
-    selection = _select(query, key, value, config, variant, scale)
+    scores = _scores(query, key, value, config, variant, scale)
+    selection = select_tokens(scores, config).to_int64()
     if not bool(selection.ran_sparse.all()):
         return run(query, key, value).out, selection
-    out = _fallback(query, key, value, config, variant, selection, scale, run)
+    seen_by_all = _seen_by_all(scores, selection, variant)
+    out = _fallback(query, key, value, config, variant, seen_by_all, scale, run)
     if variant.fallback != "keys":
         if variant.selected == "dense":
             rows = run(query, key, value).out
@@ -93,14 +97,14 @@ def attention(
     return out, selection
 
 
-def _select(
+def _scores(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     config: TokenSparseConfig,
     variant: Variant,
     scale: float,
-) -> TokenSelection:
+) -> Tensor:
     if variant.spread:
         scores = spread_scores(query, key, config.window_size, variant.spread, scale)
     else:
@@ -108,7 +112,15 @@ def _select(
     if variant.value_norm:
         norms = value[:, :, : scores.shape[2]].float().norm(dim=-1)
         scores = scores * norms.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return select_tokens(scores, config).to_int64()
+    return scores
+
+
+def _seen_by_all(scores: Tensor, selection: TokenSelection, variant: Variant) -> Tensor:
+    """Slots ``[H, N]`` that queries see wherever they are, -1 behind a head's last one."""
+    if variant.fallback == "keys":
+        return selection.indices[0]
+    count = min(variant.landmarks, scores.shape[2])
+    return scores[0].topk(count, dim=-1).indices.sort(-1).values
 
 
 def _fallback(
@@ -117,7 +129,7 @@ def _fallback(
     value: Tensor,
     config: TokenSparseConfig,
     variant: Variant,
-    selection: TokenSelection,
+    seen_by_all: Tensor,
     scale: float,
     run: Any,
 ) -> Tensor:
@@ -128,24 +140,19 @@ def _fallback(
     window, group = config.fallback_window, query.shape[1] // key.shape[1]
     near = run(query, key, value, window=window, want_lse=True)
     out = near.out.clone()
-    with_keys = variant.fallback == "keys"
-    with_pooled = variant.pooled and variant.pooled_for in ("fallback", "both")
-    if not (with_keys or with_pooled):
+    with_pooled = bool(variant.pooled) and variant.pooled_for in ("fallback", "both")
+    if not (seen_by_all.shape[1] or with_pooled):
         return out
+    keys, values = (rows[0].repeat_interleave(group, 0) for rows in (key, value))
+    far = [Summary.of_tokens(keys, values, seen_by_all)]
+    if with_pooled:
+        far.append(Summary.of_blocks(keys, values, variant.pooled, seen_by_all))
+    summary = Summary.together(far)
     positions = torch.arange(query.shape[2], device=query.device)
-    for head, slots in enumerate(_slots(selection)):
-        keys, values = key[0, head // group], value[0, head // group]
-        far = [Summary.of_tokens(keys, values, slots)] if with_keys else []
-        if with_pooled:
-            far.append(
-                Summary.of_blocks(keys, values, variant.pooled, slots if with_keys else slots[:0])
-            )
-        summary = Summary.together(far)
-        for begin in range(0, len(positions), _ROWS):
-            part = slice(begin, begin + _ROWS)
-            reach = positions[part] - window
-            old = near.out[0, head, part], near.lse[0, head, part]
-            out[0, head, part] = summary.add(query[0, head, part], reach, *old, scale)[0]
+    for begin in range(0, len(positions), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        old = near.out[0, :, part], near.lse[0, :, part]
+        out[0, :, part] = summary.add(query[0, :, part], positions[part] - window, *old, scale)
     return out
 
 
@@ -177,26 +184,26 @@ def _selected(
         begin += len(slots)
         result = rows[own].to(out.dtype)
         if with_pooled:
-            keys, values = key[0, head // group], value[0, head // group]
-            summary = Summary.of_blocks(keys, values, variant.pooled, slots)
+            keys, values = key[:1, head // group], value[:1, head // group]
+            summary = Summary.of_blocks(keys, values, variant.pooled, slots[None])
             for first in range(0, len(slots), _ROWS):
                 part = slice(first, first + _ROWS)
                 reach = slots[part] - (window if variant.union else 1)
-                old = rows[own][part], lses[own][part]
-                result[part] = summary.add(packed.query[own][part], reach, *old, scale)[0]
+                old = rows[own][None, part], lses[own][None, part]
+                result[part] = summary.add(packed.query[own][None, part], reach, *old, scale)[0]
         out[0, head, slots] = result
     return out
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Keys and values that each stand for some tokens of one head.
+    """Keys and values that each stand for some tokens of a head.
 
     Attributes:
-        keys: ``[N, D]``.
-        values: ``[N, D]``.
-        counts: ``[N]``, how many tokens each stands for.
-        ends: ``[N]``, the last slot each stands for.
+        keys: ``[H, N, D]``.
+        values: ``[H, N, D]``.
+        counts: ``[H, N]``, how many tokens each stands for.
+        ends: ``[H, N]``, the last slot each stands for.
     """
 
     keys: Tensor
@@ -206,49 +213,51 @@ class Summary:
 
     @classmethod
     def of_tokens(cls, keys: Tensor, values: Tensor, slots: Tensor) -> Summary:
-        """Each of some tokens for itself."""
-        return cls(keys[slots], values[slots], torch.ones_like(slots), slots)
+        """Each of some tokens ``[H, N]`` for itself, none where the slot is -1."""
+        at = slots.clamp(min=0)[..., None].expand(-1, -1, keys.shape[2])
+        counts = (slots >= 0).int()
+        return cls(keys.gather(1, at), values.gather(1, at), counts, slots)
 
     @classmethod
     def of_blocks(cls, keys: Tensor, values: Tensor, size: int, without: Tensor) -> Summary:
-        """The mean of each whole block's tokens, some left out."""
-        blocks = len(keys) // size
-        there = torch.ones(len(keys), device=keys.device)
-        there[without] = 0
-        there = there[: blocks * size]
-        counts = there.view(blocks, size).sum(1)
+        """The mean of each whole block's tokens, without the slots ``[H, N]``."""
+        heads, length, _ = keys.shape
+        blocks = length // size
+        there = torch.ones(heads, length + 1, device=keys.device)
+        there.scatter_(1, torch.where(without < 0, length, without), 0)
+        there = there[:, : blocks * size].reshape(heads, blocks, size)
+        counts = there.sum(2)
+        weights = (there / counts.clamp(min=1)[..., None]).to(keys.dtype)
 
         def mean(rows: Tensor) -> Tensor:
-            sums = (rows[: blocks * size].float() * there[:, None]).view(blocks, size, -1).sum(1)
-            return (sums / counts.clamp(min=1)[:, None]).to(rows.dtype)
+            of_block = rows[:, : blocks * size].reshape(heads, blocks, size, -1)
+            return torch.einsum("hbs,hbsd->hbd", weights, of_block)
 
         ends = torch.arange(1, blocks + 1, device=keys.device) * size - 1
-        some = counts > 0
-        return cls(mean(keys)[some], mean(values)[some], counts[some], ends[some])
+        return cls(mean(keys), mean(values), counts.int(), ends.expand(heads, -1))
 
     @classmethod
     def together(cls, parts: list[Summary]) -> Summary:
         """Several as one."""
-        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.__annotations__))
+        names = cls.__annotations__
+        return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
 
-    def add(
-        self, query: Tensor, reach: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return attention's output and log-sum-exp with these keys besides.
+    def add(self, query: Tensor, reach: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+        """Return attention's output ``[H, R, D]`` with these keys besides.
 
         Args:
-            query: ``[R, D]``.
+            query: ``[H, R, D]``.
             reach: ``[R]``, the last slot that each query may see here.
-            out: ``[R, D]``, attention without these keys.
-            lse: ``[R]``, its log-sum-exp.
+            out: ``[H, R, D]``, attention without these keys.
+            lse: ``[H, R]``, its log-sum-exp.
             scale: factor of the logits.
         """
-        logits = (query @ self.keys.T).float() * scale + self.counts.log()
-        logits = logits.masked_fill(self.ends > reach[:, None], -torch.inf)
+        logits = (query @ self.keys.transpose(1, 2)).float() * scale + self.counts.log()[:, None]
+        logits.masked_fill_(self.ends[:, None] > reach[:, None], -torch.inf)
         both = torch.logaddexp(lse, logits.logsumexp(-1))
-        weights = (logits - both[:, None]).exp().to(query.dtype)
-        mixed = out * (lse - both).exp()[:, None] + (weights @ self.values).float()
-        return mixed.to(query.dtype), both
+        weights = logits.sub_(both[..., None]).exp_().to(query.dtype)
+        mixed = out * (lse - both).exp()[..., None] + (weights @ self.values).float()
+        return mixed.to(query.dtype)
 
 
 def _slots(selection: TokenSelection) -> Iterator[Tensor]:

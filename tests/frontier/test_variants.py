@@ -103,6 +103,19 @@ def test_keys_alone_are_seen_by_all_queries(qkv):
     torch.testing.assert_close(out[0, head, at], logits.softmax(-1) @ value[0, 0])
 
 
+def test_landmarks_are_seen_by_the_others_only(qkv):
+    plain, selection = run(qkv)
+    out, _ = run(qkv, landmarks=195)  # all that have a score
+    chosen = torch.zeros(4, 203, dtype=torch.bool)
+    for head in range(4):
+        chosen[head, selection.indices[0, head, : selection.lengths[0, head]]] = True
+    torch.testing.assert_close(out[0][chosen], plain[0][chosen])
+    torch.testing.assert_close(out[0][~chosen], dense(qkv)[0][~chosen], rtol=1e-4, atol=1e-5)
+    few, _ = run(qkv, landmarks=3)
+    assert not torch.allclose(few, plain)
+    assert not torch.allclose(few, out)
+
+
 def test_the_other_scores_select_other_tokens(qkv):
     base = run(qkv)[1].indices
     for fields in ({"value_norm": True}, {"spread": 4}):
