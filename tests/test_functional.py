@@ -21,6 +21,7 @@ from token_sparse_attention import (
 )
 from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
 from token_sparse_attention.compression import compress_sequences
+from token_sparse_attention.reference import landmarks, window_scores
 
 VARIANTS = [
     dataclasses.replace(SMALL, budget=budget, **fallback)
@@ -29,12 +30,14 @@ VARIANTS = [
         {"fallback": "zero"},
         {"fallback": "window", "fallback_window": 20},
         {"fallback": "window", "fallback_window": 20, "fallback_sinks": 5},
+        {"fallback": "window", "fallback_window": 7, "fallback_landmarks": 9},
+        {"fallback": "window", "fallback_window": 9, "fallback_sinks": 2, "fallback_landmarks": 4},
     )
 ]
 
 
 def name_of(config):
-    return f"{config.budget}-{config.fallback}-{config.fallback_sinks}"
+    return f"{config.budget}-{config.fallback}-{config.fallback_sinks}-{config.fallback_landmarks}"
 
 
 def sparse_run(problem, config, **kwargs):
@@ -293,10 +296,19 @@ def test_lse_is_that_of_the_keys_attended_to(config, query_len):
         near = slot > slot[:, None] - (
             config.fallback_window if result.selection.ran_sparse[row] else 190
         )
-        near = near | (slot < mask[row].int().argmax() + config.fallback_sinks)
+        start, end = mask[row].nonzero()[[0, -1], 0].tolist()
+        near = near | (slot < start + config.fallback_sinks)
+        scores = window_scores(
+            problem.query[row, :, -config.window_size :],
+            problem.key[row, :, start : end + 1],
+            config.window_size,
+            0.25,
+        )
+        far = torch.zeros(4, 190, dtype=torch.bool)
+        far[:, start : end + 1] = landmarks(scores, config, end + 1 - start)
         for head in range(4):
             chosen = keep[row, head, first:, None]
-            others = near if config.fallback == "window" else torch.zeros_like(near)
+            others = near | far[head] if config.fallback == "window" else torch.zeros_like(near)
             seen = torch.where(chosen, keep[row, head], others[first:])
             seen = seen & mask[row] & mask[row, first:, None] & (slot <= slot[first:, None])
             logits = problem.query[row, head] @ problem.key[row, head // 2].T / 4

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +13,8 @@ from rich.status import Status
 from rich.table import Table
 
 import token_sparse_attention
+from token_sparse_attention import arguments
+from token_sparse_attention.arguments import BAD_INPUT, FAILED
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
@@ -21,26 +22,18 @@ from token_sparse_attention.benchmark.command import add_commands as add_benchma
 from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands as add_calibration
-from token_sparse_attention.calibration.record import CalibrationError
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
 from token_sparse_attention.evaluation.command import add_commands as add_evaluation
 from token_sparse_attention.evaluation.replay_command import add_commands as add_replay
 from token_sparse_attention.report.command import add_commands as add_report
-from token_sparse_attention.selection import IMPLS
 
 if TYPE_CHECKING:
     from token_sparse_attention.demo import DemoResult
     from token_sparse_attention.integrations.record import LayerRecord
     from token_sparse_attention.run import Answer
 
-FAILED, BAD_INPUT = 1, 2
 
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message says what."""
-
-
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; ``handler`` in what it parses runs the one asked for."""
     parser = argparse.ArgumentParser(
         prog="tsa",
         description="Token Sparse Attention: faster long-context prefill without training.",
@@ -56,13 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         'tsa run --prompt-file report.txt --question "Who signed the contract?" --compare\n'
         "  tsa run meta-llama/Llama-3.1-8B-Instruct --prompt-file book.txt --config profile.json",
     )
-    run.add_argument(
-        "model", nargs="?", help="hub id or folder (default: the small model that ships here)"
-    )
-    run.add_argument(
-        "--prompt-file", required=True, metavar="FILE", help="text to read; - for standard input"
-    )
-    run.add_argument("--question", metavar="TEXT", help="asked after the text")
+    arguments.add_model_argument(run)
+    arguments.add_prompt_arguments(run)
     run.add_argument(
         "--config",
         metavar="FILE",
@@ -73,18 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", action="store_true", help="also answer densely, and show both times"
     )
     run.add_argument("--max-new-tokens", type=positive, default=64, metavar="N")
-    run.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
-    run.add_argument("--impl", default="auto", choices=IMPLS)
-    run.add_argument(
-        "--attention-backend",
-        type=_backend,
-        default="auto",
-        metavar="NAME",
-        help=f"dense kernel: {', '.join(BACKENDS)}; or block-sparse pattern in every layer: "
-        f"{', '.join(PATTERNS)}, settings as JSON after a colon (default: auto)",
+    backend_help = (
+        f"dense kernel: {', '.join(BACKENDS)}; or block-sparse pattern in every layer: "
+        f"{', '.join(PATTERNS)}, settings as JSON after a colon (default: auto)"
     )
-    run.add_argument(
-        "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
+    arguments.add_loading_arguments(
+        run, attention_backend={"type": _backend, "metavar": "NAME", "help": backend_help}
     )
     run.set_defaults(handler=_run)
 
@@ -95,8 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "tsa demo",
     )
     demo.set_defaults(handler=_demo)
-    for command in (run, demo):
-        command.add_argument("--device", default="auto", help="torch device (default: auto)")
+    arguments.add_device_argument(demo)
 
     add_calibration(commands, _command)
     add_evaluation(commands, _command)
@@ -141,57 +122,20 @@ def _backend(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _read_prompt(path: str) -> str:
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompt-file {path} cannot be read: {error}") from error
-    if not text.strip():
-        raise InputError(f"--prompt-file {path} must hold text, but is empty")
-    return text
-
-
-def _read_config(path: str) -> TokenSparseConfig | LayerProfile:
-    try:
-        return load_config(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--config {path} cannot be used: {error}") from error
-
-
-def _require_transformers() -> None:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
-        ) from error
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _working(message: str) -> Status:
     return Console(stderr=True).status(message)
 
 
 def _run(args: argparse.Namespace) -> int:
-    document = _read_prompt(args.prompt_file)
-    chosen = _read_config(args.config) if args.config else None
-    _require_transformers()
-    from token_sparse_attention import bundled, run
+    document = arguments.read_text("--prompt-file", args.prompt_file)
+    chosen = arguments.read_config(args.config) if args.config else None
+    arguments.require_transformers()
+    from token_sparse_attention import run
 
-    name = args.model or str(bundled.MODEL)
+    name = arguments.model_name(args)
     config, source = (chosen, args.config) if chosen else run.default_config(name)
     with _working(f"loading {name}") as status:
-        try:
-            model, tokenizer = run.load_model(
-                name,
-                device=args.device,
-                dtype=args.dtype,
-                trust_remote_code=args.trust_remote_code,
-            )
-        except (OSError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{name} cannot be loaded: {error}") from error
+        model, tokenizer = arguments.load_model(args)
         ids = run.encode_prompt(tokenizer, document, args.question)
         limit = run.context_limit(model)
         if limit is not None and ids.shape[1] + args.max_new_tokens > limit:
@@ -216,7 +160,7 @@ def _run(args: argparse.Namespace) -> int:
                     attention_backend=args.attention_backend,
                 )
             except (ValueError, TypeError) as error:
-                raise InputError(f"{name} cannot be run {path}: {error}") from error
+                raise UsageError(f"{name} cannot be run {path}: {error}") from error
     if args.json:
         from token_sparse_attention.info import provenance
 
@@ -266,7 +210,7 @@ def _layer_table(records: list[LayerRecord]) -> Table:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    _require_transformers()
+    arguments.require_transformers()
     from token_sparse_attention.demo import run_demo
 
     with _working("starting") as status:
@@ -353,10 +297,10 @@ def _print_json(content: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         code: int = args.handler(args)
-    except (InputError, UsageError, CalibrationError) as error:
+    except UsageError as error:
         print(f"tsa: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

@@ -87,6 +87,7 @@ class TokenSparseConfig:
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
         fallback_window: width of that sliding window in tokens, the query itself included.
         fallback_sinks: how many of the first tokens such a query attends to besides.
+        fallback_landmarks: how many of its head's best-scored tokens it attends to besides.
         crossover: ``"auto"`` also runs dense where sparse would not be faster, by a measured
             break-even of lengths and kept tokens; ``"off"`` only where the method says so.
         sparse_layers: layers that may run sparse, None for all. Only integrations read it.
@@ -108,6 +109,7 @@ class TokenSparseConfig:
     fallback: str = "zero"
     fallback_window: int = 512
     fallback_sinks: int = 0
+    fallback_landmarks: int = 0
     crossover: str = "auto"
     sparse_layers: tuple[int, ...] | None = None
 
@@ -125,6 +127,7 @@ class TokenSparseConfig:
         _check_choice("fallback", self.fallback, ("zero", "window"))
         _check_int("fallback_window", self.fallback_window, 1)
         _check_int("fallback_sinks", self.fallback_sinks, 0)
+        _check_int("fallback_landmarks", self.fallback_landmarks, 0)
         _check_choice("crossover", self.crossover, ("off", "auto"))
         if self.sparse_layers is not None:
             if isinstance(self.sparse_layers, str):

@@ -8,7 +8,7 @@ select gets the fallback there. Nothing is evicted: each call chooses again.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,10 +24,14 @@ from token_sparse_attention.attention.causal import (
 )
 from token_sparse_attention.attention.dense import Attended
 from token_sparse_attention.attention.patterns.base import PatternConfig
-from token_sparse_attention.attention.windows import attend_windows
+from token_sparse_attention.attention.windows import attend_windows, far_tokens
+from token_sparse_attention.call import Call as Call
+from token_sparse_attention.call import SparseOutput as SparseOutput
+from token_sparse_attention.call import call_operator
 from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
+from token_sparse_attention.head_group import resolve_head_group
 from token_sparse_attention.inputs import (
     RealTokens,
     Span,
@@ -49,32 +53,8 @@ from token_sparse_attention.selection import (
     select_rows,
 )
 
-
-class SparseOutput(NamedTuple):
-    """What `token_sparse_attention` returns when more than the output is asked for.
-
-    Attributes:
-        output: ``[B, H, S_q, D]``.
-        selection: the tokens each head kept; None unless asked for.
-        lse: ``[B, H, S_q]`` float32, the log-sum-exp of each query's scaled logits over the
-            keys it attended to, -inf where the output is zero; None unless asked for.
-    """
-
-    output: Tensor
-    selection: TokenSelection | None
-    lse: Tensor | None
-
-
-class Call(NamedTuple):
-    """How one call runs, beside its tensors and config; see `token_sparse_attention`."""
-
-    scale: float
-    impl: str
-    attention_backend: str
-    head_chunk: int | None = None
-    kept: float | None = None
-    want_selection: bool = False
-    want_lse: bool = False
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -90,6 +70,7 @@ def token_sparse_attention(
     attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
+    head_group: ProcessGroup | None = ...,
     return_selection: Literal[False] = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -108,6 +89,7 @@ def token_sparse_attention(
     attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
+    head_group: ProcessGroup | None = ...,
     return_selection: Literal[True],
     return_lse: Literal[False] = ...,
 ) -> tuple[Tensor, TokenSelection]: ...
@@ -126,6 +108,7 @@ def token_sparse_attention(
     attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
+    head_group: ProcessGroup | None = ...,
     return_selection: Literal[False] = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -144,6 +127,7 @@ def token_sparse_attention(
     attention_backend: str | PatternConfig = ...,
     head_chunk: int | None = ...,
     kept: float | None = ...,
+    head_group: ProcessGroup | None = ...,
     return_selection: Literal[True],
     return_lse: Literal[True],
 ) -> SparseOutput: ...
@@ -161,6 +145,7 @@ def token_sparse_attention(
     attention_backend: str | PatternConfig = "auto",
     head_chunk: int | None = None,
     kept: float | None = None,
+    head_group: ProcessGroup | None = None,
     return_selection: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, TokenSelection] | tuple[Tensor, Tensor] | SparseOutput:
@@ -198,6 +183,11 @@ def token_sparse_attention(
         kept: keep this share of a row's real tokens, in ``(0, 1]``, in place of the budget,
             which is still computed. For benchmarks and ablations: the crossover and the
             rules for short contexts do not apply then.
+        head_group: the ranks that hold the other query heads of the same layer, where tensor
+            parallelism splits them; every rank has equally many and calls with the same
+            shapes, mask and settings. The ranks then keep as many tokens, and run the same
+            rows dense, as one process with all heads would. A compiler does not look into
+            such a call.
         return_selection: also return the selection.
         return_lse: also return the log-sum-exp.
 
@@ -234,13 +224,15 @@ def token_sparse_attention(
     check_impl(impl)
     check_head_chunk(head_chunk)
     check_kept(kept)
+    head_group = resolve_head_group(head_group)
     scale = resolve_scale(scale, query.shape[-1])
     call = Call(scale, impl, backend, head_chunk, kept, return_selection, return_lse)
-    if torch.compiler.is_compiling():
-        result = _call_operator(query, key, value, padding_mask, config, call)
+    if torch.compiler.is_compiling() and head_group is None:
+        result = call_operator(query, key, value, padding_mask, config, call)
     else:
+        run_now = run if head_group is None else _run_untraced
         with torch.no_grad():
-            result = run(query, key, value, padding_mask, config, call)
+            result = run_now(query, key, value, padding_mask, config, call, head_group)
     if return_selection and return_lse:
         return result
     if result.selection is not None:
@@ -257,6 +249,7 @@ def run(
     padding_mask: Tensor | None,
     config: TokenSparseConfig,
     call: Call,
+    head_group: ProcessGroup | None = None,
 ) -> SparseOutput:
     """`token_sparse_attention` on checked arguments."""
     impl = resolve_impl(call.impl, query, query.shape[-1])
@@ -276,15 +269,26 @@ def run(
         return _all_dense(query, key, value, tokens, call)
 
     scores = score_rows(query, key, config, tokens, call.scale, impl)
+    far = far_tokens(scores, config, tokens)
     selection = select_rows(
-        scores, config, tokens, impl, query_len=query_len, kept=call.kept, even=even
+        scores,
+        config,
+        tokens,
+        impl,
+        query_len=query_len,
+        kept=call.kept,
+        even=even,
+        head_group=head_group,
     )
     del scores
-    attended = attend_selected(query, key, value, config, selection, tokens, even, impl, call)
+    attended = attend_selected(query, key, value, config, selection, far, tokens, even, impl, call)
     _mark_invalid_rows(attended, tokens)
     return SparseOutput(
         attended.out, selection.to_int64() if call.want_selection else None, attended.lse
     )
+
+
+_run_untraced = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
 
 
 def _mark_invalid_rows(attended: Attended, tokens: RealTokens) -> None:
@@ -302,6 +306,7 @@ def attend_selected(
     value: Tensor,
     config: TokenSparseConfig,
     selection: TokenSelection,
+    far: Tensor | None,
     tokens: RealTokens,
     even: BreakEven,
     impl: str,
@@ -321,11 +326,13 @@ def attend_selected(
             query,
             key,
             value,
-            config,
+            far,
             selection.ran_sparse,
             tokens,
             into,
+            window=config.fallback_window,
             scale=call.scale,
+            impl=impl,
             backend=dense_backend(backend),
         )
     zeros = not (windowed or tokens.padded)
@@ -401,34 +408,3 @@ def _all_dense(
     if tokens is None:
         tokens = real_tokens(None, len(query), key.shape[2], query.device)
     return SparseOutput(into.out, dense_selection(tokens, query.shape[1]), into.lse)
-
-
-def _call_operator(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding_mask: Tensor | None,
-    config: TokenSparseConfig,
-    call: Call,
-) -> SparseOutput:
-    """`run` as one operator, which a compiler does not look into."""
-    output, lse, indices, lengths, budget, ran_sparse = torch.ops.token_sparse_attention.prefill(
-        query,
-        key,
-        value,
-        padding_mask,
-        config.drop_mass,
-        config.window_size,
-        config.pool_size,
-        config.min_tokens,
-        config.budget,
-        config.fallback,
-        config.fallback_window,
-        config.fallback_sinks,
-        config.crossover,
-        *call,
-    )
-    selection = TokenSelection(indices, lengths, ran_sparse, key.shape[2], budget)
-    return SparseOutput(
-        output, selection if call.want_selection else None, lse if call.want_lse else None
-    )

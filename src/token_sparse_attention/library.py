@@ -29,6 +29,7 @@ def _prefill(
     fallback: str,
     fallback_window: int,
     fallback_sinks: int,
+    fallback_landmarks: int,
     crossover: str,
     scale: float,
     impl: str,
@@ -51,6 +52,7 @@ def _prefill(
         fallback,
         fallback_window,
         fallback_sinks,
+        fallback_landmarks,
         crossover,
     )
     call = Call(scale, impl, attention_backend, head_chunk, kept, want_selection, want_lse)

@@ -109,6 +109,22 @@ def masked_attention(
     return out
 
 
+def landmarks(scores: Tensor, config: TokenSparseConfig, kv_len: int) -> Tensor:
+    """Which tokens ``[H, S_kv]`` every query sees under the windowed fallback, besides sinks.
+
+    An extension: each head's best-scored tokens.
+
+    Args:
+        scores: ``[H, N]``, not smoothed.
+        config: says how many, and how many sinks stand aside.
+        kv_len: S_kv.
+    """
+    chosen = scores.new_zeros(scores.shape[0], kv_len, dtype=torch.bool)
+    others = scores[:, config.fallback_sinks :]
+    best = others.topk(min(config.fallback_landmarks, others.shape[1]), dim=-1).indices
+    return chosen.scatter_(1, best + config.fallback_sinks, True)
+
+
 def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, scale: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +135,8 @@ def token_sparse_attention(
     causal = (position <= query_position)[None]
     keep = None
     if query_len >= config.window_size and kv_len > config.window_size:
-        keep = keep_tokens(window_scores(query, key, config.window_size, scale), config)
+        scores = window_scores(query, key, config.window_size, scale)
+        keep = keep_tokens(scores, config)
     if keep is None:
         return masked_attention(query, key, value, causal, scale), None
 
@@ -129,7 +146,8 @@ def token_sparse_attention(
     )
     if config.fallback == "window":
         near = position > query_position - config.fallback_window
-        near = causal & (near | (position < config.fallback_sinks))
+        near = near | (position < config.fallback_sinks)
+        near = causal & (near | landmarks(scores, config, kv_len)[:, None])
         rest = masked_attention(query, key, value, near, scale)
     else:
         rest = torch.zeros_like(sparse)

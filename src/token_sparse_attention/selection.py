@@ -12,6 +12,7 @@ from torch import Tensor
 from token_sparse_attention import reference
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, effective_length
+from token_sparse_attention.head_group import gather_heads, own_heads, resolve_head_group
 from token_sparse_attention.inputs import (
     RealTokens,
     Span,
@@ -25,6 +26,8 @@ from token_sparse_attention.inputs import (
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from torch.distributed import ProcessGroup
 
 IMPLS = ("auto", "reference", "triton")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -197,6 +200,7 @@ def select_tokens(
     padding_mask: Tensor | None = None,
     kept: float | None = None,
     impl: str = "auto",
+    head_group: ProcessGroup | None = None,
 ) -> TokenSelection:
     """Choose each head's tokens from the scores: smooth, budget, top-k, plus the window.
 
@@ -209,6 +213,8 @@ def select_tokens(
             budget; in ``(0, 1]``. For benchmarks and ablations: ``min_tokens`` and the rule
             for short contexts do not apply then.
         impl: which code runs: ``"auto"``, ``"triton"`` or ``"reference"``.
+        head_group: the ranks that hold the layer's other query heads, see
+            `token_sparse_attention`; `scores` are of this rank's heads.
 
     Returns:
         The selection; its indices have capacity for all slots where Triton ran. Queries are
@@ -236,6 +242,7 @@ def select_tokens(
     if scores.dim() != 3:
         raise ValueError(f"scores must have shape [B, H, N], got {list(scores.shape)}")
     check_kept(kept)
+    head_group = resolve_head_group(head_group)
     impl = resolve_impl(impl, scores)
     batch_size, _, num_scored = scores.shape
     kv_len = num_scored + config.window_size
@@ -250,7 +257,8 @@ def select_tokens(
     tokens = real_tokens(
         padding_mask, batch_size, kv_len, scores.device, on_device=impl == "triton"
     )
-    return select_rows(scores, config, tokens, impl, kept=kept).to_int64()
+    selection = select_rows(scores, config, tokens, impl, kept=kept, head_group=head_group)
+    return selection.to_int64()
 
 
 def select_rows(
@@ -262,6 +270,7 @@ def select_rows(
     query_len: int | None = None,
     kept: float | None = None,
     even: BreakEven = NEVER_DENSE,
+    head_group: ProcessGroup | None = None,
 ) -> TokenSelection:
     """`select_tokens` on checked arguments; `query_len` and `even` say where dense is faster."""
     num_heads, kv_len = scores.shape[1], tokens.kv_len
@@ -283,25 +292,40 @@ def select_rows(
             even.fixed_tokens,
         )
         selected = kernels.select_tokens(
-            scores.contiguous(), tokens.bounds, kv_len, first_query, rule
+            scores.contiguous(), tokens.bounds, kv_len, first_query, rule, head_group
         )
         return TokenSelection(
             selected.indices, selected.lengths, selected.ran_sparse, kv_len, selected.budget
         )
+    if head_group is not None:
+        scores = gather_heads(scores, head_group)  # decides for all heads, as one process would
     rows, budgets = [], []
     spans = tokens.host_spans()
     for row, span in enumerate(spans):
         row_scores = scores[row, :, span.start : max(span.end - config.window_size, span.start)]
         row_len = span.end - span.start
         keep = _keep_row(row_scores, config, row_len, kept)
-        lengths = scores.new_full((num_heads,), row_len) if keep is None else keep.sum(-1)
+        lengths = scores.new_full((scores.shape[1],), row_len) if keep is None else keep.sum(-1)
         budgets.append(lengths.long())
         row_queries = span.end - max(span.start, first_query)
         if keep is not None and _is_slower(lengths / row_len, row_queries, row_len, even):
             keep = None
         rows.append(keep)
-    selection = _selection_of_rows(rows, spans, num_heads, kv_len, scores.device)
-    return selection._replace(budget=torch.stack(budgets))
+    selection = _selection_of_rows(rows, spans, scores.shape[1], kv_len, scores.device)
+    selection = selection._replace(budget=torch.stack(budgets))
+    return selection if head_group is None else _own_part(selection, num_heads, head_group)
+
+
+def _own_part(
+    selection: TokenSelection, num_heads: int, head_group: ProcessGroup
+) -> TokenSelection:
+    """Return what a selection of all ranks' heads says about this rank's."""
+    budget = selection.lengths if selection.budget is None else selection.budget
+    return selection._replace(
+        indices=own_heads(selection.indices, num_heads, head_group),
+        lengths=own_heads(selection.lengths, num_heads, head_group),
+        budget=own_heads(budget, num_heads, head_group),
+    )
 
 
 def _is_slower(shares: Tensor, query_len: int, kv_len: int, even: BreakEven) -> bool:

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from integrations.models import CONFIG, LAYERS, make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands
 from token_sparse_attention.calibration.prompts import file_prompts, text_prompts
-from token_sparse_attention.calibration.record import CalibrationError, CalibrationResult
+from token_sparse_attention.calibration.record import CalibrationResult
 from token_sparse_attention.calibration.show import draw, layer_table, ranges, sentences
 
 WORDS = [f"word{number}" for number in range(190)]
@@ -154,7 +155,7 @@ def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, c
 )
 def test_bad_input_is_named(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(UsageError, match=message):
         calibrate("model", *arguments.split())
 
 
@@ -170,7 +171,7 @@ def test_texts_are_cut_in_turn_at_equal_distances():
     with_begin = text_prompts(make_tokenizer(begin=True), texts, 40, 3)
     assert [p.ids[0, :2].tolist() for p in with_begin] == [[1, 4], [1, 154], [1, 54]]
     assert {p.ids.shape for p in with_begin} == {(1, 40)}
-    with pytest.raises(CalibrationError, match="text 1 must hold at least one token"):
+    with pytest.raises(UsageError, match="text 1 must hold at least one token"):
         text_prompts(tokenizer, [" "], 40, 1)
 
 
@@ -197,7 +198,7 @@ def test_prompts_go_through_the_chat_template(folder):
 def test_prompt_files_are_read_strictly(tmp_path, text, message):
     path = tmp_path / "p.jsonl"
     path.write_text(text)
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(UsageError, match=message):
         file_prompts(make_tokenizer(), path, None)
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.record import (
-    CalibrationError,
     CalibrationResult,
     Choice,
     LayerDrift,
@@ -62,15 +62,15 @@ def test_results_survive_the_file(tmp_path):
 def test_anything_else_is_refused_by_name(change, message):
     content = json.loads(RESULT.to_json())
     change(content)
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(UsageError, match=message):
         CalibrationResult.from_json(json.dumps(content), "this file")
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(CalibrationError, match=r"gone.json cannot be read"):
+    with pytest.raises(UsageError, match=r"gone.json cannot be read"):
         CalibrationResult.load(tmp_path / "gone.json")
-    with pytest.raises(CalibrationError, match="this file is not valid JSON"):
+    with pytest.raises(UsageError, match="this file is not valid JSON"):
         CalibrationResult.from_json("{", "this file")
     text = RESULT.to_json().replace("0.0001", "NaN")
-    with pytest.raises(CalibrationError, match="divergence must be float, got nan"):
+    with pytest.raises(UsageError, match="divergence must be float, got nan"):
         CalibrationResult.from_json(text)

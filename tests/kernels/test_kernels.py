@@ -29,6 +29,10 @@ VARIANTS = [
     for budget in ("shared", "per_head")
     for fallback in ("zero", "window")
 ]
+FAR = [
+    dataclasses.replace(VARIANTS[3], fallback_sinks=sinks, fallback_landmarks=landmarks)
+    for sinks, landmarks in ((3, 0), (0, 9), (2, 40))
+]
 
 
 def problem_here(**shape):
@@ -184,7 +188,11 @@ def test_compress_and_decompress(query_len, kv_len):
         assert torch.equal(full, expected)
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.budget}-{c.fallback}")
+def name_of(config):
+    return f"{config.budget}-{config.fallback}-{config.fallback_sinks}-{config.fallback_landmarks}"
+
+
+@pytest.mark.parametrize("config", [*VARIANTS, *FAR], ids=name_of)
 @pytest.mark.parametrize("query_len", [200, 120])
 @pytest.mark.parametrize("head_chunk", [None, 5])
 def test_operator(config, query_len, head_chunk):
@@ -209,6 +217,58 @@ def test_operator(config, query_len, head_chunk):
         assert theirs.selection.ran_sparse[:2].all()
         torch.testing.assert_close(mine.output, theirs.output, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mine.lse, theirs.lse, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("far", [0, 1, 70])
+@pytest.mark.parametrize("window", [1, 40, 500])
+@pytest.mark.parametrize(("query_len", "kv_len", "head_dim"), [(130, 130, 24), (75, 301, 64)])
+def test_windows_and_far_tokens(far, window, query_len, kv_len, head_dim):
+    """The kernel against a literal mask; what lies outside a row is NaN and does no harm."""
+    from token_sparse_attention.kernels.windows import Tiles, attend_windows
+
+    problem = problem_here(
+        batch=3, heads=6, kv_heads=2, query_len=query_len, kv_len=kv_len, head_dim=head_dim
+    )
+    runs = ((0, kv_len), (kv_len // 3, kv_len), (0, kv_len - 60))
+    real = padding(*runs, kv_len=kv_len)
+    first = kv_len - query_len
+    problem.query.masked_fill_(~real[:, None, first:, None], torch.nan)
+    for tensor in problem[1:]:
+        tensor.masked_fill_(~real[:, None, :, None], torch.nan)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    order = torch.rand(3, 6, kv_len, generator=generator, device=DEVICE) - 2 * ~real[:, None]
+    best, slots = order.topk(far)
+    slots = torch.where(best >= 0, slots, kv_len).sort(-1).values
+    slots[:, :, far - far // 5 :] = kv_len
+    out = torch.full_like(problem.query, 7.0)
+    lse = torch.full(out.shape[:3], 7.0, device=DEVICE)
+    bounds = torch.tensor(runs, dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([True, True, True], device=DEVICE)
+    options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2)}
+    attend_windows(*problem, slots, bounds, rows, out, lse, **options)
+    position = torch.arange(kv_len, device=DEVICE)
+    near = position > position[first:, None] - window
+    seen = near | (position == slots[..., None]).any(2)[:, :, None]
+    seen = seen & (position <= position[first:, None]) & real[:, None, None]
+    clean = [tensor.double().nan_to_num() for tensor in problem]
+    for row in range(3):
+        written = real[row, first:]
+        for head in range(6):
+            key, value = (tensor[row, head // 3] for tensor in clean[1:])
+            logits = (clean[0][row, head] @ key.T * 0.3).masked_fill(~seen[row, head], -torch.inf)
+            expected = logits.softmax(-1) @ value
+            mine = out[row, head].double()
+            torch.testing.assert_close(mine[written], expected[written], rtol=1e-4, atol=1e-5)
+            assert (mine[~written] == 7).all()
+            mine = lse[row, head].double()
+            exact = logits.logsumexp(-1)[written]
+            torch.testing.assert_close(mine[written], exact, rtol=1e-4, atol=1e-5)
+            assert (mine[~written] == 7).all()
+    again = torch.full_like(out, 7.0)
+    rows = torch.tensor([False, True, False], device=DEVICE)
+    attend_windows(*problem, slots, bounds, rows, again, None, **options)
+    assert torch.equal(again[1], out[1])
+    assert (again[[0, 2]] == 7).all()
 
 
 @pytest.mark.parametrize("share_limit", [0.1, 0.6, 1.0])

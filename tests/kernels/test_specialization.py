@@ -14,7 +14,7 @@ from token_sparse_attention import token_sparse_attention
 
 pytest.importorskip("triton")
 
-from token_sparse_attention.kernels import compression, scoring, selection
+from token_sparse_attention.kernels import compression, scoring, selection, windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,7 +54,7 @@ class Recorder:
 
 def launches(monkeypatch, lengths, config, **options):
     recorders = {}
-    for module in (compression, scoring, selection):
+    for module in (compression, scoring, selection, windows):
         for name, (names, free) in run_time_arguments(module).items():
             recorders[name] = Recorder(getattr(module, name), names, free)
             monkeypatch.setattr(module, name, recorders[name])
@@ -79,7 +79,9 @@ def test_lengths_change_nothing_that_is_compiled(monkeypatch, budget):
     from token_sparse_attention import limits
 
     monkeypatch.setattr(limits, "_PACKED_BYTES", 200_000)
-    config = dataclasses.replace(SMALL, budget=budget)
+    config = dataclasses.replace(
+        SMALL, budget=budget, fallback="window", fallback_window=20, fallback_landmarks=8
+    )
     seen = launches(monkeypatch, (144, 177, 255), config)
     levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if budget == "shared" else 8}
     for name, variants in seen.items():

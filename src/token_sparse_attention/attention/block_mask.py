@@ -6,10 +6,12 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from token_sparse_attention.selection import load_kernels, resolve_impl
+
 BLOCK_SIZE = (128, 128)
+_WIDE_ENTRIES = 2**28  # list entries (a GiB of them) from which a list is cut to what it holds
 
 
 class BlockGrid(NamedTuple):
@@ -79,7 +81,7 @@ class BlockMask:
         partial_index: ``[B, H, Q, P]`` int32, P at most K: only blocks on the diagonal are
             partial, so P is small.
         full_count: ``[B, H, Q]`` int32.
-        full_index: ``[B, H, Q, K]`` int32.
+        full_index: ``[B, H, Q, W]`` int32, W at most K.
         query_len: queries; Q is their number of blocks.
         kv_len: keys, at least `query_len`; K is their number of blocks.
         block_size: queries and keys per block.
@@ -141,18 +143,21 @@ class BlockMask:
         query_len: int,
         kv_len: int,
         block_size: tuple[int, int] = BLOCK_SIZE,
+        impl: str = "auto",
     ) -> BlockMask:
         """Build the lists from a map of blocks to keep, and apply the causal rule.
 
         Blocks that no query of the block sees are left out whatever the map says; those on
         the diagonal are always kept, as partial blocks, so that every query sees itself. On
-        CUDA this does not wait for the device.
+        CUDA this does not wait for the device, unless lists with room for every block would
+        take over a GiB: then the longest one's length is read, and they have room for that.
 
         Args:
             kept: ``[B, H, Q, K]`` bool.
             query_len: queries.
             kv_len: keys.
             block_size: queries and keys per block.
+            impl: which code packs the lists, as in `score_tokens`.
 
         Raises:
             TypeError: if `kept` is no bool tensor.
@@ -176,9 +181,8 @@ class BlockMask:
                 f"{query_len} queries and {kv_len} keys in blocks of {block_size}, "
                 f"got {list(kept.shape)}"
             )
-        earlier = grid.earlier(kept.device)
-        full_count, full_index = _pack(kept & earlier, grid.kv_blocks)
-        diagonal = grid.visible(kept.device) & ~earlier
+        full_count, full_index = _pack_earlier(kept, grid, impl)
+        diagonal = grid.visible(kept.device) & ~grid.earlier(kept.device)
         partial_count, partial_index = _pack(diagonal, grid.diagonal_blocks)
         heads = kept.shape[:2]
         return cls(
@@ -268,11 +272,29 @@ def check_grid(grid: BlockGrid) -> None:
         )
 
 
+def _pack_earlier(kept: Tensor, grid: BlockGrid, impl: str) -> tuple[Tensor, Tensor]:
+    """List the kept blocks that end before their row's first query."""
+    width = grid.kv_blocks
+    triton = resolve_impl(impl, kept.new_empty(0, dtype=torch.float32)) == "triton"
+    if kept.numel() > _WIDE_ENTRIES:
+        counts = [(rows & grid.earlier(kept.device)).sum(-1).max() for rows in kept.flatten(0, 1)]
+        width = max(int(torch.stack(counts).max()), 1)
+    if not triton:
+        return _pack(kept & grid.earlier(kept.device), width)
+    count = torch.empty(kept.shape[:3], dtype=torch.int32, device=kept.device)
+    index = torch.zeros(*kept.shape[:3], width, dtype=torch.int32, device=kept.device)
+    if kept.stride(-1) != 1:
+        kept = kept.contiguous()
+    offset = grid.kv_len - grid.query_len
+    load_kernels("estimation_lists").pack_blocks(kept, offset, grid.block_size, index, count)
+    return count, index
+
+
 def _pack(kept: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Return how many entries of the last dimension are set, and which, in ascending order."""
     slot = torch.where(kept, kept.cumsum(-1) - 1, capacity)
     number = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device)
-    index = F.pad(torch.zeros_like(slot[..., :capacity], dtype=torch.int32), (0, 1))
+    index = kept.new_zeros(*kept.shape[:-1], capacity + 1, dtype=torch.int32)
     index.scatter_(-1, slot, number.expand_as(slot))
     return kept.sum(-1, dtype=torch.int32), index[..., :capacity].contiguous()
 

@@ -280,13 +280,11 @@ def flex_attention(
         want_lse: whether the log-sum-exp is wanted, which the CPU does not give.
     """
     flex = importlib.import_module("torch.nn.attention.flex_attention")
-    count, index = partial
-    if not query.is_cuda:  # where the length of the list is checked against the keys
-        index = F.pad(index, (0, -(-key.shape[2] // block_size[1]) - index.shape[-1]))
+    kv_blocks = -(-key.shape[2] // block_size[1])
+    lists = [_of_width(*some, kv_blocks) for some in (partial, full) if some]
     blocks = flex.BlockMask.from_kv_blocks(
-        count,
-        index,
-        *(full or (None, None)),
+        *lists[0],
+        *(lists[1] if full else (None, None)),
         BLOCK_SIZE=block_size,
         mask_mod=allowed,
         seq_lengths=(query.shape[2], key.shape[2]),
@@ -307,6 +305,16 @@ def flex_attention(
             return_aux=flex.AuxRequest(lse=True) if want_lse else None,
         )
     return (result[0], result[1].lse) if want_lse else (result, None)
+
+
+def _of_width(count: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return a list of blocks padded to `width` entries, contiguous.
+
+    FlexAttention's CUDA kernel steps through both of its lists by the strides of the first, and
+    its CPU kernel checks their width against the keys.
+    """
+    padded = F.pad(index, (0, width - index.shape[-1])) if index.shape[-1] < width else index
+    return count.contiguous(), padded.contiguous()
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""The windowed fallback: sliding-window attention, and a row's first keys besides.
+"""The windowed fallback: sliding-window attention, and some tokens from further back.
 
 Models put much of their attention on the first tokens, whatever these say; a sliding window
 that has left them behind gives that mass to its own keys instead (StreamingLLM, arXiv
-2309.17453).
+2309.17453). The same holds for the other tokens that attract the attention of many queries:
+a head's landmarks are the tokens that the last queries attend to most.
 """
 
 from __future__ import annotations
@@ -13,20 +14,54 @@ from torch import Tensor
 from token_sparse_attention.attention.dense import Attended, attend_rows
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.inputs import RealTokens
+from token_sparse_attention.selection import load_kernels
 
-_QUERIES = 8192  # at once, which bounds the memory of the logits
+_LOGITS = 2**26  # at once, where PyTorch adds the far tokens
+
+
+def far_tokens(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor | None:
+    """Return the tokens that the fallback's queries see besides their window.
+
+    Args:
+        scores: ``[B, H, N]`` float32, by slot.
+        config: the settings.
+        tokens: where the real tokens are.
+
+    Returns:
+        ``[B, H, M]`` int64 slots, ascending, S_kv where there is none; None where M is 0.
+    """
+    if config.fallback != "window" or not (config.fallback_sinks or config.fallback_landmarks):
+        return None
+    nowhere = tokens.kv_len
+    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
+    sinks = start + torch.arange(config.fallback_sinks, device=scores.device)
+    sinks = torch.where(sinks < end, sinks, nowhere).expand(-1, scores.shape[1], -1)
+    count = min(config.fallback_landmarks, scores.shape[2])
+    if count == 0:
+        return sinks
+    if tokens.padded or config.fallback_sinks:
+        slot = torch.arange(scores.shape[2], device=scores.device)
+        inside = slot >= start + config.fallback_sinks
+        inside = inside & (slot < end - config.window_size)
+        scores = scores.masked_fill(~inside, -1.0)
+    best, slots = scores.topk(count, dim=-1)
+    landmarks = torch.where(best >= 0, slots, nowhere).sort(-1).values
+    # Landmarks lie behind the sinks; a sink that is missing has none behind it.
+    return torch.cat((sinks, landmarks), -1)
 
 
 def attend_windows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    config: TokenSparseConfig,
+    far: Tensor | None,
     rows: Tensor,
     tokens: RealTokens,
     into: Attended,
     *,
+    window: int,
     scale: float,
+    impl: str,
     backend: str,
 ) -> None:
     """The windowed fallback of every query in some rows, written in place.
@@ -35,15 +70,25 @@ def attend_windows(
         query: ``[B, H, S_q, D]``.
         key: ``[B, H_kv, S_kv, D]``.
         value: likewise.
-        config: the settings, which have the window and the sinks.
+        far: see `far_tokens`.
         rows: ``[B]`` bool, the rows wanted; others stay.
         tokens: where the real tokens are.
         into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
+        window: keys each query sees, itself included.
         scale: factor of the logits.
-        backend: one of `BACKENDS`.
+        impl: which code attends where there are far tokens.
+        backend: one of `BACKENDS`, which attends otherwise.
     """
+    if far is not None and impl == "triton":
+        query, key, value = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
+        )
+        load_kernels("windows").attend_windows(
+            query, key, value, far, tokens.bounds, rows, *into, window=window, scale=scale
+        )
+        return
     lse = into.lse
-    if config.fallback_sinks and lse is None:
+    if far is not None and lse is None:
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     attend_rows(
         query,
@@ -54,74 +99,63 @@ def attend_windows(
         Attended(into.out, lse),
         scale=scale,
         backend=backend,
-        window=config.fallback_window,
+        window=window,
     )
-    if config.fallback_sinks and lse is not None:
-        add_sinks(
-            query,
-            key,
-            value,
-            rows,
-            tokens,
-            into.out,
-            lse,
-            scale=scale,
-            window=config.fallback_window,
-            sinks=config.fallback_sinks,
-        )
+    if far is not None and lse is not None:
+        far = torch.where(rows[:, None, None], far, tokens.kv_len)
+        _add_far(query, key, value, far, tokens, into.out, lse, window=window, scale=scale)
 
 
-def add_sinks(
+def _add_far(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor,
+    far: Tensor,
     tokens: RealTokens,
     out: Tensor,
     lse: Tensor,
     *,
-    scale: float,
     window: int,
-    sinks: int,
+    scale: float,
 ) -> None:
-    """Merge the first keys into sliding-window attention, where the window has left them.
+    """Merge far tokens into sliding-window attention, where the window has left them.
 
     Args:
         query: ``[B, H, S_q, D]``.
         key: ``[B, H_kv, S_kv, D]``.
         value: likewise.
-        rows: ``[B]`` bool, the rows wanted; others stay.
+        far: ``[B, H, M]`` slots, S_kv for none.
         tokens: where the real tokens are.
         out: ``[B, H, S_q, D]``, the windowed attention; updated in place.
         lse: ``[B, H, S_q]`` float32, its log-sum-exp; updated in place.
-        scale: factor of the logits.
         window: keys each query saw, itself included.
-        sinks: how many of a row's first keys to add.
+        scale: factor of the logits.
     """
     group = query.shape[1] // key.shape[1]
-    start, end = tokens.bounds.long().unbind(-1)
-    slots = start[:, None] + torch.arange(sinks, device=query.device)
-    inside = (slots < end[:, None]) & rows[:, None]
-    at = slots.clamp(max=key.shape[2] - 1)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
-    first_keys = torch.take_along_dim(key, at, 2).float()
-    first_values = torch.take_along_dim(value, at, 2).float()
-    # Keys of rows that are not wanted may be padding, which may hold anything.
-    first_values = first_values.masked_fill(~inside[:, None, :, None], 0.0)
+    end = tokens.bounds.long()[:, 1]
     first_query = key.shape[2] - query.shape[2]
-    for begin in range(0, query.shape[2], _QUERIES):
-        queries = slice(begin, min(begin + _QUERIES, query.shape[2]))
-        position = first_query + torch.arange(queries.start, queries.stop, device=query.device)
-        seen = inside[:, None, :] & (slots[:, None, :] <= position[:, None] - window)
-        seen = seen & (position < end[:, None])[:, :, None]
-        for member in range(group):
+    size = max(_LOGITS // max(len(key) * key.shape[1] * far.shape[2], 1), 1)
+    for member in range(group):
+        slots = far[:, member::group]
+        at = slots.clamp(max=key.shape[2] - 1)[..., None]
+        far_keys = torch.take_along_dim(key, at, 2).float()
+        # Where there is no far token, what was gathered may be padding, and hold anything.
+        exists = (slots < key.shape[2])[..., None]
+        far_values = torch.take_along_dim(value, at, 2).float().masked_fill(~exists, 0.0)
+        for begin in range(0, query.shape[2], size):
+            queries = slice(begin, min(begin + size, query.shape[2]))
+            position = torch.arange(queries.start, queries.stop, device=query.device)
+            position = (first_query + position)[:, None]
+            seen = slots[:, :, None, :] <= position - window
+            seen = seen & (position < end[:, None, None, None])
             block = query[:, member::group, queries].float()
-            logits = block @ first_keys.transpose(2, 3) * scale
-            logits.masked_fill_(~seen[:, None], -torch.inf)
+            logits = block @ far_keys.transpose(2, 3) * scale
+            logits.masked_fill_(~seen, -torch.inf)
             old = lse[:, member::group, queries]
             new = torch.logaddexp(old, logits.logsumexp(-1))
             mixed = out[:, member::group, queries] * (old - new).exp()[..., None]
-            mixed = mixed + (logits - new[..., None]).exp() @ first_values
-            any_seen = seen.any(-1)[:, None]
+            mixed = mixed + (logits - new[..., None]).exp() @ far_values
+            any_seen = seen.any(-1)
             old.copy_(torch.where(any_seen, new, old))
             target = out[:, member::group, queries]
             target.copy_(torch.where(any_seen[..., None], mixed.to(out.dtype), target))

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from token_sparse_attention.attention.windows import far_tokens
 from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.selection import TokenSelection
+from token_sparse_attention.inputs import real_tokens
+from token_sparse_attention.selection import TokenSelection, resolve_impl, score_rows
 
 _ROWS = 16  # sampled queries of each sampled head
 _FLOOR = 1e-5  # what adding up many float32 products may cost
@@ -129,7 +131,7 @@ def check_sparse(
         rest = dropped.nonzero()[:, 0]
         if len(rest) and config.fallback == "window":
             positions = _sample(rest)
-            exact = _exact_rows(inputs, head, positions, slots, config)
+            exact = _exact_rows(inputs, head, positions, slots, _near(inputs, head, config))
             errors.append(_row_error(out[0, head, positions], exact))
         elif len(rest) and bool(out[0, head, rest].any()):
             problems.append(f"head {head}: dropped rows are not zero")
@@ -165,23 +167,33 @@ def _exact_scores(inputs: Inputs, head: int, config: TokenSparseConfig) -> Tenso
     return F.avg_pool1d(scores[None, None], config.pool_size, 1, config.pool_size // 2)[0, 0]
 
 
+def _near(inputs: Inputs, head: int, config: TokenSparseConfig) -> tuple[int, Tensor]:
+    """The fallback's window, and the far tokens by the operator's own scores."""
+    query, key, _ = inputs
+    impl = resolve_impl("auto", query, query.shape[-1])
+    tokens = real_tokens(None, 1, key.shape[2], query.device, on_device=impl == "triton")
+    scores = score_rows(query, key, config, tokens, inputs.scale, impl)
+    far = far_tokens(scores, config, tokens)
+    return config.fallback_window, scores.new_empty(0) if far is None else far[0, head]
+
+
 def _exact_rows(
     inputs: Inputs,
     head: int,
     positions: Tensor,
     slots: Tensor,
-    fallback: TokenSparseConfig | None = None,
+    near: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """Rows ``[R, D]`` of one head in float64: queries at `positions`, keys at `slots`.
 
-    With `fallback`, each query sees only its window and the sinks.
+    With `near`, each query sees only a window of that many keys, and the slots given there.
     """
     kv_head = _kv_head(inputs, head)
     key, value = (tensor[0, kv_head, slots].double() for tensor in (inputs.key, inputs.value))
     visible = slots <= positions[:, None]
-    if fallback is not None:
-        near = slots > positions[:, None] - fallback.fallback_window
-        visible &= near | (slots < fallback.fallback_sinks)
+    if near is not None:
+        window, far = near
+        visible &= (slots > positions[:, None] - window) | torch.isin(slots, far)
     logits = inputs.query[0, head, positions].double() @ key.T * inputs.scale
     return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ value
 

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from token_sparse_attention.benchmark import op
+from token_sparse_attention.benchmark import block, op
+from token_sparse_attention.benchmark.block_tables import BLOCK_TABLES
 from token_sparse_attention.benchmark.record import Record, ResultFile, UsageError
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
@@ -38,20 +39,30 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "time the first token of a Llama-shaped model with random weights, dense and sparse",
         "tsa bench prefill --out benchmarks/results/prefill.json",
     )
+    blocks = make(
+        commands,
+        "block",
+        "time block-sparse attention against its peers, and what choosing the blocks costs",
+        "tsa bench block --out benchmarks/results/block/block.json\n"
+        "  tsa bench block --lengths 131072 --densities 0.4 --estimate-densities ''",
+    )
     docs = make(
         commands,
         "docs",
         "make the tables and figures of the documentation anew from result files",
-        "tsa bench docs benchmarks/results/*.json --out docs/benchmarks.md",
+        "tsa bench docs benchmarks/results/*.json --out docs/benchmarks.md\n"
+        "  tsa bench docs benchmarks/results/block/*.json --out docs/patterns.md",
     )
     _add_op_arguments(operator)
     _add_prefill_arguments(prefill)
-    for command, budget in ((operator, 0.2), (prefill, 5.0)):
+    _add_block_arguments(blocks)
+    for command, budget in ((operator, 0.2), (prefill, 5.0), (blocks, 0.4)):
         add_measuring_arguments(command, budget)
     docs.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result files")
     docs.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown to update")
     operator.set_defaults(bench=_op)
     prefill.set_defaults(bench=_prefill)
+    blocks.set_defaults(bench=_block)
     docs.set_defaults(bench=_docs)
 
 
@@ -121,6 +132,33 @@ def _add_prefill_arguments(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", dest=dest, type=positive, default=default, metavar="N")
 
 
+def _add_block_arguments(command: argparse.ArgumentParser) -> None:
+    _add_lists(
+        command,
+        {
+            "lengths": (positive, block.LENGTHS, "prompt lengths"),
+            "densities": (float, block.DENSITIES, "shares of the blocks, drawn at random"),
+            "estimate-densities": (
+                float,
+                block.ESTIMATE_DENSITIES,
+                "shares of the blocks that patterns are set to choose",
+            ),
+        },
+    )
+    command.add_argument("--head-dim", type=positive, default=128, metavar="D")
+    command.add_argument(
+        "--executors",
+        type=list_of(str),
+        metavar="NAMES",
+        help=f"of {','.join(block.EXECUTORS)} (default: fa4,flex,triton; off CUDA reference)",
+    )
+    command.add_argument(
+        "--dense",
+        metavar="NAME",
+        help="dense kernel to compare with (default: fa4; off CUDA math)",
+    )
+
+
 def _add_lists(
     command: argparse.ArgumentParser,
     lists: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]],
@@ -171,6 +209,26 @@ def _op(args: argparse.Namespace) -> bool:
         budget_seconds=args.budget_seconds,
     )
     return _measured(args, device, lambda report: op.measure(options, report))
+
+
+def _block(args: argparse.Namespace) -> bool:
+    device = device_named(args.device)
+    on_cuda = device.type == "cuda"
+    executors = ("fa4", "flex", "triton") if on_cuda else ("reference",)
+    options = block.BlockOptions(
+        device=device,
+        executors=executors if args.executors is None else args.executors,
+        dense=args.dense or ("fa4" if on_cuda else "math"),
+        dtype=getattr(torch, args.dtype),
+        lengths=args.lengths,
+        densities=args.densities,
+        estimate_densities=args.estimate_densities,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        head_dim=args.head_dim,
+        budget_seconds=args.budget_seconds,
+    )
+    return _measured(args, device, lambda report: block.measure(options, report))
 
 
 def _prefill(args: argparse.Namespace) -> bool:
@@ -251,8 +309,9 @@ def _save(result: ResultFile, path: Path) -> None:
 
 def _print_tables(run: Run) -> None:
     console = Console()
-    for name in (name for name in TABLES if name not in ("runs", "targets")):
-        table = build(name, [run])
+    tables = {**TABLES, **BLOCK_TABLES}
+    for name in (name for name in tables if not name.endswith(("runs", "targets"))):
+        table = build(name, [run], tables)
         if table.strip() != EMPTY:
             console.print(f"[bold]{name}[/]", Markdown(table))
     for failed in run.result.failures:
@@ -272,7 +331,7 @@ def _docs(args: argparse.Namespace) -> bool:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--out {args.out} cannot be read: {error}") from error
     figures = draw(runs)
-    text = render(document, runs, list(figures))
+    text = render(document, runs, list(figures), {**TABLES, **BLOCK_TABLES})
     folder = args.out.parent / "figures"
     written = [args.out]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -18,7 +18,7 @@ KINDS = (*KERNEL_KINDS, "first_call", "memory", "skipped")
 
 
 class UsageError(ValueError):
-    """A benchmark cannot be run or read as asked; the message says why."""
+    """Something that was given cannot be used; the message says what and why."""
 
 
 @dataclass(frozen=True)
@@ -161,21 +161,32 @@ def _read_record(fields: Any, where: str) -> Record:
         wrong = ", ".join(sorted(set(fields) ^ set(hints)))
         raise UsageError(f"{where} has missing or unknown entries: {wrong}")
     for name, value in fields.items():
-        allowed = get_args(hints[name]) or (hints[name],)
-        if not _is_one_of(value, allowed):
-            wanted = " or ".join("null" if a is NoneType else a.__name__ for a in allowed)
-            raise UsageError(f"{where}.{name} must be {wanted}, got {value!r}")
+        check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
     for name, choices in (("suite", SUITES), ("kind", KINDS)):
-        if fields[name] not in choices:
-            raise UsageError(
-                f"{where}.{name} must be one of {', '.join(choices)}; got {fields[name]!r}"
-            )
+        check_choice(fields[name], choices, f"{where}.{name}")
     return Record(**fields)
 
 
-def _is_one_of(value: object, allowed: Iterable[type]) -> bool:
+def check_type(value: object, allowed: tuple[type, ...], where: str) -> None:
+    """Raise UsageError unless a value read from a file has one of some types.
+
+    Args:
+        value: the value.
+        allowed: the types; float takes whole numbers too, and nothing takes bool but bool.
+        where: what the message begins with.
+    """
     if isinstance(value, bool):
-        return bool in allowed
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return isinstance(value, tuple(allowed)) or (float in allowed and isinstance(value, int))
+        fits = bool in allowed
+    elif isinstance(value, float) and not math.isfinite(value):
+        fits = False
+    else:
+        fits = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+    if not fits:
+        wanted = " or ".join("null" if a is NoneType else a.__name__ for a in allowed)
+        raise UsageError(f"{where} must be {wanted}, got {value!r}")
+
+
+def check_choice(value: str, choices: tuple[str, ...], where: str) -> None:
+    """Raise UsageError unless a value read from a file is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f"{where} must be one of {', '.join(choices)}; got {value!r}")

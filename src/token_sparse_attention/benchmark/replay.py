@@ -21,6 +21,7 @@ from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
 from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.attention.windows import far_tokens
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
 from token_sparse_attention.inputs import real_tokens
@@ -331,10 +332,11 @@ def run_with(
     tokens = real_tokens(None, 1, seq_len, query.device, on_device=impl == "triton")
     scores = score_rows(query, key, config, tokens, inputs.scale, impl)
     select_rows(scores, config, tokens, impl, query_len=seq_len, kept=kept, even=even)
+    far = far_tokens(scores, config, tokens)
     del scores
     call = functional.Call(inputs.scale, impl, backend)
     return functional.attend_selected(
-        query, key, value, config, selection, tokens, even, impl, call
+        query, key, value, config, selection, far, tokens, even, impl, call
     ).out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from token_sparse_attention.benchmark.record import KERNEL_KINDS, Record, UsageError
@@ -25,38 +25,46 @@ _MARKER = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL
 _SPREAD_FROM_MS = 1.0  # shorter times are mostly the clock's spread
 
 Rows = Iterator[Sequence[str]]
+Table = Callable[[Sequence[Run]], Rows]
 
 
-def render(document: str, runs: Sequence[Run], figures: Sequence[str] = ()) -> str:
+def render(
+    document: str,
+    runs: Sequence[Run],
+    figures: Sequence[str] = (),
+    tables: Mapping[str, Table] | None = None,
+) -> str:
     """Return the document with what stands between its markers made anew.
 
     Args:
         document: Markdown with ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` lines.
         runs: what was measured.
         figures: the figures there are; the one called like a table follows it.
+        tables: by name; `TABLES` if None.
 
     Raises:
         UsageError: if a marker names no table, or there is none.
     """
+    tables = TABLES if tables is None else tables
     names = [match.group(1) for match in _MARKER.finditer(document)]
-    unknown = [name for name in names if name not in TABLES]
+    unknown = [name for name in names if name not in tables]
     if unknown or not names:
         raise UsageError(
-            f"the document must have markers named after {', '.join(TABLES)}; "
+            f"the document must have markers named after {', '.join(tables)}; "
             f"got {unknown[0] if unknown else 'none'}"
         )
 
     def fill(match: re.Match[str]) -> str:
         name = match.group(1)
         image = f"\n![{name}](figures/{name}.svg)\n" if name in figures else ""
-        return f"<!-- begin {name} -->\n{build(name, runs)}{image}<!-- end {name} -->"
+        return f"<!-- begin {name} -->\n{build(name, runs, tables)}{image}<!-- end {name} -->"
 
     return _MARKER.sub(fill, document)
 
 
-def build(name: str, runs: Sequence[Run]) -> str:
-    """Return one table in Markdown."""
-    header, *body = TABLES[name](runs)
+def build(name: str, runs: Sequence[Run], tables: Mapping[str, Table] | None = None) -> str:
+    """Return one table of `tables`, or of `TABLES`, in Markdown."""
+    header, *body = (TABLES if tables is None else tables)[name](runs)
     if not body:
         return EMPTY + "\n"
     lines = [header, ["---"] * len(header), *body]
@@ -341,7 +349,7 @@ def _targets(runs: Sequence[Run]) -> Rows:
         yield aim, measured, f"**{verdict}**", name
 
 
-TABLES: dict[str, Callable[[Sequence[Run]], Rows]] = {
+TABLES: dict[str, Table] = {
     "runs": _runs,
     "targets": _targets,
     "dense": _dense,

@@ -6,38 +6,31 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from token_sparse_attention import bundled
-from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention import arguments, bundled
 from token_sparse_attention.benchmark.command import positive
-from token_sparse_attention.calibration.record import (
-    METHODS,
-    CalibrationError,
-    CalibrationResult,
-)
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.calibration.record import METHODS, CalibrationResult
 from token_sparse_attention.calibration.show import (
     check_plot,
     draw,
     layer_table,
     sentences,
 )
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
-from token_sparse_attention.selection import IMPLS
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 
 if TYPE_CHECKING:
     from token_sparse_attention.calibration.prompts import Prompt
 
-MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]
 DEFAULT_LENGTH, DEFAULT_PROMPTS = 4096, 4
 DROP_MASSES = (0.05, 0.1, 0.2, 0.4)
 
 
-def add_commands(commands: Any, make: MakeCommand) -> None:
+def add_commands(commands: Any, make: arguments.MakeCommand) -> None:
     """Add ``tsa calibrate``; `make` adds a command of that name, summary and example."""
     command = make(
         commands,
@@ -47,9 +40,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "  tsa calibrate meta-llama/Llama-3.1-8B-Instruct --method sensitivity \\\n"
         "    --prompts prompts.jsonl --divergence-budget 0.05 --out profile.json --plot plot.svg",
     )
-    command.add_argument(
-        "model", nargs="?", help="hub id or folder (default: the small model that ships here)"
-    )
+    arguments.add_model_argument(command)
     command.add_argument("--method", choices=METHODS, required=True)
     _add_prompt_arguments(command)
     _add_choice_arguments(command)
@@ -62,13 +53,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     command.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw what was measured; .svg or .png"
     )
-    command.add_argument("--device", default="auto", help="torch device (default: auto)")
-    command.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
-    command.add_argument("--impl", default="auto", choices=IMPLS)
-    command.add_argument("--attention-backend", default="auto", choices=BACKENDS)
-    command.add_argument(
-        "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
-    )
+    arguments.add_loading_arguments(command)
     command.set_defaults(handler=_calibrate)
 
 
@@ -164,28 +149,19 @@ def measured_path(profile: Path) -> Path:
 
 def _calibrate(args: argparse.Namespace) -> int:
     if args.prompts and (args.text or args.length):
-        raise CalibrationError("--prompts are used whole; --text and --length do not go with it")
+        raise UsageError("--prompts are used whole; --text and --length do not go with it")
     chosen = _read_base(args.config) if args.config else None
     for name, path in (("--out", args.out), ("--plot", args.plot)):
         if path is not None:
             _check_writable(name, path)
     if args.plot:
         check_plot(args.plot)
-    try:
-        import transformers
+    arguments.require_transformers()
+    from token_sparse_attention import run
+    from token_sparse_attention.calibration import job
 
-        from token_sparse_attention import run
-        from token_sparse_attention.calibration import job
-    except ImportError as error:
-        raise CalibrationError(
-            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
-        ) from error
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-    model_name = args.model or str(bundled.MODEL)
-    base = chosen or _default_base(args.method, run.default_config(model_name)[0])
+    name = arguments.model_name(args)
+    base = chosen or _default_base(args.method, run.default_config(name)[0])
     try:
         options = job.CalibrationOptions(
             method=args.method,
@@ -199,37 +175,33 @@ def _calibrate(args: argparse.Namespace) -> int:
             attention_backend=args.attention_backend,
         )
     except (ValueError, TypeError) as error:
-        raise CalibrationError(str(error)) from error
-    with Console(stderr=True).status(f"loading {model_name}") as status:
-        model, prompts = _load(model_name, args)
+        raise UsageError(str(error)) from error
+    with Console(stderr=True).status(f"loading {name}") as status:
+        model, prompts = _load(args)
         try:
             result = job.calibrate(
                 model,
                 prompts,
                 options,
-                name=model_name,
+                name=name,
                 arguments=_asked(args),
                 on_progress=status.update,
             )
         except (ValueError, TypeError) as error:
-            raise CalibrationError(f"{model_name} cannot be calibrated: {error}") from error
+            raise UsageError(f"{name} cannot be calibrated: {error}") from error
     written = _write(result, args.out, args.plot)
     _print(result, written, as_json=args.json)
-    return 1 if result.failure else 0
+    return arguments.FAILED if result.failure else 0
 
 
-def _load(name: str, args: argparse.Namespace) -> tuple[Any, list[Prompt]]:
+def _load(args: argparse.Namespace) -> tuple[Any, list[Prompt]]:
     """Load the model, and cut or read its prompts."""
     from token_sparse_attention import run
     from token_sparse_attention.calibration import prompts
 
-    texts = [] if args.prompts else [_read_text(p) for p in args.text or [bundled.DEMO_DOCUMENT]]
-    try:
-        model, tokenizer = run.load_model(
-            name, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise CalibrationError(f"{name} cannot be loaded: {error}") from error
+    paths = [] if args.prompts else args.text or [bundled.DEMO_DOCUMENT]
+    texts = [arguments.read_text("--text", path) for path in paths]
+    model, tokenizer = arguments.load_model(args)
     if args.prompts:
         cut = prompts.file_prompts(tokenizer, args.prompts, args.num_prompts)
     else:
@@ -250,27 +222,14 @@ def _check_writable(name: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CalibrationError(f"{name} {path} cannot be written: {error}") from error
+        raise UsageError(f"{name} {path} cannot be written: {error}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise CalibrationError(f"{name} {path} cannot be written")
+        raise UsageError(f"{name} {path} cannot be written")
 
 
 def _read_base(path: str) -> TokenSparseConfig:
-    try:
-        config = load_config(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise CalibrationError(f"--config {path} cannot be used: {error}") from error
+    config = arguments.read_config(path)
     return config.base if isinstance(config, LayerProfile) else config
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"--text {path} cannot be read: {error}") from error
-    if not text.strip():
-        raise CalibrationError(f"--text {path} must hold text, but is empty")
-    return text
 
 
 def _default_base(method: str, of_model: TokenSparseConfig | LayerProfile) -> TokenSparseConfig:
@@ -304,7 +263,7 @@ def _write(result: CalibrationResult, out: Path | None, plot: Path | None) -> li
         try:
             path.write_bytes(content)
         except OSError as error:
-            raise CalibrationError(f"{path} cannot be written: {error}") from error
+            raise UsageError(f"{path} cannot be written: {error}") from error
     return list(contents)
 
 

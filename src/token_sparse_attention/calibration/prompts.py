@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from token_sparse_attention.calibration.record import CalibrationError
+from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.run import encode_prompt
 
 
@@ -41,14 +41,14 @@ def text_prompts(tokenizer: Any, texts: Sequence[str], length: int, count: int) 
         count: how many prompts.
 
     Raises:
-        CalibrationError: if a text has no tokens.
+        UsageError: if a text has no tokens.
     """
     prompts = []
     for index, text in enumerate(texts[:count]):
         with_special = tokenizer(text)["input_ids"]
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not tokens:
-            raise CalibrationError(f"text {index + 1} must hold at least one token, but has none")
+            raise UsageError(f"text {index + 1} must hold at least one token, but has none")
         begin = [] if with_special[0] == tokens[0] else with_special[:1]
         pieces = len(range(index, count, len(texts)))
         for piece in range(pieces):
@@ -71,13 +71,13 @@ def file_prompts(tokenizer: Any, path: Path, count: int | None) -> list[Prompt]:
         count: read this many at most; None for all.
 
     Raises:
-        CalibrationError: if the file cannot be read, a line is no such object, or there is
+        UsageError: if the file cannot be read, a line is no such object, or there is
             none.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"--prompts {path} cannot be read: {error}") from error
+        raise UsageError(f"--prompts {path} cannot be read: {error}") from error
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, 1):
         if len(prompts) == count:
@@ -85,7 +85,7 @@ def file_prompts(tokenizer: Any, path: Path, count: int | None) -> list[Prompt]:
         if line.strip():
             prompts.append(_read_prompt(tokenizer, line, f"--prompts {path}, line {number}"))
     if not prompts:
-        raise CalibrationError(f"--prompts {path} must hold at least one prompt, but is empty")
+        raise UsageError(f"--prompts {path} must hold at least one prompt, but is empty")
     return prompts
 
 
@@ -93,14 +93,14 @@ def _read_prompt(tokenizer: Any, line: str, where: str) -> Prompt:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where} is not valid JSON: {error}") from error
+        raise UsageError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(entry, dict) or not {"prompt"} <= set(entry) <= {"prompt", "continuation"}:
-        raise CalibrationError(
+        raise UsageError(
             f"{where} must be an object with prompt and perhaps continuation, got {line[:80]}"
         )
     for name, value in entry.items():
         if not isinstance(value, str) or not value.strip():
-            raise CalibrationError(f"{where}: {name} must be text, got {value!r}")
+            raise UsageError(f"{where}: {name} must be text, got {value!r}")
     continuation = None
     if "continuation" in entry:
         encoded = tokenizer(entry["continuation"], add_special_tokens=False, return_tensors="pt")

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from token_sparse_attention.benchmark.record import UsageError, check_choice, check_type
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 
 SCHEMA_VERSION = 1
 METHODS = ("drift", "sensitivity", "both")
 GOALS = ("drift_quantile", "divergence_budget", "target_speedup")
 Row = TypeVar("Row")
-
-
-class CalibrationError(ValueError):
-    """A calibration cannot be run or read as asked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -171,25 +166,25 @@ class CalibrationResult:
         """Build a result from `to_json`'s text.
 
         Raises:
-            CalibrationError: if the text is no such file; the message names `source` and the
+            UsageError: if the text is no such file; the message names `source` and the
                 entry.
         """
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise CalibrationError(f"{source} is not valid JSON: {error}") from error
+            raise UsageError(f"{source} is not valid JSON: {error}") from error
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or set(content) != names:
-            raise CalibrationError(f"{source} must be an object with {', '.join(sorted(names))}")
+            raise UsageError(f"{source} must be an object with {', '.join(sorted(names))}")
         if content["version"] != SCHEMA_VERSION:
-            raise CalibrationError(
+            raise UsageError(
                 f"{source} must have version {SCHEMA_VERSION}, got {content['version']!r}"
             )
         for name in ("model", "dtype", "failure", "method"):
-            _check(content[name], (str,), f"{source}: {name}")
+            check_type(content[name], (str,), f"{source}: {name}")
         for name in ("provenance", "arguments", "base"):
-            _check(content[name], (dict,), f"{source}: {name}")
-        _check_choice(content["method"], METHODS, f"{source}: method")
+            check_type(content[name], (dict,), f"{source}: {name}")
+        check_choice(content["method"], METHODS, f"{source}: method")
         rows: dict[str, type[Any]] = {
             "prompts": PromptLength,
             "drift": LayerDrift,
@@ -197,7 +192,7 @@ class CalibrationResult:
             "choices": Choice,
         }
         for name, kind in rows.items():
-            _check(content[name], (list,), f"{source}: {name}")
+            check_type(content[name], (list,), f"{source}: {name}")
             content[name] = tuple(
                 _read_row(kind, fields, f"{source}: {name}[{index}]")
                 for index, fields in enumerate(content[name])
@@ -205,7 +200,7 @@ class CalibrationResult:
         try:
             content["base"] = TokenSparseConfig.from_dict(content["base"])
         except (ValueError, TypeError) as error:
-            raise CalibrationError(f"{source}: base: {error}") from error
+            raise UsageError(f"{source}: base: {error}") from error
         return cls(**content)
 
     @classmethod
@@ -213,12 +208,12 @@ class CalibrationResult:
         """Read a file that holds `to_json`'s text.
 
         Raises:
-            CalibrationError: if it cannot be read or is none.
+            UsageError: if it cannot be read or is none.
         """
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"{path} cannot be read: {error}") from error
+            raise UsageError(f"{path} cannot be read: {error}") from error
         return cls.from_json(text, str(path))
 
 
@@ -228,34 +223,18 @@ def _fields(row: Any) -> dict[str, Any]:
 
 def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
     hints = get_type_hints(kind)
-    _check(fields, (dict,), where)
+    check_type(fields, (dict,), where)
     if set(fields) != set(hints):
         wrong = ", ".join(sorted(set(fields) ^ set(hints)))
-        raise CalibrationError(f"{where} has missing or unknown entries: {wrong}")
+        raise UsageError(f"{where} has missing or unknown entries: {wrong}")
     values = dict(fields)
     if "profile" in values:
         try:
             values["profile"] = LayerProfile.from_json(json.dumps(values["profile"]))
         except (ValueError, TypeError) as error:
-            raise CalibrationError(f"{where}.profile: {error}") from error
+            raise UsageError(f"{where}.profile: {error}") from error
     for name, value in values.items():
-        _check(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
+        check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
     if "goal" in values:
-        _check_choice(values["goal"], GOALS, f"{where}.goal")
+        check_choice(values["goal"], GOALS, f"{where}.goal")
     return kind(**values)
-
-
-def _check(value: object, allowed: tuple[type, ...], where: str) -> None:
-    fits = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
-    if isinstance(value, bool):
-        fits = bool in allowed
-    if isinstance(value, float) and not math.isfinite(value):
-        fits = False
-    if not fits:
-        wanted = " or ".join("null" if a is NoneType else a.__name__ for a in allowed)
-        raise CalibrationError(f"{where} must be {wanted}, got {value!r}")
-
-
-def _check_choice(value: str, choices: tuple[str, ...], where: str) -> None:
-    if value not in choices:
-        raise CalibrationError(f"{where} must be one of {', '.join(choices)}; got {value!r}")

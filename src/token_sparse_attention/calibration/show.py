@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.drift import drift_threshold
 from token_sparse_attention.calibration.record import (
-    CalibrationError,
     CalibrationResult,
     Choice,
     LayerDrift,
@@ -133,14 +133,14 @@ def check_plot(path: Path) -> None:
     """Raise before anything is measured if the plot could not be drawn.
 
     Raises:
-        CalibrationError: if the file's ending is unknown or matplotlib is not installed.
+        UsageError: if the file's ending is unknown or matplotlib is not installed.
     """
     if path.suffix not in PLOT_FORMATS:
-        raise CalibrationError(f"--plot must end in {' or '.join(PLOT_FORMATS)}, got {path}")
+        raise UsageError(f"--plot must end in {' or '.join(PLOT_FORMATS)}, got {path}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise CalibrationError(
+        raise UsageError(
             "--plot needs matplotlib: pip install 'token-sparse-attention[bench]'"
         ) from error
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.status import Status
 
-from token_sparse_attention import bundled
+from token_sparse_attention import arguments
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
@@ -29,21 +27,16 @@ from token_sparse_attention.evaluation.record import (
     save_results,
 )
 from token_sparse_attention.evaluation.samples import SampleSet
-from token_sparse_attention.evaluation.summary import Row, summarise
+from token_sparse_attention.evaluation.show import show
 from token_sparse_attention.info import provenance
-from token_sparse_attention.selection import IMPLS
 
 if TYPE_CHECKING:
     from token_sparse_attention.evaluation.evaluate import Runner
 
-MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]
-_FAILED = 1
-_BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
 _LENGTHS, _LIMIT = (4096,), 50
-_TABLE_WIDTH = 110
 
 
-def add_commands(commands: Any, make: MakeCommand) -> None:
+def add_commands(commands: Any, make: arguments.MakeCommand) -> None:
     """Add ``tsa eval``; `make` adds a command of name, summary and example."""
     command = make(
         commands,
@@ -56,9 +49,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "  tsa eval --samples samples.jsonl.gz --out result.jsonl (where the GPU is)\n"
         "  tsa eval --samples samples.jsonl.gz --score result.jsonl",
     )
-    command.add_argument(
-        "model", nargs="?", help="hub id or folder (default: the small model that ships here)"
-    )
+    arguments.add_model_argument(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="results; a run goes on there")
     command.add_argument(
         "--config",
@@ -72,17 +63,9 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "may be given several times (default: the model's profile, else default)",
     )
     _add_sample_arguments(command)
-    command.add_argument("--device", default="auto", help="torch device (default: auto)")
-    command.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
-    command.add_argument("--impl", default="auto", choices=IMPLS)
-    command.add_argument(
-        "--attention-backend",
-        default="auto",
-        metavar="NAME",
-        help=f"dense kernel: {', '.join(BACKENDS)} (default: auto)",
-    )
-    command.add_argument(
-        "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
+    backend_help = f"dense kernel: {', '.join(BACKENDS)} (default: auto)"
+    arguments.add_loading_arguments(
+        command, attention_backend={"metavar": "NAME", "help": backend_help}
     )
     command.add_argument(
         "--processes",
@@ -155,15 +138,7 @@ def run_eval(args: argparse.Namespace) -> int:
     _check_arguments(args)
     if args.score:
         return _score(args)
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
-        ) from error
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    arguments.require_transformers()
     return _prepare_only(args) if args.prepare_only else _evaluate(args)
 
 
@@ -207,16 +182,16 @@ def _score(args: argparse.Namespace) -> int:
     with Console(stderr=True).status("scoring"):
         results = score(results, samples, harness.Scorer(samples))
     save_results(args.score, results)
-    _show(args, args.score, results)
+    show(results, args.score, as_json=args.json)
     return 0
 
 
 def _prepare_only(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
-    name = args.model or str(bundled.MODEL)
-    trust = args.trust_remote_code
-    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust))
+    name = arguments.model_name(args)
+    with _loading(name), arguments.loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     samples = _prepare(args, tokenizer)
     samples.save(args.samples)
     if args.json:
@@ -227,32 +202,25 @@ def _prepare_only(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from token_sparse_attention import run
     from token_sparse_attention.evaluation.evaluate import Runner
     from token_sparse_attention.evaluation.settings import read_runs
 
-    name = args.model or str(bundled.MODEL)
+    name = arguments.model_name(args)
     configurations = read_runs(args.config, name)
     samples = SampleSet.load(args.samples) if args.samples else None
-    options = {key: getattr(args, key) for key in ("device", "dtype", "trust_remote_code")}
-    model, tokenizer = _load(name, lambda: run.load_model(name, **options))
+    with _loading(name):
+        model, tokenizer = arguments.load_model(args)
     if samples is None:
         samples = _prepare(args, tokenizer)
     runner = Runner(model, tokenizer, configurations, args.impl, args.attention_backend)
-    results = _run(args, runner, samples, name, options)
+    results = _run(args, runner, samples)
     if results is None:
-        return _FAILED
-    _show(args, args.out, results)
+        return arguments.FAILED
+    show(results, args.out, as_json=args.json)
     return 0
 
 
-def _run(
-    args: argparse.Namespace,
-    runner: Runner,
-    samples: SampleSet,
-    name: str,
-    options: dict[str, Any],
-) -> EvalResults | None:
+def _run(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalResults | None:
     """Evaluate with a progress bar; None if the job failed, which standard error then says."""
     from token_sparse_attention.evaluation import processes
     from token_sparse_attention.evaluation.evaluate import evaluate
@@ -260,8 +228,10 @@ def _run(
     scorer = harness.Scorer(samples) if harness.installed_version() else None
     header = _header(args, runner, samples)
     samples = _only(args, samples)
-    several = args.processes > 1
-    source = processes.several(runner, args.processes, name, options) if several else None
+    source = None
+    if args.processes > 1:
+        name, options = arguments.model_name(args), arguments.load_options(args)
+        source = processes.several(runner, args.processes, name, options)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -297,7 +267,7 @@ def _header(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> Eva
     return EvalHeader(
         provenance=about,
         arguments={
-            "model": args.model or _BUNDLED,
+            "model": args.model or arguments.BUNDLED,
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "impl": args.impl,
             "attention_backend": args.attention_backend,
@@ -335,13 +305,8 @@ def _only(args: argparse.Namespace, samples: SampleSet) -> SampleSet:
     return replace(samples, samples=chosen)
 
 
-def _load(name: str, load: Callable[[], Any]) -> Any:
-    """Load from a checkpoint, or say that it cannot be used."""
-    with Console(stderr=True).status(f"loading {name}"):
-        try:
-            return load()
-        except (OSError, ValueError, RuntimeError, AttributeError) as error:
-            raise UsageError(f"{name} cannot be loaded: {error}") from error
+def _loading(name: str) -> Status:
+    return Console(stderr=True).status(f"loading {name}")
 
 
 def _prepare(args: argparse.Namespace, tokenizer: Any) -> SampleSet:
@@ -353,64 +318,11 @@ def _prepare(args: argparse.Namespace, tokenizer: Any) -> SampleSet:
             args.lengths or _LENGTHS,
             args.limit or _LIMIT,
             tokenizer=tokenizer,
-            tokenizer_name=args.model or _BUNDLED,
+            tokenizer_name=args.model or arguments.BUNDLED,
             seed=args.seed or 0,
             chat_template=args.apply_chat_template,
             report=status.update,
         )
-
-
-def _show(args: argparse.Namespace, path: Path, results: EvalResults) -> None:
-    rows = summarise(results)
-    unscored = sum(result.score is None for result in results.samples)
-    if args.json:
-        content = {"results": str(path), "unscored": unscored, "rows": [asdict(r) for r in rows]}
-        print(json.dumps(content, indent=2))
-        return
-    # Files and narrow terminals get whole lines.
-    console = Console(width=max(Console().width, _TABLE_WIDTH))
-    console.print(_table("All tasks together", [row for row in rows if row.task is None]))
-    tasks = results.header.tasks
-    for task in tasks if len(tasks) > 1 else ():
-        console.print(_table(task, [row for row in rows if row.task == task]))
-    if unscored:
-        console.print(
-            f"{unscored} replies have no score yet: where lm-eval is installed, run "
-            f"tsa eval --score {path} --samples FILE",
-            highlight=False,
-        )
-
-
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    """Return a table; the rows of all lengths together only where there are several."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("length", no_wrap=True)
-    table.add_column("configuration", no_wrap=True)
-    losses = ("difference", "95% interval", "loss", "loss below")
-    for column in ("n", "score", *losses, "kept", "work", "prefill"):
-        table.add_column(column, justify="right", no_wrap=True)
-    several = len({row.length for row in rows if row.length is not None}) > 1
-    for row in rows:
-        if row.length is None and not several:
-            continue
-        table.add_row(
-            "all" if row.length is None else f"{row.length:,}" if row.length else "-",
-            row.configuration,
-            str(row.samples),
-            _cell("{:.3f}", row.score),
-            _cell("{:+.3f}", row.difference),
-            _cell("{:+.3f} {:+.3f}", row.difference_low, row.difference_high),
-            _cell("{:+.1%}", row.relative_loss),
-            _cell("{:+.1%}", row.relative_loss_upper),
-            f"{row.kept_share:.1%}",
-            f"{'≤' if row.work_is_bound else ''}{row.work:.3f}",
-            f"{row.seconds:#.3g} s",
-        )
-    return table
-
-
-def _cell(form: str, *values: float | None) -> str:
-    return "-" if None in values else form.format(*values)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -144,6 +144,18 @@ def dense_reason(
         return DenseReason.DECODE, ""
     if config is None:
         return DenseReason.LAYER_NOT_SELECTED, ""
+    return obstacle(module, query, key, value, dropout, kwargs)
+
+
+def obstacle(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[DenseReason | None, str]:
+    """Return what makes this call more than plain causal attention, as `dense_reason` does."""
     is_causal = kwargs.get("is_causal")
     window = kwargs.get("sliding_window")
     wants_weights = kwargs.get(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
 from token_sparse_attention.crossover import BreakEven
+from token_sparse_attention.selection import TokenSelection
 
 MAX_RECORDS = 8192  # the oldest records are forgotten, so that a server's report stays small
 
@@ -41,6 +42,30 @@ class SelectionRecord:
     budget: Tensor
     even: BreakEven
 
+    @classmethod
+    def of(
+        cls,
+        selection: TokenSelection,
+        config: TokenSparseConfig,
+        even: BreakEven,
+        query_len: int,
+        kv_len: int,
+        padding_mask: Tensor | None,
+    ) -> SelectionRecord:
+        """Take down a selection; without a `padding_mask` all rows have these lengths."""
+        if padding_mask is None:
+            query_lens, kv_lens = (
+                selection.lengths.new_full(selection.ran_sparse.shape, length)
+                for length in (query_len, kv_len)
+            )
+        else:
+            query_lens = padding_mask[:, kv_len - query_len :].sum(-1)
+            kv_lens = padding_mask.sum(-1)
+        budget = selection.lengths if selection.budget is None else selection.budget
+        return cls(
+            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens, budget, even
+        )
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -53,6 +78,7 @@ class LayerRecord:
         dense_reason: why the whole call ran dense; None if the method decided.
         detail: what the reason was met on, for example an argument's name.
         selection: what the method decided, None where `dense_reason` is set.
+        sequence: number of the sequence in a packed call, as continuous batching makes them.
     """
 
     layer: int
@@ -61,6 +87,7 @@ class LayerRecord:
     dense_reason: DenseReason | None = None
     detail: str = ""
     selection: SelectionRecord | None = None
+    sequence: int = 0
 
     @property
     def paths(self) -> list[str]:
@@ -110,6 +137,7 @@ class LayerRecord:
         """Return the record as JSON-ready values."""
         return {
             "layer": self.layer,
+            "sequence": self.sequence,
             "query_len": self.query_len,
             "kv_len": self.kv_len,
             "paths": self.paths,
@@ -146,14 +174,16 @@ class PrefillReport:
     def prefills(self) -> list[list[LayerRecord]]:
         """Return the records grouped into forward passes, oldest first."""
         passes: list[list[LayerRecord]] = []
+        place = (-1, -1)
         for record in self.records:
-            if not passes or record.layer <= passes[-1][-1].layer:
+            before, place = place, (record.layer, record.sequence)
+            if not passes or place <= before:
                 passes.append([])
             passes[-1].append(record)
         return passes
 
     def last_prefill(self) -> list[LayerRecord]:
-        """Return the newest forward pass's records, one per layer."""
+        """Return the newest forward pass's records, one per layer and packed sequence."""
         passes = self.prefills()
         return passes[-1] if passes else []
 

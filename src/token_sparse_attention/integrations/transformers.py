@@ -33,6 +33,15 @@ from token_sparse_attention.crossover import NEVER_DENSE, break_even
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.inputs import check_kept
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
+from token_sparse_attention.integrations.continuous_batching import (
+    PREFIX,
+    PackedCall,
+    Request,
+    RequestReader,
+    attend_dense,
+    consecutive,
+    read_call,
+)
 from token_sparse_attention.integrations.implementation import (
     DENSE_PREFIX,
     dense_function,
@@ -44,12 +53,19 @@ from token_sparse_attention.integrations.record import (
     PrefillReport,
     SelectionRecord,
 )
+from token_sparse_attention.integrations.tensor_parallel import tensor_parallel_group
 from token_sparse_attention.selection import check_impl
 
 __all__ = ["AppliedSparsity", "apply", "attention_of_every_layer", "register_dense_attention"]
 
 _NAME_PREFIX = "tsa_"  # must contain neither "flash" nor "sdpa", which transformers interprets
 _DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
+
+_BYPASSED = (
+    "the model was switched to {!r}, so token sparse attention has no effect; where continuous "
+    "batching did that, call model.set_attn_implementation('paged|' + "
+    "model.config._attn_implementation) between apply() and generate_batch()"
+)
 
 
 def apply(
@@ -69,7 +85,8 @@ def apply(
     Args:
         model: a decoder-only transformers model that uses the attention interface, on the
             ``"eager"`` or ``"sdpa"`` implementation or one that `register_dense_attention`
-            named. It may be compiled, dispatched over devices by accelerate, or use any cache.
+            named. It may be compiled, dispatched over devices by accelerate, split by tensor
+            parallelism (then every rank calls `apply`), or use any cache.
         config: the settings for all layers, or for its ``sparse_layers``; or a profile.
         impl: which code scores and selects, see `token_sparse_attention`.
         attention_backend: which kernel or pattern attends in the sparse layers, see
@@ -150,11 +167,6 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model must use transformers' attention interface, which {kind} does not support"
         )
-    if getattr(model, "_tp_size", None) not in (None, 1):
-        raise ValueError(
-            "model must not be split by tensor parallelism, whose ranks would select "
-            f"different tokens; got tp_size {model._tp_size}"
-        )
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation.startswith(_NAME_PREFIX):
         raise ValueError(
@@ -196,11 +208,16 @@ class AppliedSparsity:
         self._impl = impl
         self._attention_backend = attention_backend
         self._kept = kept
+        self._head_group = tensor_parallel_group(model)
         self._last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None
         self._last_mask = None
+        self._requests = RequestReader()
         self._interface_called = False
+        self._bypassed = False
         self._removed = False
 
+        paged = torch.compiler.disable(self._attend_paged)  # type: ignore[no-untyped-call]
+        AttentionInterface.register(PREFIX + self.name, paged)  # without a mask function: no mask
         attend = torch.compiler.disable(self._attend)  # type: ignore[no-untyped-call]
         AttentionInterface.register(self.name, attend)
         AttentionMaskInterface.register(self.name, ALL_MASK_ATTENTION_FUNCTIONS[self._dense_name])
@@ -213,9 +230,11 @@ class AppliedSparsity:
             return
         self._removed = True
         self._hook.remove()
-        if self._text_config._attn_implementation == self.name:  # else it was set anew meanwhile
+        implementation = self._text_config._attn_implementation
+        if implementation.removeprefix(PREFIX) == self.name:  # else it was set anew meanwhile
             self._text_config._attn_implementation_internal = self._dense_name
         AttentionInterface._global_mapping.pop(self.name, None)
+        AttentionInterface._global_mapping.pop(PREFIX + self.name, None)
         AttentionMaskInterface._global_mapping.pop(self.name, None)
 
     def __enter__(self) -> PrefillReport:
@@ -232,7 +251,12 @@ class AppliedSparsity:
         self.remove()
 
     def _check_interface_called(self, module: nn.Module, *_: Any) -> None:
-        if not self._interface_called:
+        implementation = self._text_config._attn_implementation
+        if implementation.removeprefix(PREFIX) != self.name:
+            if not self._bypassed:
+                self._bypassed = True
+                warnings.warn(_BYPASSED.format(implementation), stacklevel=2)
+        elif not self._interface_called:
             self.remove()
             raise RuntimeError(
                 f"no layer of {type(module).__name__} called transformers' attention interface "
@@ -255,11 +279,7 @@ class AppliedSparsity:
         if module in self._modules and layer is not None:
             self._interface_called = True
             config = self._configs.get(layer)
-            reason, detail = dense_reason(module, query, key, value, config, dropout, kwargs)
-            if reason is None and config is not None and self._kept is None:
-                lengths = (query.shape[2], key.shape[2])
-                reason = config.dense_reason(*lengths)
-                reason = reason or break_even(config, query).dense_reason(*lengths)
+            reason, detail = self._dense_reason(module, query, key, value, config, dropout, kwargs)
             if reason is None and config is not None:
                 layout = self._read_mask(attention_mask, query.shape[2], key.shape[2])
                 if layout is not None:
@@ -274,6 +294,87 @@ class AppliedSparsity:
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
 
+    def _attend_paged(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,  # noqa: ARG002  there is none
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """The attention function of continuous batching: each request is decided for itself."""
+        if self._dense_name not in _DENSE_IMPLEMENTATIONS:
+            raise ValueError(
+                "model must run 'eager' or 'sdpa' under token sparse attention for continuous "
+                f"batching, got {self._dense_name!r}"
+            )
+        call = read_call(module, query, key, value, kwargs)
+        self._interface_called = True
+        out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        dense = [range(len(call.cu_seqlens_q) - 1)]
+        if call.max_seqlen_q == 1:
+            self.report.decode_calls += len(dense[0])
+        elif module in self._modules:
+            dense = consecutive(
+                number
+                for number, request in enumerate(self._requests(call))
+                if not self._attend_request(module, call, number, request, out, scaling, dropout)
+            )
+        function = dense_function(self._dense_name, module)
+        for numbers in dense:
+            attend_dense(
+                module, function, call, self._requests, numbers, out,
+                scale=scaling, dropout=dropout,
+            )  # fmt: skip
+        return out, None
+
+    def _attend_request(
+        self,
+        module: nn.Module,
+        call: PackedCall,
+        number: int,
+        request: Request,
+        out: Tensor,
+        scale: float | None,
+        dropout: float,
+    ) -> bool:
+        """Attend one request sparsely, where that applies; returns whether it did."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        config = self._configs.get(layer)
+        query, key, value = request.of(call)
+        lengths = (query.shape[2], key.shape[2])
+        reason, detail = self._dense_reason(
+            module, query, key, value, config, dropout, call.arguments
+        )
+        if reason is not None or config is None:
+            self.report.add(LayerRecord(layer, *lengths, reason, detail, sequence=number))
+            return False
+        layout = MaskLayout(lengths[1], None)
+        sparse = self._attend_sparse(layer, query, key, value, config, layout, scale, number)
+        out[:, request.queries] = sparse.transpose(1, 2)
+        return True
+
+    def _dense_reason(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        config: TokenSparseConfig | None,
+        dropout: float,
+        kwargs: dict[str, Any],
+    ) -> tuple[DenseReason | None, str]:
+        """`dense_reason`, and what lengths alone decide before the mask is read."""
+        reason, detail = dense_reason(module, query, key, value, config, dropout, kwargs)
+        if reason is None and config is not None and self._kept is None:
+            lengths = (query.shape[2], key.shape[2])
+            reason = config.dense_reason(*lengths)
+            reason = reason or break_even(config, query).dense_reason(*lengths)
+        return reason, detail
+
     def _attend_sparse(
         self,
         layer: int,
@@ -283,6 +384,7 @@ class AppliedSparsity:
         config: TokenSparseConfig,
         layout: MaskLayout,
         scale: float | None,
+        sequence: int = 0,
     ) -> Tensor:
         kv_len, padding_mask = layout
         query_len = query.shape[2]
@@ -296,21 +398,14 @@ class AppliedSparsity:
             impl=self._impl,
             attention_backend=self._attention_backend,
             kept=self._kept,
+            head_group=self._head_group,
             return_selection=True,
         )
-        if padding_mask is None:
-            query_lens, kv_lens = (
-                selection.lengths.new_full((len(query),), length) for length in (query_len, kv_len)
-            )
-        else:
-            query_lens = padding_mask[:, kv_len - query_len :].sum(-1)
-            kv_lens = padding_mask.sum(-1)
-        budget = selection.lengths if selection.budget is None else selection.budget
         even = break_even(config, query) if self._kept is None else NEVER_DENSE
-        selected = SelectionRecord(
-            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens, budget, even
+        selected = SelectionRecord.of(selection, config, even, query_len, kv_len, padding_mask)
+        self.report.add(
+            LayerRecord(layer, query_len, kv_len, selection=selected, sequence=sequence)
         )
-        self.report.add(LayerRecord(layer, query_len, kv_len, selection=selected))
         return output
 
     def _read_mask(self, mask: Tensor | None, query_len: int, kv_len: int) -> MaskLayout | None:

@@ -10,12 +10,17 @@ and adding them one by one to the same few bins would queue them up.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from token_sparse_attention.head_group import counts_of_ranks, mean_of_ranks, own_heads
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _TOP_BINS = tl.constexpr(256)
 _TOP_LEVELS = tl.constexpr(4)
@@ -68,7 +73,12 @@ class Selected(NamedTuple):
 
 
 def select_tokens(
-    scores: Tensor, bounds: Tensor, kv_len: int, first_query: int, rule: Rule
+    scores: Tensor,
+    bounds: Tensor,
+    kv_len: int,
+    first_query: int,
+    rule: Rule,
+    head_group: ProcessGroup | None = None,
 ) -> Selected:
     """Choose each head's tokens from ``scores [B, H, N]``, N at least 1.
 
@@ -78,6 +88,7 @@ def select_tokens(
         kv_len: S_kv.
         first_query: slot of the first query.
         rule: the settings.
+        head_group: the ranks that hold the layer's other heads, as many each.
     """
     batch_size, num_heads, num_scored = scores.shape
     device = scores.device
@@ -101,6 +112,8 @@ def select_tokens(
         WINDOW=rule.window_size, POOL=rule.pool_size, PER_HEAD=rule.per_head,
         BLOCK_H=block_h, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
+    if head_group is not None and not rule.per_head:
+        mean, not_finite = mean_of_ranks(mean, not_finite, head_group)
     scored_chunks = triton.cdiv(num_scored, _CHUNK)
     mass_chunk = 16 * _TILE // 2**bits
     for level in range(levels):
@@ -116,17 +129,26 @@ def select_tokens(
         mass_sum, mass_count, droppable, float(rule.drop_mass),
         BITS=bits, LEVELS=levels, num_warps=4,
     )  # fmt: skip
+    decided_heads = num_heads
+    if head_group is not None and rule.per_head:
+        droppable, not_finite = counts_of_ranks(
+            droppable.view(batch_size, num_heads), not_finite, head_group
+        )
+        decided_heads = droppable.shape[1]
     # Allocations of their own: kernels are compiled anew for pointers of another alignment.
-    lengths = torch.empty(batch_size, num_heads, dtype=torch.int32, device=device)
+    lengths = torch.empty(batch_size, decided_heads, dtype=torch.int32, device=device)
     budget = torch.empty_like(lengths)
     ran_sparse = torch.empty(batch_size, dtype=torch.bool, device=device)
     decide_kernel[(batch_size,)](
         droppable, not_finite, bounds, lengths, budget, ran_sparse,
         float(rule.drop_mass), rule.min_tokens, float(rule.kept or 0.0),
-        float(rule.max_work), float(rule.fixed_tokens), first_query, num_heads,
+        float(rule.max_work), float(rule.fixed_tokens), first_query, decided_heads,
         WINDOW=rule.window_size, PER_HEAD=rule.per_head, GIVEN=rule.kept is not None,
-        BLOCK_H=block_h, num_warps=4,
+        BLOCK_H=triton.next_power_of_2(decided_heads), num_warps=4,
     )  # fmt: skip
+    if head_group is not None and rule.per_head:
+        lengths = own_heads(lengths, num_heads, head_group)
+        budget = own_heads(budget, num_heads, head_group)
     for level in range(_TOP_LEVELS.value):
         count_top_kernel[(scored_chunks, sequences)](
             smoothed, top_count, bounds, lengths, ran_sparse, num_heads, num_scored,

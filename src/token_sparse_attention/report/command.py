@@ -5,29 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from token_sparse_attention import bundled
-from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention import arguments
 from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.report.load import load
 from token_sparse_attention.report.page import TITLE, build_page
-from token_sparse_attention.selection import IMPLS
 
 if TYPE_CHECKING:
     from token_sparse_attention.report.kept_text import KeptText
 
-MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]
-_FAILED = 1
-_BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
 
-
-def add_commands(commands: Any, make: MakeCommand) -> None:
+def add_commands(commands: Any, make: arguments.MakeCommand) -> None:
     """Add ``tsa report`` and ``tsa capture``; `make` adds one of name, summary and example."""
     report = make(
         commands,
@@ -49,13 +42,8 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         'tsa capture --prompt-file report.txt --question "Who signed?" --out kept.json\n'
         "  tsa report kept.json --out report.html",
     )
-    capture.add_argument(
-        "model", nargs="?", help="hub id or folder (default: the small model that ships here)"
-    )
-    capture.add_argument(
-        "--prompt-file", required=True, metavar="FILE", help="text to read; - for standard input"
-    )
-    capture.add_argument("--question", metavar="TEXT", help="asked after the text")
+    arguments.add_model_argument(capture)
+    arguments.add_prompt_arguments(capture)
     capture.add_argument(
         "--config",
         metavar="VALUE",
@@ -66,13 +54,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "--out", type=Path, required=True, metavar="FILE", help="the capture to write"
     )
     capture.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
-    capture.add_argument("--device", default="auto", help="torch device (default: auto)")
-    capture.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
-    capture.add_argument("--impl", default="auto", choices=IMPLS)
-    capture.add_argument("--attention-backend", default="auto", choices=BACKENDS)
-    capture.add_argument(
-        "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
-    )
+    arguments.add_loading_arguments(capture)
     capture.set_defaults(handler=run_capture)
 
 
@@ -102,21 +84,13 @@ def run_capture(args: argparse.Namespace) -> int:
     Raises:
         UsageError: if something that was given cannot be used.
     """
-    document = _read_prompt(args.prompt_file)
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
-        ) from error
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    document = arguments.read_text("--prompt-file", args.prompt_file)
+    arguments.require_transformers()
     try:
         kept = _capture(args, document)
     except RuntimeError as error:
         print(f"tsa: the prompt could not be run: {error}", file=sys.stderr)
-        return _FAILED
+        return arguments.FAILED
     _write(args.out, kept.to_json())
     sparse = [n for n, layer in enumerate(kept.layers) if layer.dense_reason is None]
     if not sparse:
@@ -140,23 +114,19 @@ def _capture(args: argparse.Namespace, document: str) -> KeptText:
     from token_sparse_attention.evaluation.settings import read_configurations
     from token_sparse_attention.report.capture import capture
 
-    name = args.model or str(bundled.MODEL)
+    name = arguments.model_name(args)
     if args.config:
         source = args.config
         named = f"given={source}" if source.startswith("{") else source
         config = read_configurations([named], name).popitem()[1]
     else:
         config, source = run.default_config(name)
-    options = {key: getattr(args, key) for key in ("device", "dtype", "trust_remote_code")}
     with Console(stderr=True).status(f"loading {name}") as status:
-        try:
-            model, tokenizer = run.load_model(name, **options)
-        except (OSError, ValueError, RuntimeError, AttributeError) as error:
-            raise UsageError(f"{name} cannot be loaded: {error}") from error
+        model, tokenizer = arguments.load_model(args)
         ids = run.encode_prompt(tokenizer, document, args.question)
         status.update(f"reading {ids.shape[1]:,} tokens")
-        arguments = {
-            "model": args.model or _BUNDLED,
+        asked = {
+            "model": args.model or arguments.BUNDLED,
             "dtype": str(model.dtype).removeprefix("torch."),
             "question": args.question,
             "config": json.loads(config.to_json()),
@@ -170,23 +140,13 @@ def _capture(args: argparse.Namespace, document: str) -> KeptText:
                 tokenizer,
                 ids,
                 config,
-                arguments=arguments,
+                arguments=asked,
                 max_new_tokens=args.max_new_tokens,
                 impl=args.impl,
                 attention_backend=args.attention_backend,
             )
         except (ValueError, TypeError) as error:
             raise UsageError(f"{name} cannot be run sparse: {error}") from error
-
-
-def _read_prompt(path: str) -> str:
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompt-file {path} cannot be read: {error}") from error
-    if not text.strip():
-        raise UsageError(f"--prompt-file {path} must hold text, but is empty")
-    return text
 
 
 def _write(path: Path, text: str) -> None:

@@ -38,6 +38,7 @@ from token_sparse_attention.attention.patterns.xattention import (
     XAttentionConfig,
     xattention_mask,
 )
+from token_sparse_attention.attention.patterns.xattention import of_heads as thresholds_of_heads
 from token_sparse_attention.inputs import (
     check_attention_inputs,
     check_no_gradients,
@@ -207,6 +208,6 @@ def _minference(*arguments: Any, want_lse: bool, **settings: Any) -> Attended:
 PATTERNS = {
     "flexprefill": Pattern(FlexPrefillConfig, _from_mask(flexprefill_mask)),
     "minference": Pattern(MInferenceConfig, _minference, of_heads),
-    "xattention": Pattern(XAttentionConfig, _from_mask(xattention_mask)),
+    "xattention": Pattern(XAttentionConfig, _from_mask(xattention_mask), thresholds_of_heads),
     "streaming": Pattern(StreamingConfig, _from_mask(streaming_mask)),
 }

@@ -1,7 +1,7 @@
 """What the patterns estimate with: block means, the last queries' attention, coverage.
 
-Everything here is tensor operations of fixed shapes, so nothing waits for the device, and
-nothing is quadratic in tokens.
+Shapes are fixed, so nothing waits for the device, and nothing is quadratic in tokens. Each has a
+Triton kernel and a reference in tensor operations; `impl` is that of `selection.score_tokens`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BlockGrid
+from token_sparse_attention.selection import load_kernels, resolve_impl
 
 
 def query_groups(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
@@ -36,8 +37,11 @@ def check_share(name: str, value: object, *, zero: bool = False) -> None:
         raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
 
 
-def block_means(tokens: Tensor, size: int) -> Tensor:
-    """Mean of each block of rows, ``[..., S, D]`` to ``[..., ceil(S / size), D]`` float32."""
+def block_means(tokens: Tensor, size: int, *, impl: str = "auto") -> Tensor:
+    """Mean of each block of rows, ``[B, H, S, D]`` to ``[B, H, ceil(S / size), D]`` float32."""
+    if resolve_impl(impl, tokens, tokens.shape[-1]) == "triton":
+        means: Tensor = load_kernels("estimation").block_means(tokens, size)
+        return means
     length = tokens.shape[-2]
     blocks = -(-length // size)
     padded = F.pad(tokens, (0, 0, 0, blocks * size - length))
@@ -91,42 +95,89 @@ def distance_mass(attention: Tensor) -> Tensor:
     return rows[..., :length].sum(-2)
 
 
-def smallest_cover(mass: Tensor, share: float, minimum: int = 0) -> Tensor:
+def last_query_mass(
+    query: Tensor, key: Tensor, count: int, scale: float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Mean attention of the last `count` queries by key, and by distance back from the query.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        count: queries, at most S_q.
+        scale: factor of the logits.
+        impl: as in `score_tokens`.
+
+    Returns:
+        Two tensors ``[B, H, S_kv]`` float32; each sums to 1 over its last dimension.
+    """
+    if resolve_impl(impl, query, query.shape[-1]) == "triton":
+        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        masses: tuple[Tensor, Tensor] = load_kernels("estimation").last_query_mass(
+            query, key, count, scale
+        )
+        return masses
+    by_key, by_distance = [], []
+    for kv_head, group in enumerate(query_groups(query, key)):
+        attention = last_query_attention(group, key[:, kv_head], count, scale)
+        by_key.append(attention.mean(2))
+        by_distance.append(distance_mass(attention) / count)
+    return torch.cat(by_key, 1), torch.cat(by_distance, 1)
+
+
+def smallest_cover(
+    mass: Tensor, share: float | Tensor, minimum: int = 0, *, impl: str = "auto"
+) -> Tensor:
     """Mark the fewest entries of the last dimension that hold `share` of its mass.
 
-    At least `minimum` entries are marked, the heaviest first; entries where the mass is not a
-    number are marked all, so that bad inputs come out as dense attention would put them.
+    At least `minimum` entries are marked, the heaviest first, among equals those in front;
+    entries where the mass is not a number are marked all, so that bad inputs come out as dense
+    attention would put them.
 
     Args:
         mass: ``[..., N]``, not negative.
-        share: in ``[0, 1]``; 1 marks everything.
+        share: in ``[0, 1]``; 1 marks everything. A tensor holds one per row, ``[..., 1]``.
         minimum: entries to mark at least.
+        impl: as in `score_tokens`; the kernel takes float32.
 
     Returns:
         ``[..., N]`` bool.
     """
-    if share >= 1:
-        return torch.ones_like(mass, dtype=torch.bool)
+    if resolve_impl(impl, mass) == "triton" and mass.dtype == torch.float32:
+        if isinstance(share, Tensor):
+            shares = share.to(mass.dtype).expand(*mass.shape[:-1], 1).reshape(-1)
+        else:
+            shares = torch.full((1,), share, device=mass.device)
+        cover: Tensor = load_kernels("estimation_lists").smallest_cover(mass, shares, minimum)
+        return cover
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     marked = ~(before >= share * ordered.sum(-1, keepdim=True))
     marked |= torch.arange(mass.shape[-1], device=mass.device) < minimum
+    marked |= torch.as_tensor(share, device=mass.device) >= 1
     return torch.zeros_like(marked).scatter_(-1, order, marked)
 
 
-def blocks_at_distances(chosen: Tensor, grid: BlockGrid) -> Tensor:
+def blocks_at_distances(chosen: Tensor, grid: BlockGrid, *, impl: str = "auto") -> Tensor:
     """Mark the blocks that hold a pair of query and key at a chosen distance.
 
     Args:
         chosen: ``[B, H, S_kv]`` bool, by distance.
         grid: the blocks.
+        impl: as in `score_tokens`.
 
     Returns:
         ``[B, H, Q, K]`` bool.
     """
+    before = F.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
+    offset = grid.kv_len - grid.query_len
+    # The kernel has no use for a dtype; the counts' own is not among those that kernels take.
+    if resolve_impl(impl, chosen.new_empty(0, dtype=torch.float32)) == "triton":
+        marked: Tensor = load_kernels("estimation_lists").blocks_at_distances(
+            before, offset, grid.query_len, grid.block_size
+        )
+        return marked
     first, last = grid.query_span(chosen.device)
     begin = grid.kv_begin(chosen.device)
     nearest = (first[:, None] - (begin + grid.block_size[1] - 1)).clamp(min=0)
     beyond = (last[:, None] - begin + 1).clamp(min=0)
-    before = F.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
     return before[..., beyond] > before[..., nearest]

@@ -22,9 +22,7 @@ from token_sparse_attention.attention.patterns.estimate import (
     blocks_at_distances,
     check_count,
     check_share,
-    distance_mass,
-    last_query_attention,
-    query_groups,
+    last_query_mass,
     smallest_cover,
 )
 
@@ -75,6 +73,7 @@ def flexprefill_mask(
     config: FlexPrefillConfig,
     scale: float,
     block_size: tuple[int, int] = BLOCK_SIZE,
+    impl: str = "auto",
 ) -> BlockMask:
     """Choose every head's blocks (algorithm 1).
 
@@ -86,35 +85,38 @@ def flexprefill_mask(
         config: the settings.
         scale: factor of the logits.
         block_size: queries and keys per block.
+        impl: as in `score_tokens`.
     """
     grid = BlockGrid(query.shape[2], key.shape[2], block_size)
-    key_means = block_means(key, block_size[1])
-    last = last_block(query, key, key_means, grid, scale)
+    key_means = block_means(key, block_size[1], impl=impl)
+    last = last_block(query, key, key_means, grid, scale, impl)
     kept = torch.where(
         (last.divergence < config.tau)[..., None, None],
-        query_aware_blocks(query, key_means, config, grid, scale),
-        vertical_slash_blocks(last, config, grid),
+        query_aware_blocks(query, key_means, config, grid, scale, impl),
+        vertical_slash_blocks(last, config, grid, impl),
     )
     kept[..., 0] = True
     return BlockMask.from_block_map(
-        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size
+        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size, impl=impl
     )
 
 
 def last_block(
-    query: Tensor, key: Tensor, key_means: Tensor, grid: BlockGrid, scale: float
+    query: Tensor,
+    key: Tensor,
+    key_means: Tensor,
+    grid: BlockGrid,
+    scale: float,
+    impl: str = "auto",
 ) -> LastBlock:
     """Attend with the last block of queries and compare with the estimate (algorithm 2)."""
     count = min(grid.block_size[0], grid.query_len)
-    parts = []
-    for kv_head, group in enumerate(query_groups(query, key)):
-        attention = last_query_attention(group, key[:, kv_head], count, scale)
-        columns = block_sums(attention.mean(2), grid.block_size[1])
-        distances = block_sums(distance_mass(attention) / count, grid.block_size[1])
-        recent = group[:, :, -count:].float().mean(2)
-        estimate = (recent @ key_means[:, kv_head].transpose(1, 2) * scale).softmax(-1)
-        parts.append(LastBlock(columns, distances, divergence(estimate, columns)))
-    return LastBlock(*(torch.cat(part, 1) for part in zip(*parts)))
+    by_key, by_distance = last_query_mass(query, key, count, scale, impl=impl)
+    columns, distances = (block_sums(mass, grid.block_size[1]) for mass in (by_key, by_distance))
+    recent = query[:, :, -count:].mean(2, dtype=torch.float32)
+    recent = recent.view(*key_means.shape[:2], -1, recent.shape[2])  # a group's heads in a row
+    estimate = (recent @ key_means.transpose(2, 3) * scale).softmax(-1).view_as(columns)
+    return LastBlock(columns, distances, divergence(estimate, columns))
 
 
 def divergence(one: Tensor, other: Tensor) -> Tensor:
@@ -125,29 +127,37 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
 
 
 def query_aware_blocks(
-    query: Tensor, key_means: Tensor, config: FlexPrefillConfig, grid: BlockGrid, scale: float
+    query: Tensor,
+    key_means: Tensor,
+    config: FlexPrefillConfig,
+    grid: BlockGrid,
+    scale: float,
+    impl: str = "auto",
 ) -> Tensor:
     """Blocks by the attention between block means, over all blocks of a head (algorithm 4)."""
-    means = block_means(query, grid.block_size[0])
+    means = block_means(query, grid.block_size[0], impl=impl)
     means = means.reshape(*key_means.shape[:2], -1, means.shape[3])  # a group's heads in a row
     logits = means @ key_means.transpose(2, 3) * scale
     logits = logits.view(*query.shape[:2], grid.query_blocks, grid.kv_blocks)
-    attention = logits.masked_fill(~grid.visible(query.device), -torch.inf).softmax(-1)
-    chosen = smallest_cover(attention.flatten(2), config.gamma).view_as(attention)
-    return chosen | smallest_cover(attention, 0.0, _min_blocks(config, grid))
+    attention = logits.masked_fill_(~grid.visible(query.device), -torch.inf).softmax(-1)
+    chosen = smallest_cover(attention.flatten(2), config.gamma, impl=impl).view_as(attention)
+    minimum = _min_blocks(config, grid)
+    return chosen | smallest_cover(attention, 0.0, minimum, impl=impl) if minimum else chosen
 
 
-def vertical_slash_blocks(last: LastBlock, config: FlexPrefillConfig, grid: BlockGrid) -> Tensor:
+def vertical_slash_blocks(
+    last: LastBlock, config: FlexPrefillConfig, grid: BlockGrid, impl: str = "auto"
+) -> Tensor:
     """Blocks of columns and of diagonals, each holding the share gamma (algorithm 3).
 
     Coverage is counted in whole blocks, which is what a kernel runs. A chosen block of
     diagonals keeps every block that one of its diagonals passes through.
     """
     minimum = _min_blocks(config, grid)
-    vertical = smallest_cover(last.columns, config.gamma, minimum)
-    slash = smallest_cover(last.distances, config.gamma, minimum)
+    vertical = smallest_cover(last.columns, config.gamma, minimum, impl=impl)
+    slash = smallest_cover(last.distances, config.gamma, minimum, impl=impl)
     distances = slash.repeat_interleave(grid.block_size[1], -1)[..., : grid.kv_len]
-    return vertical[:, :, None] | blocks_at_distances(distances, grid)
+    return vertical[:, :, None] | blocks_at_distances(distances, grid, impl=impl)
 
 
 def _min_blocks(config: FlexPrefillConfig, grid: BlockGrid) -> int:

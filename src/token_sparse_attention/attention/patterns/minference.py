@@ -29,10 +29,7 @@ from token_sparse_attention.attention.patterns.estimate import (
     blocks_at_distances,
     check_count,
     check_share,
-    distance_mass,
-    last_query_attention,
-    query_groups,
-    smallest_cover,
+    last_query_mass,
 )
 
 HEAD_PATTERNS = ("vertical_and_slash", "stream_llm")
@@ -135,6 +132,20 @@ def minference_attention(
     """
     chosen = vertical_slash(query, key, config, scale)
     mask = slash_blocks(chosen, query.shape[2], block_size)
+    return attend_chosen(query, key, value, chosen, mask, scale=scale, backend=backend)
+
+
+def attend_chosen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chosen: VerticalSlash,
+    mask: BlockMask,
+    *,
+    scale: float,
+    backend: str,
+) -> Attended:
+    """Attend over the blocks of `slash_blocks`, and the chosen columns beside them."""
     blocks = attend_blocks(query, key, value, mask, scale=scale, backend=backend, want_lse=True)
     columns = attend_columns(
         query,
@@ -150,7 +161,7 @@ def minference_attention(
 
 
 def vertical_slash(
-    query: Tensor, key: Tensor, config: MInferenceConfig, scale: float
+    query: Tensor, key: Tensor, config: MInferenceConfig, scale: float, impl: str = "auto"
 ) -> VerticalSlash:
     """Choose columns and diagonals by the attention of the last queries (algorithm 2).
 
@@ -159,22 +170,19 @@ def vertical_slash(
     """
     kv_len = key.shape[2]
     _check_heads(config, query.shape[1])
-    vertical, slash = last_query_mass(query, key, config, scale)
+    count = min(config.last_queries, query.shape[2])
+    vertical, slash = last_query_mass(query, key, count, scale, impl=impl)
     budgets = config.heads or (
         HeadBudget("vertical_and_slash", config.vertical_size, config.slash_size),
     )
     fixed = None
     if any(budget.pattern == "stream_llm" for budget in budgets):
         fixed = _fixed_heads(budgets, query.device)
-        nearness = torch.arange(kv_len, 0, -1, device=query.device, dtype=vertical.dtype)
-        vertical = torch.where(fixed, nearness, vertical)
-        slash = torch.where(fixed, nearness, slash)
-    keep_columns = _heaviest(vertical, config.sink_size, "vertical_size", budgets, config, fixed)
-    most = min(max(budget.vertical_size for budget in budgets), kv_len)
-    position = torch.arange(kv_len, device=query.device)
-    columns = torch.where(keep_columns, position, kv_len).sort(-1).values[..., :most]
-    distances = _heaviest(slash, config.local_size, "slash_size", budgets, config, fixed)
-    return VerticalSlash(columns, distances)
+    columns = _heaviest(vertical, config.sink_size, "vertical_size", budgets, config, fixed)
+    chosen = _heaviest(slash, config.local_size, "slash_size", budgets, config, fixed)
+    distances = torch.zeros(*slash.shape[:2], kv_len + 1, dtype=torch.bool, device=slash.device)
+    distances.scatter_(-1, chosen, True)
+    return VerticalSlash(columns.sort(-1).values, distances[..., :kv_len])
 
 
 def of_heads(config: MInferenceConfig, heads: Sequence[int], num_heads: int) -> MInferenceConfig:
@@ -197,19 +205,6 @@ def _check_heads(config: MInferenceConfig, num_heads: int) -> None:
         )
 
 
-def last_query_mass(
-    query: Tensor, key: Tensor, config: MInferenceConfig, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return the mass on each column and at each distance, ``[B, H, S_kv]`` float32 each."""
-    count = min(config.last_queries, query.shape[2])
-    vertical, slash = [], []
-    for kv_head, group in enumerate(query_groups(query, key)):
-        attention = last_query_attention(group, key[:, kv_head], count, scale)
-        vertical.append(attention.sum(2))
-        slash.append(distance_mass(attention))
-    return torch.cat(vertical, 1), torch.cat(slash, 1)
-
-
 def _heaviest(
     mass: Tensor,
     always: int,
@@ -218,17 +213,32 @@ def _heaviest(
     config: MInferenceConfig,
     fixed: Tensor | None,
 ) -> Tensor:
-    """Mark each head's heaviest entries up to its budget, the first `always` before others."""
-    first = torch.arange(mass.shape[-1], device=mass.device) < always
-    order = mass.masked_fill(first, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    """Choose each head's heaviest entries up to its budget, the first `always` before others.
+
+    Returns:
+        ``[B, H, C]`` int64, in no order; N, the length of `mass`, stands for no entry.
+    """
+    length = mass.shape[-1]
     sizes = tuple(getattr(budget, size) for budget in budgets)
-    limit = sizes[0] if len(set(sizes)) == 1 else _sizes(sizes, mass.device)
-    within = torch.arange(mass.shape[-1], device=mass.device) < limit
-    kept = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, within.expand_as(order))
-    if config.coverage is None:
-        return kept
-    needed = first | smallest_cover(mass, config.coverage)
-    return kept & (needed if fixed is None else needed | fixed)
+    most = min(max(sizes), length)
+    # A mass is a share, so what comes first by its place alone outweighs every one.
+    nearness = torch.arange(length + 1, 1, -1, device=mass.device, dtype=mass.dtype)
+    ahead = torch.arange(length, device=mass.device) < always
+    if fixed is not None:
+        ahead = ahead | fixed
+    ordered = torch.where(ahead, nearness, mass).topk(most, sorted=len(set(sizes)) > 1).indices
+    if len(set(sizes)) > 1:
+        within = torch.arange(most, device=mass.device) < _sizes(sizes, mass.device)
+        ordered = ordered.masked_fill(~within, length)
+    if config.coverage is None or config.coverage >= 1:
+        return ordered
+    # A cover beyond the budget is cut off anyway, so only that many heaviest are looked at.
+    heavy, places = mass.topk(most)
+    covered = heavy.cumsum(-1) - heavy >= config.coverage * mass.sum(-1, keepdim=True)
+    needed = torch.zeros(*mass.shape[:-1], length + 1, dtype=torch.bool, device=mass.device)
+    needed[..., :length] = ahead
+    needed.scatter_(-1, places.masked_fill(covered, length), True)
+    return ordered.masked_fill(~needed.gather(-1, ordered), length)
 
 
 @functools.lru_cache(maxsize=256)
@@ -244,15 +254,19 @@ def _fixed_heads(budgets: tuple[HeadBudget, ...], device: torch.device) -> Tenso
 
 
 def slash_blocks(
-    chosen: VerticalSlash, query_len: int, block_size: tuple[int, int] = BLOCK_SIZE
+    chosen: VerticalSlash,
+    query_len: int,
+    block_size: tuple[int, int] = BLOCK_SIZE,
+    impl: str = "auto",
 ) -> BlockMask:
     """Return the blocks that a chosen diagonal passes through."""
     grid = BlockGrid(query_len, chosen.distances.shape[-1], block_size)
     return BlockMask.from_block_map(
-        blocks_at_distances(chosen.distances, grid),
+        blocks_at_distances(chosen.distances, grid, impl=impl),
         query_len=query_len,
         kv_len=grid.kv_len,
         block_size=block_size,
+        impl=impl,
     )
 
 

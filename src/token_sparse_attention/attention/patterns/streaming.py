@@ -38,6 +38,7 @@ def streaming_mask(
     config: StreamingConfig,
     scale: float,  # noqa: ARG001 - all patterns are called alike
     block_size: tuple[int, int] = BLOCK_SIZE,
+    impl: str = "auto",
 ) -> BlockMask:
     """Return the blocks of the sink and of the local window; the inputs only give shapes."""
     grid = BlockGrid(query.shape[2], key.shape[2], block_size)
@@ -49,4 +50,5 @@ def streaming_mask(
         query_len=grid.query_len,
         kv_len=grid.kv_len,
         block_size=block_size,
+        impl=impl,
     )

@@ -8,7 +8,9 @@ in one product that is stride times shorter on both sides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from token_sparse_attention.attention.patterns.estimate import (
     check_share,
     smallest_cover,
 )
+from token_sparse_attention.selection import load_kernels, resolve_impl
 
 _SCORE_ELEMENTS = 2**26  # scores held at once, which bounds memory at a quarter of a GiB
 
@@ -33,7 +36,7 @@ class XAttentionConfig(PatternConfig):
     Args:
         stride: every stride-th antidiagonal is scored; it must divide the block size.
         threshold: share of a block of queries' score that its chosen blocks hold, in
-            ``(0, 1]``.
+            ``(0, 1]``; or one share per query head.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -41,11 +44,36 @@ class XAttentionConfig(PatternConfig):
     """
 
     stride: int = 8
-    threshold: float = 0.9
+    threshold: float | tuple[float, ...] = 0.9
 
     def __post_init__(self) -> None:
         check_count("stride", self.stride, 1)
-        check_share("threshold", self.threshold)
+        if not isinstance(self.threshold, (list, tuple)):
+            check_share("threshold", self.threshold)
+            return
+        for head, share in enumerate(self.threshold):
+            check_share(f"threshold[{head}]", share)
+        object.__setattr__(self, "threshold", tuple(self.threshold))  # settings are hashed
+
+
+def of_heads(config: XAttentionConfig, heads: Sequence[int], num_heads: int) -> XAttentionConfig:
+    """Return the settings for some of the `num_heads` query heads, in their order.
+
+    Raises:
+        ValueError: if `config.threshold` is a tuple, but not one share per query head.
+    """
+    if not isinstance(config.threshold, tuple):
+        return config
+    _check_heads(config.threshold, num_heads)
+    return replace(config, threshold=tuple(config.threshold[head] for head in heads))
+
+
+def _check_heads(threshold: tuple[float, ...], num_heads: int) -> None:
+    if len(threshold) != num_heads:
+        raise ValueError(
+            f"threshold must hold a share for each of the {num_heads} query heads, "
+            f"got {len(threshold)}"
+        )
 
 
 def xattention_mask(
@@ -54,6 +82,7 @@ def xattention_mask(
     config: XAttentionConfig,
     scale: float,
     block_size: tuple[int, int] = BLOCK_SIZE,
+    impl: str = "auto",
 ) -> BlockMask:
     """Choose for each block of queries the fewest blocks that hold the threshold.
 
@@ -63,27 +92,55 @@ def xattention_mask(
         config: the settings.
         scale: factor of the logits.
         block_size: queries and keys per block.
+        impl: as in `score_tokens`.
 
     Raises:
-        ValueError: if the stride does not divide the block size.
+        ValueError: if the stride does not divide the block size, or thresholds per head are not
+            as many as the heads.
     """
     if block_size[0] % config.stride or block_size[1] % config.stride:
         raise ValueError(f"stride must divide the block size {block_size}, got {config.stride}")
     grid = BlockGrid(query.shape[2], key.shape[2], block_size)
-    kept = smallest_cover(antidiagonal_scores(query, key, config, grid, scale), config.threshold)
+    threshold: float | Tensor
+    if isinstance(config.threshold, tuple):
+        _check_heads(config.threshold, query.shape[1])
+        threshold = _by_head(config.threshold, query.device)
+    else:
+        threshold = config.threshold
+    scores = antidiagonal_scores(query, key, config, grid, scale, impl=impl)
+    kept = smallest_cover(scores, threshold, impl=impl)
     return BlockMask.from_block_map(
-        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size
+        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size, impl=impl
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _by_head(shares: tuple[float, ...], device: torch.device) -> Tensor:
+    """``[H, 1, 1]``; remembered, because a copy to the device would wait for it."""
+    return torch.tensor(shares, dtype=torch.float32, device=device)[:, None, None]
+
+
 def antidiagonal_scores(
-    query: Tensor, key: Tensor, config: XAttentionConfig, grid: BlockGrid, scale: float
+    query: Tensor,
+    key: Tensor,
+    config: XAttentionConfig,
+    grid: BlockGrid,
+    scale: float,
+    *,
+    impl: str = "auto",
 ) -> Tensor:
     """Estimate each block's share of attention, ``[B, H, Q, K]`` float32.
 
     A score is the mean over the real strided rows of the block.
     """
     stride = config.stride
+    if resolve_impl(impl, query, query.shape[-1]) == "triton":
+        kernels = load_kernels("estimation_antidiagonal")
+        if kernels.can_run(query, stride, grid.block_size):
+            estimated: Tensor = kernels.antidiagonal_scores(
+                query, key, stride, grid.block_size, scale
+            )
+            return estimated
     # The factor goes in first, so that half precision holds the sums of stride products.
     rows = _strided(query * (scale / stride), stride).flip(-2).flatten(-2)
     columns = _strided(key, stride).flatten(-2)

@@ -1,0 +1,139 @@
+"""What the commands that run a model share: arguments, reading what they name, loading it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from token_sparse_attention import bundled
+from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
+from token_sparse_attention.selection import IMPLS
+
+MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands
+FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
+BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
+
+
+def add_model_argument(command: argparse.ArgumentParser) -> None:
+    """Add the model, which `model_name` and `load_model` read."""
+    command.add_argument(
+        "model", nargs="?", help="hub id or folder (default: the small model that ships here)"
+    )
+
+
+def add_loading_arguments(
+    command: argparse.ArgumentParser, *, attention_backend: dict[str, Any] | None = None
+) -> None:
+    """Add where and how the model is loaded, and which code runs.
+
+    Args:
+        command: the command.
+        attention_backend: how that argument is read, if not as the name of a dense kernel.
+    """
+    add_device_argument(command)
+    command.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
+    command.add_argument("--impl", default="auto", choices=IMPLS)
+    backend = {"choices": BACKENDS} if attention_backend is None else attention_backend
+    command.add_argument("--attention-backend", default="auto", **backend)
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
+    )
+
+
+def add_device_argument(command: argparse.ArgumentParser) -> None:
+    """Add where the model is to lie."""
+    command.add_argument("--device", default="auto", help="torch device (default: auto)")
+
+
+def add_prompt_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the text to read, which `read_text` reads, and the question after it."""
+    command.add_argument(
+        "--prompt-file", required=True, metavar="FILE", help="text to read; - for standard input"
+    )
+    command.add_argument("--question", metavar="TEXT", help="asked after the text")
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """Return what to load: the model that was asked for, or the bundled one."""
+    return args.model or str(bundled.MODEL)
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `run.load_model` takes besides the name."""
+    return {name: getattr(args, name) for name in ("device", "dtype", "trust_remote_code")}
+
+
+def read_text(option: str, path: str | Path) -> str:
+    """Return the text of a file that `option` named; ``"-"`` is standard input.
+
+    Raises:
+        UsageError: if it cannot be read, or is empty.
+    """
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise UsageError(f"{option} {path} must hold text, but is empty")
+    return text
+
+
+def read_config(path: str) -> TokenSparseConfig | LayerProfile:
+    """Return the settings in the file that ``--config`` named.
+
+    Raises:
+        UsageError: if it holds none.
+    """
+    try:
+        return load_config(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--config {path} cannot be used: {error}") from error
+
+
+def require_transformers() -> None:
+    """Keep transformers' own messages and progress bars off the terminal.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            "this command needs transformers: pip install 'token-sparse-attention[transformers]'"
+        ) from error
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what goes wrong in loading from a checkpoint into bad input.
+
+    Raises:
+        UsageError: if the block raises what loading raises.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise UsageError(f"{name} cannot be loaded: {error}") from error
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model and the tokenizer that was asked for.
+
+    Raises:
+        UsageError: if they cannot be loaded.
+    """
+    from token_sparse_attention import run
+
+    name = model_name(args)
+    with loading(name):
+        return run.load_model(name, **load_options(args))

@@ -1,0 +1,391 @@
+"""`tsa bench block`: block-sparse attention against its peers, and what choosing blocks costs.
+
+In these records `kept` is the density: attended blocks over all causal blocks, a block on the
+diagonal counted as a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.block_sparse import attend_blocks, choose_block_backend
+from token_sparse_attention.attention.patterns import (
+    FlexPrefillConfig,
+    MInferenceConfig,
+    StreamingConfig,
+    XAttentionConfig,
+)
+from token_sparse_attention.attention.patterns.flexprefill import flexprefill_mask
+from token_sparse_attention.attention.patterns.minference import (
+    VerticalSlash,
+    attend_chosen,
+    slash_blocks,
+    vertical_slash,
+)
+from token_sparse_attention.attention.patterns.streaming import streaming_mask
+from token_sparse_attention.attention.patterns.xattention import xattention_mask
+from token_sparse_attention.benchmark import checks
+from token_sparse_attention.benchmark.checks import Inputs, Verdict, judge
+from token_sparse_attention.benchmark.contenders import dense_call
+from token_sparse_attention.benchmark.op import Contender, OpOptions, _Point, _prefixed
+from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.selection import load_kernels
+
+LENGTHS = (32768, 65536, 131072)
+DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+ESTIMATE_DENSITIES = (0.2, 0.4)
+EXECUTORS = ("fa4", "flex", "triton", "reference")  # triton: the plain kernel to compare with
+MATMUL_SIDE = 8192
+_FIT_STEPS = 9
+_MOST_APART = 0.01  # share of the chosen blocks in which an estimate may differ from float32's
+_COLUMN_SHARE, _TOPICS, _TOPIC_TOKENS = 0.001, 32, 1024
+
+Report = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What to measure; the command's help explains the fields.
+
+    Raises:
+        UsageError: if a field is out of range.
+    """
+
+    device: torch.device
+    executors: tuple[str, ...]
+    dense: str
+    dtype: torch.dtype = torch.bfloat16
+    lengths: tuple[int, ...] = LENGTHS
+    densities: tuple[float, ...] = DENSITIES
+    estimate_densities: tuple[float, ...] = ESTIMATE_DENSITIES
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    budget_seconds: float = 0.4
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.executors if name not in EXECUTORS]
+        if unknown:
+            raise UsageError(
+                f"--executors must be among {', '.join(EXECUTORS)}; got {unknown[0]!r}"
+            )
+        if not all(0 < share <= 1 for share in (*self.densities, *self.estimate_densities)):
+            raise UsageError("densities must be shares in (0, 1]")
+        if not self.lengths or min(self.lengths) < 2 * BLOCK_SIZE[0]:
+            raise UsageError(f"--lengths must be at least {2 * BLOCK_SIZE[0]}, got {self.lengths}")
+
+    def point(self, seq_len: int) -> _Point:
+        """Return one length's inputs, and what its records have in common."""
+        shape = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+        }
+        options = OpOptions(
+            self.device, self.dtype, (seq_len,), budget_seconds=self.budget_seconds, **shape
+        )
+        return _Point(options, seq_len)
+
+
+def measure(options: BlockOptions, report: Report = lambda _: None) -> Iterator[Record]:
+    """Yield every record of a run, in order; `report` is told what is being measured."""
+    for seq_len in options.lengths:
+        say = _prefixed(report, seq_len)
+        point = options.point(seq_len)
+        yield from _speeds(options, point, say)
+        if options.estimate_densities:
+            point.inputs = structured_inputs(point.inputs)
+            yield from _estimates(options, point, say)
+
+
+def _speeds(options: BlockOptions, point: _Point, say: Report) -> Iterator[Record]:
+    """Time executors and dense attention in turns, on a random mask per density."""
+    for density in options.densities:
+        say(f"executors, density {density:g}")
+        dense = dense_call(options.dense, point.inputs)
+        verdict = checks.check_dense(point.inputs, dense())
+        contenders = [Contender("block/dense", dense, _noted(verdict, options.dense))]
+        mask, kept = random_mask(point.inputs, density)
+        actual = f"density {float(mask.density().mean()):.4f}"
+        for name in options.executors:
+            try:
+                call = executor(name, point.inputs, mask)
+                checked = check_blocks(point.inputs, call(), mask, verdict.allowance)
+            except Exception as error:  # a peer that cannot run is a finding, not a failure
+                yield point.skipped(f"block/{name}", error, kept=density)
+                continue
+            contenders.append(Contender(f"block/{name}", call, _noted(checked, actual)))
+        build = partial(
+            BlockMask.from_block_map, kept, query_len=point.seq_len, kv_len=point.seq_len
+        )
+        contenders.append(Contender("block/lists", build))
+        yield from point.timed(*contenders, kept=density)
+
+
+def executor(name: str, inputs: Inputs, mask: BlockMask) -> Callable[[], Tensor]:
+    """Return a call of one of `EXECUTORS`."""
+    query, key, value = inputs
+    if name == "triton":
+        kernel: Callable[..., Tensor] = load_kernels("block_sparse").attend_block_lists
+        partial_lists = mask.partial_count, mask.partial_index
+        full = mask.full_count, mask.full_index
+        size, scale = mask.block_size, inputs.scale
+        return partial(kernel, query, key, value, partial_lists, full, size, scale)
+    choose_block_backend(name, query, mask.block_size)
+    attend = partial(
+        attend_blocks,
+        *(query, key, value, mask),
+        scale=inputs.scale,
+        backend=name,
+        want_lse=False,
+    )
+    return lambda: attend().out
+
+
+def random_mask(inputs: Inputs, density: float) -> tuple[BlockMask, Tensor]:
+    """Return a mask with every head's own random blocks, and the map it was made of.
+
+    The diagonal is always there; the other blocks are drawn so that the expected density is as
+    asked.
+    """
+    query = inputs.query
+    grid = BlockGrid(query.shape[2], inputs.key.shape[2])
+    causal = int(grid.visible(query.device).sum())
+    earlier = int(grid.earlier(query.device).sum())
+    share = (density * causal - (causal - earlier)) / max(earlier, 1)
+    generator = torch.Generator(query.device).manual_seed(round(1000 * density))
+    shape = (*query.shape[:2], grid.query_blocks, grid.kv_blocks)
+    kept = torch.rand(shape, generator=generator, device=query.device) < share
+    mask = BlockMask.from_block_map(kept, query_len=grid.query_len, kv_len=grid.kv_len)
+    return mask, kept
+
+
+def check_blocks(
+    inputs: Inputs,
+    out: Tensor,
+    mask: BlockMask,
+    reference_error: float,
+    columns: Tensor | None = None,
+) -> Verdict:
+    """Check sampled rows of attention over a mask's blocks, and over `columns`, in float64."""
+    slots = torch.arange(mask.kv_len, device=out.device)
+    inside = torch.arange(mask.block_size[1], device=out.device)
+    errors = []
+    for head in checks._sampled_heads(inputs):
+        for position in checks._sample(slots).tolist():
+            block = position // mask.block_size[0]
+            allowed = torch.zeros(mask.kv_len + mask.block_size[1], dtype=torch.bool)
+            allowed = allowed.to(out.device)
+            for name in ("partial", "full"):
+                count = int(getattr(mask, f"{name}_count")[0, head, block])
+                listed = getattr(mask, f"{name}_index")[0, head, block, :count].long()
+                allowed[(listed[:, None] * mask.block_size[1] + inside).flatten()] = True
+            if columns is not None:
+                allowed[columns[0, head].clamp(max=mask.kv_len)] = True
+            own = slots[allowed[: mask.kv_len]]
+            place = slots[position : position + 1]
+            exact = checks._exact_rows(inputs, head, place, own)
+            errors.append(checks._row_error(out[0, head, place], exact))
+    return judge(max(errors), 2 * reference_error + inputs.eps / 2)
+
+
+def structured_inputs(inputs: Inputs) -> Inputs:
+    """Return inputs whose attention has what patterns look for; the value stays.
+
+    To random queries and keys are added: a rotation with the position, as of RoPE, which gives
+    nearness, stronger in later heads; a direction that all queries share with one key in a
+    thousand and the first four, which gives columns; and topics that runs of a thousand tokens
+    have or share, which gives blocks. White noise has no structure, and every pattern would
+    choose nearly everything.
+    """
+    query, key, value = inputs
+    generator = torch.Generator(query.device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=query.device)
+    length, head_dim = query.shape[2:]
+    quarter = head_dim // 4
+    position = torch.arange(length, device=query.device, dtype=torch.float32)
+    speed = 10000.0 ** (-torch.arange(quarter, device=query.device) / quarter)
+    angle = position[:, None] * speed
+    turning = torch.cat([angle.cos(), angle.sin()], -1)
+    direction = draw(head_dim - 2 * quarter)
+    direction = direction / direction.norm()
+    topics = draw(_TOPICS, head_dim - 2 * quarter)
+    topics = topics / topics.norm(dim=-1, keepdim=True) * head_dim**0.25 * 1.8
+    runs = length // _TOPIC_TOKENS + 1
+    made = []
+    for tensor in (query, key):
+        heads = tensor.shape[1]
+        strength = torch.linspace(1.0, 2.0, heads, device=query.device)[:, None, None]
+        which = torch.randint(_TOPICS, (heads, runs), generator=generator, device=query.device)
+        topic = topics[which].repeat_interleave(_TOPIC_TOKENS, 1)[:, :length]
+        if tensor is query:
+            shared = torch.full((heads, length), 4.0, device=query.device)
+        else:
+            chosen = torch.rand(heads, length, generator=generator, device=query.device)
+            shared = (chosen < _COLUMN_SHARE).float()
+            shared[:, :4] = 1.0
+            shared *= 8.0 * head_dim**0.5 / 4.0  # a logit of 8
+        added = torch.cat([turning * strength, topic + shared[..., None] * direction], -1)
+        mixed = (tensor + added).to(tensor.dtype)
+        made.append(mixed.transpose(1, 2).contiguous().transpose(1, 2))
+    return Inputs(*made, value)
+
+
+class _Estimator(NamedTuple):
+    """A pattern with one setting to vary.
+
+    Attributes:
+        name: of its records.
+        settings: the config for a value of the setting, as a share of its range.
+        choose: what it chooses by ``(query, key, config, scale, impl)``.
+    """
+
+    name: str
+    settings: Callable[[float, int], Any]
+    choose: Callable[[Tensor, Tensor, Any, float, str], tuple[BlockMask, VerticalSlash | None]]
+
+
+def _choose_by(make_mask: Callable[..., BlockMask]) -> Any:
+    def choose(
+        query: Tensor, key: Tensor, config: Any, scale: float, impl: str
+    ) -> tuple[BlockMask, None]:
+        return make_mask(query, key, config, scale, BLOCK_SIZE, impl), None
+
+    return choose
+
+
+def _choose_vertical_slash(
+    query: Tensor, key: Tensor, config: Any, scale: float, impl: str
+) -> tuple[BlockMask, VerticalSlash]:
+    chosen = vertical_slash(query, key, config, scale, impl)
+    return slash_blocks(chosen, query.shape[2], BLOCK_SIZE, impl), chosen
+
+
+def _closer_to_one(share: float) -> float:
+    """Spread a share so that half of the range is above 0.9."""
+    return min(1.0 - 10.0 ** (-2.0 * share), 0.9999) if share > 0 else 1e-4
+
+
+ESTIMATORS = (
+    _Estimator(
+        "flexprefill",
+        lambda share, _: FlexPrefillConfig(gamma=_closer_to_one(share)),
+        _choose_by(flexprefill_mask),
+    ),
+    _Estimator(
+        "minference",
+        lambda share, length: MInferenceConfig(slash_size=max(int(share**3 * length), 100)),
+        _choose_vertical_slash,
+    ),
+    *(
+        _Estimator(
+            f"xattention-{stride}",
+            lambda share, _, stride=stride: XAttentionConfig(stride, _closer_to_one(share)),  # type: ignore[misc]
+            _choose_by(xattention_mask),
+        )
+        for stride in (8, 16)
+    ),
+    _Estimator(
+        "streaming",
+        lambda share, length: StreamingConfig(local_size=max(int(share * length), 1)),
+        _choose_by(streaming_mask),
+    ),
+)
+
+
+def _estimates(options: BlockOptions, point: _Point, say: Report) -> Iterator[Record]:
+    """Time each pattern's estimate and the attention over what it chose, in turns."""
+    query, key, _ = point.inputs
+    scale = point.inputs.scale
+    dense = checks.check_dense(point.inputs, dense_call(options.dense, point.inputs)())
+    square = query.new_empty(MATMUL_SIDE if query.is_cuda else 256, 1)
+    left, right = torch.randn(
+        2, len(square), len(square), dtype=options.dtype, device=options.device
+    )
+    for estimator in ESTIMATORS:
+        for density in options.estimate_densities:
+            say(f"{estimator.name}, density {density:g}")
+            try:
+                config = _fit(estimator, query, key, density, scale)
+                estimate = partial(estimator.choose, query, key, config, scale, "auto")
+                mask, chosen = estimate()
+                attend = _attention(point.inputs, mask, chosen)
+                columns = chosen.columns if chosen else None
+                checked = check_blocks(
+                    point.inputs, attend(), mask, dense.allowance, columns=columns
+                )
+            except Exception as error:
+                yield point.skipped(f"estimate/{estimator.name}", error, kept=density)
+                continue
+            agreed = _check_estimate(estimator, query, key, config, scale, mask)
+            multiply = partial(torch.matmul, left, right)
+            yield from point.timed(
+                Contender(
+                    f"estimate/{estimator.name}", estimate, _noted(agreed, _settings(config))
+                ),
+                Contender(f"attend/{estimator.name}", attend, checked),
+                Contender("block/matmul", multiply, Verdict(True, None, f"side {len(square)}")),
+                kept=round(float(mask.density().mean()), 4),
+            )
+
+
+def _attention(
+    inputs: Inputs, mask: BlockMask, chosen: VerticalSlash | None
+) -> Callable[[], Tensor]:
+    query, key, value = inputs
+    if chosen is not None:
+        attend_both = partial(
+            attend_chosen, query, key, value, chosen, mask, scale=inputs.scale, backend="auto"
+        )
+        return lambda: attend_both().out
+    attend = partial(
+        attend_blocks, query, key, value, mask, scale=inputs.scale, backend="auto", want_lse=False
+    )
+    return lambda: attend().out
+
+
+def _fit(estimator: _Estimator, query: Tensor, key: Tensor, density: float, scale: float) -> Any:
+    """Return settings whose density is about as wanted, by bisection."""
+    low, high, best = 0.0, 1.0, (math.inf, estimator.settings(1.0, key.shape[2]))
+    for _ in range(_FIT_STEPS):
+        middle = (low + high) / 2
+        config = estimator.settings(middle, key.shape[2])
+        mask = estimator.choose(query, key, config, scale, "auto")[0]
+        got = float(mask.density().mean())
+        best = min(best, (abs(got - density), config), key=lambda found: found[0])
+        low, high = (middle, high) if got < density else (low, middle)
+    return best[1]
+
+
+def _check_estimate(
+    estimator: _Estimator, query: Tensor, key: Tensor, config: Any, scale: float, mask: BlockMask
+) -> Verdict:
+    """Compare the first group's blocks with those of the reference in float32."""
+    group = query.shape[1] // key.shape[1]
+    exact = estimator.choose(
+        query[:, :group].float(), key[:, :1].float(), config, scale, "reference"
+    )[0].block_map()
+    lists = (mask.partial_count, mask.partial_index, mask.full_count, mask.full_index)
+    names = ("partial_count", "partial_index", "full_count", "full_index")
+    ours = replace(mask, **{name: one[:, :group] for name, one in zip(names, lists)}).block_map()
+    return judge(float((ours ^ exact).sum() / exact.sum()), _MOST_APART)
+
+
+def _settings(config: Any) -> str:
+    plain = type(config)()
+    changed = {n: v for n, v in vars(config).items() if v != getattr(plain, n)}
+    return ", ".join(
+        f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in changed.items()
+    )
+
+
+def _noted(verdict: Verdict, note: str) -> Verdict:
+    return verdict._replace(note="; ".join(filter(None, (verdict.note, note))))

@@ -1,0 +1,77 @@
+"""What ``tsa eval`` prints of results: the tables, or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from token_sparse_attention.evaluation.record import EvalResults
+from token_sparse_attention.evaluation.summary import Row, summarise
+
+_TABLE_WIDTH = 110
+
+
+def show(results: EvalResults, path: Path, *, as_json: bool) -> None:
+    """Print what an evaluation compares, as tables or as one JSON object.
+
+    Args:
+        results: the results.
+        path: their file, which is named.
+        as_json: print JSON.
+    """
+    rows = summarise(results)
+    unscored = sum(result.score is None for result in results.samples)
+    if as_json:
+        content = {"results": str(path), "unscored": unscored, "rows": [asdict(r) for r in rows]}
+        print(json.dumps(content, indent=2))
+        return
+    # Files and narrow terminals get whole lines.
+    console = Console(width=max(Console().width, _TABLE_WIDTH))
+    console.print(_table("All tasks together", [row for row in rows if row.task is None]))
+    tasks = results.header.tasks
+    for task in tasks if len(tasks) > 1 else ():
+        console.print(_table(task, [row for row in rows if row.task == task]))
+    if unscored:
+        console.print(
+            f"{unscored} replies have no score yet: where lm-eval is installed, run "
+            f"tsa eval --score {path} --samples FILE",
+            highlight=False,
+        )
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """Return a table; the rows of all lengths together only where there are several."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("length", no_wrap=True)
+    table.add_column("configuration", no_wrap=True)
+    losses = ("difference", "95% interval", "loss", "loss below")
+    for column in ("n", "score", *losses, "kept", "work", "prefill"):
+        table.add_column(column, justify="right", no_wrap=True)
+    several = len({row.length for row in rows if row.length is not None}) > 1
+    for row in rows:
+        if row.length is None and not several:
+            continue
+        table.add_row(
+            "all" if row.length is None else f"{row.length:,}" if row.length else "-",
+            row.configuration,
+            str(row.samples),
+            _cell("{:.3f}", row.score),
+            _cell("{:+.3f}", row.difference),
+            _cell("{:+.3f} {:+.3f}", row.difference_low, row.difference_high),
+            _cell("{:+.1%}", row.relative_loss),
+            _cell("{:+.1%}", row.relative_loss_upper),
+            f"{row.kept_share:.1%}",
+            f"{'≤' if row.work_is_bound else ''}{row.work:.3f}",
+            f"{row.seconds:#.3g} s",
+        )
+    return table
+
+
+def _cell(form: str, *values: float | None) -> str:
+    return "-" if None in values else form.format(*values)

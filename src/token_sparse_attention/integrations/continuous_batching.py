@@ -1,0 +1,266 @@
+"""Continuous batching of transformers: the new tokens of many requests in one attention call.
+
+The requests lie one after the other in ``query [1, H, T, D]``; the paged cache hands out their
+keys likewise. Each request is a causal sequence of its own, aligned at its end: a prompt, a
+piece of one, or a decode step. There is no mask, so whoever attends applies causality.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from token_sparse_attention.attention import flash
+from token_sparse_attention.attention.backends import choose_backend, takes_packed
+from token_sparse_attention.attention.dense import causal_attention
+from token_sparse_attention.integrations.implementation import AttentionFunction, obstacle
+
+PREFIX = "paged|"  # of the implementation names that continuous batching looks for
+_ARGUMENTS = frozenset(
+    {
+        "block_table",
+        "cache",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "logits_indices",
+        "logits_processor_args",
+        "max_seqlen_k",
+        "max_seqlen_q",
+        "read_index",
+        "write_index",
+    }
+)
+_BLOCK_ROWS = 1024  # queries per call where a mask must be written out
+
+
+class PackedCall(NamedTuple):
+    """One layer's attention call.
+
+    Attributes:
+        query: ``[1, H, T, D]``.
+        key: ``[1, H_kv, T_kv, D]``, of the earlier tokens as well.
+        value: likewise.
+        cu_seqlens_q: ``[requests + 1]`` int32, where each request's queries begin.
+        cu_seqlens_k: ``[requests + 1]`` int32, where each request's keys begin.
+        max_seqlen_q: no request has more queries.
+        max_seqlen_k: no request has more keys.
+        window: keys each query sees, itself included; None for all.
+        arguments: the layer's other arguments.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    window: int | None
+    arguments: dict[str, Any]
+
+
+class Request(NamedTuple):
+    """Where one request's queries and keys lie."""
+
+    queries: slice
+    keys: slice
+
+    def of(self, call: PackedCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the request's query, key and value."""
+        return (
+            call.query[:, :, self.queries],
+            call.key[:, :, self.keys],
+            call.value[:, :, self.keys],
+        )
+
+
+def read_call(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
+) -> PackedCall:
+    """Put the new keys and values into the cache, and return what to attend over.
+
+    Raises:
+        ValueError: if the call has no paged cache, so is not one of continuous batching.
+    """
+    cache = arguments.get("cache")
+    if cache is None:
+        raise ValueError(
+            "a 'paged|' attention implementation needs the cache that continuous batching "
+            "gives it; for other calls, set the implementation without that prefix"
+        )
+    layer = module.layer_idx
+    keys, values = cache.update(
+        key_states=key,
+        value_states=value,
+        layer_idx=layer,
+        read_index=arguments["read_index"],
+        write_index=arguments["write_index"],
+    )
+    window = cache.sliding_windows[layer]
+    cu_seqlens_k, max_seqlen_k = arguments["cu_seq_lens_k"], arguments["max_seqlen_k"]
+    if isinstance(cu_seqlens_k, dict):  # a model with layers of both kinds
+        kind = "full_attention" if window == 1 else "sliding_attention"
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_k[kind], max_seqlen_k[kind]
+    rest = {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
+    return PackedCall(
+        query,
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        arguments["cu_seq_lens_q"],
+        cu_seqlens_k,
+        arguments["max_seqlen_q"],
+        max_seqlen_k,
+        None if window == 1 else window,
+        rest | {"sliding_window": None if window == 1 else window},
+    )
+
+
+class RequestReader:
+    """Reads lengths off the device once per forward pass, not once per layer."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bool, tuple[weakref.ref[Tensor], list[Request]]] = {}
+
+    def __call__(self, call: PackedCall) -> list[Request]:
+        """Return where each request lies; those of padding, without queries, are left out.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured, which cannot read lengths.
+        """
+        windowed = call.window is not None
+        if windowed in self._seen and self._seen[windowed][0]() is call.cu_seqlens_k:
+            return self._seen[windowed][1]
+        if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "token sparse attention reads each request's length, which a CUDA graph cannot; "
+                "pass ContinuousBatchingConfig(use_cuda_graph=False)"
+            )
+        ends = torch.stack((call.cu_seqlens_q, call.cu_seqlens_k)).tolist()
+        requests = [
+            Request(slice(*queries), slice(*keys))
+            for queries, keys in zip(*(pairwise(one) for one in ends))
+            if queries[0] < queries[1]
+        ]
+        self._seen[windowed] = (weakref.ref(call.cu_seqlens_k), requests)
+        return requests
+
+
+def consecutive(numbers: Iterable[int]) -> list[range]:
+    """Return ascending numbers as ranges, as few as there can be.
+
+    Example:
+        >>> consecutive([0, 1, 4])
+        [range(0, 2), range(4, 5)]
+    """
+    ranges: list[range] = []
+    for number in numbers:
+        if ranges and ranges[-1].stop == number:
+            ranges[-1] = range(ranges[-1].start, number + 1)
+        else:
+            ranges.append(range(number, number + 1))
+    return ranges
+
+
+def attend_dense(
+    module: nn.Module,
+    function: AttentionFunction,
+    call: PackedCall,
+    read: RequestReader,
+    numbers: range,
+    out: Tensor,
+    *,
+    scale: float | None,
+    dropout: float,
+) -> None:
+    """Attend densely, as the layer wants it.
+
+    Args:
+        module: the layer.
+        function: its own attention function, for what this library's kernels cannot do.
+        call: the call.
+        read: tells where the requests lie.
+        numbers: which requests.
+        out: ``[1, T, H, D]``, written in their rows.
+        scale: factor of the logits.
+        dropout: the layer's dropout.
+    """
+    plain = call.arguments | {"sliding_window": None}
+    if obstacle(module, call.query, call.key, call.value, dropout, plain)[0] is not None:
+        for request in read(call)[numbers.start : numbers.stop]:
+            out[:, request.queries] = _with_written_mask(
+                module, function, call, request, scale=scale, dropout=dropout
+            )
+        return
+    scale = call.query.shape[-1] ** -0.5 if scale is None else scale
+    backend = choose_backend("auto", call.query, call.key).name
+    if takes_packed(backend, call.query):
+        cu_seqlens_q, cu_seqlens_k = (
+            # Cloned where they start elsewhere: a kernel may want them aligned.
+            every[numbers.start : numbers.stop + 1].clone()
+            if numbers.start
+            else every[: numbers.stop + 1]
+            for every in (call.cu_seqlens_q, call.cu_seqlens_k)
+        )
+        flash.varlen_attention(
+            backend,
+            call.query[0].transpose(0, 1).contiguous(),
+            call.key[0].transpose(0, 1),
+            call.value[0].transpose(0, 1),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q=call.max_seqlen_q,
+            max_seqlen_k=call.max_seqlen_k,
+            scale=scale,
+            window=call.window,
+            out=out[0],
+        )
+        return
+    for request in read(call)[numbers.start : numbers.stop]:
+        attended = causal_attention(
+            *request.of(call), scale=scale, backend=backend, window=call.window
+        )
+        out[:, request.queries] = attended.transpose(1, 2)
+
+
+def _with_written_mask(
+    module: nn.Module,
+    function: AttentionFunction,
+    call: PackedCall,
+    request: Request,
+    *,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """One request by the model's own function ``[1, S_q, H, D]``, in blocks of queries."""
+    query, key, value = request.of(call)
+    device, lowest = query.device, torch.finfo(query.dtype).min
+    first_query = key.shape[2] - query.shape[2]
+    blocks = []
+    for start in range(0, query.shape[2], _BLOCK_ROWS):
+        rows = torch.arange(start, min(start + _BLOCK_ROWS, query.shape[2]), device=device)
+        at = first_query + rows[:, None]
+        end = first_query + start + len(rows)
+        first_key = 0 if call.window is None else max(first_query + start - call.window + 1, 0)
+        slot = torch.arange(first_key, end, device=device)
+        hidden = slot > at
+        if call.window is not None:
+            hidden |= slot <= at - call.window
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=device)
+        mask.masked_fill_(hidden, lowest)
+        attended, _ = function(
+            module,
+            query[:, :, start : start + len(rows)],
+            key[:, :, first_key:end],
+            value[:, :, first_key:end],
+            mask[None, None],
+            scaling=scale,
+            dropout=dropout,
+            **call.arguments,
+        )
+        blocks.append(attended)
+    return torch.cat(blocks, 1)

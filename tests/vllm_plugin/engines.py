@@ -1,0 +1,94 @@
+"""vLLM engines and transformers models that should say the same."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from token_sparse_attention import TokenSparseConfig, bundled
+
+# Harsh enough to change what the model says, so that equal replies mean equal selections.
+CONFIG = TokenSparseConfig(
+    drop_mass=0.6,
+    window_size=32,
+    min_tokens=64,
+    fallback="zero",
+    crossover="off",
+    sparse_layers=(1, 2, 3, 5, 8, 9, 10, 12),
+)
+NEW_TOKENS = 32
+
+
+def additional_config(**changes):
+    given = {"config": CONFIG.to_dict(), "log_interval": 0} | changes
+    return {"token_sparse_attention": given}
+
+
+def engine_arguments(**changes):
+    return {
+        "model": str(bundled.MODEL),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+        "attention_backend": "CUSTOM",
+        "additional_config": additional_config(),
+    } | changes
+
+
+def start_engine(**changes):
+    from vllm import LLM
+
+    return LLM(**engine_arguments(**changes))
+
+
+def sampling(**changes):
+    from vllm import SamplingParams
+
+    return SamplingParams(**({"max_tokens": NEW_TOKENS, "temperature": 0} | changes))
+
+
+def prompt_ids(tokens: int, seed: int = 0) -> list[int]:
+    """Return a question about a number hidden in a piece of the demo document."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
+    draw = random.Random(seed)
+    document = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
+    ids = tokenizer(document)["input_ids"]
+    name = draw.choice(("quick-otter", "silent-bridge", "golden-ticket", "hollow-anchor"))
+    number = draw.randrange(10**6, 10**7)
+    fact = tokenizer(f"\nOne of the special magic numbers for {name} is: {number}.\n")["input_ids"]
+    question = tokenizer(
+        f"\n\nWhat is the special magic number for {name} mentioned in the provided text?\n"
+    )["input_ids"]
+    start = draw.randrange(len(ids) - tokens)
+    text = ids[start : start + tokens - len(fact) - len(question)]
+    place = draw.randrange(len(text))
+    return text[:place] + fact + text[place:] + question
+
+
+def generate(engine, prompts, **changes) -> list[list[int]]:
+    """Return the reply to each prompt; all of them are there before the first step."""
+    outputs = engine.generate(
+        [{"prompt_token_ids": ids} for ids in prompts], sampling(**changes), use_tqdm=False
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def hf_generate(model, ids, config=CONFIG, max_new_tokens=NEW_TOKENS, **changes):
+    """Return a transformers model's reply, and the report if it ran with a config."""
+    from token_sparse_attention.integrations.transformers import apply
+
+    def run():
+        out = model.generate(
+            torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, **changes
+        )
+        return out[0, len(ids) :].tolist()
+
+    if config is None:
+        return run(), None
+    with apply(model, config) as report:
+        return run(), report

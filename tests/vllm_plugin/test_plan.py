@@ -1,0 +1,146 @@
+"""Settings, the host's decisions and the counters, which need no vLLM."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.config import DenseReason
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
+from token_sparse_attention.integrations.vllm.counters import Counters, describe
+from token_sparse_attention.integrations.vllm.engine import layer_number
+from token_sparse_attention.integrations.vllm.plan import Prefill, list_prefills
+from token_sparse_attention.integrations.vllm.settings import Settings, read_settings
+from token_sparse_attention.selection import TokenSelection
+
+CONFIG = TokenSparseConfig(drop_mass=0.1, window_size=16, min_tokens=64, crossover="off")
+
+
+def given(**entries):
+    return {"token_sparse_attention": entries}
+
+
+def test_settings_from_values_and_from_files(tmp_path):
+    profile = LayerProfile(base=CONFIG, layers={2: {}, 5: {"drop_mass": 0.2}})
+    file = tmp_path / "profile.json"
+    file.write_text(profile.to_json())
+    expected = Settings(config=profile, prefix_caching="allow")
+    assert read_settings(given(profile=str(file), prefix_caching="allow")) == expected
+    inline = json.loads(profile.to_json())
+    assert read_settings(given(config=inline, prefix_caching="allow")) == expected
+    assert read_settings(given(config=CONFIG.to_dict())) == Settings(config=CONFIG)
+    assert expected.layer_configs(8)[5].drop_mass == 0.2
+    assert read_settings({}) is read_settings({"other": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "message"),
+    [
+        ({}, ValueError, "one of 'profile'.*got nothing"),
+        ({"profile": "a", "config": {}}, ValueError, "got profile, config"),
+        ({"profil": "a"}, ValueError, "unknown entry 'profil'; did you mean 'profile'"),
+        ({"profile": 3}, TypeError, "profile must be a path, got 3"),
+        ({"config": []}, TypeError, "config must be an object"),
+        ({"config": {}, "prefix_caching": "yes"}, ValueError, "refuse, allow; got 'yes'"),
+        ({"config": {}, "impl": "cuda"}, ValueError, "impl must be one of"),
+        ({"config": {}, "attention_backend": "fa9"}, ValueError, "fa9"),
+        ({"config": {}, "log_interval": -1}, ValueError, "at least 0"),
+        ({"config": {}, "log_interval": "9"}, TypeError, "number of seconds"),
+    ],
+)
+def test_bad_settings_say_what_was_expected(entries, error, message):
+    with pytest.raises(error, match=message):
+        read_settings(given(**entries))
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("model.layers.31.self_attn.attn", 31), ("model.norm", -1), ("layers.2.experts.7.attn", -1)],
+)
+def test_layer_numbers(name, number):
+    assert layer_number(name) == number
+
+
+def test_prefills_of_a_step():
+    starts, kv_lens = [0, 1, 151, 451, 459, 460], [900, 150, 1500, 320, 64]
+    assert list_prefills(starts, kv_lens, [False, True, True, False, True]) == [
+        Prefill(1, 1, 151, 150),
+        Prefill(2, 151, 451, 1500),
+    ]
+    whole, chunk = list_prefills(starts, kv_lens, [False, True, True, False, True])
+    assert whole.whole
+    assert not chunk.whole
+    assert chunk.query_len == 300
+
+
+def test_a_resumed_request_is_a_prefill_again():
+    """It goes through its prompt and its reply at once; speculation does not."""
+    assert list_prefills([0, 200, 204], [200, 300], [False, False]) == [Prefill(0, 0, 200, 200)]
+
+
+@pytest.mark.parametrize(
+    ("query_len", "kv_len", "even", "reason"),
+    [
+        (81, 81, NEVER_DENSE, None),
+        (16, 81, NEVER_DENSE, None),
+        (80, 80, NEVER_DENSE, DenseReason.SHORT_CONTEXT),
+        (15, 900, NEVER_DENSE, DenseReason.SHORT_CHUNK),
+        (900, 900, BreakEven(1000, 1.0, 0.0), DenseReason.CROSSOVER_LENGTH),
+    ],
+)
+def test_lengths_decide(query_len, kv_len, even, reason):
+    found = Prefill(0, 7, 7 + query_len, kv_len).dense_reason(CONFIG, even)
+    assert found == (None if reason is None else str(reason))
+
+
+def selection(lengths, kv_len, ran_sparse=True):
+    return TokenSelection(
+        torch.zeros(1, len(lengths), 1),
+        torch.tensor([lengths]),
+        torch.tensor([ran_sparse]),
+        kv_len,
+    )
+
+
+def test_counters_add_up():
+    counters = Counters()
+    for reason in (None, "too short", None, "too short", "other"):
+        counters.add_prefill(reason)
+    counters.add_layer(selection([30, 50], 100))
+    counters.add_layer(selection([60, 60], 60, ran_sparse=False))
+    counts = counters.read()
+    assert counts == {
+        "prefills_sparse": 2,
+        "prefills_dense": {"too short": 2, "other": 1},
+        "layer_calls_sparse": 1,
+        "layer_calls_dense": 1,
+        "tokens_seen": 320,
+        "tokens_kept": 200,
+    }
+    assert describe(counts) == (
+        "Token sparse attention: 2 prefills sparse, 3 dense (1 other; 2 too short); "
+        "1 of 2 calls of sparse layers dropped tokens, 62.5% of tokens kept"
+    )
+
+
+def test_reports_wait_for_news_and_for_the_interval(monkeypatch):
+    counters, lines = Counters(), []
+    monkeypatch.setattr(counters, "_publish", lambda _: None)
+
+    def log(form, *arguments):
+        lines.append(form % arguments)
+
+    counters.report(log, 0)
+    assert lines == [], "there is no news"
+    counters.add_prefill(None)
+    counters.report(log, 3600)
+    counters.report(log, 0)
+    assert len(lines) == 1
+    counters.add_prefill(None)
+    counters.report(log, 3600)
+    assert len(lines) == 1, "the last report is too recent"
+    counters.report(log, 0)
+    assert len(lines) == 2
