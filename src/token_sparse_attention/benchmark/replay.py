@@ -18,10 +18,10 @@ from torch import Tensor
 from token_sparse_attention import functional
 from token_sparse_attention.attention.backends import choose_backend
 from token_sparse_attention.attention.dense import causal_attention
+from token_sparse_attention.attention.windows import far_tokens
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
 from token_sparse_attention.benchmark.record import UsageError
-from token_sparse_attention.attention.windows import far_tokens
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
 from token_sparse_attention.inputs import real_tokens
