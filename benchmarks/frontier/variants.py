@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention import TokenSelection, TokenSparseConfig, compress
-from token_sparse_attention.attention.dense import attend, attend_packed
+from token_sparse_attention.attention.dense import Attended, attend, attend_packed
+from token_sparse_attention.attention.windows import attend_windows
+from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.integrations import transformers as integration
-from token_sparse_attention.selection import score_tokens, select_tokens
+from token_sparse_attention.selection import resolve_impl, score_tokens, select_tokens
 
 _ROWS = 4096  # queries attended by hand at once
 
@@ -41,6 +43,10 @@ class Variant:
         fallback: what the others get: the ``"window"``; the window and the selected ``"keys"``
             before it, and then selected queries get that too; or ``"dense"`` attention.
         landmarks: how many of a head's best-scored keys the fallback's queries see besides.
+        landmarks_by: how many queries, spread over the sequence, choose the landmarks, by the
+            attention that they give to what their windows do not show; 0 for the queries
+            that score all tokens.
+        own_landmarks: how many of the landmarks those that score all tokens choose still.
     """
 
     union: bool = False
@@ -52,6 +58,8 @@ class Variant:
     selected: str = "compressed"
     fallback: str = "window"
     landmarks: int = 0
+    landmarks_by: int = 0
+    own_landmarks: int = 0
 
 
 def attention(
@@ -80,7 +88,7 @@ def attention(
     selection = select_tokens(scores, config).to_int64()
     if not bool(selection.ran_sparse.all()):
         return run(query, key, value).out, selection
-    seen_by_all = _seen_by_all(scores, selection, variant)
+    seen_by_all = _seen_by_all(query, key, config, variant, scores, selection, scale)
     out = _fallback(query, key, value, config, variant, seen_by_all, scale, run)
     if variant.fallback != "keys":
         if variant.selected == "dense":
@@ -115,12 +123,40 @@ def _scores(
     return scores
 
 
-def _seen_by_all(scores: Tensor, selection: TokenSelection, variant: Variant) -> Tensor:
+def _seen_by_all(
+    query: Tensor,
+    key: Tensor,
+    config: TokenSparseConfig,
+    variant: Variant,
+    scores: Tensor,
+    selection: TokenSelection,
+    scale: float,
+) -> Tensor:
     """Slots ``[H, N]`` that queries see wherever they are, -1 behind a head's last one."""
     if variant.fallback == "keys":
         return selection.indices[0]
     count = min(variant.landmarks, scores.shape[2])
+    if variant.landmarks_by and count:
+        own = scores
+        scores = landmark_scores(query, key, variant.landmarks_by, config.fallback_window, scale)
+        best = own[0].topk(variant.own_landmarks, dim=-1).indices
+        scores[0].scatter_(1, best, torch.inf)
     return scores[0].topk(count, dim=-1).indices.sort(-1).values
+
+
+def landmark_scores(query: Tensor, key: Tensor, count: int, window: int, scale: float) -> Tensor:
+    """Attention ``[1, H, S]`` of queries spread over the sequence to keys before their windows."""
+    length, group = key.shape[2], query.shape[1] // key.shape[1]
+    step = length / count
+    positions = ((torch.arange(count, device=query.device) + 1) * step).long() - 1
+    slots = torch.arange(length, device=query.device)
+    scores = query.new_empty(1, query.shape[1], length, dtype=torch.float32)
+    for head in range(query.shape[1]):
+        logits = (query[0, head, positions] @ key[0, head // group].T).float() * scale
+        logits.masked_fill_(slots > positions[:, None], -torch.inf)
+        probs = logits.softmax(-1)
+        scores[0, head] = probs.masked_fill_(slots > positions[:, None] - window, 0.0).mean(0)
+    return scores
 
 
 def _fallback(
@@ -138,11 +174,19 @@ def _fallback(
         out: Tensor = run(query, key, value).out.clone()
         return out
     window, group = config.fallback_window, query.shape[1] // key.shape[1]
+    with_pooled = bool(variant.pooled) and variant.pooled_for in ("fallback", "both")
+    if not with_pooled:
+        into = Attended(torch.empty_like(query), None)
+        far = torch.where(seen_by_all < 0, key.shape[2], seen_by_all)[None]
+        tokens = real_tokens(None, 1, key.shape[2], query.device)
+        rows = torch.ones(1, dtype=torch.bool, device=query.device)
+        impl = resolve_impl("auto", query, query.shape[-1])
+        attend_windows(
+            query, key, value, far, rows, tokens, into, window=window, impl=impl, **run.keywords
+        )
+        return into.out
     near = run(query, key, value, window=window, want_lse=True)
     out = near.out.clone()
-    with_pooled = bool(variant.pooled) and variant.pooled_for in ("fallback", "both")
-    if not (seen_by_all.shape[1] or with_pooled):
-        return out
     keys, values = (rows[0].repeat_interleave(group, 0) for rows in (key, value))
     far = [Summary.of_tokens(keys, values, seen_by_all)]
     if with_pooled:

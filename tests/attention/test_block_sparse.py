@@ -145,6 +145,23 @@ def test_flex_equals_the_reference():
     assert relative_error(flex, expected(problem, mask.dense_view())[0]) < 1e-6
 
 
+def test_flex_gets_two_lists_of_one_shape_and_one_stride(monkeypatch):
+    """Its CUDA kernel steps through both lists by the strides of the first."""
+    seen = []
+
+    def attend(query, *_, block_mask, **__):
+        for name in ("num_blocks", "indices"):
+            lists = [getattr(block_mask, f"{full}kv_{name}") for full in ("", "full_")]
+            seen.append([(tensor.shape, tensor.stride()) for tensor in lists])
+        return query
+
+    monkeypatch.setattr(block_sparse, "_compiled_flex", lambda: attend)
+    problem = make_problem(query_len=300, kv_len=700)
+    block_sparse_attention(*problem, random_mask(problem, (64, 32)), backend="flex")
+    assert len(seen) == 2
+    assert all(one == other for one, other in seen)
+
+
 def test_flex_refuses_to_run_uncompiled():
     """Uncompiled it would ignore the lists and silently attend to every block."""
     problem = make_problem(query_len=48)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.frontier.variants import Variant, attention
+from benchmarks.frontier.variants import Variant, attention, landmark_scores
 
 from token_sparse_attention import TokenSparseConfig, token_sparse_attention
 from token_sparse_attention.attention.dense import attend
@@ -129,3 +129,18 @@ def test_a_sequence_that_runs_dense_stays_dense(qkv):
     out, selection = attention(*qkv, config, Variant(pooled=4, dense_last=5), scale=0.25)
     assert not selection.ran_sparse.any()
     torch.testing.assert_close(out, dense(qkv))
+
+
+def test_landmarks_may_be_chosen_by_queries_of_the_whole_sequence(qkv):
+    query, key, _ = qkv
+    scores = landmark_scores(query, key, 7, 16, 0.25)
+    head, expected = 2, torch.zeros(203)
+    for at in (28, 57, 86, 115, 144, 173, 202):
+        logits = query[0, head, at] @ key[0, 1, : at + 1].T * 0.25
+        expected[: at - 15] += logits.softmax(-1)[: at - 15] / 7
+    torch.testing.assert_close(scores[0, head], expected)
+    base = run(qkv, landmarks=10)[0]
+    theirs = run(qkv, landmarks=10, landmarks_by=7)[0]
+    assert not torch.allclose(base, theirs)
+    own = run(qkv, landmarks=10, landmarks_by=7, own_landmarks=10)[0]
+    torch.testing.assert_close(own, base)

@@ -10,6 +10,19 @@ from token_sparse_attention.attention.backends import fa4_installed
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import block_sparse_attention
 from token_sparse_attention.attention.patterns import PATTERNS
+from token_sparse_attention.attention.patterns.flexprefill import (
+    FlexPrefillConfig,
+    flexprefill_mask,
+)
+from token_sparse_attention.attention.patterns.minference import (
+    MInferenceConfig,
+    slash_blocks,
+    vertical_slash,
+)
+from token_sparse_attention.attention.patterns.xattention import (
+    XAttentionConfig,
+    xattention_mask,
+)
 
 DEVICE = "cuda"
 BACKENDS = [
@@ -90,6 +103,37 @@ def test_blocks_that_nobody_selects_are_not_read(backend):
     others = torch.ones(1024, dtype=torch.bool, device=DEVICE)
     others[256:384] = False  # their own block is always kept
     assert torch.equal(out[:, :, others], clean[:, :, others])
+
+
+@pytest.mark.parametrize("choose", ["flexprefill", "minference", "xattention"])
+@pytest.mark.parametrize(
+    ("query_len", "kv_len", "head_dim"), [(4096, 4096, 128), (3001, 5555, 64), (900, 900, 96)]
+)
+def test_estimates_choose_what_the_reference_chooses(choose, query_len, kv_len, head_dim):
+    query, key, _ = make_inputs(2, 8, 2, query_len, kv_len, head_dim)
+    masks = {
+        "flexprefill": lambda q, k, impl: flexprefill_mask(
+            q, k, FlexPrefillConfig(gamma=0.7, min_budget=256), 0.1, impl=impl
+        ),
+        "minference": lambda q, k, impl: slash_blocks(
+            vertical_slash(q, k, MInferenceConfig(200, 300), 0.1, impl), query_len, impl=impl
+        ),
+        "xattention": lambda q, k, impl: xattention_mask(q, k, XAttentionConfig(), 0.1, impl=impl),
+    }
+    ours = masks[choose](query, key, "triton")
+    ours.validate()
+    exact = masks[choose](query.double(), key.double(), "reference").block_map()
+    apart = (ours.block_map() ^ exact).sum() / exact.sum()
+    assert apart < 0.01, "more than blocks on the edge differ"
+
+
+def test_lists_of_many_heads_stay_within_a_gib():
+    kept = torch.zeros(1, 1, 2048, 2048, dtype=torch.bool, device=DEVICE)
+    kept[..., :300] = True
+    kept = kept.expand(1, 80, -1, -1)
+    mask = BlockMask.from_block_map(kept, query_len=2048 * 128, kv_len=2048 * 128)
+    assert mask.full_index.shape[-1] == 300
+    mask.validate()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

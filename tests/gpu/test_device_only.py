@@ -49,7 +49,12 @@ def no_waiting():
 @pytest.mark.parametrize("padded", [False, True])
 def test_nothing_waits_for_the_device(no_waiting, backend, fallback, budget, padded):
     config = dataclasses.replace(
-        CONFIG, fallback=fallback, budget=budget, fallback_window=50, fallback_sinks=3
+        CONFIG,
+        fallback=fallback,
+        budget=budget,
+        fallback_window=50,
+        fallback_sinks=3,
+        fallback_landmarks=20,
     )
     problem = half_problem()
     mask = torch.ones(2, 900, dtype=torch.bool, device=DEVICE)
@@ -74,7 +79,9 @@ def test_nothing_waits_for_the_device(no_waiting, backend, fallback, budget, pad
 @pytest.mark.parametrize("fallback", ["zero", "window"])
 def test_one_cuda_graph_serves_every_budget(backend, fallback):
     """Captured on data that keeps half; replayed on data that keeps little, all, or breaks."""
-    config = dataclasses.replace(CONFIG, fallback=fallback, fallback_window=50)
+    config = dataclasses.replace(
+        CONFIG, fallback=fallback, fallback_window=50, fallback_landmarks=20
+    )
     static = half_problem()
 
     def call(problem):

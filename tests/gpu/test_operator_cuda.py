@@ -17,9 +17,14 @@ from support import (
     oracle,
     relative_error,
 )
-from token_sparse_attention import TokenSparseConfig, select_tokens, token_sparse_attention
+from token_sparse_attention import (
+    TokenSparseConfig,
+    score_tokens,
+    select_tokens,
+    token_sparse_attention,
+)
 from token_sparse_attention.attention.dense import causal_attention
-from token_sparse_attention.reference import masked_attention
+from token_sparse_attention.reference import landmarks, masked_attention
 
 DEVICE = "cuda"
 
@@ -53,7 +58,9 @@ def given_selection_truth(problem, config, selection):
     rest = torch.zeros_like(sparse)
     if config.fallback == "window":
         near = (slot > position - config.fallback_window) | (slot < config.fallback_sinks)
-        rest = masked_attention(*exact, (causal & near)[None], scale)
+        scores = score_tokens(problem.query, problem.key, config)[0]
+        near = near | landmarks(scores, config, kv_len)[:, None]
+        rest = masked_attention(*exact, causal & near, scale)
     return torch.where(keep[:, kv_len - query_len :, None], sparse, rest)
 
 
@@ -61,11 +68,18 @@ def given_selection_truth(problem, config, selection):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (8, 1)])
 @pytest.mark.parametrize(("query_len", "kv_len"), [(257, 257), (1111, 1111), (140, 501)])
-@pytest.mark.parametrize(("fallback", "sinks"), [("zero", 0), ("window", 0), ("window", 5)])
-def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback, sinks):
-    config = dataclasses.replace(
-        SMALL, fallback=fallback, fallback_window=40, fallback_sinks=sinks
-    )
+@pytest.mark.parametrize(
+    "fallback",
+    [
+        {"fallback": "zero"},
+        {"fallback": "window"},
+        {"fallback": "window", "fallback_sinks": 5},
+        {"fallback": "window", "fallback_sinks": 2, "fallback_landmarks": 30},
+    ],
+    ids=lambda fallback: "-".join(map(str, fallback.values())),
+)
+def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback):
+    config = dataclasses.replace(SMALL, fallback_window=40, **fallback)
     problem = make_problem(
         heads=heads,
         kv_heads=kv_heads,

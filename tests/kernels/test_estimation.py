@@ -36,8 +36,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("length", "size"), [(63, 16), (111, 24), (7, 128), (128, 64)])
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "dtype"),
+    [
+        (63, 16, torch.float32),
+        (111, 24, torch.float16),
+        (7, 128, torch.bfloat16),
+        (128, 64, torch.float32),
+    ],
+)
 def test_block_means(length, size, dtype):
     tokens = make_problem(batch=2, query_len=length, head_dim=24, dtype=dtype, device=DEVICE).query
     tokens = tokens.transpose(1, 2).contiguous().transpose(1, 2)
@@ -46,15 +56,15 @@ def test_block_means(length, size, dtype):
     torch.testing.assert_close(means.double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("query_len", "kv_len", "heads", "kv_heads", "count", "head_dim"),
+    ("query_len", "kv_len", "heads", "kv_heads", "count", "head_dim", "dtype"),
     [
-        (63, 63, 4, 4, 16, 16),
-        (111, 257, 4, 2, 64, 16),
-        (20, 131, 3, 1, 20, 24),
-        (200, 300, 2, 1, 130, 16),  # more queries than one portion
-        (1, 40, 2, 2, 1, 16),
+        (63, 63, 4, 4, 16, 16, torch.float32),
+        (111, 257, 4, 2, 64, 16, torch.float32),
+        (20, 131, 3, 1, 20, 24, torch.float16),
+        (20, 131, 3, 1, 20, 24, torch.bfloat16),
+        (200, 300, 2, 1, 130, 16, torch.float32),  # more queries than one portion
+        (1, 40, 2, 2, 1, 16, torch.float32),
     ],
 )
 def test_last_query_mass(query_len, kv_len, heads, kv_heads, count, head_dim, dtype):
@@ -77,16 +87,15 @@ def test_last_query_mass(query_len, kv_len, heads, kv_heads, count, head_dim, dt
         torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass[..., 0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("batch", "heads", "kv_heads", "query_len", "kv_len", "stride", "block_size", "kept"),
+    ("batch", "heads", "kv_heads", "query_len", "kv_len", "stride", "block_size", "kept", "dtype"),
     [
-        (1, 4, 2, 96, 96, 4, (16, 16), 2**27),
-        (2, 3, 1, 101, 101, 4, (16, 16), 2**27),
-        (2, 4, 4, 75, 130, 8, (32, 16), 1),  # one head and one band of rows at a time
-        (1, 2, 1, 5, 40, 4, (16, 32), 2**27),
-        (1, 1, 1, 300, 333, 2, (16, 16), 1),
-        (1, 1, 1, 40, 40, 1, (16, 16), 2**27),
+        (1, 4, 2, 96, 96, 4, (16, 16), 2**27, torch.float32),
+        *((2, 3, 1, 101, 101, 8, (32, 32), 2**27, dtype) for dtype in HALF),
+        (2, 4, 4, 75, 130, 8, (32, 16), 1, torch.float32),  # one head, one band of rows at once
+        (1, 2, 1, 5, 40, 4, (16, 32), 2**27, torch.float32),
+        (1, 1, 1, 300, 333, 2, (16, 16), 1, torch.float32),
+        (1, 1, 1, 40, 40, 1, (16, 16), 2**27, torch.float32),
     ],
 )
 def test_antidiagonal_scores(

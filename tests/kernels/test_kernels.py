@@ -219,12 +219,12 @@ def test_operator(config, query_len, head_chunk):
         torch.testing.assert_close(mine.lse, theirs.lse, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("far", [0, 1, 70])
+@pytest.mark.parametrize("far", [1, 70])
 @pytest.mark.parametrize("window", [1, 40, 500])
 @pytest.mark.parametrize(("query_len", "kv_len", "head_dim"), [(130, 130, 24), (75, 301, 64)])
 def test_windows_and_far_tokens(far, window, query_len, kv_len, head_dim):
     """The kernel against a literal mask; what lies outside a row is NaN and does no harm."""
-    from token_sparse_attention.kernels.windows import Tiles, attend_windows
+    from token_sparse_attention.kernels.far_tokens import Tiles, add_far_tokens
 
     problem = problem_here(
         batch=3, heads=6, kv_heads=2, query_len=query_len, kv_len=kv_len, head_dim=head_dim
@@ -240,35 +240,37 @@ def test_windows_and_far_tokens(far, window, query_len, kv_len, head_dim):
     best, slots = order.topk(far)
     slots = torch.where(best >= 0, slots, kv_len).sort(-1).values
     slots[:, :, far - far // 5 :] = kv_len
-    out = torch.full_like(problem.query, 7.0)
-    lse = torch.full(out.shape[:3], 7.0, device=DEVICE)
+    position = torch.arange(kv_len, device=DEVICE)
+    causal = (position <= position[first:, None]) & real[:, None, None]
+    near = (causal & (position > position[first:, None] - window)).expand(-1, 6, -1, -1)
+    both = near | (causal & (position == slots[..., None]).any(2)[:, :, None])
+    out, lse = literal_attention(problem, near)
+    expected, expected_lse = literal_attention(problem, both)
+    unwritten = ~real[:, None, first:].expand(-1, 6, -1)
+    for wrong, right in ((out, expected), (lse, expected_lse)):
+        wrong[unwritten], right[unwritten] = 7.0, 7.0
+    # Contiguous over the tokens of a head or over the heads of a token, as models have it.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    before, before_lse = out.clone(), lse.clone()
     bounds = torch.tensor(runs, dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([True, True, True], device=DEVICE)
     options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2)}
-    attend_windows(*problem, slots, bounds, rows, out, lse, **options)
-    position = torch.arange(kv_len, device=DEVICE)
-    near = position > position[first:, None] - window
-    seen = near | (position == slots[..., None]).any(2)[:, :, None]
-    seen = seen & (position <= position[first:, None]) & real[:, None, None]
-    clean = [tensor.double().nan_to_num() for tensor in problem]
-    for row in range(3):
-        written = real[row, first:]
-        for head in range(6):
-            key, value = (tensor[row, head // 3] for tensor in clean[1:])
-            logits = (clean[0][row, head] @ key.T * 0.3).masked_fill(~seen[row, head], -torch.inf)
-            expected = logits.softmax(-1) @ value
-            mine = out[row, head].double()
-            torch.testing.assert_close(mine[written], expected[written], rtol=1e-4, atol=1e-5)
-            assert (mine[~written] == 7).all()
-            mine = lse[row, head].double()
-            exact = logits.logsumexp(-1)[written]
-            torch.testing.assert_close(mine[written], exact, rtol=1e-4, atol=1e-5)
-            assert (mine[~written] == 7).all()
-    again = torch.full_like(out, 7.0)
+    add_far_tokens(*problem, slots, bounds, rows, out, lse, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+    assert torch.equal(out, before) == (window == 500), "the far tokens must matter"
     rows = torch.tensor([False, True, False], device=DEVICE)
-    attend_windows(*problem, slots, bounds, rows, again, None, **options)
-    assert torch.equal(again[1], out[1])
-    assert (again[[0, 2]] == 7).all()
+    add_far_tokens(*problem, slots, bounds, rows, before, before_lse, **options)
+    assert torch.equal(before[1], out[1])
+    assert torch.equal(before[0], out[0]) == (window == 500)
+
+
+def literal_attention(problem, seen):
+    """Attention and log-sum-exp under a mask ``[B, H, S_q, S_kv]``, in float64."""
+    query, key, value = (tensor.double().nan_to_num() for tensor in problem)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    logits = (query @ key.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+    return (logits.softmax(-1) @ value).float(), logits.logsumexp(-1).float()
 
 
 @pytest.mark.parametrize("share_limit", [0.1, 0.6, 1.0])

@@ -14,7 +14,7 @@ from token_sparse_attention import token_sparse_attention
 
 pytest.importorskip("triton")
 
-from token_sparse_attention.kernels import compression, scoring, selection, windows
+from token_sparse_attention.kernels import compression, far_tokens, scoring, selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,7 +54,7 @@ class Recorder:
 
 def launches(monkeypatch, lengths, config, **options):
     recorders = {}
-    for module in (compression, scoring, selection, windows):
+    for module in (compression, far_tokens, scoring, selection):
         for name, (names, free) in run_time_arguments(module).items():
             recorders[name] = Recorder(getattr(module, name), names, free)
             monkeypatch.setattr(module, name, recorders[name])

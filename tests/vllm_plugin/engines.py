@@ -32,6 +32,7 @@ def engine_arguments(**changes):
         "enforce_eager": True,
         "max_model_len": 4096,
         "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": 2**28,  # of each engine, all of it in use from the start
         "enable_prefix_caching": False,
         "attention_backend": "CUSTOM",
         "additional_config": additional_config(),

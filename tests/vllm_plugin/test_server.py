@@ -52,6 +52,7 @@ def test_a_storm_of_requests(engines, prompts, tmp_path):
     # With chunked prefill on, a full step cuts a prompt in two, whatever its length.
     arguments = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"]
     arguments += ["--dtype", "float32", "--max-model-len", "4096"]
+    arguments += ["--kv-cache-memory-bytes", str(2**30)]
     storms, memory, wrong = [], [], []
     with serve(tmp_path, additional_config(), environment, *arguments) as server:
         # Allocators and caches fill up first.

@@ -76,17 +76,9 @@ def attend_windows(
         into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
         window: keys each query sees, itself included.
         scale: factor of the logits.
-        impl: which code attends where there are far tokens.
-        backend: one of `BACKENDS`, which attends otherwise.
+        impl: which code adds the far tokens.
+        backend: one of `BACKENDS`, which attends within the windows.
     """
-    if far is not None and impl == "triton":
-        query, key, value = (
-            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
-        )
-        load_kernels("windows").attend_windows(
-            query, key, value, far, tokens.bounds, rows, *into, window=window, scale=scale
-        )
-        return
     lse = into.lse
     if far is not None and lse is None:
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -101,7 +93,15 @@ def attend_windows(
         backend=backend,
         window=window,
     )
-    if far is not None and lse is not None:
+    if far is None or lse is None:
+        return
+    if impl == "triton":
+        if query.stride(-1) != 1:
+            query = query.contiguous()
+        load_kernels("far_tokens").add_far_tokens(
+            query, key, value, far, tokens.bounds, rows, into.out, lse, window=window, scale=scale
+        )
+    else:
         far = torch.where(rows[:, None, None], far, tokens.kv_len)
         _add_far(query, key, value, far, tokens, into.out, lse, window=window, scale=scale)
 

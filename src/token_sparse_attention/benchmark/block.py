@@ -84,13 +84,14 @@ class BlockOptions:
 
     def point(self, seq_len: int) -> _Point:
         """Return one length's inputs, and what its records have in common."""
-        shape = {
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-        }
         options = OpOptions(
-            self.device, self.dtype, (seq_len,), budget_seconds=self.budget_seconds, **shape
+            self.device,
+            self.dtype,
+            (seq_len,),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            budget_seconds=self.budget_seconds,
         )
         return _Point(options, seq_len)
 
@@ -236,7 +237,7 @@ def structured_inputs(inputs: Inputs) -> Inputs:
         added = torch.cat([turning * strength, topic + shared[..., None] * direction], -1)
         mixed = (tensor + added).to(tensor.dtype)
         made.append(mixed.transpose(1, 2).contiguous().transpose(1, 2))
-    return Inputs(*made, value)
+    return Inputs(made[0], made[1], value)
 
 
 class _Estimator(NamedTuple):
@@ -373,9 +374,13 @@ def _check_estimate(
     exact = estimator.choose(
         query[:, :group].float(), key[:, :1].float(), config, scale, "reference"
     )[0].block_map()
-    lists = (mask.partial_count, mask.partial_index, mask.full_count, mask.full_index)
-    names = ("partial_count", "partial_index", "full_count", "full_index")
-    ours = replace(mask, **{name: one[:, :group] for name, one in zip(names, lists)}).block_map()
+    ours = replace(
+        mask,
+        partial_count=mask.partial_count[:, :group],
+        partial_index=mask.partial_index[:, :group],
+        full_count=mask.full_count[:, :group],
+        full_index=mask.full_index[:, :group],
+    ).block_map()
     return judge(float((ours ^ exact).sum() / exact.sum()), _MOST_APART)
 
 

@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
 
 
 def _pick_tiles(dtype: torch.dtype, window_rows: int, head_dim: int) -> tuple[Tiles, Tiles]:
-    if dtype == torch.float32:  # exact products do not use tensor cores
+    if dtype == torch.float32:
         return Tiles(32, 4, 2, 264), Tiles(window_rows, 8, 1, 264)
     return (
         Tiles(64, 8, 3 if head_dim <= 128 else 2, 264),
@@ -81,8 +81,10 @@ def last_query_mass(
     """
     shape = (*query.shape[:2], key.shape[2])
     by_key, by_distance = torch.zeros(2, *shape, dtype=torch.float32, device=query.device)
-    for later in range(0, count, _MOST_QUERIES):  # a portion of the queries at a time
-        width = min(_MOST_QUERIES, count - later)
+    # Exact products of float32 do not use tensor cores, and fill the registers sooner.
+    most = 32 if query.dtype == torch.float32 else _MOST_QUERIES
+    for later in range(0, count, most):  # a portion of the queries at a time
+        width = min(most, count - later)
         _add_portion(query, key, by_key, by_distance, later, width, count, scale, tiles)
     return by_key, by_distance
 
@@ -104,7 +106,8 @@ def _add_portion(
     group = num_heads // num_kv_heads
     window_rows = max(triton.next_power_of_2(width), 16)
     first, second = tiles or _pick_tiles(query.dtype, window_rows, head_dim)
-    block_m = min(128, triton.next_power_of_2(group * window_rows))
+    most_rows = 32 if query.dtype == torch.float32 else 128
+    block_m = min(most_rows, triton.next_power_of_2(group * window_rows))
     row_blocks = triton.cdiv(group * window_rows, block_m)
     programs = batch_size * num_kv_heads * row_blocks
     splits, tiles_per_split = _split(end, first.block_n, programs, first.programs)

@@ -48,13 +48,16 @@ def _cover_long(mass: Tensor, share: Tensor, minimum: int, marked: Tensor) -> No
     chunks = triton.cdiv(length, _CHUNK)
     share = share.repeat_interleave(rows // share.numel())
     grid = (chunks, rows)
-    by_chunk = mass.new_empty(2, rows, chunks, 16)
+    by_chunk = mass.new_zeros(2, rows, chunks, 16)
     floors = torch.zeros(2, rows, dtype=torch.int32, device=mass.device)
     wanted = torch.zeros(2, rows, device=mass.device)
     wanted[1] = min(minimum, length)
     digits = torch.arange(16, device=mass.device)
     for level, low in enumerate(_LEVEL_BITS):
-        digit_sum_kernel[grid](mass, floors, by_chunk, length, rows, low, DIGITS=16, BLOCK=_CHUNK)
+        digit_sum_kernel[grid](
+            mass, floors, by_chunk, length, rows, low,
+            DIGITS=16, MINIMUM=minimum > 0, BLOCK=_CHUNK,
+        )  # fmt: skip
         held = by_chunk.sum(2)  # [2, R, 16]: mass and number from each digit on
         if level == 0:
             wanted[0] = share * held[0, :, 0]
@@ -168,7 +171,7 @@ def cover_row_kernel(
 @triton.jit(do_not_specialize=["length", "rows", "low"])
 def digit_sum_kernel(
     mass_ptr, floors_ptr, by_chunk_ptr, length, rows, low,
-    DIGITS: tl.constexpr, BLOCK: tl.constexpr,
+    DIGITS: tl.constexpr, MINIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mass and number of a chunk's entries from each value of the next digit on."""
     chunk, row = tl.program_id(0), tl.program_id(1)
@@ -183,8 +186,9 @@ def digit_sum_kernel(
     for digit in tl.static_range(DIGITS):
         b_from = b_bits >= by_mass + (digit << low)
         tl.store(p_mass + digit, tl.sum(tl.where(b_from, b_mass, 0.0), 0))
-        b_from = b_bits >= by_number + (digit << low)
-        tl.store(p_number + digit, tl.sum(b_from.to(tl.float32), 0))
+        if MINIMUM:
+            b_from = b_bits >= by_number + (digit << low)
+            tl.store(p_number + digit, tl.sum(b_from.to(tl.float32), 0))
 
 
 @triton.jit(do_not_specialize=["length", "rows"])

@@ -385,6 +385,42 @@ def test_minference_estimates_wait_for_no_device():
     assert slash_blocks(chosen, 1000).full_index.shape == (1, 8, 8, 71)
 
 
+HEADS = {
+    "minference": MInferenceConfig(
+        heads=tuple(HeadBudget("vertical_and_slash", 5 * (i + 1), 3 + i) for i in range(6)),
+        local_size=2,
+    ),
+    "xattention": XAttentionConfig(stride=4, threshold=(0.2, 0.9, 0.5, 1.0, 0.3, 0.6)),
+}
+
+
+@pytest.mark.parametrize("config", [*LITTLE.values(), *HEADS.values()])
+def test_many_blocks_are_taken_in_groups_of_heads(config, monkeypatch):
+    problem = make_problem(batch=2, heads=6, kv_heads=3, query_len=70, kv_len=90)
+    pattern = next(p for p in PATTERNS.values() if type(config) is p.config)
+    expected = pattern.attend(*problem, config, return_lse=True, block_size=(8, 8))
+    for pairs in (1, 2 * 2 * 2 * 9 * 12):  # one KV head, then two and the last one
+        monkeypatch.setattr("token_sparse_attention.attention.patterns._BLOCK_PAIRS", pairs)
+        parts = pattern.attend(*problem, config, return_lse=True, block_size=(8, 8))
+        for part, whole in zip(parts, expected):
+            torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_xattention_takes_a_threshold_per_head():
+    query, key, _ = problem_of((101, 101, 4, 1))
+    shares = (0.2, 0.9, 0.5, 1.0)
+    config = XAttentionConfig(stride=4, threshold=list(shares))
+    blocks = xattention_mask(query, key, config, SCALE, (16, 16)).block_map()
+    for head, share in enumerate(shares):
+        alone = XAttentionConfig(stride=4, threshold=share)
+        expected = xattention_mask(query[:, head : head + 1], key, alone, SCALE, (16, 16))
+        assert torch.equal(blocks[:, head], expected.block_map()[:, 0])
+    with pytest.raises(ValueError, match="a share for each of the 4 query heads, got 3"):
+        xattention_mask(query, key, XAttentionConfig(4, (0.5,) * 3), SCALE, (16, 16))
+    with pytest.raises(ValueError, match=r"threshold\[1\] must be in \(0, 1\]"):
+        XAttentionConfig(4, (0.5, 0.0))
+
+
 def test_pattern_files(tmp_path):
     file = tmp_path / "patterns.json"
     file.write_text(

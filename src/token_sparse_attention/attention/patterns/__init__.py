@@ -57,6 +57,9 @@ __all__ = [
 ]
 
 
+_BLOCK_PAIRS = 2**27  # pairs of blocks at once: half a GiB of float32
+
+
 def _same_for_all_heads(config: Any, heads: Sequence[int], num_heads: int) -> Any:  # noqa: ARG001
     return config
 
@@ -200,14 +203,58 @@ def _from_mask(make_mask: Callable[..., BlockMask]) -> Callable[..., Attended]:
     return run
 
 
+def _in_head_groups(
+    run: Callable[..., Attended],
+    of_heads: Callable[[Any, Sequence[int], int], Any] = _same_for_all_heads,
+) -> Callable[..., Attended]:
+    """Return a `Pattern.run` that takes some KV heads at a time where blocks are many.
+
+    Estimates and lists have an entry for every pair of blocks of a head: at a million tokens
+    and 32 heads, eight GiB a tensor.
+    """
+
+    def grouped(
+        query: Tensor, key: Tensor, value: Tensor, config: Any, **settings: Any
+    ) -> Attended:
+        grid = BlockGrid(query.shape[2], key.shape[2], settings["block_size"])
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        group = num_heads // num_kv_heads
+        pairs = query.shape[0] * group * grid.query_blocks * grid.kv_blocks
+        at_once = max(_BLOCK_PAIRS // pairs, 1)
+        if at_once >= num_kv_heads:
+            return run(query, key, value, config, **settings)
+        out, lse = torch.empty_like(query), None
+        if settings["want_lse"]:
+            lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        for first in range(0, num_kv_heads, at_once):
+            kv_heads = slice(first, first + at_once)
+            heads = range(num_heads)[first * group : (first + at_once) * group]
+            place = slice(heads.start, heads.stop)
+            part = run(
+                *(query[:, place], key[:, kv_heads], value[:, kv_heads]),
+                of_heads(config, heads, num_heads),
+                **settings,
+            )
+            out[:, place] = part.out
+            if lse is not None and part.lse is not None:
+                lse[:, place] = part.lse
+        return Attended(out, lse)
+
+    return grouped
+
+
 def _minference(*arguments: Any, want_lse: bool, **settings: Any) -> Attended:
     out, lse = minference_attention(*arguments, **settings)
     return Attended(out, lse if want_lse else None)
 
 
 PATTERNS = {
-    "flexprefill": Pattern(FlexPrefillConfig, _from_mask(flexprefill_mask)),
-    "minference": Pattern(MInferenceConfig, _minference, of_heads),
-    "xattention": Pattern(XAttentionConfig, _from_mask(xattention_mask), thresholds_of_heads),
-    "streaming": Pattern(StreamingConfig, _from_mask(streaming_mask)),
+    "flexprefill": Pattern(FlexPrefillConfig, _in_head_groups(_from_mask(flexprefill_mask))),
+    "minference": Pattern(MInferenceConfig, _in_head_groups(_minference, of_heads), of_heads),
+    "xattention": Pattern(
+        XAttentionConfig,
+        _in_head_groups(_from_mask(xattention_mask), thresholds_of_heads),
+        thresholds_of_heads,
+    ),
+    "streaming": Pattern(StreamingConfig, _in_head_groups(_from_mask(streaming_mask))),
 }

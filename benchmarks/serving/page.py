@@ -1,0 +1,91 @@
+"""Write the tables of docs/vllm.md from the result files.
+
+python benchmarks/serving/page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "vllm.md"
+RESULTS = ROOT / "benchmarks" / "results" / "serving"
+
+
+def tables() -> dict[str, str]:
+    """Return the page's tables as Markdown, by name."""
+    rows = _read("chunks-cpu.json")["rows"]
+    return {"chunks": _chunks(rows), "prefix": _prefix(rows), "stress": _stress()}
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return content
+
+
+def _chunks(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        _line(row, "whole" if row["chunk"] >= row["prompt_tokens"] else str(row["chunk"]))
+        for row in rows
+        if row["experiment"] == "chunks"
+    ]
+    return _table("tokens per step", lines)
+
+
+def _prefix(rows: list[dict[str, Any]]) -> str:
+    whole = [row for row in rows if row["chunk"] >= row["prompt_tokens"]]
+    lines = [
+        _line(row, "from the earlier prompt" if row["experiment"] == "prefix" else "its own")
+        for row in whole
+        if row["setting"] != "dense"
+    ]
+    return _table("prefix", lines)
+
+
+def _table(column: str, lines: list[str]) -> str:
+    head = f"| settings | prompt | {column} | right answers | replies as dense | tokens kept |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *lines]) + "\n"
+
+
+def _line(row: dict[str, Any], what: str) -> str:
+    return (
+        f"| {row['setting']} | {row['prompt_tokens']} | {what} | {row['exact']} of {row['n']} "
+        f"| {row['as_dense']} of {row['n']} | {row['kept']:.0%} |"
+    )
+
+
+def _stress() -> str:
+    result = _read("stress-cpu.json")
+    memory = [sum(one) for one in result["memory_mib_of_processes_per_round"]]
+    lengths = result["prompt_tokens"]
+    cells = {
+        "requests, streamed": result["requests"],
+        "requests hung up on besides": result["aborted_besides"],
+        "prompt lengths": f"{lengths['min']} to {lengths['max']} tokens",
+        "requests at once": ", ".join(map(str, result["concurrency"])),
+        "lost, wrong or mixed up": result["wrong_or_lost"],
+        "resident memory after each round": ", ".join(f"{one:.0f}" for one in memory) + " MiB",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells.items())]) + "\n"
+
+
+def render(page: str) -> str:
+    """Return the page with the tables that the results give.
+
+    Raises:
+        ValueError: if the page has no place for a table.
+    """
+    for name, table in tables().items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"page must have markers for the table {name!r}")
+        page = f"{before}{begin}{table}{end}{after}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,355 @@
+"""What the CPU and the GPU backend share: mixins over vLLM's metadata builder and attention.
+
+The builder decides per step, on the host, which requests run sparse in which layers. In such
+a layer each of them goes through `token_sparse_attention`, and the others go to the stock
+backend in one call, with metadata of their own. Everything else is the stock backend's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.config import DenseReason, TokenSparseConfig
+from token_sparse_attention.crossover import break_even
+from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.integrations.vllm.counters import COUNTERS
+from token_sparse_attention.integrations.vllm.engine import (
+    engine_settings,
+    head_group,
+    step_obstacle,
+    usable_layers,
+)
+from token_sparse_attention.integrations.vllm.plan import (
+    Prefill,
+    Rest,
+    Split,
+    list_prefills,
+    workspace_bytes,
+)
+from token_sparse_attention.integrations.vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
+_SHARED_CACHE = "layer reads another layer's cache"
+_QUANTISED_CACHE = "cache is quantised"
+_UNKNOWN_LAYOUT = "layout of the cache is not understood"
+_ALIBI = "layer adds ALiBi to its attention logits"
+
+ReadCache = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the builder tells the layers, as an attribute of the stock metadata.
+
+    Attributes:
+        splits: what the layers do that run a request of this step sparse, by name.
+        settings: of the plugin.
+        head_group: the ranks that hold the layers' other heads; None without them.
+        read_cache: returns a request's keys and values ``[1, H_kv, kv_len, D]``, given the
+            cache, its blocks and its length.
+        counts: whether this process counts.
+    """
+
+    splits: dict[str, Split]
+    settings: Settings
+    head_group: ProcessGroup | None
+    read_cache: ReadCache
+    counts: bool
+
+
+class SparsePrefillBuilder:
+    """Mixin before a stock metadata builder."""
+
+    supports_update_block_table = False  # the split's metadata would keep the old one
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self._configs: dict[str, TokenSparseConfig] = {}
+        settings = engine_settings(vllm_config)
+        if settings is None:
+            return
+        self._settings = settings
+        self._read_cache = self.cache_reader()
+        self._head_group, rank = head_group()
+        self._counts = rank == 0
+        self._configs, obstacles = usable_layers(settings, vllm_config)
+        first = next(iter(self._configs), None)
+        self._counts_prefills = self._counts and first in layer_names
+        self._configs = {
+            name: self._configs[name] for name in self._configs if name in layer_names
+        }
+        if self._counts:
+            mine = {name: obstacles[name] for name in obstacles if name in layer_names}
+            self._log_layers(mine, vllm_config)
+
+    def _log_layers(self, obstacles: dict[str, str], vllm_config: Any) -> None:
+        if self._configs:
+            _LOG.info("Token sparse attention is on in %d layers", len(self._configs))
+        for obstacle in dict.fromkeys(obstacles.values()):
+            names = [name for name, text in obstacles.items() if text == obstacle]
+            _LOG.warning("Token sparse attention: %s stay dense: %s", ", ".join(names), obstacle)
+        if self._configs and vllm_config.scheduler_config.enable_chunked_prefill:
+            _LOG.warning(
+                "Token sparse attention: chunked prefill is on, and each chunk of a prompt "
+                "selects for itself; with --no-enable-chunked-prefill a reply does not depend "
+                "on what else the server is doing (see docs/vllm.md)"
+            )
+
+    def cache_reader(self) -> ReadCache | None:
+        """Return what reads this device's cache, None if its layout is not understood."""
+        raise NotImplementedError
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
+        """Build the stock metadata, and add the step's splits if a request runs sparse."""
+        stock = super().build  # type: ignore[misc]
+        metadata = stock(common_prefix_len, common_attn_metadata, fast_build)
+        if not self._configs:
+            return metadata
+        if self._counts:
+            COUNTERS.report(_LOG.info, self._settings.log_interval)
+        # A draft model's steps are built fast; they are short, and not this model's.
+        if common_attn_metadata.max_query_len > 1 and not fast_build:
+            splits = self._split(common_attn_metadata)
+            if splits:
+                metadata.token_sparse = Step(
+                    splits,
+                    self._settings,
+                    self._head_group,
+                    self._read_cache or _no_reader,
+                    self._counts,
+                )
+        return metadata
+
+    def _split(self, common: Any) -> dict[str, Split]:
+        if common.seq_lens_cpu_upper_bound is None:  # in no step of a model's own
+            return {}
+        prefills = list_prefills(
+            common.query_start_loc_cpu.tolist(),
+            common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs],
+            None if common.is_prefilling is None else common.is_prefilling.tolist(),
+        )
+        obstacle = step_obstacle(common)
+        of_config: dict[TokenSparseConfig, Split | None] = {}
+        of_rows: dict[tuple[int, ...], Rest | None] = {}
+        for number, config in enumerate(dict.fromkeys(self._configs.values())):
+            even = break_even(config, common.seq_lens)
+            reasons = [
+                obstacle or self._obstacle(prefill) or prefill.dense_reason(config, even)
+                for prefill in prefills
+            ]
+            chosen = [one for one, reason in zip(prefills, reasons) if reason is None]
+            if number == 0 and self._counts_prefills:
+                for reason in reasons:
+                    COUNTERS.add_prefill(reason)
+            of_config[config] = None
+            if chosen:
+                rows = tuple(one.row for one in chosen)
+                if rows not in of_rows:
+                    of_rows[rows] = self._rest(common, rows)
+                of_config[config] = Split(config, chosen, of_rows[rows])
+        splits = {name: of_config[config] for name, config in self._configs.items()}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    def _obstacle(self, prefill: Prefill) -> str | None:
+        unread = self._read_cache is None and not prefill.whole
+        return _UNKNOWN_LAYOUT if unread else None
+
+    def _rest(self, common: Any, rows: tuple[int, ...]) -> Rest | None:
+        """Build the stock metadata of the requests that are not in `rows`."""
+        starts = common.query_start_loc_cpu.tolist()
+        others = [
+            row
+            for row in range(common.num_reqs)
+            if row not in rows and starts[row + 1] > starts[row]
+        ]
+        if not others:
+            return None
+        device = common.query_start_loc.device
+        spans = [torch.arange(starts[row], starts[row + 1]) for row in others]
+        tokens = torch.cat(spans).to(device)
+        ends = torch.tensor([0] + [len(span) for span in spans]).cumsum(0).to(torch.int32)
+        at = torch.tensor(others)
+        at_device = at.to(device)
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[at.to(tensor.device)]
+
+        part = common.replace(
+            query_start_loc=ends.to(device),
+            query_start_loc_cpu=ends,
+            seq_lens=common.seq_lens[at_device],
+            num_reqs=len(others),
+            num_actual_tokens=len(tokens),
+            max_query_len=max(len(span) for span in spans),
+            block_table_tensor=common.block_table_tensor[at_device],
+            slot_mapping=common.slot_mapping[tokens],
+            positions=None if common.positions is None else common.positions[tokens],
+            is_prefilling=pick(common.is_prefilling),
+            seq_lens_cpu_upper_bound=pick(common.seq_lens_cpu_upper_bound),
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+        # Fast: a schedule made ahead would overwrite the whole step's, which other layers use.
+        return Rest(tokens, super().build(0, part, True))  # type: ignore[misc]
+
+
+class SparsePrefillImpl:
+    """Mixin before a stock attention implementation.
+
+    Attributes:
+        obstacle: why this layer can never run sparse, None if it can.
+        workspace: bytes that a sparse prefill allocates at most; 0 if the plugin is off.
+    """
+
+    obstacle: str | None
+    workspace: int
+    scale: float
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        from vllm.config import get_current_vllm_config
+        from vllm.utils.torch_utils import is_quantized_kv_cache
+
+        vllm_config = get_current_vllm_config()
+        self.workspace = 0
+        if engine_settings(vllm_config) is not None:  # raises early what could never run
+            kv_len = vllm_config.model_config.max_model_len
+            query_len = min(vllm_config.scheduler_config.max_num_batched_tokens, kv_len)
+            itemsize = vllm_config.model_config.dtype.itemsize
+            self.workspace = workspace_bytes(
+                num_heads, num_kv_heads, head_size, itemsize, query_len, kv_len
+            )
+        super().__init__(
+            num_heads,  # type: ignore[call-arg]
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **others,
+        )
+        sinks = others.pop("sinks", None)
+        unknown = [name for name, value in others.items() if value not in (None, False)]
+        obstacles = {
+            str(DenseReason.NOT_CAUSAL): attn_type != "decoder",
+            str(DenseReason.SLIDING_WINDOW): sliding_window is not None,
+            str(DenseReason.SOFT_CAP): bool(logits_soft_cap),
+            str(DenseReason.ATTENTION_SINKS): sinks is not None,
+            _ALIBI: alibi_slopes is not None,
+            _SHARED_CACHE: kv_sharing_target_layer_name is not None,
+            _QUANTISED_CACHE: is_quantized_kv_cache(kv_cache_dtype),
+            f"{DenseReason.UNKNOWN_ARGUMENT}: {', '.join(unknown)}": bool(unknown),
+        }
+        self.obstacle = next((text for text, stands in obstacles.items() if stands), None)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; arguments as in vLLM. The step's keys and values are in the cache already."""
+        stock = super().forward  # type: ignore[misc]
+        step: Step | None = getattr(attn_metadata, "token_sparse", None)
+        split = None if step is None else step.splits.get(layer.layer_name)
+        if step is None or split is None:
+            if attn_metadata is None and self.workspace and query.is_cuda:
+                # vLLM measures in such a run how much memory is left for the cache.
+                torch.empty(self.workspace, dtype=torch.uint8, device=query.device)
+            result: Tensor = stock(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+            return result
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("token sparse attention does not quantise its output")
+        for prefill in split.prefills:
+            part = slice(prefill.start, prefill.stop)
+            if prefill.whole:
+                keys, values = _as_batch(key[part]), _as_batch(value[part])
+            else:
+                table = attn_metadata.block_table[prefill.row]
+                keys, values = step.read_cache(kv_cache, table, prefill.kv_len)
+            self._attend(step, split.config, query[part], keys, values, output[part])
+        if split.rest is not None:
+            tokens, metadata = split.rest
+            out = torch.empty_like(output[: len(tokens)])
+            stock(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, out)
+            output[tokens] = out
+        return output
+
+    def _attend(
+        self,
+        step: Step,
+        config: TokenSparseConfig,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        output: Tensor,
+    ) -> None:
+        """Attend one request's queries ``[T, H, D]``, into `output`."""
+        attended, selection = token_sparse_attention(
+            _as_batch(query),
+            keys,
+            values,
+            config,
+            scale=self.scale,
+            impl=step.settings.impl,
+            attention_backend=step.settings.attention_backend,
+            head_group=step.head_group,
+            return_selection=True,
+        )
+        output.copy_(attended[0].transpose(0, 1))
+        if step.counts:
+            COUNTERS.add_layer(selection)
+
+
+def _no_reader(*_: object) -> tuple[Tensor, Tensor]:
+    raise RuntimeError(_UNKNOWN_LAYOUT)
+
+
+def _as_batch(tokens: Tensor) -> Tensor:
+    """View ``[T, H, D]`` as ``[1, H, T, D]``."""
+    return tokens.transpose(0, 1)[None]

@@ -1,0 +1,140 @@
+"""What ran sparse, what ran dense and why, and how many tokens were kept.
+
+Counts live in this process, go to vLLM's log, and to Prometheus where vLLM collects the
+metrics of several processes (`PROMETHEUS_MULTIPROC_DIR`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from token_sparse_attention.config import DenseReason
+from token_sparse_attention.selection import TokenSelection
+
+SPARSE = "sparse"
+_METRICS = {
+    "prefills": "Prompts and chunks of prompts, by path and by why they ran dense",
+    "layer_calls": "Calls of a sparse layer, by path and by why they ran dense",
+    "tokens_seen": "Tokens that heads in sparse layers could attend over",
+    "tokens_kept": "Tokens that heads in sparse layers attended over",
+}
+
+
+class Counters:
+    """Counts since the process started.
+
+    Numbers from the device are added up there, and read when the counts are read.
+    """
+
+    def __init__(self) -> None:
+        self._prefills: Counter[str] = Counter()
+        self._layer_calls = 0
+        self._tokens_seen = 0
+        self._ran_sparse: Tensor | int = 0
+        self._tokens_kept: Tensor | int = 0
+        self._changed = False
+        self._reported_at = -float("inf")
+        self._metrics: dict[str, Any] | None = None
+        self._published: Counter[tuple[str, str, str]] = Counter()
+
+    def add_prefill(self, dense_reason: str | None) -> None:
+        """Count a prompt or a chunk; None means that it runs sparse."""
+        self._prefills[SPARSE if dense_reason is None else dense_reason] += 1
+        self._changed = True
+
+    def add_layer(self, selection: TokenSelection) -> None:
+        """Count what a sparse layer did with one prompt or chunk."""
+        self._layer_calls += 1
+        self._tokens_seen += int(selection.kv_len or 0) * selection.lengths.shape[1]
+        self._ran_sparse = self._ran_sparse + selection.ran_sparse.sum()
+        self._tokens_kept = self._tokens_kept + selection.lengths.sum()
+        self._changed = True
+
+    def read(self) -> dict[str, Any]:
+        """Return all counts; waits for the device.
+
+        Returns:
+            ``prefills_sparse``, ``prefills_dense`` by reason, ``layer_calls_sparse``,
+            ``layer_calls_dense``, ``tokens_seen`` and ``tokens_kept``, the last two summed
+            over heads and layers.
+        """
+        sparse = int(self._ran_sparse)
+        return {
+            "prefills_sparse": self._prefills[SPARSE],
+            "prefills_dense": {
+                reason: count for reason, count in self._prefills.items() if reason != SPARSE
+            },
+            "layer_calls_sparse": sparse,
+            "layer_calls_dense": self._layer_calls - sparse,
+            "tokens_seen": self._tokens_seen,
+            "tokens_kept": int(self._tokens_kept),
+        }
+
+    def report(self, log: Callable[..., None], interval: float) -> None:
+        """Log and publish the counts if there is news and the last report is old enough.
+
+        Args:
+            log: takes a format and its arguments.
+            interval: seconds.
+        """
+        now = time.monotonic()
+        if not self._changed or now - self._reported_at < interval:
+            return
+        self._changed = False
+        self._reported_at = now
+        counts = self.read()
+        log("%s", describe(counts))
+        self._publish(counts)
+
+    def _publish(self, counts: dict[str, Any]) -> None:
+        if self._metrics is None:
+            from prometheus_client import Counter as Metric
+
+            self._metrics = {
+                name: Metric(
+                    f"token_sparse_attention_{name}",
+                    text,
+                    ("path", "reason") if name in ("prefills", "layer_calls") else (),
+                )
+                for name, text in _METRICS.items()
+            }
+        now = Counter(
+            {
+                ("prefills", SPARSE, ""): counts["prefills_sparse"],
+                ("layer_calls", SPARSE, ""): counts["layer_calls_sparse"],
+                ("layer_calls", "dense", str(DenseReason.NOTHING_TO_DROP)): counts[
+                    "layer_calls_dense"
+                ],
+                ("tokens_seen", "", ""): counts["tokens_seen"],
+                ("tokens_kept", "", ""): counts["tokens_kept"],
+            }
+        )
+        for reason, count in counts["prefills_dense"].items():
+            now["prefills", "dense", reason] = count
+        for key, count in (now - self._published).items():
+            name, path, reason = key
+            metric = self._metrics[name]
+            (metric.labels(path, reason) if path else metric).inc(count)
+        self._published = now
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """Say the counts of `Counters.read` in one line."""
+    dense = counts["prefills_dense"]
+    reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(dense.items()))
+    share = counts["tokens_kept"] / max(counts["tokens_seen"], 1)
+    calls = counts["layer_calls_sparse"] + counts["layer_calls_dense"]
+    return (
+        f"Token sparse attention: {counts['prefills_sparse']} prefills sparse, "
+        f"{sum(dense.values())} dense{f' ({reasons})' if reasons else ''}; "
+        f"{counts['layer_calls_sparse']} of {calls} calls of sparse layers dropped tokens, "
+        f"{share:.1%} of tokens kept"
+    )
+
+
+COUNTERS = Counters()  # of this process, as Prometheus' registry is

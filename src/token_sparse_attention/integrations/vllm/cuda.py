@@ -1,0 +1,44 @@
+"""vLLM's FlashAttention backend with sparse prefills."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from token_sparse_attention.integrations.vllm.backend import (
+    ReadCache,
+    SparsePrefillBuilder,
+    SparsePrefillImpl,
+)
+from token_sparse_attention.integrations.vllm.paged import read_gpu
+
+
+class FlashTokenSparseBackend(FlashAttentionBackend):
+    """The stock backend, with long prefills sparse where the settings say so."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashTokenSparseImpl]:
+        return FlashTokenSparseImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashTokenSparseMetadataBuilder]:
+        return FlashTokenSparseMetadataBuilder
+
+
+class FlashTokenSparseMetadataBuilder(SparsePrefillBuilder, FlashAttentionMetadataBuilder):
+    """The stock builder, and the step's splits."""
+
+    # Graphs of whole steps are for decoding only; prefills run eagerly in this layer.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def cache_reader(self) -> ReadCache | None:
+        """Return the reader of vLLM's one GPU layout."""
+        return read_gpu
+
+
+class FlashTokenSparseImpl(SparsePrefillImpl, FlashAttentionImpl):
+    """The stock implementation, but for the splits."""

@@ -1,0 +1,92 @@
+"""What the plugin asks of vLLM: its configuration, its ranks, its layers, its steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from token_sparse_attention.config import DenseReason, TokenSparseConfig
+from token_sparse_attention.integrations.vllm.settings import KEY, Settings, read_settings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def engine_settings(vllm_config: Any) -> Settings | None:
+    """Return the plugin's settings in an engine's configuration, None if it is off.
+
+    Raises:
+        TypeError: if a setting has the wrong type.
+        ValueError: if a setting is bad, or the engine's configuration does not go with it.
+    """
+    settings = read_settings(vllm_config.additional_config)
+    if settings is None:
+        backend = getattr(vllm_config.attention_config.backend, "name", None)
+        if backend == "CUSTOM":
+            raise ValueError(
+                "attention_backend CUSTOM is token sparse attention, which needs "
+                f"additional_config[{KEY!r}] with a 'profile' or a 'config'"
+            )
+        return None
+    if vllm_config.cache_config.enable_prefix_caching and settings.prefix_caching == "refuse":
+        raise ValueError(
+            "token sparse attention does not start while prefix caching is on, because a "
+            "cached prefix holds what an earlier prompt's selection made of it; start vLLM "
+            "with --no-enable-prefix-caching (enable_prefix_caching=False), or set "
+            f"additional_config[{KEY!r}]['prefix_caching'] to 'allow'"
+        )
+    settings.layer_configs(vllm_config.model_config.get_total_num_hidden_layers())
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise ValueError(f"token sparse attention needs {name} 1, got {size}")
+    return settings
+
+
+def head_group() -> tuple[ProcessGroup | None, int]:
+    """Return the group of tensor-parallel ranks, None if there is one rank; and this rank."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    return (group.device_group if group.world_size > 1 else None), group.rank_in_group
+
+
+def usable_layers(
+    settings: Settings, vllm_config: Any
+) -> tuple[dict[str, TokenSparseConfig], dict[str, str]]:
+    """Return the config of each layer that can run sparse, and why others cannot, by name."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    by_number = settings.layer_configs(vllm_config.model_config.get_total_num_hidden_layers())
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    configs, obstacles = {}, {}
+    for name in sorted(layers, key=layer_number):
+        config = by_number.get(layer_number(name))
+        impl = layers[name].impl
+        if config is None or not hasattr(impl, "obstacle"):
+            continue
+        if impl.obstacle is not None:
+            obstacles[name] = impl.obstacle
+        else:
+            configs[name] = config
+    return configs, obstacles
+
+
+def layer_number(name: str) -> int:
+    """Return the number in a layer's name such as ``model.layers.3.self_attn.attn``.
+
+    A name without a number, or with several, gives -1: it does not say which layer it is.
+    """
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    return numbers[0] if len(numbers) == 1 else -1
+
+
+def step_obstacle(common: Any) -> str | None:
+    """Return why no request of a step can run sparse, None if some may."""
+    if common.causal is not True:
+        return str(DenseReason.NOT_CAUSAL)
+    for name in ("mm_req_doc_ranges", "rswa_prefix_lens", "logits_indices_padded"):
+        if getattr(common, name, None) is not None:
+            return f"{DenseReason.UNKNOWN_ARGUMENT}: {name}"
+    return None

@@ -1,0 +1,123 @@
+"""What a user may set under ``additional_config``, read and checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.config import (
+    LayerProfile,
+    TokenSparseConfig,
+    layer_configs,
+    load_config,
+)
+from token_sparse_attention.selection import check_impl
+
+KEY = "token_sparse_attention"
+PREFIX_CACHING = ("refuse", "allow")
+_ENTRIES = ("profile", "config", "impl", "attention_backend", "prefix_caching", "log_interval")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's settings, in ``additional_config["token_sparse_attention"]``.
+
+    Args:
+        config: which layers run sparse, and how.
+        impl: which code scores and selects, see `token_sparse_attention`.
+        attention_backend: which kernel or pattern attends in sparse layers, likewise.
+        prefix_caching: ``"refuse"`` does not start while vLLM's prefix caching is on;
+            ``"allow"`` starts, see docs/vllm.md for what that changes.
+        log_interval: seconds between two lines of counters in the log, at least.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if a name is unknown or a number out of range.
+    """
+
+    config: TokenSparseConfig | LayerProfile = field(default_factory=TokenSparseConfig)
+    impl: str = "auto"
+    attention_backend: str = "auto"
+    prefix_caching: str = "refuse"
+    log_interval: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, (TokenSparseConfig, LayerProfile)):
+            raise TypeError(
+                f"config must be a TokenSparseConfig or a LayerProfile, got {self.config!r}"
+            )
+        check_impl(self.impl)
+        object.__setattr__(self, "attention_backend", parse_backend(self.attention_backend))
+        if self.prefix_caching not in PREFIX_CACHING:
+            raise ValueError(
+                f"prefix_caching must be one of {', '.join(PREFIX_CACHING)}; "
+                f"got {self.prefix_caching!r}"
+            )
+        interval = self.log_interval
+        if isinstance(interval, bool) or not isinstance(interval, (int, float)):
+            raise TypeError(f"log_interval must be a number of seconds, got {interval!r}")
+        if not (math.isfinite(interval) and interval >= 0):
+            raise ValueError(f"log_interval must be at least 0 seconds, got {interval}")
+
+    def layer_configs(self, num_layers: int) -> dict[int, TokenSparseConfig]:
+        """Return the config of every layer that may run sparse, by the layer's number.
+
+        Raises:
+            ValueError: if the settings name a layer that the model does not have.
+        """
+        return layer_configs(self.config, num_layers)
+
+
+def read_settings(additional_config: Any) -> Settings | None:
+    """Return the settings in vLLM's ``additional_config``, None if it has none.
+
+    Args:
+        additional_config: a mapping; the entry ``"token_sparse_attention"`` has either
+            ``"profile"``, the path of a config or profile in JSON, or ``"config"``, the
+            content of such a file; and the other fields of `Settings`.
+
+    Raises:
+        TypeError: if an entry has the wrong type.
+        ValueError: if an entry is unknown or has a bad value, or if there is neither
+            ``"profile"`` nor ``"config"``, or both.
+        FileNotFoundError: if there is no such profile.
+
+    Example:
+        >>> given = {"token_sparse_attention": {"config": {"drop_mass": 0.05}}}
+        >>> read_settings(given).config.drop_mass
+        0.05
+    """
+    if not isinstance(additional_config, Mapping) or KEY not in additional_config:
+        return None
+    given = additional_config[KEY]
+    if not isinstance(given, Mapping):
+        raise TypeError(f"additional_config[{KEY!r}] must be an object, got {given!r}")
+    for entry in given:
+        if entry not in _ENTRIES:
+            near = difflib.get_close_matches(entry, _ENTRIES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_ENTRIES)}"
+            raise ValueError(f"additional_config[{KEY!r}] has an unknown entry {entry!r}; {hint}")
+    if ("profile" in given) == ("config" in given):
+        raise ValueError(
+            f"additional_config[{KEY!r}] must have one of 'profile', the path of a config or "
+            f"profile, and 'config', its content; got {', '.join(given) or 'nothing'}"
+        )
+    others = {name: given[name] for name in given if name not in ("profile", "config")}
+    if "profile" in given:
+        if not isinstance(given["profile"], str):
+            raise TypeError(f"profile must be a path, got {given['profile']!r}")
+        return Settings(config=load_config(given["profile"]), **others)
+    return Settings(config=_inline(given["config"]), **others)
+
+
+def _inline(content: Any) -> TokenSparseConfig | LayerProfile:
+    if not isinstance(content, Mapping):
+        raise TypeError(f"config must be an object, got {content!r}")
+    if "version" in content:
+        return LayerProfile.from_json(json.dumps(content))
+    return TokenSparseConfig.from_dict(content)

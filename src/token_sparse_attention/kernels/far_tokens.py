@@ -1,0 +1,163 @@
+"""Add a few keys of each head's, from anywhere, to the sliding-window attention of all queries.
+
+Far tokens are few and shared by a head's queries, so they are gathered beforehand. A block of
+queries goes on from the output and log-sum-exp that the window gave it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1.4426950408889634
+
+
+class Tiles(NamedTuple):
+    """Block sizes and launch options."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+    if dtype == torch.float32:  # exact products do not use tensor cores
+        return Tiles(32, 32, 4, 2)
+    if head_dim > 128:
+        return Tiles(64, 64, 8, 2)
+    return Tiles(64, 64, 4, 3)  # the fastest of those measured on an H200
+
+
+def add_far_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far: Tensor,
+    bounds: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    window: int,
+    scale: float,
+    tiles: Tiles | None = None,
+) -> None:
+    """Merge far tokens into windowed attention, in place; padding's queries stay.
+
+    Args:
+        query: ``[B, H, S_q, D]``, unit stride over D, as all others.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: likewise.
+        far: ``[B, H, M]`` integer slots, ascending, S_kv or more for none.
+        bounds: ``[B, 2]`` int32, each row's real slots ``[start, end)``.
+        rows: ``[B]`` bool, the rows wanted.
+        out: ``[B, H, S_q, D]``, the windowed attention.
+        lse: ``[B, H, S_q]`` float32, its log-sum-exp.
+        window: keys each query has seen, itself included; it sees far tokens before them.
+        scale: factor of the logits.
+        tiles: block sizes, for tuning.
+    """
+    batch_size, num_heads, query_len, head_dim = query.shape
+    far = far.to(torch.int32).contiguous()
+    far_key, far_value = (_gather(x, far, num_heads // key.shape[1]) for x in (key, value))
+    block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
+    far_tokens_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
+        query, far, far_key, far_value, bounds, rows, out, lse, scale * _LOG2_E,
+        *query.stride()[:3], *out.stride()[:3], *lse.stride(),
+        num_heads, query_len, key.shape[2] - query_len,
+        HEAD_DIM=head_dim, BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
+        FAR=far.shape[2], FAR_BLOCK=triton.next_power_of_2(far.shape[2]), WINDOW=window,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        UPCAST=not query.is_cuda,  # the interpreter's bfloat16 arithmetic is wrong
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+
+
+def _gather(rows: Tensor, slots: Tensor, group: int) -> Tensor:
+    """Rows at each query head's slots ``[B, H, N, D]``, zeros where there is none."""
+    batch = torch.arange(len(rows), device=rows.device)[:, None, None]
+    head = torch.arange(slots.shape[1], device=rows.device)[:, None] // group
+    exists = slots < rows.shape[2]
+    gathered = rows[batch, head, slots.clamp(max=rows.shape[2] - 1).long()]
+    return gathered.masked_fill_(~exists[..., None], 0.0)
+
+
+@triton.jit
+def _load_rows(
+    p_rows, o_row, stride: tl.int64, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Load vectors ``[rows, BLOCK_D]``, zeros where they do not exist."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_rows += o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if BLOCK_D == HEAD_DIM:
+        b_rows = tl.load(p_rows, mask=exists[:, None], other=0.0)
+    else:
+        b_rows = tl.load(p_rows, mask=exists[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+    if UPCAST:
+        b_rows = b_rows.to(tl.float32)
+    return b_rows
+
+
+@triton.jit(do_not_specialize=["query_len", "first_query", "stride_lb", "stride_lh", "stride_ls"])
+def far_tokens_kernel(
+    query_ptr, far_ptr, far_key_ptr, far_value_ptr, bounds_ptr, rows_ptr, out_ptr, lse_ptr,
+    scale_log2,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
+    stride_ob: tl.int64, stride_oh: tl.int64, stride_os: tl.int64,
+    stride_lb: tl.int64, stride_lh: tl.int64, stride_ls: tl.int64,
+    num_heads, query_len, first_query,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of one head's queries."""
+    row = tl.program_id(1).to(tl.int64)
+    b = row // num_heads
+    head = row % num_heads
+    start = tl.load(bounds_ptr + 2 * b)
+    end = tl.load(bounds_ptr + 2 * b + 1)
+    end = start + (end - start) * tl.load(rows_ptr + b).to(tl.int32)  # empty if not wanted
+    o_query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_slot = first_query + o_query
+    real = (o_query < query_len) & (o_slot >= start) & (o_slot < end)
+    b_reach = tl.where(real, o_slot - WINDOW, -1)  # the last far slot that each query sees
+    o_far = tl.arange(0, FAR_BLOCK)
+    b_far = tl.load(far_ptr + row * FAR + o_far, mask=o_far < FAR, other=2147483647)
+    seen = tl.sum((b_far <= tl.max(b_reach, 0)).to(tl.int32), 0)
+    if seen > 0:
+        p_q = query_ptr + b * stride_qb + head * stride_qh
+        b_q = _load_rows(p_q, o_query, stride_qs, real, HEAD_DIM, BLOCK_D, UPCAST)
+        p_out = out_ptr + b * stride_ob + head * stride_oh
+        b_acc = _load_rows(p_out, o_query, stride_os, real, HEAD_DIM, BLOCK_D, UPCAST)
+        b_acc = b_acc.to(tl.float32)
+        p_lse = lse_ptr + b * stride_lb + head * stride_lh + o_query.to(tl.int64) * stride_ls
+        b_max = tl.load(p_lse, mask=real, other=0.0) * 1.4426950408889634
+        b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+        for begin in range(0, seen, BLOCK_N):
+            o_n = begin + tl.arange(0, BLOCK_N)
+            exists = o_n < seen
+            b_slot = tl.load(far_ptr + row * FAR + o_n, mask=exists, other=2147483647)
+            b_k = _load_rows(far_key_ptr, row * FAR + o_n, HEAD_DIM, exists,
+                             HEAD_DIM, BLOCK_D, UPCAST)  # fmt: skip
+            b_v = _load_rows(far_value_ptr, row * FAR + o_n, HEAD_DIM, exists,
+                             HEAD_DIM, BLOCK_D, UPCAST)  # fmt: skip
+            b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+            b_logits = tl.where(b_slot[None, :] <= b_reach[:, None], b_logits, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_logits, 1))
+            b_probs = tl.exp2(b_logits - b_new[:, None])
+            b_shrink = tl.exp2(b_max - b_new)
+            b_sum = b_sum * b_shrink + tl.sum(b_probs, 1)
+            b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_shrink[:, None],
+                           input_precision=PRECISION)  # fmt: skip
+            b_max = b_new
+        o_d = tl.arange(0, BLOCK_D)
+        p_out += o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]
+        tl.store(p_out, (b_acc / b_sum[:, None]).to(out_ptr.dtype.element_ty),
+                 mask=real[:, None] & (o_d < HEAD_DIM)[None, :])  # fmt: skip
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=real)
