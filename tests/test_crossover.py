@@ -51,6 +51,12 @@ def test_break_even():
     zero = break_even(TokenSparseConfig(), query)
     window = break_even(TokenSparseConfig(fallback="window"), query)
     assert window.fixed_tokens > zero.fixed_tokens
+    fixed = [
+        break_even(TokenSparseConfig(fallback="window", **far), query).fixed_tokens
+        for far in ({"fallback_sinks": 4}, {"fallback_sinks": 4, "fallback_landmarks": 100})
+    ]
+    assert window.fixed_tokens < fixed[0] < fixed[1]
+    assert break_even(TokenSparseConfig(fallback_landmarks=100), query) == zero
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,189 @@
+"""Write the tables and the figure of docs/frontier.md from the result files.
+
+python -m benchmarks.frontier.page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
+from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "frontier.md"
+RESULTS = ROOT / "benchmarks" / "results" / "frontier"
+FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
+TASKS = {
+    "niah_multikey_2": "multikey 2",
+    "niah_multikey_3": "multikey 3",
+    "ruler_vt": "variable tracking",
+}
+
+
+def load_all() -> dict[str, EvalResults]:
+    """Return all rounds' results by their file's name."""
+    return {path.stem: load_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+
+
+def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
+    """Return the page's tables as Markdown, by name."""
+    built = {"runs": _runs(rounds)}
+    for length in (65536, 131072):
+        built[f"{length // 1024}k"] = _screening(rounds, length)
+    return built
+
+
+def _runs(rounds: Mapping[str, EvalResults]) -> str:
+    lines = ["| round | device | commit | versions | seed |", "|---|---|---|---|---|"]
+    for name, results in rounds.items():
+        about = results.header.provenance
+        wanted = ("torch", "transformers", "triton", "flash-attn-4", "lm-eval")
+        versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if k in wanted)
+        seed = results.header.arguments["seed"]
+        lines.append(
+            f"| {name} | {about['device']} | `{about['commit'][:12]}` | {versions} | {seed} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _screening(rounds: Mapping[str, EvalResults], length: int) -> str:
+    head = ["round", "what differs", *TASKS.values(), "difference", "95% interval", "n", "kept"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, label, rows, pairs in _points(rounds, length):
+        low, high = difference_interval(pairs)
+        cells = [
+            f"{rows[task].score:.2f} of {_dense(rows[task]):.2f} ({rows[task].pairs})"
+            if task in rows
+            else "-"
+            for task in TASKS
+        ]
+        difference = fmean(sparse - dense for dense, sparse in pairs)
+        share = fmean(row.kept_share for row in rows.values())
+        cells += [f"{difference:+.2f}", f"{low:+.2f} to {high:+.2f}", str(len(pairs))]
+        lines.append(f"| {name} | {label} | {' | '.join(cells)} | {share:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def _dense(row: Row) -> float:
+    return (row.score or 0.0) - (row.difference or 0.0)
+
+
+def _points(
+    rounds: Mapping[str, EvalResults], length: int
+) -> Iterator[tuple[str, str, dict[str, Row], list[tuple[float, float]]]]:
+    """Yield round, label, rows by task and pairs of scores (dense, sparse) of each point."""
+    for name, results in rounds.items():
+        summary = summarise(results)
+        dense = {s.key[:3]: s for s in results.samples if s.configuration == DENSE}
+        for configuration, settings in results.header.configurations.items():
+            if configuration == DENSE:
+                continue
+            rows = {
+                row.task: row
+                for row in summary
+                if row.configuration == configuration and row.length == length and row.task
+            }
+            pairs = [
+                (dense[s.key[:3]].score, s.score)
+                for s in results.samples
+                if s.configuration == configuration and s.length == length
+                if s.key[:3] in dense
+            ]
+            if pairs:
+                variants = results.header.arguments.get("variants", {})
+                label = describe(settings or {}, variants.get(configuration, {}))
+                yield name, label, {task: rows[task] for task in TASKS if task in rows}, pairs
+
+
+def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
+    """Say in words what a point runs."""
+    layers = settings["sparse_layers"]
+    parts = [
+        "all layers" if layers is None else f"layers {layers[0]} to {layers[-1]}",
+        f"drop mass {settings['drop_mass']:g}",
+    ]
+    if settings["fallback"] == "zero":
+        parts.append("zeros")
+    elif settings["fallback_window"] != 512:
+        parts.append(f"window {settings['fallback_window']}")
+    if settings["budget"] == "per_head":
+        parts.append("budget per head")
+    if settings["window_size"] != 128:
+        parts.append(f"scored by {settings['window_size']} queries")
+    words = {
+        "fallback_sinks": "{} sinks",
+        "fallback_landmarks": "{} landmarks",
+        "landmarks": "{} landmarks",
+        "landmarks_by": "chosen by {} spread queries",
+        "own_landmarks": "{} of them by the last queries",
+        "dense_last": "last {} queries dense",
+        "pooled": "means of blocks of {}",
+    }
+    for field, text in words.items():
+        value = settings.get(field) or variant.get(field)
+        if value:
+            parts.append(text.format(value))
+    if variant.get("pooled") and variant["pooled_for"] != "both":
+        parts.append(f"for {variant['pooled_for']} queries only")
+    if variant.get("selected") == "dense":
+        parts.append("selected queries dense")
+    if variant.get("fallback") == "dense":
+        parts.append("unselected queries dense")
+    if variant.get("fallback") == "keys":
+        parts.append("all queries see the window and the selected keys")
+    return ", ".join(parts)
+
+
+def render(page: str, built: Mapping[str, str]) -> str:
+    """Return the page with these tables in their places.
+
+    Raises:
+        ValueError: if the page has no place for a table.
+    """
+    for name, table in built.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        if begin not in page or end not in page:
+            raise ValueError(f"{PAGE.name} must have a place between {begin!r} and {end!r}")
+        head, rest = page.split(begin)
+        page = head + begin + table + end + rest.split(end, 1)[1]
+    return page
+
+
+def draw(rounds: Mapping[str, EvalResults]) -> None:
+    """Draw each point's difference with its interval, one panel per length."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "frontier"
+    figure, panels = plt.subplots(1, 2, figsize=(13, 9), sharex=True)
+    for axes, length in zip(panels, (65536, 131072)):
+        points = list(_points(rounds, length))
+        for at, (_, _, _, pairs) in enumerate(points):
+            low, high = difference_interval(pairs)
+            middle = fmean(sparse - dense for dense, sparse in pairs)
+            axes.plot([low, high], [at, at], color="tab:gray")
+            axes.plot(middle, at, "o", color="tab:blue")
+        axes.set_yticks(range(len(points)), [label for _, label, _, _ in points], fontsize=6)
+        axes.invert_yaxis()
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel("score minus dense score of the same samples, 95% interval")
+        axes.set_title(f"{length // 1024}K tokens")
+    figure.tight_layout()
+    figure.savefig(FIGURE, metadata={"Date": None})
+
+
+def main() -> None:
+    """Write the page and the figure."""
+    rounds = load_all()
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), tables(rounds)), encoding="utf-8")
+    draw(rounds)
+
+
+if __name__ == "__main__":
+    main()
