@@ -36,6 +36,10 @@ class DenseReason(str, Enum):
     MASK = "attention mask is not causal with one run of real tokens per row"
     HEAD_DIM = "value and key head sizes differ"
     UNKNOWN_ARGUMENT = "layer passes an attention argument the sparse path does not know"
+    ALIBI = "layer adds ALiBi to its attention logits"
+    SHARED_CACHE = "layer reads another layer's cache"
+    QUANTISED_CACHE = "cache is quantised"
+    CACHE_LAYOUT = "layout of the cache is not understood"
 
     def __str__(self) -> str:
         return self.value

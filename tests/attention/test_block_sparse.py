@@ -14,7 +14,7 @@ from token_sparse_attention.attention.block_sparse import (
     block_sparse_attention,
     choose_block_backend,
 )
-from token_sparse_attention.attention.columns import attend_columns, merge_attended
+from token_sparse_attention.attention.columns import add_columns, attend_columns, merge_into
 from token_sparse_attention.attention.dense import Attended, causal_attention
 from token_sparse_attention.reference import masked_attention
 
@@ -222,15 +222,96 @@ def test_blocks_and_columns_merge_to_attention_over_both(query_len, earlier, see
     )
     assert (rest.lse[0, 1] == -torch.inf).all()
     assert (rest.out[0, 1] == 0).all()
-    merged = merge_attended(blocks, rest)
+    merged = Attended(blocks.out.clone(), blocks.lse.clone())
+    merge_into(merged, rest)
     slot = torch.arange(kv_len)
     causal = slot <= slot[earlier:, None]
     out, lse = expected(problem, mask.dense_view() | (chosen[:, :, None] & causal))
     assert relative_error(merged.out, out) < 1e-6
     torch.testing.assert_close(merged.lse.double(), lse, atol=1e-5, rtol=1e-5)
+    for numbers in (1, 97):  # a KV head at a time, a few queries at a time
+        in_parts = Attended(blocks.out.clone(), blocks.lse.clone())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(columns_module, "_GROUP_NUMBERS", numbers)
+            patch.setattr(columns_module, "_MERGED_NUMBERS", numbers * 64)
+            add_columns(
+                *(in_parts, *problem, columns, mask.block_map(), mask.grid),
+                scale=SCALE,
+                backend="reference",
+            )
+        torch.testing.assert_close(in_parts.out, merged.out, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(in_parts.lse, merged.lse, atol=1e-6, rtol=1e-6)
+
+
+def test_merging_in_parts_is_merging_at_once(monkeypatch):
+    one, other = (
+        Attended(torch.randn(2, 3, 50, 8).bfloat16(), torch.randn(2, 3, 50)) for _ in range(2)
+    )
+    one.lse[0, 0], other.lse[0, 0, :20] = -torch.inf, -torch.inf
+    one.out[0, 0], other.out[0, 0, :20] = 0, 0
+    weight = torch.softmax(torch.stack([one.lse, other.lse]), 0).nan_to_num(0)[..., None]
+    expected_out = one.out * weight[0] + other.out * weight[1]
+    results = []
+    for numbers in (2**24, 7, 1000):
+        monkeypatch.setattr(columns_module, "_MERGED_NUMBERS", numbers)
+        results.append(Attended(one.out.clone(), one.lse.clone()))
+        merge_into(results[-1], other)
+        assert torch.equal(results[-1].out, results[0].out)
+        assert torch.equal(results[-1].lse, results[0].lse)
+    torch.testing.assert_close(results[0].out.float(), expected_out, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(results[0].lse, torch.logaddexp(one.lse, other.lse))
+
+
+def test_memory_beside_the_output_is_bounded():
+    """What adding columns allocates on top does not grow with the number of heads."""
+    used = []
+    for heads in (2, 8):
+        problem = make_problem(heads=heads, kv_heads=heads, query_len=256, head_dim=64)
+        blocks = Attended(torch.zeros_like(problem.query), torch.zeros(1, heads, 256))
+        with pytest.MonkeyPatch.context() as patch, LiveBytes() as live:
+            patch.setattr(columns_module, "_GROUP_NUMBERS", 256 * 64)
+            patch.setattr(columns_module, "_MERGED_NUMBERS", 16 * 64)
+            add_columns(
+                blocks,
+                *problem,
+                torch.arange(3).expand(1, heads, 3),
+                torch.zeros(1, heads, 16, 16, dtype=torch.bool),
+                BlockGrid(256, 256, (16, 16)),
+                scale=SCALE,
+                backend="reference",
+            )
+        used.append(live.most)
+    assert used[1] == used[0]
+    assert used[0] < 4 * 256 * 64 * 4
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes alive at once, of the tensors made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        before = {
+            x.untyped_storage()._cdata for x in tree_leaves((arguments, options)) if is_tensor(x)
+        }
+        result = function(*arguments, **(options or {}))
+        for tensor in filter(is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before | self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, number, size):
+        self.seen.discard(number)
+        self.now -= size
 
 
 def test_merging_needs_both_log_sum_exps():
     part = Attended(torch.zeros(1, 1, 1, 1), None)
     with pytest.raises(ValueError, match="lse must be given by both parts"):
-        merge_attended(part, part)
+        merge_into(part, part)

@@ -111,6 +111,18 @@ def test_what_cannot_be_used_is_named(given, message):
         read_configurations(given, MODEL)
 
 
+def test_a_file_of_head_budgets_is_recorded_by_what_it_holds(tmp_path):
+    file = tmp_path / "budgets.json"
+    file.write_text('[{"0": ["stream_llm", 7, 9, 1.0]}, {"0": ["vertical_and_slash", 5, 6]}]')
+    found = read_runs([f'm=minference:{{"layers": "{file}"}}+default'], MODEL)
+    assert found["m"].settings == TokenSparseConfig()
+    header = json.loads(json.dumps(settings_dicts(found)["m"]))
+    assert header["pattern"]["layers"] == [
+        [["stream_llm", 7, 9]],
+        [["vertical_and_slash", 5, 6]],
+    ]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -124,6 +136,7 @@ def test_what_cannot_be_used_is_named(given, message):
         (['a=flexprefill:{"gamma": 1}published'], "expected [+]VALUE after"),
         (['flexprefill:{"gamma": 1}'], "must be NAME=VALUE"),
         (["flexprefill", "flexprefill"], "'flexprefill' is taken"),
+        (['a=minference:{"layers": "no/such.json"}'], "No such file .*no/such.json"),
     ],
 )
 def test_patterns_that_cannot_be_used_are_named(given, message):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import contextmanager
+import json
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from attention.by_hand import HEADS, LITTLE, by_hand
 from integrations.models import CONFIG, make_ids, make_model
 from token_sparse_attention import LayerProfile, token_sparse_attention
-from token_sparse_attention.attention.patterns import FlexPrefillConfig
+from token_sparse_attention.attention.patterns import FlexPrefillConfig, MInferenceConfig
+from token_sparse_attention.attention.patterns.minference import load_head_budgets
 from token_sparse_attention.integrations.transformers import (
     apply,
     attention_of_every_layer,
@@ -39,7 +41,10 @@ def model():
 
 @contextmanager
 def attention_by_hand(model, pattern, configs, everywhere):
-    """Prefills by hand: the pattern on what `configs` selects, elsewhere on all or not at all."""
+    """Prefills by hand: the pattern on what `configs` selects, elsewhere on all or not at all.
+
+    `pattern` may be a list with one for each layer.
+    """
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(module, query, key, value, mask, scaling=None, **options):
@@ -59,7 +64,8 @@ def attention_by_hand(model, pattern, configs, everywhere):
                 ]
             )
         rest = torch.zeros_like(query)
-        out = by_hand((query, key, value), kept, pattern, rest, scaling)
+        mine = pattern[module.layer_idx] if isinstance(pattern, list) else pattern
+        out = by_hand((query, key, value), kept, mine, rest, scaling)
         return out.float().transpose(0, 1)[None].contiguous(), None
 
     AttentionInterface.register("by_hand", attend)
@@ -69,6 +75,72 @@ def attention_by_hand(model, pattern, configs, everywhere):
         yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@pytest.fixture(scope="module")
+def budget_file(tmp_path_factory):
+    """A file of head budgets as published: a list of layers, an object of heads in each."""
+    layers = [
+        {
+            str(head): ["vertical_and_slash", 3 + 2 * head + 7 * layer, 2 + head + layer, 0.1]
+            for head in range(4)
+        }
+        for layer in range(3)
+    ]
+    layers[1]["2"] = ["stream_llm", 20, 40, 0.1]
+    file = tmp_path_factory.mktemp("budgets") / "budgets.json"
+    file.write_text(json.dumps(layers))
+    return file
+
+
+def in_layers(file):
+    """The settings by a file of head budgets, and by hand those of each layer."""
+    of_all = MInferenceConfig(layers=file, last_queries=16, sink_size=4, local_size=4)
+    return of_all, [
+        dataclasses.replace(of_all, layers=None, heads=heads) for heads in load_head_budgets(file)
+    ]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["alone", "with-token-sparsity"])
+def test_each_layer_runs_its_own_head_budgets(model, budget_file, sparse):
+    ids = make_ids(500)
+    of_all, by_layer = in_layers(budget_file)
+    configs = PROFILE.layer_configs(3) if sparse else {}
+    with attention_by_hand(model, by_layer, configs, everywhere=True):
+        expected = model(ids).logits
+    with attention_by_hand(model, by_layer[0], configs, everywhere=True):
+        same_for_all = model(ids).logits
+    with ExitStack() as stack:
+        stack.enter_context(running_on(model, register_dense_attention(of_all)))
+        if sparse:
+            stack.enter_context(apply(model, PROFILE, attention_backend=of_all))
+        found = model(ids).logits
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert (found - same_for_all).abs().max() > 0.01
+    with attention_of_every_layer(model, f'minference:{{"layers": "{budget_file}"}}'):
+        # The defaults take the first columns and the nearest diagonals before any other.
+        assert (model(ids).logits - found).abs().max() > 0.001
+
+
+def test_head_budgets_must_be_of_the_model(model, budget_file):
+    layers = load_head_budgets(budget_file)
+    for bad, message in (
+        (layers[:2], "an entry for each of the model's 3 layers, got 2"),
+        ([*layers, layers[0]], "an entry for each of the model's 3 layers, got 4"),
+        ([*layers[:2], layers[2][:3]], "layer 2: heads must hold .* the 4 query heads, got 3"),
+    ):
+        config = MInferenceConfig(layers=bad)
+        with pytest.raises(ValueError, match=message):
+            apply(model, CONFIG, attention_backend=config)
+        with pytest.raises(ValueError, match=message), attention_of_every_layer(model, config):
+            pass
+        message = message.removeprefix("layer 2: ")
+        with (
+            running_on(model, register_dense_attention(config)),
+            pytest.raises(ValueError, match=message),
+        ):
+            model(make_ids(300))
+    assert model.config._attn_implementation == "sdpa"
 
 
 @contextmanager

@@ -47,6 +47,14 @@ def test_settings_from_values_and_from_files(tmp_path):
         ({"config": {}, "prefix_caching": "yes"}, ValueError, "refuse, allow; got 'yes'"),
         ({"config": {}, "impl": "cuda"}, ValueError, "impl must be one of"),
         ({"config": {}, "attention_backend": "fa9"}, ValueError, "fa9"),
+        (
+            {
+                "config": {},
+                "attention_backend": 'minference:{"layers": [[["stream_llm", 9, 9]]]}',
+            },
+            ValueError,
+            "must serve all layers alike, but names layers",
+        ),
         ({"config": {}, "log_interval": -1}, ValueError, "at least 0"),
         ({"config": {}, "log_interval": "9"}, TypeError, "number of seconds"),
     ],

@@ -52,16 +52,50 @@ def parse_backend(backend: str | PatternConfig) -> str:
                 "settings before, by parse_backend(settings)"
             )
         return backend
-    if isinstance(backend, str):
-        if backend in BACKENDS or backend in PATTERNS:
-            return backend
-        backend = _read(backend)
-    return _text(backend)
+    return _canonical(backend) if isinstance(backend, str) else _text(backend)
 
 
 def pattern_config(backend: str) -> PatternConfig | None:
     """Return the settings of the pattern that a string form names, None for a dense kernel."""
     return None if backend in BACKENDS else _read(backend)
+
+
+@functools.lru_cache(maxsize=1024)
+def backend_of_layer(backend: str, layer: int, num_layers: int) -> str:
+    """Return what a backend is in one of a model's layers.
+
+    Settings that name layers give that layer's; any other backend is the same in all.
+
+    Args:
+        backend: a string form.
+        layer: the layer's number, from 0.
+        num_layers: how many layers the model has.
+
+    Raises:
+        ValueError: if the settings name another number of layers.
+    """
+    config = pattern_config(backend)
+    if config is None:
+        return backend
+    return _text(PATTERNS[_name_of(config)].of_layer(config, layer, num_layers))
+
+
+def backends_of_layers(backend: str, num_layers: int, num_heads: int) -> tuple[str, ...]:
+    """Return `backend_of_layer` for each layer, checked against the number of query heads.
+
+    Raises:
+        ValueError: if the settings name another number of layers, or of heads in some layer.
+    """
+    backends = tuple(backend_of_layer(backend, layer, num_layers) for layer in range(num_layers))
+    for layer, text in enumerate(backends):
+        config = pattern_config(text)
+        if config is not None:
+            name = _name_of(config)
+            try:
+                PATTERNS[name].of_heads(config, range(num_heads), num_heads)
+            except ValueError as error:
+                raise ValueError(f"attention_backend {name!r}, layer {layer}: {error}") from error
+    return backends
 
 
 def _text(config: PatternConfig) -> str:
@@ -85,6 +119,11 @@ def _name_of(config: PatternConfig) -> str:
         "attention_backend must be a name or the settings of a pattern, got "
         f"{type(config).__name__}"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _canonical(text: str) -> str:
+    return text if text in BACKENDS or text in PATTERNS else _text(_read(text))
 
 
 @functools.lru_cache(maxsize=256)
@@ -116,6 +155,8 @@ def _read(text: str) -> PatternConfig:
         return config(**fields)
     except (TypeError, ValueError) as error:
         raise type(error)(f"attention_backend {name!r}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"attention_backend {name!r}: {error}") from error
 
 
 def _did_you_mean(given: str, known: Sequence[str]) -> str:

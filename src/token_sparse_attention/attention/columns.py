@@ -14,6 +14,58 @@ from token_sparse_attention.attention.block_sparse import (
 from token_sparse_attention.attention.dense import Attended
 
 _REFERENCE_ROWS = 256  # queries the reference attends at once, which bounds its memory
+_GROUP_NUMBERS = 2**27  # of one output of some KV heads: 256 MiB in bfloat16
+_MERGED_NUMBERS = 2**24  # of two outputs merged at once: 64 MiB in float32
+
+
+def add_columns(
+    into: Attended,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    columns: Tensor,
+    covered: Tensor,
+    grid: BlockGrid,
+    *,
+    scale: float,
+    backend: str,
+) -> None:
+    """Merge `attend_columns` into attention over the covered blocks, in place.
+
+    Some KV heads at a time, so that little memory is needed beside `into`.
+
+    Args:
+        into: attention over `covered`, with its log-sum-exp.
+        query: see `attend_columns`, as all others.
+        key: likewise.
+        value: likewise.
+        columns: likewise.
+        covered: likewise.
+        grid: likewise.
+        scale: likewise.
+        backend: likewise.
+
+    Raises:
+        ValueError: if `into` has no log-sum-exp.
+    """
+    num_kv_heads = key.shape[1]
+    group = query.shape[1] // num_kv_heads
+    at_once = max(_GROUP_NUMBERS * num_kv_heads // query.numel(), 1)
+    for first in range(0, num_kv_heads, at_once):
+        kv_heads = slice(first, first + at_once)
+        heads = slice(first * group, (first + at_once) * group)
+        part = attend_columns(
+            query[:, heads],
+            key[:, kv_heads],
+            value[:, kv_heads],
+            columns[:, heads],
+            covered[:, heads],
+            grid,
+            scale=scale,
+            backend=backend,
+        )
+        lse = None if into.lse is None else into.lse[:, heads]
+        merge_into(Attended(into.out[:, heads], lse), part)
 
 
 def attend_columns(
@@ -50,7 +102,8 @@ def attend_columns(
     safe = columns.clamp(max=grid.kv_len - 1)
     kv_block = (safe // grid.block_size[1])[:, :, None].expand(-1, -1, grid.query_blocks, -1)
     # From which position on a block of queries sees each column; nowhere if it is covered.
-    opens = torch.where(covered.gather(-1, kv_block), grid.kv_len, columns[:, :, None]).int()
+    hidden = covered.gather(-1, kv_block)
+    opens = torch.where(hidden, grid.kv_len, columns.int()[:, :, None])
     packed_key, packed_value = _gather_tokens(key, safe), _gather_tokens(value, safe)
     if choose_block_backend(backend, query, want_lse=True).name == "reference":
         absent = columns >= grid.kv_len
@@ -114,18 +167,29 @@ def _reference_columns(
     return Attended(out, lse)
 
 
-def merge_attended(one: Attended, other: Attended) -> Attended:
-    """Return attention over two disjoint sets of keys from attention over each.
+def merge_into(into: Attended, other: Attended) -> None:
+    """Make attention over some keys, in place, attention over another part's keys as well.
 
     ``lse = log(exp(lse_1) + exp(lse_2))``, and each output is weighted by
     ``exp(lse_i - lse)``. Where both saw nothing the result is zero.
 
+    Args:
+        into: ``[B, H, S, D]`` and ``[B, H, S]``, overwritten.
+        other: likewise, over none of the keys of `into`.
+
     Raises:
         ValueError: if a log-sum-exp is missing.
     """
-    if one.lse is None or other.lse is None:
+    if into.lse is None or other.lse is None:
         raise ValueError("lse must be given by both parts to merge them, got None")
-    lse = torch.logaddexp(one.lse, other.lse)
+    lse = torch.logaddexp(into.lse, other.lse)
     base = lse.masked_fill(lse == -torch.inf, 0.0)
-    first, second = ((part - base).exp()[..., None] for part in (one.lse, other.lse))
-    return Attended((one.out * first + other.out * second).to(one.out.dtype), lse)
+    first, second = ((part - base).exp()[..., None] for part in (into.lse, other.lse))
+    length = lse.shape[2]
+    step = max(_MERGED_NUMBERS * length // max(into.out.numel(), 1), 1)
+    for begin in range(0, length, step):
+        rows = slice(begin, begin + step)
+        merged = into.out[:, :, rows] * first[:, :, rows]
+        merged += other.out[:, :, rows] * second[:, :, rows]
+        into.out[:, :, rows] = merged
+    into.lse.copy_(lse)

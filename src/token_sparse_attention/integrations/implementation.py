@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from token_sparse_attention.attention.causal import attend, parse_backend, pattern_config
+from token_sparse_attention.attention.causal import (
+    attend,
+    backend_of_layer,
+    parse_backend,
+    pattern_config,
+)
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
 from token_sparse_attention.integrations.attention_mask import read_mask
@@ -96,14 +102,15 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         key, value = key[:, :, :kv_len], value[:, :, :kv_len]
-        out = attend(query, key, value, scale=scale, backend=backend).out
+        out = attend(query, key, value, scale=scale, backend=backend_in(module)).out
         return out.transpose(1, 2).contiguous(), None
 
     # A compiled model, and a chunk of a prompt, get a mask even where it is merely causal.
     # Patterns read it, and lengths, on the host; for a dense kernel sdpa does as well.
     unpadded_len = _no_mask
+    backend_in: Callable[[nn.Module], str] = lambda _: backend  # noqa: E731
     if pattern_config(backend) is not None:
-        unpadded_len = _causal_mask
+        unpadded_len, backend_in = _causal_mask, partial(_backend_in, backend)
         run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
     AttentionInterface.register(name, run)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
@@ -119,6 +126,15 @@ def _causal_mask(mask: Tensor | None, query_len: int, kv_len: int) -> int | None
     """Return how many keys are in use if the mask is causal without padding, else None."""
     layout = read_mask(mask, query_len, kv_len)
     return None if layout is None or layout.padding_mask is not None else layout.kv_len
+
+
+def _backend_in(backend: str, module: nn.Module) -> str:
+    """Return what a pattern is in the layer that `module` attends for."""
+    layer: int | None = getattr(module, "layer_idx", None)
+    config = getattr(module, "config", None)
+    if layer is None or config is None:  # then settings that name layers raise in the attention
+        return backend
+    return backend_of_layer(backend, layer, config.num_hidden_layers)
 
 
 def _implementation_name(backend: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.causal import backends_of_layers, parse_backend
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import (
     DenseReason,
@@ -61,12 +61,6 @@ __all__ = ["AppliedSparsity", "apply", "attention_of_every_layer", "register_den
 _NAME_PREFIX = "tsa_"  # must contain neither "flash" nor "sdpa", which transformers interprets
 _DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 
-_BYPASSED = (
-    "the model was switched to {!r}, so token sparse attention has no effect; where continuous "
-    "batching did that, call model.set_attn_implementation('paged|' + "
-    "model.config._attn_implementation) between apply() and generate_batch()"
-)
-
 
 def apply(
     model: PreTrainedModel,
@@ -101,7 +95,8 @@ def apply(
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if the model cannot be served, already is, or a layer is out of range.
+        ValueError: if the model cannot be served, already is, a layer is out of range, or
+            the backend's settings are for another number of layers or heads.
         RuntimeError: after the first forward pass, if no layer called the interface.
 
     Example:
@@ -125,7 +120,10 @@ def apply(
     _check_model(model)
     text_config = model.config.get_text_config(decoder=True)
     configs = layer_configs(config, text_config.num_hidden_layers)
-    return AppliedSparsity(model, configs, impl, backend, kept)
+    backends = backends_of_layers(
+        backend, text_config.num_hidden_layers, text_config.num_attention_heads
+    )
+    return AppliedSparsity(model, configs, impl, backends, kept)
 
 
 @contextmanager
@@ -142,12 +140,15 @@ def attention_of_every_layer(
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if the model cannot be served, or the backend is unknown.
+        ValueError: if the model cannot be served, the backend is unknown, or its settings are
+            for another number of layers or heads.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     _check_model(model)
     config = model.config.get_text_config(decoder=True)
-    name, before = register_dense_attention(attention_backend), config._attn_implementation
+    backend = parse_backend(attention_backend)
+    backends_of_layers(backend, config.num_hidden_layers, config.num_attention_heads)
+    name, before = register_dense_attention(backend), config._attn_implementation
     config._attn_implementation_internal = name
     try:
         yield
@@ -196,7 +197,7 @@ class AppliedSparsity:
         model: PreTrainedModel,
         configs: dict[int, TokenSparseConfig],
         impl: str,
-        attention_backend: str,
+        attention_backends: tuple[str, ...],
         kept: float | None,
     ) -> None:
         self.report = PrefillReport()
@@ -206,7 +207,7 @@ class AppliedSparsity:
         self._modules = weakref.WeakSet(model.modules())
         self._configs = configs
         self._impl = impl
-        self._attention_backend = attention_backend
+        self._attention_backends = attention_backends  # by layer
         self._kept = kept
         self._head_group = tensor_parallel_group(model)
         self._last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None
@@ -255,7 +256,13 @@ class AppliedSparsity:
         if implementation.removeprefix(PREFIX) != self.name:
             if not self._bypassed:
                 self._bypassed = True
-                warnings.warn(_BYPASSED.format(implementation), stacklevel=2)
+                warnings.warn(
+                    f"the model was switched to {implementation!r}, so token sparse attention "
+                    "has no effect; where continuous batching did that, call "
+                    "model.set_attn_implementation('paged|' + model.config._attn_implementation) "
+                    "between apply() and generate_batch()",
+                    stacklevel=2,
+                )
         elif not self._interface_called:
             self.remove()
             raise RuntimeError(
@@ -396,7 +403,7 @@ class AppliedSparsity:
             padding_mask=padding_mask,
             scale=scale,
             impl=self._impl,
-            attention_backend=self._attention_backend,
+            attention_backend=self._attention_backends[layer],
             kept=self._kept,
             head_group=self._head_group,
             return_selection=True,

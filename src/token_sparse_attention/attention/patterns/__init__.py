@@ -32,6 +32,7 @@ from token_sparse_attention.attention.patterns.minference import (
     MInferenceConfig,
     minference_attention,
     of_heads,
+    of_layer,
 )
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig, streaming_mask
 from token_sparse_attention.attention.patterns.xattention import (
@@ -64,6 +65,10 @@ def _same_for_all_heads(config: Any, heads: Sequence[int], num_heads: int) -> An
     return config
 
 
+def _same_for_all_layers(config: Any, layer: int, num_layers: int) -> Any:  # noqa: ARG001
+    return config
+
+
 class Pattern(NamedTuple):
     """A block-sparse pattern.
 
@@ -72,11 +77,14 @@ class Pattern(NamedTuple):
         run: what `attend` calls on checked arguments.
         of_heads: given settings, numbers of query heads and how many heads there are, returns
             the settings for these heads alone; only settings that name heads need it.
+        of_layer: given settings, the number of a layer and how many layers there are, returns
+            the settings for this layer; only settings that name layers need it.
     """
 
     config: type[PatternConfig]
     run: Callable[..., Attended]
     of_heads: Callable[[Any, Sequence[int], int], Any] = _same_for_all_heads
+    of_layer: Callable[[Any, int, int], Any] = _same_for_all_layers
 
     @overload
     def attend(
@@ -250,7 +258,9 @@ def _minference(*arguments: Any, want_lse: bool, **settings: Any) -> Attended:
 
 PATTERNS = {
     "flexprefill": Pattern(FlexPrefillConfig, _in_head_groups(_from_mask(flexprefill_mask))),
-    "minference": Pattern(MInferenceConfig, _in_head_groups(_minference, of_heads), of_heads),
+    "minference": Pattern(
+        MInferenceConfig, _in_head_groups(_minference, of_heads), of_heads, of_layer
+    ),
     "xattention": Pattern(
         XAttentionConfig,
         _in_head_groups(_from_mask(xattention_mask), thresholds_of_heads),

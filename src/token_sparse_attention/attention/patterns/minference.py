@@ -22,7 +22,7 @@ from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import attend_blocks
-from token_sparse_attention.attention.columns import attend_columns, merge_attended
+from token_sparse_attention.attention.columns import add_columns
 from token_sparse_attention.attention.dense import Attended
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import (
@@ -63,11 +63,15 @@ class MInferenceConfig(PatternConfig):
         coverage: if given, a head takes the fewest columns, and the fewest diagonals, that
             hold this share of the estimated attention; the sizes are then upper bounds.
             It does not act on ``"stream_llm"`` heads.
-        heads: a budget per head, in place of the two sizes; see `load_head_budgets`.
+        heads: a budget per head, in place of the two sizes.
+        layers: such heads for each layer of a model, or the path of a pattern file, which is
+            read at once; see `load_head_budgets`. What runs in a model, such as `apply`, gives
+            each layer its own; attention without a model takes `heads`.
 
     Raises:
+        FileNotFoundError: if `layers` is a path, and there is no such file.
         TypeError: if a field has the wrong type.
-        ValueError: if it is out of range.
+        ValueError: if it is out of range, or both `heads` and `layers` are given.
     """
 
     vertical_size: int = 1000
@@ -77,6 +81,7 @@ class MInferenceConfig(PatternConfig):
     local_size: int = 100
     coverage: float | None = None
     heads: tuple[HeadBudget, ...] | None = None
+    layers: tuple[tuple[HeadBudget, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         check_count("vertical_size", self.vertical_size, 1)
@@ -91,6 +96,10 @@ class MInferenceConfig(PatternConfig):
                 raise TypeError(f"heads must hold a budget per head, got {self.heads!r}")
             budgets = tuple(_head_budget(f"heads[{i}]", b) for i, b in enumerate(self.heads))
             object.__setattr__(self, "heads", budgets)
+        if self.layers is not None:
+            if self.heads is not None:
+                raise ValueError("heads and layers must not both be given: layers hold the heads")
+            object.__setattr__(self, "layers", _budgets_of_layers(self.layers))
 
 
 class VerticalSlash(NamedTuple):
@@ -146,8 +155,9 @@ def attend_chosen(
     backend: str,
 ) -> Attended:
     """Attend over the blocks of `slash_blocks`, and the chosen columns beside them."""
-    blocks = attend_blocks(query, key, value, mask, scale=scale, backend=backend, want_lse=True)
-    columns = attend_columns(
+    attended = attend_blocks(query, key, value, mask, scale=scale, backend=backend, want_lse=True)
+    add_columns(
+        attended,
         query,
         key,
         value,
@@ -157,7 +167,7 @@ def attend_chosen(
         scale=scale,
         backend=backend,
     )
-    return merge_attended(blocks, columns)
+    return attended
 
 
 def vertical_slash(
@@ -166,7 +176,8 @@ def vertical_slash(
     """Choose columns and diagonals by the attention of the last queries (algorithm 2).
 
     Raises:
-        ValueError: if `config.heads` is not one budget per query head.
+        ValueError: if `config.heads` is not one budget per query head, or `config.layers` is
+            given.
     """
     kv_len = key.shape[2]
     _check_heads(config, query.shape[1])
@@ -189,7 +200,8 @@ def of_heads(config: MInferenceConfig, heads: Sequence[int], num_heads: int) -> 
     """Return the settings for some of the `num_heads` query heads, in their order.
 
     Raises:
-        ValueError: if `config.heads` is not one budget per query head.
+        ValueError: if `config.heads` is not one budget per query head, or `config.layers` is
+            given.
     """
     _check_heads(config, num_heads)
     if config.heads is None:
@@ -197,7 +209,28 @@ def of_heads(config: MInferenceConfig, heads: Sequence[int], num_heads: int) -> 
     return dataclasses.replace(config, heads=tuple(config.heads[head] for head in heads))
 
 
+def of_layer(config: MInferenceConfig, layer: int, num_layers: int) -> MInferenceConfig:
+    """Return the settings for one of a model's layers.
+
+    Raises:
+        ValueError: if `config.layers` has not an entry for each of `num_layers` layers.
+    """
+    if config.layers is None:
+        return config
+    if len(config.layers) != num_layers:
+        raise ValueError(
+            f"layers must have an entry for each of the model's {num_layers} layers, "
+            f"got {len(config.layers)}"
+        )
+    return dataclasses.replace(config, heads=config.layers[layer], layers=None)
+
+
 def _check_heads(config: MInferenceConfig, num_heads: int) -> None:
+    if config.layers is not None:
+        raise ValueError(
+            "layers must be None where one layer's attention runs, which does not know its "
+            "number; give that layer's budgets as heads"
+        )
     if config.heads is not None and len(config.heads) != num_heads:
         raise ValueError(
             f"heads must hold a budget for each of the {num_heads} query heads, "
@@ -284,11 +317,19 @@ def load_head_budgets(path: str | Path) -> list[tuple[HeadBudget, ...]]:
     """
     try:
         layers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(layers, list) or not layers:
         raise ValueError(f"{path} must hold a list with an entry per layer")
     return [_layer_budgets(f"{path}: layer {i}", layer) for i, layer in enumerate(layers)]
+
+
+def _budgets_of_layers(layers: Any) -> tuple[tuple[HeadBudget, ...], ...]:
+    if isinstance(layers, (str, Path)):
+        return tuple(load_head_budgets(layers))
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise TypeError(f"layers must hold head budgets per layer, or be a path; got {layers!r}")
+    return tuple(_layer_budgets(f"layers[{i}]", layer) for i, layer in enumerate(layers))
 
 
 def _layer_budgets(where: str, layer: Any) -> tuple[HeadBudget, ...]:
@@ -297,7 +338,7 @@ def _layer_budgets(where: str, layer: Any) -> tuple[HeadBudget, ...]:
         if sorted(layer) != sorted(numbers):
             raise ValueError(f"{where} must number its heads from 0, got {sorted(layer)}")
         layer = [layer[number] for number in numbers]
-    if not isinstance(layer, list) or not layer:
+    if not isinstance(layer, (list, tuple)) or not layer:
         raise ValueError(f"{where} must be a list of heads or an object from number to head")
     return tuple(_head_budget(f"{where}, head {i}", head) for i, head in enumerate(layer))
 

@@ -38,11 +38,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
-_SHARED_CACHE = "layer reads another layer's cache"
-_QUANTISED_CACHE = "cache is quantised"
-_UNKNOWN_LAYOUT = "layout of the cache is not understood"
-_ALIBI = "layer adds ALiBi to its attention logits"
-
 ReadCache = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -165,7 +160,7 @@ class SparsePrefillBuilder:
 
     def _obstacle(self, prefill: Prefill) -> str | None:
         unread = self._read_cache is None and not prefill.whole
-        return _UNKNOWN_LAYOUT if unread else None
+        return str(DenseReason.CACHE_LAYOUT) if unread else None
 
     def _rest(self, common: Any, rows: tuple[int, ...]) -> Rest | None:
         """Build the stock metadata of the requests that are not in `rows`."""
@@ -264,9 +259,9 @@ class SparsePrefillImpl:
             str(DenseReason.SLIDING_WINDOW): sliding_window is not None,
             str(DenseReason.SOFT_CAP): bool(logits_soft_cap),
             str(DenseReason.ATTENTION_SINKS): sinks is not None,
-            _ALIBI: alibi_slopes is not None,
-            _SHARED_CACHE: kv_sharing_target_layer_name is not None,
-            _QUANTISED_CACHE: is_quantized_kv_cache(kv_cache_dtype),
+            str(DenseReason.ALIBI): alibi_slopes is not None,
+            str(DenseReason.SHARED_CACHE): kv_sharing_target_layer_name is not None,
+            str(DenseReason.QUANTISED_CACHE): is_quantized_kv_cache(kv_cache_dtype),
             f"{DenseReason.UNKNOWN_ARGUMENT}: {', '.join(unknown)}": bool(unknown),
         }
         self.obstacle = next((text for text, stands in obstacles.items() if stands), None)
@@ -347,7 +342,7 @@ class SparsePrefillImpl:
 
 
 def _no_reader(*_: object) -> tuple[Tensor, Tensor]:
-    raise RuntimeError(_UNKNOWN_LAYOUT)
+    raise RuntimeError(str(DenseReason.CACHE_LAYOUT))
 
 
 def _as_batch(tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.causal import parse_backend, pattern_config
 from token_sparse_attention.config import (
     LayerProfile,
     TokenSparseConfig,
@@ -53,6 +53,8 @@ class Settings:
             )
         check_impl(self.impl)
         object.__setattr__(self, "attention_backend", parse_backend(self.attention_backend))
+        if getattr(pattern_config(self.attention_backend), "layers", None) is not None:
+            raise ValueError("attention_backend must serve all layers alike, but names layers")
         if self.prefix_caching not in PREFIX_CACHING:
             raise ValueError(
                 f"prefix_caching must be one of {', '.join(PREFIX_CACHING)}; "
