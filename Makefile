@@ -45,7 +45,7 @@ compat:
 	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt torch
 	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt -e '.[dev]'
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
-		tests/integrations tests/calibration tests/evaluation tests/test_*.py
+		tests/integrations tests/calibration tests/evaluation tests/report/test_capture.py tests/test_bundled.py tests/test_cli.py
 
 wheel-check:
 	scripts/wheel-check.sh $(PYTHON)

@@ -6,9 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from support import make_problem, relative_error
 from token_sparse_attention.attention import block_sparse
+from token_sparse_attention.attention import columns as columns_module
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import (
     block_sparse_attention,
@@ -262,53 +266,47 @@ def test_merging_in_parts_is_merging_at_once(monkeypatch):
     torch.testing.assert_close(results[0].lse, torch.logaddexp(one.lse, other.lse))
 
 
-def test_memory_beside_the_output_is_bounded():
-    """What adding columns allocates on top does not grow with the number of heads."""
-    used = []
-    for heads in (2, 8):
-        problem = make_problem(heads=heads, kv_heads=heads, query_len=256, head_dim=64)
-        blocks = Attended(torch.zeros_like(problem.query), torch.zeros(1, heads, 256))
-        with pytest.MonkeyPatch.context() as patch, LiveBytes() as live:
-            patch.setattr(columns_module, "_GROUP_NUMBERS", 256 * 64)
-            patch.setattr(columns_module, "_MERGED_NUMBERS", 16 * 64)
-            add_columns(
-                blocks,
-                *problem,
-                torch.arange(3).expand(1, heads, 3),
-                torch.zeros(1, heads, 16, 16, dtype=torch.bool),
-                BlockGrid(256, 256, (16, 16)),
-                scale=SCALE,
-                backend="reference",
-            )
-        used.append(live.most)
-    assert used[1] == used[0]
-    assert used[0] < 4 * 256 * 64 * 4
-
-
 class LiveBytes(TorchDispatchMode):
-    """The most bytes alive at once, of the tensors made meanwhile."""
+    """The most bytes alive between two operations, of the tensors made meanwhile."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.most, self.seen = 0, 0, set()
+        self.made, self.most = {}, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        before = {
-            x.untyped_storage()._cdata for x in tree_leaves((arguments, options)) if is_tensor(x)
-        }
+        given = {storage._cdata for storage in storages((arguments, options))}
         result = function(*arguments, **(options or {}))
-        for tensor in filter(is_tensor, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in before | self.seen:
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.made = {
+            place: (alive, size)
+            for place, (alive, size) in self.made.items()
+            if not alive.expired()
+        }
+        for storage in storages(result):
+            if storage._cdata not in given:
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, sum(size for _, size in self.made.values()))
         return result
 
-    def _free(self, number, size):
-        self.seen.discard(number)
-        self.now -= size
+
+def storages(tree):
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def test_adding_columns_needs_no_more_memory_for_more_heads(monkeypatch):
+    length, head_dim, size = 256, 64, (16, 16)
+    monkeypatch.setattr(columns_module, "_GROUP_NUMBERS", length * head_dim)
+    monkeypatch.setattr(columns_module, "_MERGED_NUMBERS", 16 * head_dim)
+    grid, most = BlockGrid(length, length, size), []
+    for heads in (2, 8):
+        problem = make_problem(heads=heads, kv_heads=heads, query_len=length, head_dim=head_dim)
+        into = Attended(torch.zeros_like(problem.query), torch.zeros(1, heads, length))
+        columns = torch.arange(3).expand(1, heads, 3)
+        covered = torch.zeros(1, heads, grid.query_blocks, grid.kv_blocks, dtype=torch.bool)
+        with LiveBytes() as live:
+            add_columns(into, *problem, columns, covered, grid, scale=SCALE, backend="reference")
+        most.append(live.most)
+    assert most[0] == most[1] < 8 * length * head_dim * 4
+    assert most[0] > length * head_dim * 4, "a head's output at least"
 
 
 def test_merging_needs_both_log_sum_exps():

@@ -164,6 +164,7 @@ def test_a_small_run_is_checked_and_complete():
         budget_seconds=0.0,
     )
     records = list(measure(options))
+    assert {one.suite for one in records} == {"block"}
     names = {one.name for one in records}
     assert {"block/dense", "block/reference", "block/lists", "block/matmul"} <= names
     assert {f"estimate/{e.name}" for e in ESTIMATORS} <= names

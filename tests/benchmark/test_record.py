@@ -34,7 +34,10 @@ def test_a_run_without_records_is_a_file_too():
         (lambda content: content["records"][1].pop("kind"), r"records\[1\] .* entries: kind"),
         (lambda content: content["records"][1].update(speed=3), "unknown entries: speed"),
         (lambda content: content["records"][2].update(kind="felt"), "one of graph, events"),
-        (lambda content: content["records"][2].update(suite="x"), "one of op, prefill; got 'x'"),
+        (
+            lambda content: content["records"][2].update(suite="x"),
+            "one of op, prefill, block; got 'x'",
+        ),
         (lambda content: content["records"][2].update(seq_len=1.5), "seq_len must be int, got 1"),
         (lambda content: content["records"][2].update(seq_len=True), "must be int, got True"),
         (lambda content: content["records"][2].update(passed=1), "must be bool or null, got 1"),

@@ -54,18 +54,20 @@ def add_columns(
     for first in range(0, num_kv_heads, at_once):
         kv_heads = slice(first, first + at_once)
         heads = slice(first * group, (first + at_once) * group)
-        part = attend_columns(
-            query[:, heads],
-            key[:, kv_heads],
-            value[:, kv_heads],
-            columns[:, heads],
-            covered[:, heads],
-            grid,
-            scale=scale,
-            backend=backend,
-        )
         lse = None if into.lse is None else into.lse[:, heads]
-        merge_into(Attended(into.out[:, heads], lse), part)
+        merge_into(
+            Attended(into.out[:, heads], lse),
+            attend_columns(
+                query[:, heads],
+                key[:, kv_heads],
+                value[:, kv_heads],
+                columns[:, heads],
+                covered[:, heads],
+                grid,
+                scale=scale,
+                backend=backend,
+            ),
+        )
 
 
 def attend_columns(

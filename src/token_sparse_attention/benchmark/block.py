@@ -1,8 +1,4 @@
-"""`tsa bench block`: block-sparse attention against its peers, and what choosing blocks costs.
-
-In these records `kept` is the density: attended blocks over all causal blocks, a block on the
-diagonal counted as a whole one.
-"""
+"""`tsa bench block`: block-sparse attention against its peers, and what choosing blocks costs."""
 
 from __future__ import annotations
 
@@ -93,7 +89,7 @@ class BlockOptions:
             head_dim=self.head_dim,
             budget_seconds=self.budget_seconds,
         )
-        return _Point(options, seq_len)
+        return _Point(options, seq_len, "block")
 
 
 def measure(options: BlockOptions, report: Report = lambda _: None) -> Iterator[Record]:

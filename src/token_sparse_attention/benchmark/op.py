@@ -100,16 +100,16 @@ def measure(options: OpOptions, report: Report = lambda _: None) -> Iterator[Rec
 class _Point:
     """One length's inputs, and what its records have in common."""
 
-    def __init__(self, options: OpOptions, seq_len: int) -> None:
+    def __init__(self, options: OpOptions, seq_len: int, suite: str = "op") -> None:
         timing.free_memory(options.device)
-        self.options, self.seq_len = options, seq_len
+        self.options, self.seq_len, self.suite = options, seq_len, suite
         self.inputs = _make_inputs(options, seq_len)
         self.reference_error = 0.0  # of the first dense kernel that ran
 
     def record(self, name: str, kind: str, **fields: Any) -> Record:
         options = self.options
         return Record(
-            suite="op",
+            suite=self.suite,
             name=name,
             kind=kind,
             batch=1,

@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 SCHEMA_VERSION = 1
-SUITES = ("op", "prefill")
+SUITES = ("op", "prefill", "block")
 KERNEL_KINDS = ("graph", "events", "eager")  # what counts as kernel time, best first
 KINDS = (*KERNEL_KINDS, "first_call", "memory", "skipped")
 
@@ -26,7 +26,7 @@ class Record:
     """One measurement.
 
     Attributes:
-        suite: ``"op"`` or ``"prefill"``.
+        suite: ``"op"``, ``"prefill"`` or ``"block"``.
         name: what ran, for example ``"dense/fa4"`` or ``"ours/score"``.
         kind: ``"graph"``: time on the device by replay of a CUDA graph; ``"events"``: time
             between CUDA events, where no graph could be captured; ``"eager"``: host clock from
@@ -38,7 +38,9 @@ class Record:
         head_dim: D.
         seq_len: S.
         dtype: of the tensors.
-        kept: share of the tokens attended over; None where that does not apply.
+        kept: share of the tokens attended over; in the suite ``"block"`` the density, attended
+            blocks over all causal blocks, a block on the diagonal counted as a whole one. None
+            where that does not apply.
         drop_mass: the setting that decided `kept`, None where `kept` was given.
         median_ms: median time.
         low_ms: 20th percentile of the time.

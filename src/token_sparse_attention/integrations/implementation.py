@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention.causal import (
     attend,
     backend_of_layer,
+    backends_of_layers,
     parse_backend,
     pattern_config,
 )
@@ -24,6 +26,9 @@ from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
 from token_sparse_attention.integrations.attention_mask import read_mask
 
+DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
+# Names must contain neither "flash" nor "sdpa", which transformers interprets.
+SPARSE_PREFIX = "tsa_"  # of the names under which `apply` registers
 DENSE_PREFIX = "dense_"  # of the names that `register_dense_attention` gives
 # Arguments that change nothing about attention itself. Any other one that is set, and that
 # `dense_reason` does not read, sends the layer to the model's own implementation.
@@ -117,6 +122,36 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
     return name
 
 
+@contextmanager
+def attention_of_every_layer(
+    model: PreTrainedModel, attention_backend: str | PatternConfig
+) -> Iterator[None]:
+    """Run a model on `register_dense_attention` of a backend meanwhile.
+
+    `apply` inside makes layers token sparse besides.
+
+    Args:
+        model: a model that `apply` could serve.
+        attention_backend: which kernel or pattern attends.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if the model cannot be served, the backend is unknown, or its settings are
+            for another number of layers or heads.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    check_model(model)
+    config = model.config.get_text_config(decoder=True)
+    backend = parse_backend(attention_backend)
+    backends_of_layers(backend, config.num_hidden_layers, config.num_attention_heads)
+    name, before = register_dense_attention(backend), config._attn_implementation
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+
+
 def _no_mask(mask: Tensor | None, query_len: int, kv_len: int) -> int | None:
     """Return how many keys there are if no mask says so, else None."""
     return kv_len if mask is None and query_len == kv_len else None
@@ -144,6 +179,39 @@ def _implementation_name(backend: str) -> str:
     # Other settings, another name; transformers gives ":" and "/" in a name a meaning.
     digest = f"_{hashlib.sha256(backend.encode()).hexdigest()[:12]}" if colon else ""
     return f"{DENSE_PREFIX}{pattern}{digest}"
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise unless the attention of a model can be replaced.
+
+    Raises:
+        TypeError: if it is no transformers model.
+        ValueError: if it is no decoder on the attention interface, runs an implementation that
+            is not known, or runs sparse already.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
+        )
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be decoder-only, but {kind} is an encoder-decoder model")
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        raise ValueError(
+            f"model must use transformers' attention interface, which {kind} does not support"
+        )
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    if implementation.startswith(SPARSE_PREFIX):
+        raise ValueError(
+            "model already runs token sparse attention; remove() the first application before "
+            "applying again (models built on one config object share it)"
+        )
+    if implementation not in DENSE_IMPLEMENTATIONS and not implementation.startswith(DENSE_PREFIX):
+        raise ValueError(
+            f"model must run one of the attention implementations "
+            f"{', '.join(DENSE_IMPLEMENTATIONS)}, got {implementation!r}; call "
+            "model.set_attn_implementation('sdpa') first"
+        )
 
 
 def dense_reason(

@@ -11,8 +11,6 @@ from __future__ import annotations
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -43,7 +41,10 @@ from token_sparse_attention.integrations.continuous_batching import (
     read_call,
 )
 from token_sparse_attention.integrations.implementation import (
-    DENSE_PREFIX,
+    DENSE_IMPLEMENTATIONS,
+    SPARSE_PREFIX,
+    attention_of_every_layer,
+    check_model,
     dense_function,
     dense_reason,
     register_dense_attention,
@@ -57,9 +58,6 @@ from token_sparse_attention.integrations.tensor_parallel import tensor_parallel_
 from token_sparse_attention.selection import check_impl
 
 __all__ = ["AppliedSparsity", "apply", "attention_of_every_layer", "register_dense_attention"]
-
-_NAME_PREFIX = "tsa_"  # must contain neither "flash" nor "sdpa", which transformers interprets
-_DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 def apply(
@@ -117,71 +115,13 @@ def apply(
     check_impl(impl)
     check_kept(kept)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    _check_model(model)
+    check_model(model)
     text_config = model.config.get_text_config(decoder=True)
     configs = layer_configs(config, text_config.num_hidden_layers)
     backends = backends_of_layers(
         backend, text_config.num_hidden_layers, text_config.num_attention_heads
     )
     return AppliedSparsity(model, configs, impl, backends, kept)
-
-
-@contextmanager
-def attention_of_every_layer(
-    model: PreTrainedModel, attention_backend: str | PatternConfig
-) -> Iterator[None]:
-    """Run a model on `register_dense_attention` of a backend meanwhile.
-
-    `apply` inside makes layers token sparse besides.
-
-    Args:
-        model: a model that `apply` could serve.
-        attention_backend: which kernel or pattern attends.
-
-    Raises:
-        TypeError: if an argument has the wrong type.
-        ValueError: if the model cannot be served, the backend is unknown, or its settings are
-            for another number of layers or heads.
-    """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    _check_model(model)
-    config = model.config.get_text_config(decoder=True)
-    backend = parse_backend(attention_backend)
-    backends_of_layers(backend, config.num_hidden_layers, config.num_attention_heads)
-    name, before = register_dense_attention(backend), config._attn_implementation
-    config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
-        )
-    kind = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"model must be decoder-only, but {kind} is an encoder-decoder model")
-    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
-        raise ValueError(
-            f"model must use transformers' attention interface, which {kind} does not support"
-        )
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    if implementation.startswith(_NAME_PREFIX):
-        raise ValueError(
-            "model already runs token sparse attention; remove() the first application before "
-            "applying again (models built on one config object share it)"
-        )
-    if implementation not in _DENSE_IMPLEMENTATIONS and not implementation.startswith(
-        DENSE_PREFIX
-    ):
-        raise ValueError(
-            f"model must run one of the attention implementations "
-            f"{', '.join(_DENSE_IMPLEMENTATIONS)}, got {implementation!r}; call "
-            "model.set_attn_implementation('sdpa') first"
-        )
 
 
 class AppliedSparsity:
@@ -201,7 +141,7 @@ class AppliedSparsity:
         kept: float | None,
     ) -> None:
         self.report = PrefillReport()
-        self.name = _NAME_PREFIX + uuid.uuid4().hex
+        self.name = SPARSE_PREFIX + uuid.uuid4().hex
         self._text_config = model.config.get_text_config(decoder=True)
         self._dense_name: str = self._text_config._attn_implementation
         self._modules = weakref.WeakSet(model.modules())
@@ -313,7 +253,7 @@ class AppliedSparsity:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention function of continuous batching: each request is decided for itself."""
-        if self._dense_name not in _DENSE_IMPLEMENTATIONS:
+        if self._dense_name not in DENSE_IMPLEMENTATIONS:
             raise ValueError(
                 "model must run 'eager' or 'sdpa' under token sparse attention for continuous "
                 f"batching, got {self._dense_name!r}"
