@@ -147,7 +147,8 @@ def test_the_committed_page_is_what_the_results_give(tmp_path):
     main(["bench", "docs", *map(str, RESULTS), "--out", str(page)])
     assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
     figures = {file.name: file.read_text() for file in (tmp_path / "figures").iterdir()}
-    assert figures == {file.name: file.read_text() for file in (PAGE.parent / "figures").iterdir()}
+    assert figures
+    assert figures == {name: (PAGE.parent / "figures" / name).read_text() for name in figures}
 
 
 def test_the_page_has_a_place_for_every_table():
