@@ -1,0 +1,55 @@
+"""Times of every layer's attention on a model's own inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.frontier.layer_times import layer_times, speed_up
+
+from integrations.models import make_ids, make_model
+from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention.evaluation.settings import Configuration
+
+SPARSE = TokenSparseConfig(
+    drop_mass=0.4, window_size=4, pool_size=3, min_tokens=8, crossover="off", sparse_layers=(1,)
+)
+STREAMING = 'streaming:{"sink_size": 0, "local_size": 1}'
+
+
+def test_every_layer_is_timed_under_every_setting(monkeypatch):
+    """What runs is what `tsa eval` would run, and the model reads on densely."""
+    from benchmarks.frontier import layer_times as module
+
+    ran = []
+
+    def sparse(query, *_, **given):
+        ran.append(given["attention_backend"])
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(module, "token_sparse_attention", sparse)
+    model, ids = make_model("Llama"), make_ids(90)
+    dense = model(ids).logits
+    states = []
+    hook = model.lm_head.register_forward_hook(lambda *given: states.append(given[2]))
+    configurations = {
+        "tokens": Configuration(SPARSE),
+        "blocks": Configuration(None, STREAMING),
+        "both": Configuration(SPARSE, STREAMING),
+    }
+    times = layer_times(model, ids, configurations, budget=0.001)
+    hook.remove()
+    torch.testing.assert_close(states[0][:, -1], dense[:, -1], rtol=1e-4, atol=1e-4)
+    assert {name: len(layers) for name, layers in times.items()} == dict.fromkeys(
+        ("dense", *configurations), 3
+    )
+    assert set(ran) == {"auto", STREAMING}
+    assert all(entry["low_ms"] <= entry["high_ms"] for entry in times["both"])
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_speed_up_sums_over_layers():
+    def layer(ms):
+        return {"median_ms": ms, "low_ms": ms, "high_ms": ms}
+
+    times = {"dense": [layer(4.0), layer(4.0)], "a": [layer(4.0), layer(1.0)]}
+    assert speed_up(times, "a") == pytest.approx(1.6)
