@@ -66,10 +66,13 @@ def test_blocks_that_do_not_hold_the_numbers_have_no_order(broken):
 
 
 @pytest.mark.parametrize("kv_len", [1, 31, 32, 33, 111, 7 * BLOCK])
-def test_gpu_blocks(kv_len):
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_gpu_blocks_in_either_order(kv_len, tokens_first):
     key, value = torch.randn(2, 1, HEADS, kv_len, DIM)
     table = torch.randperm(BLOCKS)
     cache = torch.full((BLOCKS, HEADS, BLOCK, 2 * DIM), torch.nan)
+    if tokens_first:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
     for token in range(kv_len):
         cache[table[token // BLOCK], :, token % BLOCK, :DIM] = key[0, :, token]
         cache[table[token // BLOCK], :, token % BLOCK, DIM:] = value[0, :, token]
