@@ -4,9 +4,10 @@ A prompt that is processed whole needs no cache: its keys and values are at hand
 all of one request is copied, for one layer at a time: the scoring window attends to every key,
 and the operator takes values of the same length, though no head may keep some of them.
 
-On a GPU a block holds ``[H_kv, block, 2 D]``, keys before values. On a CPU a block holds each
-head's keys and then its values, each in an order that suits the processor's instructions
-(keys by column, or in tiles); that order is measured once, not assumed.
+On a GPU a block holds ``[H_kv, block, 2 D]``, keys before values; in memory its tokens come
+before its heads unless vLLM is told otherwise. On a CPU a block holds each head's keys and then
+its values, each in an order that suits the processor's instructions (keys by column, or in
+tiles); that order is measured once, not assumed.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ def read_gpu(kv_cache: Tensor, block_table: Tensor, kv_len: int) -> tuple[Tensor
     """Return a request's keys and values from a cache laid out as on GPUs.
 
     Args:
-        kv_cache: ``[blocks, H_kv, block, 2 D]``.
+        kv_cache: ``[blocks, H_kv, block, 2 D]``, in either order in memory.
         block_table: ``[n]``, the request's blocks in order, maybe more than it uses.
         kv_len: its tokens.
 
     Returns:
         Keys and values, ``[1, H_kv, kv_len, D]``.
     """
-    num_heads, block_size, width = kv_cache.shape[1:]
+    block_size, width = kv_cache.shape[2:]
     blocks = block_table[: -(-kv_len // block_size)]
-    both = kv_cache.transpose(0, 1)[:, blocks].view(1, num_heads, -1, width)[:, :, :kv_len]
+    # With tokens before heads in memory this copies once, otherwise twice.
+    tokens = kv_cache.transpose(1, 2)[blocks].flatten(0, 1)[:kv_len]
+    both = tokens.transpose(0, 1)[None]
     return both[..., : width // 2], both[..., width // 2 :]
 
 
