@@ -22,9 +22,9 @@ MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # The same for the windowed fallback: a fixed part, and one per token of the window.
 FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
-# And for its far tokens, which may all lie at the start, where every query sees them: twice
-# what evenly spread ones took.
-FAR_TOKENS = {"cuda": (1500.0, 4.2), "cpu": (4000.0, 15.0)}
+# And for its far tokens. They may all lie at the start, where every query sees them: twice what
+# evenly spread ones took on an H200 at 128K. On a CPU the measurement was rough: an upper end.
+FAR_TOKENS = {"cuda": (1500.0, 4.2), "cpu": (4000.0, 20.0)}
 
 
 class BreakEven(NamedTuple):

@@ -16,7 +16,7 @@ from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.inputs import RealTokens
 from token_sparse_attention.selection import load_kernels
 
-_LOGITS = 2**26  # at once, where PyTorch adds the far tokens
+_LOGITS = 2**21  # at once, where PyTorch adds the far tokens
 
 
 def far_tokens(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor | None:
