@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import pytest
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
@@ -11,6 +12,11 @@ from transformers.masking_utils import sdpa_mask
 
 from token_sparse_attention import TokenSparseConfig, reference
 
+# Where transformers changed what several processes, and batches of requests, are given.
+SEVERAL = pytest.mark.skipif(
+    transformers.__version__.split(".")[:2] != ["5", "17"],
+    reason="tensor parallelism and continuous batching are supported with transformers 5.17",
+)
 CONFIG = TokenSparseConfig(
     drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32, crossover="off"
 )

@@ -10,10 +10,12 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import continuous_api
 
-from integrations.models import CONFIG, LAYERS, make_ids, make_model
+from integrations.models import CONFIG, LAYERS, SEVERAL, make_ids, make_model
 from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.integrations import continuous_batching
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
+
+pytestmark = SEVERAL
 
 LENGTHS = (200, 20, 120, 163)
 NEW = 5
