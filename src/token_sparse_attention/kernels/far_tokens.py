@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.kernels.scoring import _load_rows
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -85,23 +87,6 @@ def _gather(rows: Tensor, slots: Tensor, group: int) -> Tensor:
     exists = slots < rows.shape[2]
     gathered = rows[batch, head, slots.clamp(max=rows.shape[2] - 1).long()]
     return gathered.masked_fill_(~exists[..., None], 0.0)
-
-
-@triton.jit
-def _load_rows(
-    p_rows, o_row, stride: tl.int64, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Load vectors ``[rows, BLOCK_D]``, zeros where they do not exist."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_rows += o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    if BLOCK_D == HEAD_DIM:
-        b_rows = tl.load(p_rows, mask=exists[:, None], other=0.0)
-    else:
-        b_rows = tl.load(p_rows, mask=exists[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-    if UPCAST:
-        b_rows = b_rows.to(tl.float32)
-    return b_rows
 
 
 @triton.jit(do_not_specialize=["query_len", "first_query", "stride_lb", "stride_lh", "stride_ls"])
