@@ -15,13 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from token_sparse_attention.kernels.scoring import (
+    _LOG2_E,
+    _MAX_SPLITS,
     _load_rows,
     _log_norm,
+    _split,
     window_statistics_kernel,
 )
 
-_LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 64
 _MOST_QUERIES = 128  # a tile's diagonals meet at most two tiles' worth of keys
 
 
@@ -140,14 +141,6 @@ def _add_portion(
         splits, tiles_per_split, **constants, BLOCK_N=block_n,
         num_warps=second.num_warps, num_stages=second.num_stages,
     )  # fmt: skip
-
-
-def _split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Return into how many splits to cut the keys, and how many blocks each gets."""
-    blocks = triton.cdiv(length, block)
-    splits = max(min(wanted // programs, blocks, _MAX_SPLITS), 1)
-    per_split = triton.cdiv(blocks, splits)
-    return triton.cdiv(blocks, per_split), per_split
 
 
 @triton.jit(do_not_specialize=["length"])
