@@ -129,6 +129,8 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
             parts.append(text.format(value))
     if variant.get("pooled") and variant["pooled_for"] != "both":
         parts.append(f"for {variant['pooled_for']} queries only")
+    if variant.get("segments", 1) > 1:
+        parts.append(f"in each of {variant['segments']} segments")
     if variant.get("selected") == "dense":
         parts.append("selected queries dense")
     if variant.get("fallback") == "dense":

@@ -47,6 +47,8 @@ class Variant:
             attention that they give to what their windows do not show; 0 for the queries
             that score all tokens.
         own_landmarks: how many of the landmarks those that score all tokens choose still.
+        segments: the queries are cut into this many, each with landmarks of its own that
+            `landmarks_by` of its queries choose.
     """
 
     union: bool = False
@@ -60,6 +62,7 @@ class Variant:
     landmarks: int = 0
     landmarks_by: int = 0
     own_landmarks: int = 0
+    segments: int = 1
 
 
 def attention(
@@ -88,8 +91,11 @@ def attention(
     selection = select_tokens(scores, config).to_int64()
     if not bool(selection.ran_sparse.all()):
         return run(query, key, value).out, selection
-    seen_by_all = _seen_by_all(query, key, config, variant, scores, selection, scale)
-    out = _fallback(query, key, value, config, variant, seen_by_all, scale, run)
+    out = torch.empty_like(query)
+    for begin, end in _segments(query.shape[2], variant.segments):
+        rows = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
+        seen_by_all = _seen_by_all(*rows[:2], config, variant, scores, selection, scale)
+        out[:, :, begin:end] = _fallback(*rows, config, variant, seen_by_all, scale, run)
     if variant.fallback != "keys":
         if variant.selected == "dense":
             rows = run(query, key, value).out
@@ -103,6 +109,12 @@ def attention(
         last = slice(query.shape[2] - variant.dense_last, None)
         out[:, :, last] = run(query[:, :, last], key, value).out
     return out, selection
+
+
+def _segments(length: int, count: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each of `count` nearly equal parts."""
+    ends = [length * (part + 1) // count for part in range(count)]
+    return zip([0, *ends], ends, strict=False)
 
 
 def _scores(
@@ -135,24 +147,26 @@ def _seen_by_all(
     """Slots ``[H, N]`` that queries see wherever they are, -1 behind a head's last one."""
     if variant.fallback == "keys":
         return selection.indices[0]
+    scores = scores[:, :, : key.shape[2]]
     count = min(variant.landmarks, scores.shape[2])
     if variant.landmarks_by and count:
         own = scores
         scores = landmark_scores(query, key, variant.landmarks_by, config.fallback_window, scale)
-        best = own[0].topk(variant.own_landmarks, dim=-1).indices
+        best = own[0].topk(min(variant.own_landmarks, own.shape[2]), dim=-1).indices
         scores[0].scatter_(1, best, torch.inf)
     return scores[0].topk(count, dim=-1).indices.sort(-1).values
 
 
 def landmark_scores(query: Tensor, key: Tensor, count: int, window: int, scale: float) -> Tensor:
-    """Attention ``[1, H, S]`` of queries spread over the sequence to keys before their windows."""
+    """Attention ``[1, H, S_kv]`` of spread queries, and the last, to keys before windows."""
     length, group = key.shape[2], query.shape[1] // key.shape[1]
-    step = length / count
-    positions = ((torch.arange(count, device=query.device) + 1) * step).long() - 1
+    step = query.shape[2] / count
+    chosen = ((torch.arange(count, device=query.device) + 1) * step).long() - 1
+    positions = chosen + length - query.shape[2]
     slots = torch.arange(length, device=query.device)
     scores = query.new_empty(1, query.shape[1], length, dtype=torch.float32)
     for head in range(query.shape[1]):
-        logits = (query[0, head, positions] @ key[0, head // group].T).float() * scale
+        logits = (query[0, head, chosen] @ key[0, head // group].T).float() * scale
         logits.masked_fill_(slots > positions[:, None], -torch.inf)
         probs = logits.softmax(-1)
         scores[0, head] = probs.masked_fill_(slots > positions[:, None] - window, 0.0).mean(0)

@@ -144,3 +144,26 @@ def test_landmarks_may_be_chosen_by_queries_of_the_whole_sequence(qkv):
     assert not torch.allclose(base, theirs)
     own = run(qkv, landmarks=10, landmarks_by=7, own_landmarks=10)[0]
     torch.testing.assert_close(own, base)
+
+
+def test_each_segment_has_landmarks_of_its_own(qkv):
+    fields = {"landmarks": 12, "landmarks_by": 4}
+    out, selection = run(qkv, segments=3, **fields)
+    whole, _ = run(qkv, **fields)
+    # The last segment's queries choose as those of a call that asks for them alone.
+    scores = landmark_scores(qkv[0][:, :, 135:], qkv[1], 4, 16, 0.25)
+    chosen = scores[0].topk(12, dim=-1).indices
+    head = 1
+    query, key, value = qkv[0][0, head], qkv[1][0, 0], qkv[2][0, 0]
+    unselected = [
+        at
+        for at in range(135, 203)
+        if at not in selection.indices[0, head, : selection.lengths[0, head]].tolist()
+    ]
+    assert unselected
+    for at in unselected:
+        far = chosen[head][chosen[head] <= at - 16].tolist()
+        seen = [*far, *range(at - 15, at + 1)]
+        weights = (query[at] @ key[seen].T * 0.25).softmax(-1)
+        torch.testing.assert_close(out[0, head, at], weights @ value[seen], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(out, whole)
