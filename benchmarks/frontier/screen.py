@@ -4,7 +4,8 @@
         --out result.jsonl --processes 6
 
 The points are ``{"name": {"config": {...}, "variant": {...}}}``; the result is a file of
-`tsa eval`, which scores it (``tsa eval --score``) and goes on from it.
+`tsa eval`, which scores it (``tsa eval --score``) and goes on from it. With ``--answers`` a
+score is the probability of the right answer instead of a reply's score.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.frontier.answers import Likelihood, likelihood
 from benchmarks.frontier.variants import Variant, varied
 from rich.console import Console
 from rich.progress import Progress
 
 from token_sparse_attention import TokenSparseConfig, bundled, run
 from token_sparse_attention.evaluation import harness, processes
-from token_sparse_attention.evaluation.evaluate import Runner, evaluate
+from token_sparse_attention.evaluation.evaluate import Runner, SampleScorer, evaluate
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.record import EvalHeader
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
@@ -37,15 +39,21 @@ class VariantRunner(Runner):
     """A runner some of whose configurations are variants."""
 
     variants: Mapping[str, Variant] = dataclasses.field(default_factory=dict)
+    answers: bool = False
 
     def reply(self, sample: Sample, ids: Any, name: str, drafts: Sequence[Sequence[int]]) -> Reply:
         """Reply under a configuration, varied where it is a variant."""
         variant = self.variants.get(name)
         with nullcontext() if variant is None else varied(variant):
+            if self.answers:
+                settings = self.configurations.get(name, Configuration()).settings
+                return likelihood(self.model, self.tokenizer, ids, sample, settings)
             return super().reply(sample, ids, name, drafts)
 
 
-def load_runner(model: str, options: dict[str, Any], points: dict[str, Any]) -> VariantRunner:
+def load_runner(
+    model: str, options: dict[str, Any], points: dict[str, Any], answers: bool
+) -> VariantRunner:
     """Load the model and return its runner under the points."""
     return VariantRunner(
         *run.load_model(model, **options),
@@ -56,6 +64,7 @@ def load_runner(model: str, options: dict[str, Any], points: dict[str, Any]) -> 
         variants={
             name: Variant(**point["variant"]) for name, point in points.items() if point["variant"]
         },
+        answers=answers,
     )
 
 
@@ -70,9 +79,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--answers", action="store_true", help="score the answer's probability")
     args = parser.parse_args()
     samples, points = SampleSet.load(args.samples), json.loads(args.points.read_text())
-    load = partial(load_runner, args.model, {"device": args.device}, points)
+    load = partial(load_runner, args.model, {"device": args.device}, points, args.answers)
     runner = load()
     about = provenance(str(runner.model.device))
     about["versions"]["lm-eval"] = samples.lm_eval
@@ -83,6 +93,7 @@ def main() -> None:
             "variants": {name: dataclasses.asdict(v) for name, v in runner.variants.items()},
             "seed": samples.seed,
             "samples_sha256": samples.digest(),
+            "answers": args.answers,
         },
         model=runner.facts(),
         configurations=settings_dicts(runner.configurations),
@@ -92,6 +103,9 @@ def main() -> None:
     source = partial(processes.spread, load, args.processes) if several else None
     if several:
         runner.model.to("cpu")
+    scorer: SampleScorer | None = Likelihood() if args.answers else None
+    if scorer is None and harness.installed_version():
+        scorer = harness.Scorer(samples)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("starting", total=len(samples.samples) * len(runner.names))
         evaluate(
@@ -99,7 +113,7 @@ def main() -> None:
             samples,
             header,
             args.out,
-            scorer=harness.Scorer(samples) if harness.installed_version() else None,
+            scorer=scorer,
             source=source,
             report=lambda what, done: progress.update(bar, description=what, completed=done),
         )

@@ -237,8 +237,8 @@ def test_more_than_two_to_the_31_elements():
 def test_opcheck(wants):
     problem = half_problem(query_len=200)
     arguments = (
-        *problem, None, 0.3, 16, 5, 24, "shared", "window", 40, 3, "off", 0.125, "auto", "flash",
-        None, None, wants, wants,
+        *problem, None, 0.3, 16, 5, 24, "shared", "window", 40, 3, 2, "off", 0.125,
+        "auto", "flash", None, None, wants, wants,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
