@@ -47,6 +47,8 @@ class Variant:
             attention that they give to what their windows do not show; 0 for the queries
             that score all tokens.
         own_landmarks: how many of the landmarks those that score all tokens choose still.
+        samples: how many further tokens the fallback's queries see, one drawn from each of as
+            many equal parts of the sequence; it counts for all of its part but the landmarks.
         segments: the queries are cut into this many, each with landmarks of its own that
             `landmarks_by` of its queries choose.
     """
@@ -62,6 +64,7 @@ class Variant:
     landmarks: int = 0
     landmarks_by: int = 0
     own_landmarks: int = 0
+    samples: int = 0
     segments: int = 1
 
 
@@ -189,7 +192,7 @@ def _fallback(
         return out
     window, group = config.fallback_window, query.shape[1] // key.shape[1]
     with_pooled = bool(variant.pooled) and variant.pooled_for in ("fallback", "both")
-    if not with_pooled:
+    if not with_pooled and not variant.samples:
         into = Attended(torch.empty_like(query), None)
         far = torch.where(seen_by_all < 0, key.shape[2], seen_by_all)[None]
         tokens = real_tokens(None, 1, key.shape[2], query.device)
@@ -205,6 +208,8 @@ def _fallback(
     far = [Summary.of_tokens(keys, values, seen_by_all)]
     if with_pooled:
         far.append(Summary.of_blocks(keys, values, variant.pooled, seen_by_all))
+    if variant.samples:
+        far.append(Summary.of_samples(keys, values, variant.samples, seen_by_all))
     summary = Summary.together(far)
     positions = torch.arange(query.shape[2], device=query.device)
     for begin in range(0, len(positions), _ROWS):
@@ -293,6 +298,23 @@ class Summary:
 
         ends = torch.arange(1, blocks + 1, device=keys.device) * size - 1
         return cls(mean(keys), mean(values), counts.int(), ends.expand(heads, -1))
+
+    @classmethod
+    def of_samples(cls, keys: Tensor, values: Tensor, count: int, without: Tensor) -> Summary:
+        """One token of each of `count` equal parts, for all of them but the slots ``[H, N]``."""
+        heads, length, _ = keys.shape
+        size = -(-length // count)
+        parts = -(-length // size)
+        there = torch.zeros(heads, parts * size + 1, device=keys.device)
+        there[:, :length] = 1.0
+        there.scatter_(1, torch.where(without < 0, parts * size, without), 0.0)
+        there = there[:, : parts * size].reshape(heads, parts, size)
+        generator = torch.Generator(keys.device).manual_seed(0)
+        draw = torch.rand(there.shape, device=keys.device, generator=generator)
+        chosen = (draw * there).argmax(2)
+        slots = chosen + torch.arange(parts, device=keys.device) * size
+        at = slots.clamp(max=length - 1)[..., None].expand(-1, -1, keys.shape[2])
+        return cls(keys.gather(1, at), values.gather(1, at), there.sum(2).int(), slots)
 
     @classmethod
     def together(cls, parts: list[Summary]) -> Summary:
