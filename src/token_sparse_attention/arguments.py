@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
 from token_sparse_attention.selection import IMPLS
 
-MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands
 FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
 BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
 
