@@ -221,6 +221,27 @@ def test_the_table_shows_what_is_known():
     assert "| b | 128 | dense |" in table
 
 
+def test_patterns_are_shown_but_not_replayed():
+    """The inputs are random, and which blocks a pattern takes depends on them."""
+    settings = {"pattern": {"name": "streaming"}, "settings": CONFIG.to_dict()}
+    header = dataclasses.replace(
+        RESULTS_HEADER, configurations={**RESULTS_HEADER.configurations, "shared": settings}
+    )
+    some = EvalResults(header, make_results().samples)
+    replayed = made([("run", some)])
+    assert "shared" not in {row.configuration for row in replayed.rows}
+    table = frontier_table(join([("run", some)], [replayed]))
+    (line,) = [line for line in table.splitlines() if "| shared |" in line]
+    assert "| ≤0." in line
+    assert line.endswith(
+        "| - | - | **not replayed: the blocks of a pattern depend on the text** |"
+    )
+    with pytest.raises(
+        ValueError, match=r"attention_backend must be one of auto.*got 'streaming'"
+    ):
+        dataclasses.replace(OPTIONS, attention_backend="streaming")
+
+
 def bench_replay(*arguments: str) -> bool:
     parser = argparse.ArgumentParser()
 

@@ -21,7 +21,12 @@ from token_sparse_attention.benchmark.replay import (
     ReplayPoint,
     Shape,
 )
-from token_sparse_attention.evaluation.record import EvalResults, SampleResult, check_entries
+from token_sparse_attention.evaluation.record import (
+    PATTERN,
+    EvalResults,
+    SampleResult,
+    check_entries,
+)
 from token_sparse_attention.evaluation.summary import layer_shares
 
 SCHEMA_VERSION = 1
@@ -179,6 +184,9 @@ def replay(
 ) -> Iterator[tuple[list[ReplayPoint], list[ReplayRow]]]:
     """Replay every configuration at every length; yield all points and rows after each.
 
+    Configurations with a block-sparse pattern are left out: inputs are random, and which blocks
+    a pattern takes depends on them.
+
     Args:
         evaluations: results, each with the name it goes by.
         options: how to measure.
@@ -238,7 +246,9 @@ def _jobs(
         for length in sorted({sample.length for sample in results.samples}):
             if lengths and length not in lengths:
                 continue
-            for configuration in results.header.configurations:
+            for configuration, settings in results.header.configurations.items():
+                if PATTERN in (settings or {}):
+                    continue
                 chosen = chosen_samples(results, configuration, length)
                 if not chosen:
                     continue

@@ -66,6 +66,11 @@ class Row:
     seconds: float
     work_is_bound: bool = False
 
+    @property
+    def shown_work(self) -> str:
+        """`work` as tables show it."""
+        return f"{'≤' if self.work_is_bound else ''}{self.work:.3f}"
+
 
 def summarise(results: EvalResults) -> tuple[Row, ...]:
     """Return one row per configuration for every group of samples that there is.

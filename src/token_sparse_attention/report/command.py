@@ -54,7 +54,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "--out", type=Path, required=True, metavar="FILE", help="the capture to write"
     )
     capture.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
-    arguments.add_loading_arguments(capture)
+    arguments.add_loading_arguments(capture, attention_backend=arguments.BACKEND_OR_PATTERN)
     capture.set_defaults(handler=run_capture)
 
 
