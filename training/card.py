@@ -73,8 +73,8 @@ numbers of samples differ because each length ran for a fixed time.
 fallback in all layers. The table has the same samples with other settings of all layers:
 `published` is the paper's rule, `profile` the shipped settings, the numbers of the others their
 `drop_mass`. The difference to dense has a 95% interval; work is the share of dense attention's
-operations. These settings were not chosen for this model, and no layer was left out: at long
-contexts all of them lose answers.
+pairs of a query and a key, those of the windowed fallback included. These settings were not
+chosen for this model, and no layer was left out: at long contexts all of them lose answers.
 
 {sparse_table}
 

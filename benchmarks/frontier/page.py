@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 
@@ -140,21 +141,6 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def render(page: str, built: Mapping[str, str]) -> str:
-    """Return the page with these tables in their places.
-
-    Raises:
-        ValueError: if the page has no place for a table.
-    """
-    for name, table in built.items():
-        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"{PAGE.name} must have a place between {begin!r} and {end!r}")
-        head, rest = page.split(begin)
-        page = head + begin + table + end + rest.split(end, 1)[1]
-    return page
-
-
 def draw(rounds: Mapping[str, EvalResults]) -> None:
     """Draw each point's difference with its interval, one panel per length."""
     import matplotlib
@@ -183,7 +169,7 @@ def draw(rounds: Mapping[str, EvalResults]) -> None:
 def main() -> None:
     """Write the page and the figure."""
     rounds = load_all()
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), tables(rounds)), encoding="utf-8")
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), tables(rounds)), encoding="utf-8")
     draw(rounds)
 
 

@@ -26,12 +26,15 @@ from rich.progress import Progress
 
 from token_sparse_attention import TokenSparseConfig, bundled, run
 from token_sparse_attention.evaluation import harness, processes
-from token_sparse_attention.evaluation.evaluate import Runner, SampleScorer, evaluate
+from token_sparse_attention.evaluation.evaluate import (
+    Runner,
+    SampleScorer,
+    evaluate,
+    make_header,
+)
 from token_sparse_attention.evaluation.generate import Reply
-from token_sparse_attention.evaluation.record import EvalHeader
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
-from token_sparse_attention.evaluation.settings import Configuration, settings_dicts
-from token_sparse_attention.info import provenance
+from token_sparse_attention.evaluation.settings import Configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(bundled.MODEL))
+    parser.add_argument("--model", help="default: the bundled model")
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--points", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -82,22 +85,13 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true", help="score the answer's probability")
     args = parser.parse_args()
     samples, points = SampleSet.load(args.samples), json.loads(args.points.read_text())
-    load = partial(load_runner, args.model, {"device": args.device}, points, args.answers)
+    model = args.model or str(bundled.MODEL)
+    load = partial(load_runner, model, {"device": args.device}, points, args.answers)
     runner = load()
-    about = provenance(str(runner.model.device))
-    about["versions"]["lm-eval"] = samples.lm_eval
-    header = EvalHeader(
-        provenance=about,
-        arguments={
-            "model": "bundled" if args.model == str(bundled.MODEL) else args.model,
-            "variants": {name: dataclasses.asdict(v) for name, v in runner.variants.items()},
-            "seed": samples.seed,
-            "samples_sha256": samples.digest(),
-            "answers": args.answers,
-        },
-        model=runner.facts(),
-        configurations=settings_dicts(runner.configurations),
-        tasks=samples.tasks,
+    variants = {name: dataclasses.asdict(variant) for name, variant in runner.variants.items()}
+    measured = {"answers": True} if args.answers else {}
+    header = make_header(
+        runner, samples, args.model, args.processes, variants=variants, **measured
     )
     several = args.processes > 1
     source = partial(processes.spread, load, args.processes) if several else None

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from token_sparse_attention.benchmark.tables import fill
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "vllm.md"
 RESULTS = ROOT / "benchmarks" / "results" / "serving"
@@ -71,21 +73,5 @@ def _stress() -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells.items())]) + "\n"
 
 
-def render(page: str) -> str:
-    """Return the page with the tables that the results give.
-
-    Raises:
-        ValueError: if the page has no place for a table.
-    """
-    for name, table in tables().items():
-        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        before, found, rest = page.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"page must have markers for the table {name!r}")
-        page = f"{before}{begin}{table}{end}{after}"
-    return page
-
-
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")

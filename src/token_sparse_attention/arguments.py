@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from token_sparse_attention import bundled
 from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
 from token_sparse_attention.selection import IMPLS
 
-MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands
 FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
 BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
+
+
+def _backend(text: str) -> str:
+    try:
+        return parse_backend(text)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+BACKEND_OR_PATTERN: dict[str, Any] = {
+    "type": _backend,
+    "metavar": "NAME",
+    "help": f"dense kernel: {', '.join(BACKENDS)}; or block-sparse pattern in every layer: "
+    f"{', '.join(PATTERNS)}, settings as JSON after a colon (default: auto)",
+}
 
 
 def add_model_argument(command: argparse.ArgumentParser) -> None:

@@ -15,9 +15,6 @@ from rich.table import Table
 import token_sparse_attention
 from token_sparse_attention import arguments
 from token_sparse_attention.arguments import BAD_INPUT, FAILED
-from token_sparse_attention.attention.backends import BACKENDS
-from token_sparse_attention.attention.causal import parse_backend
-from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.command import add_commands as add_benchmarks
 from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.benchmark.record import UsageError
@@ -61,13 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--compare", action="store_true", help="also answer densely, and show both times"
     )
     run.add_argument("--max-new-tokens", type=positive, default=64, metavar="N")
-    backend_help = (
-        f"dense kernel: {', '.join(BACKENDS)}; or block-sparse pattern in every layer: "
-        f"{', '.join(PATTERNS)}, settings as JSON after a colon (default: auto)"
-    )
-    arguments.add_loading_arguments(
-        run, attention_backend={"type": _backend, "metavar": "NAME", "help": backend_help}
-    )
+    arguments.add_loading_arguments(run, attention_backend=arguments.BACKEND_OR_PATTERN)
     run.set_defaults(handler=_run)
 
     demo = _command(
@@ -113,13 +104,6 @@ def _command(
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return command
-
-
-def _backend(text: str) -> str:
-    try:
-        return parse_backend(text)
-    except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _working(message: str) -> Status:

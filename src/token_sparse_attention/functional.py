@@ -22,7 +22,12 @@ from token_sparse_attention.attention.causal import (
     parse_backend,
     resolve_backend,
 )
-from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.attention.dense import (
+    Attended,
+    mark_invalid_rows,
+    new_output,
+    zero_rows,
+)
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.windows import attend_windows, far_tokens
 from token_sparse_attention.call import Call as Call
@@ -282,22 +287,13 @@ def run(
     )
     del scores
     attended = attend_selected(query, key, value, config, selection, far, tokens, even, impl, call)
-    _mark_invalid_rows(attended, tokens)
+    mark_invalid_rows(attended, tokens)
     return SparseOutput(
         attended.out, selection.to_int64() if call.want_selection else None, attended.lse
     )
 
 
 _run_untraced = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-
-
-def _mark_invalid_rows(attended: Attended, tokens: RealTokens) -> None:
-    """Set rows to NaN whose mask was not one run, where no error could say so."""
-    if tokens.valid is not None:
-        invalid = ~tokens.valid[:, None, None]
-        attended.out.masked_fill_(invalid[..., None], torch.nan)
-        if attended.lse is not None:
-            attended.lse.masked_fill_(invalid, torch.nan)
 
 
 def attend_selected(
@@ -313,10 +309,10 @@ def attend_selected(
     call: Call,
 ) -> Attended:
     """Attend the rows that run dense, the fallback of the others, and the selected tokens."""
-    into = _new_output(query, call.want_lse)
+    into = new_output(query, call.want_lse)
     backend = resolve_backend(call.attention_backend, query, key)
     if tokens.padded:
-        _zero_rows(into, slice(None))
+        zero_rows(into, slice(None))
     attend_rows(
         query, key, value, ~selection.ran_sparse, tokens, into, scale=call.scale, backend=backend
     )
@@ -338,7 +334,7 @@ def attend_selected(
     zeros = not (windowed or tokens.padded)
     if impl == "reference":
         if zeros:
-            _zero_rows(into, selection.ran_sparse)
+            zero_rows(into, selection.ran_sparse)
         if not selection.ran_sparse.any():
             return into
         selection = selection.sparse_rows_only()
@@ -378,18 +374,6 @@ def _both(packed: Tensor | None, full: Tensor | None) -> tuple[Tensor, Tensor] |
     return None if packed is None or full is None else (packed, full)
 
 
-def _new_output(query: Tensor, want_lse: bool) -> Attended:
-    """Output in query's memory layout, which attention kernels and models go on with."""
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if want_lse else None
-    return Attended(torch.empty_like(query), lse)
-
-
-def _zero_rows(into: Attended, rows: Tensor | slice) -> None:
-    into.out[rows] = 0
-    if into.lse is not None:
-        into.lse[rows] = -torch.inf
-
-
 def _all_dense(
     query: Tensor, key: Tensor, value: Tensor, tokens: RealTokens | None, call: Call
 ) -> SparseOutput:
@@ -398,11 +382,11 @@ def _all_dense(
     if tokens is None or not tokens.padded:
         into = attend(query, key, value, scale=call.scale, backend=backend, want_lse=call.want_lse)
     else:
-        into = _new_output(query, call.want_lse)
+        into = new_output(query, call.want_lse)
         rows = torch.ones(len(query), dtype=torch.bool, device=query.device)
-        _zero_rows(into, slice(None))
+        zero_rows(into, slice(None))
         attend_rows(query, key, value, rows, tokens, into, scale=call.scale, backend=backend)
-        _mark_invalid_rows(into, tokens)
+        mark_invalid_rows(into, tokens)
     if not call.want_selection:
         return SparseOutput(into.out, None, into.lse)
     if tokens is None:

@@ -277,6 +277,7 @@ def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
     ("changes", "message"),
     [
         ({"method": "guess"}, "method must be one of drift, sensitivity, both"),
+        ({"attention_backend": "flexprefill"}, "attention_backend must be one of auto, .*got 'fl"),
         ({"base": TokenSparseConfig(sparse_layers=(1,))}, "sparse_layers must be null"),
         ({"drift_quantile": 2}, r"drift_quantile must be in \[0, 1\], got 2"),
         ({"divergence_budget": 1.0}, "need method sensitivity or both"),

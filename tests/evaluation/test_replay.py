@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from token_sparse_attention.evaluation.frontier import frontier_table, join, tar
 from token_sparse_attention.evaluation.record import EvalResults, save_results
 from token_sparse_attention.evaluation.replay import Replay, chosen_samples, layer_runs, replay
 from token_sparse_attention.evaluation.replay_command import add_commands
-from token_sparse_attention.evaluation.summary import summarise
+from token_sparse_attention.evaluation.summary import layer_shares
 
 CONFIG = TokenSparseConfig(window_size=8, pool_size=3, min_tokens=8, crossover="off")
 PER_HEAD = dataclasses.replace(CONFIG, budget="per_head", fallback="window", fallback_window=16)
@@ -78,18 +79,20 @@ def theoretical_ms(call) -> float:
 
 
 @pytest.mark.parametrize("name", list(KEPT))
-def test_replayed_work_is_recorded_work(name):
+def test_replayed_squares_are_recorded_squares(name):
     results = make_results()
-    row = next(
-        r for r in summarise(results) if (r.configuration, r.length, r.task) == (name, 128, None)
-    )
     works = []
     for parts in layer_runs(results, name, chosen_samples(results, name, 128)):
         assert sum(share for share, _ in parts) == pytest.approx(1)
         for share, run in parts:
             shares = (1.0,) if run is None else run.shares or (1.0,)
             works.append(share * sum(s * s for s in shares) / len(shares))
-    assert sum(works) / 2 == pytest.approx(row.work)
+    recorded = [
+        fmean(share**2 for share in layer_shares(kept, 120))
+        for sample in KEPT[name]
+        for kept in sample or [None, None]
+    ]
+    assert sum(works) / 2 == pytest.approx(fmean(recorded))
 
 
 def test_layers_are_what_they_did():
@@ -208,14 +211,35 @@ def test_the_table_shows_what_is_known():
         "| sparse, ms | speed-up |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "| 128 | dense | 2 | 0.750 | - | - | 100.0% | 1.000 | 200 | 200 | 1.00x |",
-        "| 128 | profile | 2 | 0.750 | +0.0% | +65.8% | 70.8% | 0.587 | 200 | 118 | 1.69x |",
+        "| 128 | profile | 2 | 0.750 | +0.0% | +65.8% | 70.8% | 0.588 | 200 | 118 | 1.69x |",
     ]
     wrong = dataclasses.replace(replayed.points[1], passed=False)
     failed = dataclasses.replace(replayed, points=(replayed.points[0], wrong))
     table = frontier_table(join([("a", some), ("b", some)], [failed]))
-    assert "| a | 128 | profile | 2 | 0.750 | +0.0% | +65.8% | 70.8% | 0.587 | - | - | **" in table
+    assert "| a | 128 | profile | 2 | 0.750 | +0.0% | +65.8% | 70.8% | 0.588 | - | - | **" in table
     assert "**check failed**" in table
     assert "| b | 128 | dense |" in table
+
+
+def test_patterns_are_shown_but_not_replayed():
+    """The inputs are random, and which blocks a pattern takes depends on them."""
+    settings = {"pattern": {"name": "streaming"}, "settings": CONFIG.to_dict()}
+    header = dataclasses.replace(
+        RESULTS_HEADER, configurations={**RESULTS_HEADER.configurations, "shared": settings}
+    )
+    some = EvalResults(header, make_results().samples)
+    replayed = made([("run", some)])
+    assert "shared" not in {row.configuration for row in replayed.rows}
+    table = frontier_table(join([("run", some)], [replayed]))
+    (line,) = [line for line in table.splitlines() if "| shared |" in line]
+    assert "| ≤0." in line
+    assert line.endswith(
+        "| - | - | **not replayed: the blocks of a pattern depend on the text** |"
+    )
+    with pytest.raises(
+        ValueError, match=r"attention_backend must be one of auto.*got 'streaming'"
+    ):
+        dataclasses.replace(OPTIONS, attention_backend="streaming")
 
 
 def bench_replay(*arguments: str) -> bool:
@@ -282,7 +306,7 @@ def test_bad_input_is_named(tmp_path):
         ((result, *out, "--table", other), "--out is for a new replay"),
         ((result, "--table", result), "cannot be read"),
         ((result, *SMALL, *out, "--lengths", "64"), "no results to replay"),
-        ((other, *SMALL, *out), "settings that cannot be replayed.*abacus"),
+        ((other, *SMALL, *out), "configuration 'profile' cannot be read.*abacus"),
         ((tmp_path / "absent", *out), "absent cannot be read"),
         ((result, *SMALL, "--out", "/dev/null/x"), "--out /dev/null/x cannot be written"),
         ((result, *SMALL, *out, "--device", "abacus"), "--device abacus cannot be used"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 
 import pytest
+import torch
 
-from evaluation.results import DENSE, SPARSE, pair, results
+from evaluation.results import DENSE, HEADER, SPARSE, pair, results
+from token_sparse_attention import LayerProfile, TokenSparseConfig, reference
+from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.summary import (
+    attended_share,
     attention_work,
     difference_interval,
     kept_share,
@@ -24,10 +29,76 @@ def rows_of(*samples):
 
 def test_kept_share_and_work_are_means_over_layers_and_heads():
     sample = dataclasses.replace(SPARSE, kept=[40, [10, 20, 30, 100]])
+    configs = HEADER.layer_configs("sparse")
     assert kept_share(sample) == pytest.approx((0.4 + (0.1 + 0.2 + 0.3 + 1) / 4) / 2)
-    assert attention_work(sample) == pytest.approx((0.16 + (0.01 + 0.04 + 0.09 + 1) / 4) / 2)
-    assert attention_work(SPARSE) == pytest.approx((0.25 + 1) / 2)
-    assert kept_share(DENSE) == attention_work(DENSE) == 1
+    pairs = 40 * 41, (10 * 11 + 20 * 21 + 30 * 31 + 100 * 101) / 4
+    assert attention_work(sample, configs) == pytest.approx(sum(pairs) / 2 / (100 * 101))
+    assert attention_work(SPARSE, configs) == pytest.approx((50 * 51 / (100 * 101) + 1) / 2)
+    assert kept_share(DENSE) == attention_work(DENSE, {}) == 1
+
+
+def literal_share(scores, config):
+    """How many tokens a head keeps, and the entries of its mask against all causal ones."""
+    kv_len = scores.shape[1] + config.window_size
+    keep = reference.keep_tokens(scores, config)[0]
+    position = torch.arange(kv_len)
+    causal = position <= position[:, None]
+    seen = position > position[:, None] - config.fallback_window
+    seen = seen | (position < config.fallback_sinks)
+    seen = seen | reference.landmarks(scores, config, kv_len)
+    if config.fallback == "zero":
+        seen = torch.zeros_like(causal)
+    mask = causal & torch.where(keep[:, None], keep, seen)
+    return int(keep.sum()), float(mask.sum() / causal.sum())
+
+
+FALLBACKS = [
+    {},
+    {"fallback": "window"},
+    {"fallback": "window", "fallback_sinks": 4},
+    {"fallback": "window", "fallback_sinks": 3, "fallback_landmarks": 11},
+    {"fallback": "window", "fallback_window": 500},
+    {"fallback": "window", "fallback_landmarks": 500},
+]
+
+
+@pytest.mark.parametrize("fallback", FALLBACKS)
+@pytest.mark.parametrize("drop_mass", [0.02, 0.3, 0.8])
+def test_work_counts_what_a_literal_mask_allows(fallback, drop_mass):
+    fields = {"fallback_window": 16, "drop_mass": drop_mass, "pool_size": 1, **fallback}
+    config = TokenSparseConfig(window_size=8, min_tokens=4, **fields)
+    falling = torch.linspace(2.0, 1.0, 192)[None]  # the last are dropped, the first are landmarks
+    kept, share = literal_share(falling, config)
+    assert 12 < kept < 200
+    assert attended_share(kept, 200, config) == pytest.approx(share)
+    drawn = torch.rand(1, 192, generator=torch.Generator().manual_seed(0))
+    kept, share = literal_share(drawn, config)
+    landmarks = 192 * config.fallback_landmarks / (200 * 201 / 2)
+    early = (config.fallback_window + config.fallback_sinks) ** 2 / (200 * 201)
+    counted = attended_share(kept, 200, config)
+    assert share - 1e-6 <= counted <= share + early + landmarks
+    if config.fallback == "zero":
+        assert counted == pytest.approx(share)
+
+
+def test_work_follows_each_layers_own_settings():
+    base = TokenSparseConfig(window_size=8)
+    changes = {"fallback": "window", "fallback_window": 10}
+    profile = json.loads(LayerProfile(base, {0: {}, 1: changes}).to_json())
+    both = {"pattern": {"name": "streaming"}, "settings": profile}
+    header = dataclasses.replace(
+        HEADER,
+        configurations={"dense": None, "a": profile, "b": both, "c": {**both, "settings": None}},
+    )
+    assert header.layer_configs("dense") == header.layer_configs("c") == {}
+    configs = header.layer_configs("a")
+    assert configs == header.layer_configs("b")
+    sample = dataclasses.replace(SPARSE, configuration="a", kept=[20, 20])
+    alone, windowed = (attended_share(20, 100, configs[layer]) for layer in (0, 1))
+    assert windowed == pytest.approx(alone + 80 * 10 / (100 * 101 / 2))
+    assert attention_work(sample, configs) == pytest.approx((alone + windowed) / 2)
+    (row,) = summarise(EvalResults(header, (sample,)))[:1]
+    assert row.work == attention_work(sample, configs)
 
 
 def test_every_group_has_its_rows():
@@ -68,7 +139,7 @@ def test_only_scored_pairs_count():
     assert rows[None, None, "dense"].score == 0.5
     unscored = rows_of(*pair(None, None))[None, None, "sparse"]
     assert unscored.score is unscored.difference is unscored.relative_loss_upper is None
-    assert unscored.work == pytest.approx(0.625)
+    assert unscored.work == pytest.approx((50 * 51 / (100 * 101) + 1) / 2)
 
 
 def test_no_relative_loss_where_dense_is_always_wrong():

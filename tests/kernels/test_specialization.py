@@ -14,7 +14,7 @@ from token_sparse_attention import token_sparse_attention
 
 pytest.importorskip("triton")
 
-from token_sparse_attention.kernels import compression, far_tokens, scoring, selection
+from token_sparse_attention.kernels import budget, compression, far_tokens, scoring, selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,7 +54,7 @@ class Recorder:
 
 def launches(monkeypatch, lengths, config, **options):
     recorders = {}
-    for module in (compression, far_tokens, scoring, selection):
+    for module in (budget, compression, far_tokens, scoring, selection):
         for name, (names, free) in run_time_arguments(module).items():
             recorders[name] = Recorder(getattr(module, name), names, free)
             monkeypatch.setattr(module, name, recorders[name])
@@ -73,17 +73,17 @@ def launches(monkeypatch, lengths, config, **options):
     return {name: recorder.seen for name, recorder in recorders.items()}
 
 
-@pytest.mark.parametrize("budget", ["shared", "per_head"])
-def test_lengths_change_nothing_that_is_compiled(monkeypatch, budget):
+@pytest.mark.parametrize("kind", ["shared", "per_head"])
+def test_lengths_change_nothing_that_is_compiled(monkeypatch, kind):
     """Odd, even and round lengths; memory for as many heads at once as fits changes too."""
     from token_sparse_attention import limits
 
     monkeypatch.setattr(limits, "_PACKED_BYTES", 200_000)
     config = dataclasses.replace(
-        SMALL, budget=budget, fallback="window", fallback_window=20, fallback_landmarks=8
+        SMALL, budget=kind, fallback="window", fallback_window=20, fallback_landmarks=8
     )
     seen = launches(monkeypatch, (144, 177, 255), config)
-    levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if budget == "shared" else 8}
+    levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if kind == "shared" else 8}
     for name, variants in seen.items():
         assert len(variants) == levels.get(name, 1), f"{name}: {variants}"
 

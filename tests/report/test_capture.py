@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
 from report.commands import run
 from token_sparse_attention import LayerProfile, bundled
+from token_sparse_attention.attention.patterns.streaming import StreamingConfig
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.integrations import transformers as integration
 from token_sparse_attention.report.capture import capture, token_texts
 from token_sparse_attention.report.kept_text import KeptText
+from token_sparse_attention.run import answer
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,23 @@ def test_capture_changes_no_reply(tokenizer):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
         )
     assert kept.reply == tokenizer.decode(generated[0, 150:], skip_special_tokens=True).strip()
+
+
+def test_a_pattern_runs_in_every_layer_of_a_captured_prompt(tokenizer, selections):
+    model, ids = make_model(), make_ids(203)
+    config = dataclasses.replace(CONFIG, sparse_layers=(0, 2))
+    pattern = StreamingConfig(sink_size=0, local_size=1)  # one block: some replies change
+    kept = capture(model, tokenizer, ids, config, arguments={}, attention_backend=pattern)
+    for layer, selection in zip((0, 2), selections, strict=True):
+        heads = [[i for i in row if i >= 0] for row in selection.indices[0].tolist()]
+        assert [positions(mask) for mask in kept.layers[layer].masks] == heads
+    answers = {
+        backend: answer(
+            model, tokenizer, ids, config, max_new_tokens=32, attention_backend=backend
+        ).text
+        for backend in (pattern, "auto")
+    }
+    assert kept.reply == answers[pattern] != answers["auto"]
 
 
 def test_short_prompts_are_captured_as_dense(tokenizer):
@@ -131,12 +150,14 @@ def prompt(tmp_path):
 def test_commands_go_from_a_prompt_to_a_page(model_folder, prompt, tmp_path, capsys):
     kept, page = tmp_path / "new" / "kept.json", tmp_path / "report.html"
     asked = ("--question", "Which <i>claim</i>?", "--config", CONFIG.to_json())
+    asked += ("--attention-backend", "streaming")
     assert run("capture", model_folder, "--prompt-file", prompt, *asked, "--out", kept) == 0
     assert "3 sparse layers" in capsys.readouterr().out
     content = KeptText.from_dict(json.loads(kept.read_text(encoding="utf-8")), "kept")
     assert "A <b>bold</b> claim" in "".join(content.tokens)
     assert content.arguments["config"] == CONFIG.to_dict()
     assert content.arguments["model"] == model_folder
+    assert content.arguments["attention_backend"] == "streaming"
     assert run("report", kept, "--out", page, "--json") == 0
     assert json.loads(capsys.readouterr().out)["captures"] == 1
     html = page.read_text(encoding="utf-8")

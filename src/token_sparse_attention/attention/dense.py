@@ -23,6 +23,28 @@ class Attended(NamedTuple):
     lse: Tensor | None
 
 
+def new_output(query: Tensor, want_lse: bool) -> Attended:
+    """Return unset output in query's memory layout, which kernels and models go on with."""
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if want_lse else None
+    return Attended(torch.empty_like(query), lse)
+
+
+def zero_rows(into: Attended, rows: Tensor | slice) -> None:
+    """Set rows of the batch to what attention to no keys gives."""
+    into.out[rows] = 0
+    if into.lse is not None:
+        into.lse[rows] = -torch.inf
+
+
+def mark_invalid_rows(into: Attended, tokens: RealTokens) -> None:
+    """Set rows to NaN whose mask was not one run, where no error could say so."""
+    if tokens.valid is not None:
+        invalid = ~tokens.valid[:, None, None]
+        into.out.masked_fill_(invalid[..., None], torch.nan)
+        if into.lse is not None:
+            into.lse.masked_fill_(invalid, torch.nan)
+
+
 def causal_attention(
     query: Tensor,
     key: Tensor,

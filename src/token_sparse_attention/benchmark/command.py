@@ -19,7 +19,7 @@ from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
 from token_sparse_attention.info import provenance
 
-MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]
+MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands
 _CPU_BACKENDS, _CUDA_BACKENDS = ("flash", "math"), ("fa4", "cudnn", "flash", "flex")
 _PREFILL_LENGTHS, _PREFILL_KEPT = (8192, 16384, 32768, 65536, 131072, 262144), (0.5, 0.35)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention import functional
-from token_sparse_attention.attention.backends import choose_backend
+from token_sparse_attention.attention.backends import check_backend, choose_backend
 from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.attention.windows import far_tokens
 from token_sparse_attention.benchmark import checks, timing
@@ -64,13 +64,14 @@ class ReplayOptions:
     Attributes:
         device: where.
         dtype: of the tensors.
-        attention_backend: which kernel attends, dense and sparse; see `token_sparse_attention`.
+        attention_backend: which dense kernel attends, dense and sparse: one of `BACKENDS`.
         share_within: runs share a measurement where no head's number of tokens differs by
             more than this share of it.
         budget_seconds: to spend on each time, as far as a few samples allow.
 
     Raises:
         UsageError: if a field is out of range.
+        ValueError: if `attention_backend` is no dense kernel.
     """
 
     device: torch.device
@@ -80,6 +81,7 @@ class ReplayOptions:
     budget_seconds: float = 0.2
 
     def __post_init__(self) -> None:
+        check_backend(self.attention_backend)
         if not 0 <= self.share_within < 1:
             raise UsageError(f"--share-within must be in [0, 1), got {self.share_within:g}")
 

@@ -21,11 +21,34 @@ from token_sparse_attention.config import TokenSparseConfig
 
 EMPTY = "Not measured yet."
 NONE = "-"
-_MARKER = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
+_MARKER = re.compile(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 _SPREAD_FROM_MS = 1.0  # shorter times are mostly the clock's spread
 
 Rows = Iterator[Sequence[str]]
 Table = Callable[[Sequence[Run]], Rows]
+
+
+def fill(document: str, tables: Mapping[str, str]) -> str:
+    """Return the document with these tables between its markers.
+
+    Args:
+        document: Markdown with ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` lines.
+        tables: by name, in Markdown.
+
+    Raises:
+        UsageError: if a marker names no table, or there is none.
+    """
+    names = _MARKER.findall(document)
+    unknown = [name for name in names if name not in tables]
+    if unknown or not names:
+        raise UsageError(
+            f"the document must have markers named after {', '.join(tables)}; "
+            f"got {unknown[0] if unknown else 'none'}"
+        )
+    return _MARKER.sub(
+        lambda match: f"<!-- begin {match[1]} -->\n{tables[match[1]]}<!-- end {match[1]} -->",
+        document,
+    )
 
 
 def render(
@@ -34,32 +57,18 @@ def render(
     figures: Sequence[str] = (),
     tables: Mapping[str, Table] | None = None,
 ) -> str:
-    """Return the document with what stands between its markers made anew.
+    """`fill` the document with tables of `runs`.
 
     Args:
-        document: Markdown with ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` lines.
+        document: see `fill`.
         runs: what was measured.
         figures: the figures there are; the one called like a table follows it.
         tables: by name; `TABLES` if None.
-
-    Raises:
-        UsageError: if a marker names no table, or there is none.
     """
-    tables = TABLES if tables is None else tables
-    names = [match.group(1) for match in _MARKER.finditer(document)]
-    unknown = [name for name in names if name not in tables]
-    if unknown or not names:
-        raise UsageError(
-            f"the document must have markers named after {', '.join(tables)}; "
-            f"got {unknown[0] if unknown else 'none'}"
-        )
-
-    def fill(match: re.Match[str]) -> str:
-        name = match.group(1)
-        image = f"\n![{name}](figures/{name}.svg)\n" if name in figures else ""
-        return f"<!-- begin {name} -->\n{build(name, runs, tables)}{image}<!-- end {name} -->"
-
-    return _MARKER.sub(fill, document)
+    built = {name: build(name, runs, tables) for name in tables or TABLES}
+    for name in built.keys() & set(figures):
+        built[name] += f"\n![{name}](figures/{name}.svg)\n"
+    return fill(document, built)
 
 
 def build(name: str, runs: Sequence[Run], tables: Mapping[str, Table] | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from token_sparse_attention import arguments, bundled
-from token_sparse_attention.benchmark.command import positive
+from token_sparse_attention.benchmark.command import MakeCommand, positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.record import METHODS, CalibrationResult
 from token_sparse_attention.calibration.show import (
@@ -30,7 +30,7 @@ DEFAULT_LENGTH, DEFAULT_PROMPTS = 4096, 4
 DROP_MASSES = (0.05, 0.1, 0.2, 0.4)
 
 
-def add_commands(commands: Any, make: arguments.MakeCommand) -> None:
+def add_commands(commands: Any, make: MakeCommand) -> None:
     """Add ``tsa calibrate``; `make` adds a command of that name, summary and example."""
     command = make(
         commands,

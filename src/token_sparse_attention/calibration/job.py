@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from token_sparse_attention.attention.backends import check_backend
 from token_sparse_attention.calibration import drift as drifts
 from token_sparse_attention.calibration import sensitivity as sensitivities
 from token_sparse_attention.calibration.choose import UnreachableError
@@ -41,7 +42,8 @@ class CalibrationOptions:
         max_reply: tokens of the model's own reply along which divergence is measured, where a
             prompt brings no continuation.
         impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`.
+        attention_backend: the kernel of sparse layers, one of `BACKENDS`: a pattern would add
+            its own divergence to that of token sparsity.
 
     Raises:
         ValueError: if a field is out of range, or sensitivity has not exactly one goal.
@@ -58,6 +60,7 @@ class CalibrationOptions:
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
+        check_backend(self.attention_backend)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
         if self.base.sparse_layers is not None:

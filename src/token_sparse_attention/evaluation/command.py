@@ -17,18 +17,12 @@ from token_sparse_attention import arguments
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
-from token_sparse_attention.benchmark.command import positive
+from token_sparse_attention.benchmark.command import MakeCommand, positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.evaluation import harness
-from token_sparse_attention.evaluation.record import (
-    EvalHeader,
-    EvalResults,
-    load_results,
-    save_results,
-)
+from token_sparse_attention.evaluation.record import EvalResults, load_results, save_results
 from token_sparse_attention.evaluation.samples import SampleSet
 from token_sparse_attention.evaluation.show import show
-from token_sparse_attention.info import provenance
 
 if TYPE_CHECKING:
     from token_sparse_attention.evaluation.evaluate import Runner
@@ -36,7 +30,7 @@ if TYPE_CHECKING:
 _LENGTHS, _LIMIT = (4096,), 50
 
 
-def add_commands(commands: Any, make: arguments.MakeCommand) -> None:
+def add_commands(commands: Any, make: MakeCommand) -> None:
     """Add ``tsa eval``; `make` adds a command of name, summary and example."""
     command = make(
         commands,
@@ -223,10 +217,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalResults | None:
     """Evaluate with a progress bar; None if the job failed, which standard error then says."""
     from token_sparse_attention.evaluation import processes
-    from token_sparse_attention.evaluation.evaluate import evaluate
+    from token_sparse_attention.evaluation.evaluate import evaluate, make_header
 
     scorer = harness.Scorer(samples) if harness.installed_version() else None
-    header = _header(args, runner, samples)
+    header = make_header(runner, samples, args.model, args.processes)
     samples = _only(args, samples)
     source = None
     if args.processes > 1:
@@ -257,31 +251,6 @@ def _run(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalRe
                 file=sys.stderr,
             )
             return None
-
-
-def _header(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalHeader:
-    from token_sparse_attention.evaluation.settings import settings_dicts
-
-    about = provenance(str(runner.model.device))
-    about["versions"]["lm-eval"] = samples.lm_eval
-    return EvalHeader(
-        provenance=about,
-        arguments={
-            "model": args.model or arguments.BUNDLED,
-            "dtype": str(runner.model.dtype).removeprefix("torch."),
-            "impl": args.impl,
-            "attention_backend": args.attention_backend,
-            "lengths": samples.lengths,
-            "limit": samples.limit,
-            "seed": samples.seed,
-            "chat_template": samples.chat_template,
-            "samples_sha256": samples.digest(),
-            **({"processes": args.processes} if args.processes > 1 else {}),
-        },
-        model=runner.facts(),
-        configurations=settings_dicts(runner.configurations),
-        tasks=samples.tasks,
-    )
 
 
 def _only(args: argparse.Namespace, samples: SampleSet) -> SampleSet:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from token_sparse_attention import arguments
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import layer_configs
 from token_sparse_attention.evaluation import generate
@@ -25,7 +26,8 @@ from token_sparse_attention.evaluation.record import (
     to_line,
 )
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
-from token_sparse_attention.evaluation.settings import Configuration
+from token_sparse_attention.evaluation.settings import Configuration, settings_dicts
+from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.transformers import register_dense_attention
 
 Arrival = tuple[Sample, str, Reply]  # a configuration's reply to a sample
@@ -137,6 +139,41 @@ class Runner:
             )
         except (ValueError, TypeError) as error:
             raise UsageError(f"the configuration {name!r} cannot be run: {error}") from error
+
+
+def make_header(
+    runner: Runner, samples: SampleSet, model: str | None, processes: int = 1, **more: Any
+) -> EvalHeader:
+    """Return the header of the runner's results.
+
+    Args:
+        runner: the model and the configurations.
+        samples: all of the samples that replies may be to.
+        model: what was asked for, None for the bundled model.
+        processes: how many share the device.
+        more: what else tells what was asked for.
+    """
+    about = provenance(str(runner.model.device))
+    about["versions"]["lm-eval"] = samples.lm_eval
+    return EvalHeader(
+        provenance=about,
+        arguments={
+            "model": model or arguments.BUNDLED,
+            "dtype": str(runner.model.dtype).removeprefix("torch."),
+            "impl": runner.impl,
+            "attention_backend": runner.attention_backend,
+            "lengths": samples.lengths,
+            "limit": samples.limit,
+            "seed": samples.seed,
+            "chat_template": samples.chat_template,
+            "samples_sha256": samples.digest(),
+            **({"processes": processes} if processes > 1 else {}),
+            **more,
+        },
+        model=runner.facts(),
+        configurations=settings_dicts(runner.configurations),
+        tasks=samples.tasks,
+    )
 
 
 def evaluate(

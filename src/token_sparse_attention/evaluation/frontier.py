@@ -8,7 +8,7 @@ from typing import Any
 
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.tables import NONE, number
-from token_sparse_attention.evaluation.record import EvalResults
+from token_sparse_attention.evaluation.record import PATTERN, EvalResults
 from token_sparse_attention.evaluation.replay import (
     Replay,
     ReplayRow,
@@ -18,6 +18,7 @@ from token_sparse_attention.evaluation.replay import (
 from token_sparse_attention.evaluation.summary import Row, summarise
 
 NOT_REPLAYED, CHECK_FAILED = "not replayed", "check failed"
+_PATTERN = "not replayed: the blocks of a pattern depend on the text"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def join(
             there = [found.get((name, length, digest, own)) for own in (False, True)]
             times, own_times = (one and one[0].times(one[1]) for one in there)
             note = "" if times else CHECK_FAILED if there[0] else NOT_REPLAYED
+            if PATTERN in (results.header.configurations[name] or {}):
+                note = _PATTERN
             joined.append(FrontierRow(source, accuracy, times, own_times, note))
     return tuple(joined)
 
@@ -139,7 +142,7 @@ def frontier_table(rows: Sequence[FrontierRow]) -> str:
                 _cell("{:+.1%}", accuracy.relative_loss),
                 _cell("{:+.1%}", accuracy.relative_loss_upper),
                 f"{accuracy.kept_share:.1%}",
-                f"{accuracy.work:.3f}",
+                accuracy.shown_work,
                 *_time_cells(row),
                 *([_speed_up(row.own_times)] if own else []),
             ]

@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any, TextIO
 
 from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig, layer_configs
 
 SCHEMA_VERSION = 1
 DENSE = "dense"  # the configuration that all others are compared with
@@ -46,6 +47,23 @@ class EvalHeader:
     configurations: Mapping[str, Mapping[str, Any] | None]
     tasks: Mapping[str, Any]
     version: int = SCHEMA_VERSION
+
+    def layer_configs(self, configuration: str) -> dict[int, TokenSparseConfig]:
+        """Return the settings of each layer that a configuration lets run sparse.
+
+        Raises:
+            UsageError: if they are none of this version.
+        """
+        settings = self.configurations[configuration]
+        if settings and PATTERN in settings:
+            settings = settings.get("settings")
+        if settings is None:
+            return {}
+        try:
+            kind = LayerProfile if "version" in settings else TokenSparseConfig
+            return layer_configs(kind.from_json(json.dumps(settings)), self.model["num_layers"])
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"configuration {configuration!r} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)

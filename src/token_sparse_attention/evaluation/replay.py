@@ -21,8 +21,12 @@ from token_sparse_attention.benchmark.replay import (
     ReplayPoint,
     Shape,
 )
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, layer_configs
-from token_sparse_attention.evaluation.record import EvalResults, SampleResult, check_entries
+from token_sparse_attention.evaluation.record import (
+    PATTERN,
+    EvalResults,
+    SampleResult,
+    check_entries,
+)
 from token_sparse_attention.evaluation.summary import layer_shares
 
 SCHEMA_VERSION = 1
@@ -180,6 +184,9 @@ def replay(
 ) -> Iterator[tuple[list[ReplayPoint], list[ReplayRow]]]:
     """Replay every configuration at every length; yield all points and rows after each.
 
+    Configurations with a block-sparse pattern are left out: inputs are random, and which blocks
+    a pattern takes depends on them.
+
     Args:
         evaluations: results, each with the name it goes by.
         options: how to measure.
@@ -239,7 +246,9 @@ def _jobs(
         for length in sorted({sample.length for sample in results.samples}):
             if lengths and length not in lengths:
                 continue
-            for configuration in results.header.configurations:
+            for configuration, settings in results.header.configurations.items():
+                if PATTERN in (settings or {}):
+                    continue
                 chosen = chosen_samples(results, configuration, length)
                 if not chosen:
                     continue
@@ -274,7 +283,7 @@ def layer_runs(
 
     Samples in which a layer ran dense are a part of their own. For the others the root of the
     mean square of a head's shares stands, because attention's time goes with the square: so
-    the replayed work is the recorded work.
+    the selected tokens' work is as recorded.
 
     Args:
         results: the evaluation.
@@ -286,7 +295,7 @@ def layer_runs(
             that ran sparse.
     """
     num_layers = results.header.model["num_layers"]
-    configs = _layer_configs(results.header.configurations[configuration], num_layers)
+    configs = results.header.layer_configs(configuration)
     runs = []
     for layer in range(num_layers):
         recorded = [
@@ -308,19 +317,6 @@ def layer_runs(
             parts.append((dense / len(samples), None if config is None else LayerRun(config, ())))
         runs.append(parts)
     return runs
-
-
-def _layer_configs(
-    settings: Mapping[str, Any] | None, num_layers: int
-) -> dict[int, TokenSparseConfig]:
-    if settings is None:
-        return {}
-    try:
-        if "version" in settings:
-            return layer_configs(LayerProfile.from_json(json.dumps(settings)), num_layers)
-        return layer_configs(TokenSparseConfig.from_dict(settings), num_layers)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"settings that cannot be replayed: {error}") from error
 
 
 def _mean(recorded: Sequence[Sequence[float]]) -> tuple[float, ...]:

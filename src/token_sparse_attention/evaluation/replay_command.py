@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.benchmark.command import (
+    MakeCommand,
     add_measuring_arguments,
     device_named,
     list_of,
@@ -26,7 +27,6 @@ from token_sparse_attention.evaluation.record import EvalResults, load_results
 from token_sparse_attention.evaluation.replay import Replay, replay
 from token_sparse_attention.info import provenance
 
-MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]
 _TABLE_WIDTH = 130
 _NOT_ARGUMENTS = ("bench", "command", "bench_command", "handler", "json", "out", "table")
 

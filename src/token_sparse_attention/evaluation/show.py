@@ -67,7 +67,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
             _cell("{:+.1%}", row.relative_loss),
             _cell("{:+.1%}", row.relative_loss_upper),
             f"{row.kept_share:.1%}",
-            f"{'≤' if row.work_is_bound else ''}{row.work:.3f}",
+            row.shown_work,
             f"{row.seconds:#.3g} s",
         )
     return table

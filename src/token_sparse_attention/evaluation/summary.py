@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
+from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.evaluation.record import (
     DENSE,
     PATTERN,
@@ -43,7 +44,7 @@ class Row:
         relative_loss_upper: the relative loss is below this with 95% confidence.
         kept_share: share of the prompt that a head attends over, mean over samples, layers
             and heads; 1 in dense layers.
-        work: mean over the same of that share squared: attention's operations against dense.
+        work: mean over the same of `attended_share`: attention's operations against dense.
         seconds: mean time from the start of the prefill to the first token.
         work_is_bound: whether a block-sparse pattern skips more than `work` says, which does
             not count the blocks that a pattern leaves out.
@@ -65,6 +66,11 @@ class Row:
     seconds: float
     work_is_bound: bool = False
 
+    @property
+    def shown_work(self) -> str:
+        """`work` as tables show it."""
+        return f"{'≤' if self.work_is_bound else ''}{self.work:.3f}"
+
 
 def summarise(results: EvalResults) -> tuple[Row, ...]:
     """Return one row per configuration for every group of samples that there is.
@@ -75,12 +81,13 @@ def summarise(results: EvalResults) -> tuple[Row, ...]:
     repeat another one (of the only task, or the only length) is there all the same.
     """
     dense = {s.key[:3]: s for s in results.samples if s.configuration == DENSE}
+    configs = {name: results.header.layer_configs(name) for name in results.header.configurations}
     rows = []
     for task, length, members in _groups(results.samples):
         for name, settings in results.header.configurations.items():
             chosen = [s for s in members if s.configuration == name]
             if chosen:
-                row = _row(task, length, name, chosen, dense)
+                row = _row(task, length, name, chosen, dense, configs[name])
                 rows.append(replace(row, work_is_bound=PATTERN in (settings or {})))
     return tuple(rows)
 
@@ -94,14 +101,52 @@ def layer_shares(kept: LayerKept, prompt_tokens: int) -> list[float]:
 
 def kept_share(sample: SampleResult) -> float:
     """Return the share of the prompt that heads attended over, mean over layers and heads."""
-    shares = _all_shares(sample)
-    return fmean(fmean(layer) for layer in shares)
+    layers = sample.kept or [None]
+    return fmean(fmean(layer_shares(layer, sample.prompt_tokens)) for layer in layers)
 
 
-def attention_work(sample: SampleResult) -> float:
-    """Return the mean over layers and heads of the kept share squared."""
-    shares = _all_shares(sample)
-    return fmean(fmean(share**2 for share in layer) for layer in shares)
+def attended_share(kept: int, prompt_tokens: int, config: TokenSparseConfig | None) -> float:
+    """Return how many pairs of a query and a key a head attends to, as a share of all causal ones.
+
+    The K selected queries see ``K (K + 1) / 2`` pairs. With ``fallback="window"``, a query
+    that was not selected sees ``min(p + 1, fallback_window + fallback_sinks +
+    fallback_landmarks)`` keys at position p. Which queries and landmarks these are is not
+    recorded: the last queries before the scoring window are counted, and landmarks as if they
+    lay far back. So it is never less than what was attended to, and in long prompts hardly
+    more, landmarks apart.
+
+    Args:
+        kept: K, scoring window included.
+        prompt_tokens: S.
+        config: the layer's settings; None or ``fallback="zero"`` counts selected queries alone.
+
+    Example:
+        >>> window = TokenSparseConfig(fallback="window", fallback_window=10, window_size=4)
+        >>> attended_share(20, 100, window)  # (20 * 21 / 2 + 80 * 10) / (100 * 101 / 2)
+        0.2
+    """
+    pairs = kept * (kept + 1) // 2
+    if config is not None and config.fallback == "window":
+        reach = config.fallback_window + config.fallback_sinks + config.fallback_landmarks
+        first, end = (max(n - config.window_size, 0) for n in (kept, prompt_tokens))
+        pairs += _banded_pairs(end, reach) - _banded_pairs(first, reach)
+    return 2 * pairs / (prompt_tokens * (prompt_tokens + 1))
+
+
+def _banded_pairs(queries: int, reach: int) -> int:
+    """Pairs of the first queries where each sees itself and ``reach - 1`` keys before it."""
+    full = min(queries, reach)
+    return full * (full + 1) // 2 + (queries - full) * reach
+
+
+def attention_work(sample: SampleResult, configs: Mapping[int, TokenSparseConfig]) -> float:
+    """Return the mean of `attended_share` over layers and heads; `configs` are the layers'."""
+    works = []
+    for layer, kept in enumerate(sample.kept or [None]):
+        heads = kept if isinstance(kept, list) else [kept or sample.prompt_tokens]
+        config = None if kept is None else configs.get(layer)
+        works.append(fmean(attended_share(n, sample.prompt_tokens, config) for n in heads))
+    return fmean(works)
 
 
 def difference_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -169,6 +214,7 @@ def _row(
     configuration: str,
     samples: Sequence[SampleResult],
     dense: Mapping[tuple[str, int, int], SampleResult],
+    configs: Mapping[int, TokenSparseConfig],
 ) -> Row:
     pairs = []
     for sample in samples:
@@ -197,10 +243,6 @@ def _row(
         relative_loss=loss,
         relative_loss_upper=bound,
         kept_share=fmean(map(kept_share, samples)),
-        work=fmean(map(attention_work, samples)),
+        work=fmean(attention_work(sample, configs) for sample in samples),
         seconds=fmean(sample.seconds for sample in samples),
     )
-
-
-def _all_shares(sample: SampleResult) -> list[list[float]]:
-    return [layer_shares(layer, sample.prompt_tokens) for layer in sample.kept or [None]]

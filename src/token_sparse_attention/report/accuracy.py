@@ -104,7 +104,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number("{:+.3f} to {:+.3f}", row.difference_low, row.difference_high),
         _number("{:.1%}", row.relative_loss_upper),
         f"{row.kept_share:.1%}",
-        f"{'≤' if row.work_is_bound else ''}{row.work:.3f}",
+        row.shown_work,
         f"{row.seconds:.3g} s",
     )
 

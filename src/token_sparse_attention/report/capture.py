@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from token_sparse_attention.attention.causal import parse_backend, pattern_config
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.record import LayerRecord, PrefillReport
-from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
 from token_sparse_attention.selection import score_tokens, select_tokens
 
@@ -32,7 +35,7 @@ def capture(
     arguments: Mapping[str, Any],
     max_new_tokens: int = 32,
     impl: str = "auto",
-    attention_backend: str = "auto",
+    attention_backend: str | PatternConfig = "auto",
 ) -> KeptText:
     """Answer a prompt sparsely and return which of its tokens were kept.
 
@@ -44,16 +47,20 @@ def capture(
         arguments: what to note about the run.
         max_new_tokens: at most this many tokens are generated.
         impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`.
+        attention_backend: see `token_sparse_attention`; a pattern runs in every layer.
 
     Raises:
         ValueError: if the model cannot be served.
         RuntimeError: if the positions noted for a layer are not as many as it kept.
     """
     ids = ids.to(model.device)
-    applied = apply(model, config, impl=impl, attention_backend=attention_backend)
+    backend = parse_backend(attention_backend)
     masks: dict[int, Tensor] = {}
-    with applied as report:
+    with ExitStack() as stack:
+        if pattern_config(backend) is not None:
+            stack.enter_context(attention_of_every_layer(model, backend))
+        applied = apply(model, config, impl=impl, attention_backend=backend)
+        report = stack.enter_context(applied)
         AttentionInterface.register(applied.name, _noting(applied.name, report, impl, masks))
         generated = model.generate(
             ids,

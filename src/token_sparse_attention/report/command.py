@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from token_sparse_attention import arguments
-from token_sparse_attention.benchmark.command import positive
+from token_sparse_attention.benchmark.command import MakeCommand, positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.report.load import load
 from token_sparse_attention.report.page import TITLE, build_page
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from token_sparse_attention.report.kept_text import KeptText
 
 
-def add_commands(commands: Any, make: arguments.MakeCommand) -> None:
+def add_commands(commands: Any, make: MakeCommand) -> None:
     """Add ``tsa report`` and ``tsa capture``; `make` adds one of name, summary and example."""
     report = make(
         commands,
@@ -54,7 +54,7 @@ def add_commands(commands: Any, make: arguments.MakeCommand) -> None:
         "--out", type=Path, required=True, metavar="FILE", help="the capture to write"
     )
     capture.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
-    arguments.add_loading_arguments(capture)
+    arguments.add_loading_arguments(capture, attention_backend=arguments.BACKEND_OR_PATTERN)
     capture.set_defaults(handler=run_capture)
 
 
