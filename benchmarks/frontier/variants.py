@@ -176,6 +176,25 @@ def landmark_scores(query: Tensor, key: Tensor, count: int, window: int, scale: 
     return scores
 
 
+def samples(length: int, count: int, without: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token of each of `count` equal parts, none of some slots ``[H, N]``.
+
+    Returns:
+        Slots ``[H, count]`` and how many tokens each stands for: all of its part but those.
+    """
+    size = -(-length // count)
+    parts = -(-length // size)
+    there = torch.zeros(len(without), parts * size + 1, device=without.device)
+    there[:, :length] = 1.0
+    there.scatter_(1, torch.where(without < 0, parts * size, without), 0.0)
+    there = there[:, : parts * size].reshape(-1, parts, size)
+    generator = torch.Generator(without.device).manual_seed(0)
+    draw = torch.rand(there.shape, device=without.device, generator=generator) + 1e-6
+    slots = (draw * there).argmax(2) + torch.arange(parts, device=without.device) * size
+    counts = there.sum(2)
+    return torch.where(counts > 0, slots, length), counts
+
+
 def _fallback(
     query: Tensor,
     key: Tensor,
@@ -192,15 +211,21 @@ def _fallback(
         return out
     window, group = config.fallback_window, query.shape[1] // key.shape[1]
     with_pooled = bool(variant.pooled) and variant.pooled_for in ("fallback", "both")
-    if not with_pooled and not variant.samples:
+    if not with_pooled:
         into = Attended(torch.empty_like(query), None)
         far = torch.where(seen_by_all < 0, key.shape[2], seen_by_all)[None]
+        counts = torch.ones(far.shape, device=far.device)
+        if variant.samples:
+            slots, sizes = samples(key.shape[2], variant.samples, seen_by_all)
+            far, order = torch.cat((far, slots[None]), 2).sort(-1)
+            counts = torch.cat((counts, sizes[None]), 2).gather(2, order)
         tokens = real_tokens(None, 1, key.shape[2], query.device)
         rows = torch.ones(1, dtype=torch.bool, device=query.device)
         impl = resolve_impl("auto", query, query.shape[-1])
         attend_windows(
-            query, key, value, far, rows, tokens, into, window=window, impl=impl, **run.keywords
-        )
+            query, key, value, far, rows, tokens, into,
+            window=window, impl=impl, counts=counts, **run.keywords,
+        )  # fmt: skip
         return into.out
     near = run(query, key, value, window=window, want_lse=True)
     out = near.out.clone()
@@ -208,8 +233,6 @@ def _fallback(
     far = [Summary.of_tokens(keys, values, seen_by_all)]
     if with_pooled:
         far.append(Summary.of_blocks(keys, values, variant.pooled, seen_by_all))
-    if variant.samples:
-        far.append(Summary.of_samples(keys, values, variant.samples, seen_by_all))
     summary = Summary.together(far)
     positions = torch.arange(query.shape[2], device=query.device)
     for begin in range(0, len(positions), _ROWS):
@@ -298,23 +321,6 @@ class Summary:
 
         ends = torch.arange(1, blocks + 1, device=keys.device) * size - 1
         return cls(mean(keys), mean(values), counts.int(), ends.expand(heads, -1))
-
-    @classmethod
-    def of_samples(cls, keys: Tensor, values: Tensor, count: int, without: Tensor) -> Summary:
-        """One token of each of `count` equal parts, for all of them but the slots ``[H, N]``."""
-        heads, length, _ = keys.shape
-        size = -(-length // count)
-        parts = -(-length // size)
-        there = torch.zeros(heads, parts * size + 1, device=keys.device)
-        there[:, :length] = 1.0
-        there.scatter_(1, torch.where(without < 0, parts * size, without), 0.0)
-        there = there[:, : parts * size].reshape(heads, parts, size)
-        generator = torch.Generator(keys.device).manual_seed(0)
-        draw = torch.rand(there.shape, device=keys.device, generator=generator)
-        chosen = (draw * there).argmax(2)
-        slots = chosen + torch.arange(parts, device=keys.device) * size
-        at = slots.clamp(max=length - 1)[..., None].expand(-1, -1, keys.shape[2])
-        return cls(keys.gather(1, at), values.gather(1, at), there.sum(2).int(), slots)
 
     @classmethod
     def together(cls, parts: list[Summary]) -> Summary:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.frontier.variants import Variant, attention, landmark_scores
+from benchmarks.frontier.variants import Variant, attention, landmark_scores, samples
 
 from token_sparse_attention import TokenSparseConfig, token_sparse_attention
 from token_sparse_attention.attention.dense import attend
@@ -167,3 +167,24 @@ def test_each_segment_has_landmarks_of_its_own(qkv):
         weights = (query[at] @ key[seen].T * 0.25).softmax(-1)
         torch.testing.assert_close(out[0, head, at], weights @ value[seen], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(out, whole)
+
+
+def test_samples_of_every_token_make_it_dense(qkv):
+    out, selection = run(qkv, samples=203, landmarks=20)
+    chosen = torch.zeros(4, 203, dtype=torch.bool)
+    for head in range(4):
+        own = selection.indices[0, head, : selection.lengths[0, head]]
+        chosen[head, own] = True
+    torch.testing.assert_close(out[0][~chosen], dense(qkv)[0][~chosen], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_stands_for_its_part():
+    without = torch.tensor([[0, 1, 2, 3, 9], [4, 5, 6, -1, -1]])
+    slots, counts = samples(11, 3, without)
+    assert counts.tolist() == [[0.0, 4.0, 2.0], [4.0, 1.0, 3.0]]
+    assert slots[0, 0] == 11  # a part of landmarks alone
+    assert slots[1, 1] == 7
+    drawn = {tuple(samples(11, 3, without)[0][0].tolist()) for _ in range(3)}
+    assert len(drawn) == 1, "the same prompt must give the same answer"
+    assert 4 <= slots[0, 1] <= 7
+    assert slots[0, 2] in (8, 10)

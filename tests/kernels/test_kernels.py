@@ -228,7 +228,8 @@ def test_operator(config, query_len, head_chunk):
 @pytest.mark.parametrize("far", [1, 70])
 @pytest.mark.parametrize("window", [1, 40, 500])
 @pytest.mark.parametrize(("query_len", "kv_len", "head_dim"), [(130, 130, 24), (75, 301, 64)])
-def test_windows_and_far_tokens(far, window, query_len, kv_len, head_dim):
+@pytest.mark.parametrize("counted", [False, True])
+def test_windows_and_far_tokens(counted, far, window, query_len, kv_len, head_dim):
     """The kernel against a literal mask; what lies outside a row is NaN and does no harm."""
     from token_sparse_attention.kernels.far_tokens import Tiles, add_far_tokens
 
@@ -250,8 +251,14 @@ def test_windows_and_far_tokens(far, window, query_len, kv_len, head_dim):
     causal = (position <= position[first:, None]) & real[:, None, None]
     near = (causal & (position > position[first:, None] - window)).expand(-1, 6, -1, -1)
     both = near | (causal & (position == slots[..., None]).any(2)[:, :, None])
+    counts = None
+    extra = torch.zeros(3, 6, kv_len + 1, device=DEVICE)
+    if counted:
+        counts = torch.randint(1, 40, slots.shape, generator=generator, device=DEVICE).float()
+        extra.scatter_(2, slots, counts.log())
+    extra = extra[:, :, None, :kv_len] * ~near
     out, lse = literal_attention(problem, near)
-    expected, expected_lse = literal_attention(problem, both)
+    expected, expected_lse = literal_attention(problem, both, extra)
     unwritten = ~real[:, None, first:].expand(-1, 6, -1)
     for wrong, right in ((out, expected), (lse, expected_lse)):
         wrong[unwritten], right[unwritten] = 7.0, 7.0
@@ -260,7 +267,7 @@ def test_windows_and_far_tokens(far, window, query_len, kv_len, head_dim):
     before, before_lse = out.clone(), lse.clone()
     bounds = torch.tensor(runs, dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([True, True, True], device=DEVICE)
-    options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2)}
+    options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2), "counts": counts}
     add_far_tokens(*problem, slots, bounds, rows, out, lse, **options)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
@@ -271,11 +278,14 @@ def test_windows_and_far_tokens(far, window, query_len, kv_len, head_dim):
     assert torch.equal(before[0], out[0]) == (window == 500)
 
 
-def literal_attention(problem, seen):
-    """Attention and log-sum-exp under a mask ``[B, H, S_q, S_kv]``, in float64."""
+def literal_attention(problem, seen, extra=0.0):
+    """Attention and log-sum-exp under a mask ``[B, H, S_q, S_kv]``, in float64.
+
+    `extra` is added to the logits.
+    """
     query, key, value = (tensor.double().nan_to_num() for tensor in problem)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    logits = (query @ key.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+    logits = (query @ key.transpose(2, 3) * 0.3 + extra).masked_fill(~seen, -torch.inf)
     return (logits.softmax(-1) @ value).float(), logits.logsumexp(-1).float()
 
 

@@ -63,6 +63,7 @@ def attend_windows(
     scale: float,
     impl: str,
     backend: str,
+    counts: Tensor | None = None,
 ) -> None:
     """The windowed fallback of every query in some rows, written in place.
 
@@ -78,6 +79,7 @@ def attend_windows(
         scale: factor of the logits.
         impl: which code adds the far tokens.
         backend: one of `BACKENDS`, which attends within the windows.
+        counts: ``[B, H, M]`` float32, how many tokens each far token stands for; None for one.
     """
     lse = into.lse
     if far is not None and lse is None:
@@ -99,11 +101,14 @@ def attend_windows(
         if query.stride(-1) != 1:
             query = query.contiguous()
         load_kernels("far_tokens").add_far_tokens(
-            query, key, value, far, tokens.bounds, rows, into.out, lse, window=window, scale=scale
-        )
+            query, key, value, far, tokens.bounds, rows, into.out, lse,
+            window=window, scale=scale, counts=counts,
+        )  # fmt: skip
     else:
         far = torch.where(rows[:, None, None], far, tokens.kv_len)
-        _add_far(query, key, value, far, tokens, into.out, lse, window=window, scale=scale)
+        counts = torch.ones(1, 1, 1) if counts is None else counts
+        counts = counts.expand_as(far).to(far.device)
+        _add_far(query, key, value, far, counts, tokens, into.out, lse, window, scale)
 
 
 def _add_far(
@@ -111,10 +116,10 @@ def _add_far(
     key: Tensor,
     value: Tensor,
     far: Tensor,
+    counts: Tensor,
     tokens: RealTokens,
     out: Tensor,
     lse: Tensor,
-    *,
     window: int,
     scale: float,
 ) -> None:
@@ -125,6 +130,7 @@ def _add_far(
         key: ``[B, H_kv, S_kv, D]``.
         value: likewise.
         far: ``[B, H, M]`` slots, S_kv for none.
+        counts: ``[B, H, M]`` float32, how many tokens each stands for.
         tokens: where the real tokens are.
         out: ``[B, H, S_q, D]``, the windowed attention; updated in place.
         lse: ``[B, H, S_q]`` float32, its log-sum-exp; updated in place.
@@ -150,6 +156,7 @@ def _add_far(
             seen = seen & (position < end[:, None, None, None])
             block = query[:, member::group, queries].float()
             logits = block @ far_keys.transpose(2, 3) * scale
+            logits += counts[:, member::group, None].log()
             logits.masked_fill_(~seen, -torch.inf)
             old = lse[:, member::group, queries]
             new = torch.logaddexp(old, logits.logsumexp(-1))

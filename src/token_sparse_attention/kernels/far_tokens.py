@@ -47,6 +47,7 @@ def add_far_tokens(
     *,
     window: int,
     scale: float,
+    counts: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> None:
     """Merge far tokens into windowed attention, in place; padding's queries stay.
@@ -62,6 +63,7 @@ def add_far_tokens(
         lse: ``[B, H, S_q]`` float32, its log-sum-exp.
         window: keys each query has seen, itself included; it sees far tokens before them.
         scale: factor of the logits.
+        counts: ``[B, H, M]`` float32, how many tokens each far token stands for; None for one.
         tiles: block sizes, for tuning.
     """
     batch_size, num_heads, query_len, head_dim = query.shape
@@ -69,7 +71,8 @@ def add_far_tokens(
     far_key, far_value = (_gather(x, far, num_heads // key.shape[1]) for x in (key, value))
     block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
     far_tokens_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
-        query, far, far_key, far_value, bounds, rows, out, lse, scale * _LOG2_E,
+        query, far, far_key, far_value, None if counts is None else counts.contiguous(),
+        bounds, rows, out, lse, scale * _LOG2_E,
         *query.stride()[:3], *out.stride()[:3], *lse.stride(),
         num_heads, query_len, key.shape[2] - query_len,
         HEAD_DIM=head_dim, BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
@@ -91,8 +94,8 @@ def _gather(rows: Tensor, slots: Tensor, group: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["query_len", "first_query", "stride_lb", "stride_lh", "stride_ls"])
 def far_tokens_kernel(
-    query_ptr, far_ptr, far_key_ptr, far_value_ptr, bounds_ptr, rows_ptr, out_ptr, lse_ptr,
-    scale_log2,
+    query_ptr, far_ptr, far_key_ptr, far_value_ptr, counts_ptr, bounds_ptr, rows_ptr,
+    out_ptr, lse_ptr, scale_log2,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_os: tl.int64,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_ls: tl.int64,
@@ -133,6 +136,9 @@ def far_tokens_kernel(
             b_v = _load_rows(far_value_ptr, row * FAR + o_n, HEAD_DIM, exists,
                              HEAD_DIM, BLOCK_D, UPCAST)  # fmt: skip
             b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+            if counts_ptr is not None:
+                b_count = tl.load(counts_ptr + row * FAR + o_n, mask=exists, other=1.0)
+                b_logits += tl.log2(b_count)[None, :]
             b_logits = tl.where(b_slot[None, :] <= b_reach[:, None], b_logits, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_logits, 1))
             b_probs = tl.exp2(b_logits - b_new[:, None])
