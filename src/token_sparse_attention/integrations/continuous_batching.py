@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention import flash
 from token_sparse_attention.attention.backends import choose_backend, takes_packed
 from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.integrations.implementation import AttentionFunction, obstacle
 
-PREFIX = "paged|"  # of the implementation names that continuous batching looks for
 _ARGUMENTS = frozenset(
     {
         "block_table",
@@ -29,6 +30,8 @@ _ARGUMENTS = frozenset(
         "cu_seq_lens_q",
         "logits_indices",
         "logits_processor_args",
+        "max_length_k",
+        "max_length_q",
         "max_seqlen_k",
         "max_seqlen_q",
         "read_index",
@@ -79,6 +82,15 @@ class Request(NamedTuple):
         )
 
 
+def batched_name(name: str) -> str:
+    """Return an implementation's name as continuous batching accepts it and makes no mask for it.
+
+    transformers 5.17 takes names with a prefix; later ones take whatever says that it is some
+    flash attention. A digit after that word would ask for features of FlashAttention 2 or 3.
+    """
+    return f"paged|{name}" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS else f"{name}_flash"
+
+
 def read_call(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
 ) -> PackedCall:
@@ -90,34 +102,49 @@ def read_call(
     cache = arguments.get("cache")
     if cache is None:
         raise ValueError(
-            "a 'paged|' attention implementation needs the cache that continuous batching "
-            "gives it; for other calls, set the implementation without that prefix"
+            "model must be run by continuous batching under apply(continuous_batching=True), "
+            "got a call without its paged cache; for other calls, leave that argument out"
         )
-    layer = module.layer_idx
-    keys, values = cache.update(
-        key_states=key,
-        value_states=value,
-        layer_idx=layer,
-        read_index=arguments["read_index"],
-        write_index=arguments["write_index"],
-    )
-    window = cache.sliding_windows[layer]
-    cu_seqlens_k, max_seqlen_k = arguments["cu_seq_lens_k"], arguments["max_seqlen_k"]
-    if isinstance(cu_seqlens_k, dict):  # a model with layers of both kinds
-        kind = "full_attention" if window == 1 else "sliding_attention"
-        cu_seqlens_k, max_seqlen_k = cu_seqlens_k[kind], max_seqlen_k[kind]
-    rest = {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
+    update = partial(_update, cache) if hasattr(cache, "sliding_windows") else cache.update
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    arguments = dict(arguments)  # the update writes into them
+    keys, values = update(key_states=key, value_states=value, layer_idx=layer, kwargs=arguments)
     return PackedCall(
         query,
-        keys.transpose(0, 1)[None],
-        values.transpose(0, 1)[None],
+        keys,
+        values,
         arguments["cu_seq_lens_q"],
-        cu_seqlens_k,
-        arguments["max_seqlen_q"],
-        max_seqlen_k,
-        None if window == 1 else window,
-        rest | {"sliding_window": None if window == 1 else window},
+        arguments["cu_seq_lens_k"],
+        arguments["max_length_q"],
+        arguments["max_length_k"],
+        arguments.get("sliding_window"),
+        {name: argument for name, argument in arguments.items() if name not in _ARGUMENTS},
     )
+
+
+def _update(
+    cache: Any, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Do with a cache of transformers 5.17 what `update` does with those of later versions."""
+    keys, values = cache.update(
+        key_states=key_states,
+        value_states=value_states,
+        layer_idx=layer_idx,
+        read_index=kwargs["read_index"],
+        write_index=kwargs["write_index"],
+    )
+    window = cache.sliding_windows[layer_idx]
+    lengths, longest = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
+    if isinstance(lengths, dict):  # a model with layers of both kinds
+        kind = "full_attention" if window == 1 else "sliding_attention"
+        lengths, longest = lengths[kind], longest[kind]
+    kwargs |= {
+        "cu_seq_lens_k": lengths,
+        "max_length_k": longest,
+        "max_length_q": kwargs["max_seqlen_q"],
+        "sliding_window": None if window == 1 else window,
+    }
+    return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
 
 class RequestReader:
