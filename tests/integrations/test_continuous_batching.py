@@ -9,11 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching import (
-    PagedAttentionCache,
-    continuous_api,
-    input_outputs,
-)
+from transformers.generation.continuous_batching import continuous_api, input_outputs
 
 from integrations.models import CONFIG, LAYERS, make_ids, make_image_model, make_model
 from token_sparse_attention.attention.dense import causal_attention
@@ -158,16 +154,15 @@ def test_no_quadratic_mask_is_made(monkeypatch):
 def test_an_application_is_for_continuous_batching_or_for_other_calls():
     model = make_model()
     with apply(model, CONFIG, continuous_batching=True):
-        with pytest.raises(ValueError, match="got a call without its paged cache"):
+        with pytest.raises(ValueError, match="got another call"):
             model(make_ids())
         with pytest.raises(ValueError, match="model already runs token sparse attention"):
             apply(model, CONFIG)
     with apply(model, CONFIG):
         with pytest.raises(ValueError, match=r"tsa_.* is not supported"):
             together(model, prompts()[:1])
-        cache = object.__new__(PagedAttentionCache)  # as a manager gives it to a text decoder
         with pytest.raises(ValueError, match="must be called with continuous_batching=True"):
-            model(make_ids(), cache=cache)
+            model(make_ids(), write_index=[torch.arange(200)])  # as to a decoder inside a model
     assert model.config._attn_implementation == "sdpa"
 
 

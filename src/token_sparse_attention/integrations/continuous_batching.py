@@ -88,7 +88,16 @@ def batched_name(name: str) -> str:
     transformers 5.17 takes names with a prefix; later ones take whatever says that it is some
     flash attention. A digit after that word would ask for features of FlashAttention 2 or 3.
     """
-    return f"paged|{name}" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS else f"{name}_flash"
+    return f"paged|{name}" if _takes_prefix() else f"{name}_flash"
+
+
+def _takes_prefix() -> bool:
+    return "paged|sdpa" in ALL_ATTENTION_FUNCTIONS
+
+
+def is_packed(arguments: dict[str, Any]) -> bool:
+    """Return whether continuous batching made a layer's call with these arguments."""
+    return arguments.get("write_index") is not None
 
 
 def read_call(
@@ -97,18 +106,22 @@ def read_call(
     """Put the new keys and values into the cache, and return what to attend over.
 
     Raises:
-        ValueError: if the call has no paged cache, so is not one of continuous batching.
+        ValueError: if the call is not one of continuous batching.
     """
-    cache = arguments.get("cache")
-    if cache is None:
+    if not is_packed(arguments):
         raise ValueError(
             "model must be run by continuous batching under apply(continuous_batching=True), "
-            "got a call without its paged cache; for other calls, leave that argument out"
+            "got another call; for other calls, leave that argument out"
         )
-    update = partial(_update, cache) if hasattr(cache, "sliding_windows") else cache.update
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    arguments = dict(arguments)  # the update writes into them
-    keys, values = update(key_states=key, value_states=value, layer_idx=layer, kwargs=arguments)
+    arguments = dict(arguments)  # an update writes into them
+    cache = arguments.get("cache")  # from 5.24 on the layer has updated it before
+    keys, values = key, value
+    if cache is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        update = partial(_update, cache) if _takes_prefix() else cache.update
+        keys, values = update(
+            key_states=key, value_states=value, layer_idx=layer, kwargs=arguments
+        )
     return PackedCall(
         query,
         keys,
@@ -133,17 +146,14 @@ def _update(
         read_index=kwargs["read_index"],
         write_index=kwargs["write_index"],
     )
-    window = cache.sliding_windows[layer_idx]
-    lengths, longest = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
-    if isinstance(lengths, dict):  # a model with layers of both kinds
-        kind = "full_attention" if window == 1 else "sliding_attention"
-        lengths, longest = lengths[kind], longest[kind]
-    kwargs |= {
-        "cu_seq_lens_k": lengths,
-        "max_length_k": longest,
-        "max_length_q": kwargs["max_seqlen_q"],
-        "sliding_window": None if window == 1 else window,
-    }
+    for end in "qk":
+        if f"max_seqlen_{end}" in kwargs:
+            kwargs[f"max_length_{end}"] = kwargs[f"max_seqlen_{end}"]
+    if isinstance(kwargs["cu_seq_lens_k"], dict):  # a model with layers of both kinds
+        windowed = kwargs.get("sliding_window") is not None
+        kind = "sliding_attention" if windowed else "full_attention"
+        for name in ("cu_seq_lens_k", "max_length_k"):
+            kwargs[name] = kwargs[name][kind]
     return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention.causal import backends_of_layers, parse_backend
@@ -40,6 +39,7 @@ from token_sparse_attention.integrations.continuous_batching import (
     attend_dense,
     batched_name,
     consecutive,
+    is_packed,
     read_call,
 )
 from token_sparse_attention.integrations.implementation import (
@@ -90,7 +90,7 @@ def apply(
         kept: keep this share of the tokens whatever the settings say, see
             `token_sparse_attention`; for benchmarks.
         continuous_batching: serve transformers' continuous batching, and only that: the model
-            must be on ``"eager"`` or ``"sdpa"``, and calls without a paged cache raise.
+            must be on ``"eager"`` or ``"sdpa"``, and other calls raise.
 
     Returns:
         A context manager whose value is the `PrefillReport`; or keep the object and call
@@ -231,10 +231,10 @@ class AppliedSparsity:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The attention function: sparse where it applies, else the model's own."""
-        if isinstance(kwargs.get("cache"), PagedAttentionCache):
+        if is_packed(kwargs):
             raise ValueError(
                 "apply() must be called with continuous_batching=True for continuous batching, "
-                "got a call with its paged cache"
+                "got one of its calls"
             )
         layer = getattr(module, "layer_idx", None)
         if module in self._modules and layer is not None:
