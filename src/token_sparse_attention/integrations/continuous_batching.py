@@ -85,7 +85,7 @@ class Request(NamedTuple):
 def batched_name(name: str) -> str:
     """Return an implementation's name as continuous batching accepts it and makes no mask for it.
 
-    transformers 5.17 takes names with a prefix; later ones take whatever says that it is some
+    transformers 5.17 and 5.18 take names with a prefix, later ones take whatever says that it is some
     flash attention. A digit after that word would ask for features of FlashAttention 2 or 3.
     """
     return f"paged|{name}" if _takes_prefix() else f"{name}_flash"
@@ -138,7 +138,7 @@ def read_call(
 def _update(
     cache: Any, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Do with a cache of transformers 5.17 what `update` does with those of later versions."""
+    """Do with a cache of transformers 5.17 or 5.18 what later versions' `update` does."""
     keys, values = cache.update(
         key_states=key_states,
         value_states=value_states,
