@@ -85,8 +85,8 @@ class Request(NamedTuple):
 def batched_name(name: str) -> str:
     """Return an implementation's name as continuous batching accepts it and makes no mask for it.
 
-    transformers 5.17 and 5.18 take names with a prefix, later ones take whatever says that it is some
-    flash attention. A digit after that word would ask for features of FlashAttention 2 or 3.
+    transformers 5.17 and 5.18 take names with a prefix, later ones take whatever says that it is
+    some flash attention. A digit after that word would ask for features of FlashAttention 2 or 3.
     """
     return f"paged|{name}" if _takes_prefix() else f"{name}_flash"
 
