@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-import pytest
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
@@ -12,11 +11,6 @@ from transformers.masking_utils import sdpa_mask
 
 from token_sparse_attention import TokenSparseConfig, reference
 
-# Where transformers changed what several processes, and batches of requests, are given.
-SEVERAL = pytest.mark.skipif(
-    transformers.__version__.split(".")[:2] != ["5", "17"],
-    reason="tensor parallelism and continuous batching are supported with transformers 5.17",
-)
 CONFIG = TokenSparseConfig(
     drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32, crossover="off"
 )
@@ -74,6 +68,26 @@ def make_model(family: str = "Llama", seed: int = 0, **changes):
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+def make_image_model(seed: int = 0):
+    """A model of text and images, whose token 198 stands for an image."""
+    torch.manual_seed(seed)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=SHAPE | HYBRID,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=198,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
 def make_ids(length: int = 200, batch: int = 1, seed: int = 1) -> torch.Tensor:

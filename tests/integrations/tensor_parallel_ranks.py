@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.distributed import DistributedConfig
 
 from integrations.models import CONFIG, make_ids
 from token_sparse_attention.integrations import transformers as integration
@@ -56,7 +57,7 @@ def run_batched(model):
     prompts = [make_ids(length, seed=length)[0].tolist() for length in (200, 120)]
     batching = ContinuousBatchingConfig(block_size=32, num_blocks=32, max_batch_tokens=512)
     greedy = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
-    with apply(model, CONFIG) as report:
+    with apply(model, CONFIG, continuous_batching=True) as report:
         out = model.generate_batch(
             prompts,
             generation_config=greedy,
@@ -69,8 +70,11 @@ def run_batched(model):
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    split = DistributedConfig(tp_plan="auto")
     models = {
-        family: AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto").eval()
+        family: AutoModelForCausalLM.from_pretrained(
+            folder / family, distributed_config=split
+        ).eval()
         for family in FAMILIES
     }
     results = {

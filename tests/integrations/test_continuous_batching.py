@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from itertools import pairwise
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching import continuous_api
+from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import continuous_api, input_outputs
 
-from integrations.models import CONFIG, LAYERS, SEVERAL, make_ids, make_model
+from integrations.models import CONFIG, LAYERS, make_ids, make_image_model, make_model
 from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.integrations import continuous_batching
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
-
-pytestmark = SEVERAL
 
 LENGTHS = (200, 20, 120, 163)
 NEW = 5
@@ -85,27 +84,26 @@ CASES = {
 def test_requests_give_what_each_gives_alone(name):
     family, config, expected = CASES[name]
     model = make_model(family)
-    with apply(model, config) as report:
+    with apply(model, config) as apart:
         one_by_one = alone(model, prompts())
-        apart = by_request(report)
-        decoded = report.decode_calls
-        report.clear()
+    with apply(model, config, continuous_batching=True) as report:
         assert together(model, prompts()) == one_by_one
-        assert by_request(report) == apart
-    assert report.decode_calls == decoded
+    assert by_request(report) == by_request(apart)
+    assert report.decode_calls == apart.decode_calls
     assert len(report.prefills()) == 1, "all prompts fit one forward pass"
     for record in report:
         if record.layer in expected and record.query_len > 100:
             assert record.reasons == [expected[record.layer]]
     assert model.config._attn_implementation in ("sdpa", "eager")
+    assert not {name for name in AttentionInterface._global_mapping if "tsa_" in name}
 
 
 def test_a_split_prompt_selects_chunk_by_chunk():
     """The scheduler's pieces give what `prefill_chunk_size` gives."""
     model, requests = make_model(), [prompts()[0]]
-    with apply(model, CONFIG) as report:
+    with apply(model, CONFIG):
         expected = alone(model, requests, prefill_chunk_size=128)
-        report.clear()
+    with apply(model, CONFIG, continuous_batching=True) as report:
         assert together(model, requests, max_batch_tokens=128) == expected
     lengths = [(record.query_len, record.kv_len) for record in report if record.layer == 0]
     assert lengths == [(128, 128), (72, 200)]
@@ -114,37 +112,87 @@ def test_a_split_prompt_selects_chunk_by_chunk():
 
 def test_pieces_and_prompts_share_a_pass():
     model = make_model()
-    with apply(model, CONFIG) as report:
+    with apply(model, CONFIG):
+        expected = alone(model, prompts()[:1])[0]
+    with apply(model, CONFIG, continuous_batching=True) as report:
         out = together(model, prompts(), max_batch_tokens=220)
-        first, second = report.prefills()[:2]
-        assert out[0] == alone(model, prompts()[:1])[0], "the first prompt was not split"
+    first, second = report.prefills()[:2]
+    assert out[0] == expected, "the first prompt was not split"
     assert [record.sequence for record in first if record.layer == 0] == [0, 1]
     assert [record.query_len for record in first if record.layer == 0] == [200, 20]
     assert {record.layer for record in second} == set(range(LAYERS))
 
 
 def test_it_stays_on_where_flash_attention_is_installed(monkeypatch):
-    """A manager replaces implementations that are not paged by FlashAttention."""
+    """A manager replaces implementations that it does not take for paged by FlashAttention."""
     monkeypatch.setattr(continuous_api, "is_flash_attn_3_available", lambda **_: True)
     model = make_model()
-    with apply(model, CONFIG) as report:
-        model.set_attn_implementation("paged|" + model.config._attn_implementation)
-        out = together(model, prompts()[:1])
-        assert report.prefills()[0][0].paths == ["sparse"]
-        with pytest.raises(ValueError, match="needs the cache that continuous batching gives"):
+    with apply(model, CONFIG, continuous_batching=True) as report:
+        together(model, prompts()[:1])
+    assert report.prefills()[0][0].paths == ["sparse"]
+
+
+def test_no_quadratic_mask_is_made(monkeypatch):
+    made = []
+    prepare = input_outputs.ContinuousBatchingIOs.prepare_batch_tensors
+
+    def spy(self, *arguments, **options):
+        made.append(self.attention_mask is not None)
+        prepare(self, *arguments, **options)
+
+    monkeypatch.setattr(input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", spy)
+    model = make_model()
+    together(model, prompts()[:1])
+    assert all(made), "there is one without the library"
+    made.clear()
+    with apply(model, CONFIG, continuous_batching=True):
+        together(model, prompts()[:1])
+    assert made
+    assert not any(made)
+
+
+def test_an_application_is_for_continuous_batching_or_for_other_calls():
+    model = make_model()
+    with apply(model, CONFIG, continuous_batching=True):
+        with pytest.raises(ValueError, match="got another call"):
             model(make_ids())
-    assert model.config._attn_implementation == "sdpa"
+        with pytest.raises(ValueError, match="model already runs token sparse attention"):
+            apply(model, CONFIG)
     with apply(model, CONFIG):
-        assert alone(model, prompts()[:1]) == out
+        with pytest.raises(ValueError, match=r"tsa_.* is not supported"):
+            together(model, prompts()[:1])
+        with pytest.raises(ValueError, match="must be called with continuous_batching=True"):
+            model(make_ids(), write_index=[torch.arange(200)])  # as to a decoder inside a model
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_was_switched_away_warns():
     model = make_model()
     with apply(model, CONFIG) as report:
-        model.set_attn_implementation("paged|sdpa")
-        with pytest.warns(UserWarning, match=r"switched to 'paged\|sdpa', so token sparse"):
+        model.set_attn_implementation("sdpa")
+        with pytest.warns(UserWarning, match=r"switched to '(paged\|)?sdpa', so token sparse"):
             together(model, prompts()[:1])
     assert len(report) == 0
+
+
+def test_models_of_text_and_images_answer_texts_or_warn():
+    """Managers that look for a prefix replace their implementations."""
+    model = make_image_model()
+    requests = [torch.tensor(ids).clamp(max=190).tolist() for ids in prompts()]
+    with apply(model, CONFIG) as apart:
+        expected = alone(model, requests)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with apply(model, CONFIG, continuous_batching=True) as report:
+            name = model.config.get_text_config()._attn_implementation
+            out = together(model, requests)
+    told = any("so token sparse attention has no effect" in str(one.message) for one in caught)
+    assert told == name.startswith("paged|")
+    if told:
+        assert len(report) == 0
+    else:
+        assert out == expected
+        assert by_request(report) == by_request(apart)
 
 
 def varlen_by_hand(_backend, query, key, value, cu_q, cu_k, *, scale, window, out, **_):
@@ -163,7 +211,7 @@ def test_kernels_that_take_packed_lengths_run_neighbours_at_once(monkeypatch, fa
     """On CUDA, dense requests that lie side by side are one launch."""
     model = make_model(family)
     config = dataclasses.replace(CONFIG, min_tokens=110)  # the requests of 20 and 120 are dense
-    with apply(model, config):
+    with apply(model, config, continuous_batching=True):
         expected = together(model, prompts())
     calls = []
 
@@ -173,7 +221,7 @@ def test_kernels_that_take_packed_lengths_run_neighbours_at_once(monkeypatch, fa
 
     monkeypatch.setattr(continuous_batching, "takes_packed", lambda *_: True)
     monkeypatch.setattr(continuous_batching.flash, "varlen_attention", varlen)
-    with apply(model, config):
+    with apply(model, config, continuous_batching=True):
         assert together(model, prompts()) == expected
     full = calls if family == "Llama" else calls[1:]
     assert full[0] == 2, "the two short prompts"
@@ -183,7 +231,5 @@ def test_kernels_that_take_packed_lengths_run_neighbours_at_once(monkeypatch, fa
 def test_other_dense_implementations_are_refused():
     model = make_model()
     model.set_attn_implementation(register_dense_attention())
-    with apply(model, CONFIG):
-        model.set_attn_implementation("paged|" + model.config._attn_implementation)
-        with pytest.raises(ValueError, match="model must run 'eager' or 'sdpa'"):
-            model(make_ids(), cache=None)
+    with pytest.raises(ValueError, match="model must run 'eager' or 'sdpa'"):
+        apply(model, CONFIG, continuous_batching=True)

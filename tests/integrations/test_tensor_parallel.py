@@ -12,11 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from integrations import tensor_parallel_ranks
-from integrations.models import CONFIG, LAYERS, SEVERAL, make_model
+from integrations.models import CONFIG, LAYERS, make_model
 from integrations.tensor_parallel_ranks import CASES, FAMILIES, UNEQUAL, run_batched, run_case
 from token_sparse_attention.integrations.transformers import apply
-
-pytestmark = SEVERAL
 
 RANKS = 2
 

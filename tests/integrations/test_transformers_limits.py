@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import token_sparse_attention
-from integrations.models import CONFIG, LAYERS, SHAPE, make_ids, make_model
+from integrations.models import CONFIG, LAYERS, SHAPE, make_ids, make_image_model, make_model
 from integrations.test_transformers import CLOSE, paths, reasons
 from token_sparse_attention import DenseReason, TokenSparseConfig
 from token_sparse_attention.integrations.transformers import apply
@@ -41,7 +41,7 @@ def test_names_are_unique_and_removed():
     model = make_model()
     with apply(model, CONFIG):
         name = model.config._attn_implementation
-        assert registered() - before == {name, f"paged|{name}"}
+        assert registered() - before == {name}
         assert "flash" not in name
         assert "sdpa" not in name
     assert registered() == before
@@ -134,20 +134,7 @@ def test_the_base_model_can_be_used_too():
 
 
 def test_multimodal_models_run_sparse_in_the_text_decoder_only():
-    text = SHAPE | {"head_dim": 16, "sliding_window": 40}
-    text["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=198
-    )
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model = make_image_model()
     ids = make_ids().clamp(max=190)
     with apply(model, CONFIG) as report:
         assert model.config.vision_config._attn_implementation == "sdpa"
@@ -429,5 +416,4 @@ def test_an_application_does_not_keep_a_dropped_model_alive():
     gc.collect()
     assert gone() is None
     AttentionInterface._global_mapping.pop(name)
-    AttentionInterface._global_mapping.pop(f"paged|{name}")
     AttentionMaskInterface._global_mapping.pop(name)

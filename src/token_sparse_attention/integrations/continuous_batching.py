@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention import flash
 from token_sparse_attention.attention.backends import choose_backend, takes_packed
 from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.integrations.implementation import AttentionFunction, obstacle
 
-PREFIX = "paged|"  # of the implementation names that continuous batching looks for
 _ARGUMENTS = frozenset(
     {
         "block_table",
@@ -29,6 +30,8 @@ _ARGUMENTS = frozenset(
         "cu_seq_lens_q",
         "logits_indices",
         "logits_processor_args",
+        "max_length_k",
+        "max_length_q",
         "max_seqlen_k",
         "max_seqlen_q",
         "read_index",
@@ -79,45 +82,79 @@ class Request(NamedTuple):
         )
 
 
+def batched_name(name: str) -> str:
+    """Return an implementation's name as continuous batching accepts it and makes no mask for it.
+
+    transformers 5.17 and 5.18 take names with a prefix, later ones take whatever says that it is
+    some flash attention. A digit after that word would ask for features of FlashAttention 2 or 3.
+    """
+    return f"paged|{name}" if _takes_prefix() else f"{name}_flash"
+
+
+def _takes_prefix() -> bool:
+    return "paged|sdpa" in ALL_ATTENTION_FUNCTIONS
+
+
+def is_packed(arguments: dict[str, Any]) -> bool:
+    """Return whether continuous batching made a layer's call with these arguments."""
+    return arguments.get("write_index") is not None
+
+
 def read_call(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
 ) -> PackedCall:
     """Put the new keys and values into the cache, and return what to attend over.
 
     Raises:
-        ValueError: if the call has no paged cache, so is not one of continuous batching.
+        ValueError: if the call is not one of continuous batching.
     """
-    cache = arguments.get("cache")
-    if cache is None:
+    if not is_packed(arguments):
         raise ValueError(
-            "a 'paged|' attention implementation needs the cache that continuous batching "
-            "gives it; for other calls, set the implementation without that prefix"
+            "model must be run by continuous batching under apply(continuous_batching=True), "
+            "got another call; for other calls, leave that argument out"
         )
-    layer = module.layer_idx
-    keys, values = cache.update(
-        key_states=key,
-        value_states=value,
-        layer_idx=layer,
-        read_index=arguments["read_index"],
-        write_index=arguments["write_index"],
-    )
-    window = cache.sliding_windows[layer]
-    cu_seqlens_k, max_seqlen_k = arguments["cu_seq_lens_k"], arguments["max_seqlen_k"]
-    if isinstance(cu_seqlens_k, dict):  # a model with layers of both kinds
-        kind = "full_attention" if window == 1 else "sliding_attention"
-        cu_seqlens_k, max_seqlen_k = cu_seqlens_k[kind], max_seqlen_k[kind]
-    rest = {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
+    arguments = dict(arguments)  # an update writes into them
+    cache = arguments.get("cache")  # from 5.24 on the layer has updated it before
+    keys, values = key, value
+    if cache is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        update = partial(_update, cache) if _takes_prefix() else cache.update
+        keys, values = update(
+            key_states=key, value_states=value, layer_idx=layer, kwargs=arguments
+        )
     return PackedCall(
         query,
-        keys.transpose(0, 1)[None],
-        values.transpose(0, 1)[None],
+        keys,
+        values,
         arguments["cu_seq_lens_q"],
-        cu_seqlens_k,
-        arguments["max_seqlen_q"],
-        max_seqlen_k,
-        None if window == 1 else window,
-        rest | {"sliding_window": None if window == 1 else window},
+        arguments["cu_seq_lens_k"],
+        arguments["max_length_q"],
+        arguments["max_length_k"],
+        arguments.get("sliding_window"),
+        {name: argument for name, argument in arguments.items() if name not in _ARGUMENTS},
     )
+
+
+def _update(
+    cache: Any, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Do with a cache of transformers 5.17 or 5.18 what later versions' `update` does."""
+    keys, values = cache.update(
+        key_states=key_states,
+        value_states=value_states,
+        layer_idx=layer_idx,
+        read_index=kwargs["read_index"],
+        write_index=kwargs["write_index"],
+    )
+    for end in "qk":
+        if f"max_seqlen_{end}" in kwargs:
+            kwargs[f"max_length_{end}"] = kwargs[f"max_seqlen_{end}"]
+    if isinstance(kwargs["cu_seq_lens_k"], dict):  # a model with layers of both kinds
+        windowed = kwargs.get("sliding_window") is not None
+        kind = "sliding_attention" if windowed else "full_attention"
+        for name in ("cu_seq_lens_k", "max_length_k"):
+            kwargs[name] = kwargs[name][kind]
+    return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
 
 class RequestReader:

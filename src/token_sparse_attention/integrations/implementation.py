@@ -181,8 +181,12 @@ def _implementation_name(backend: str) -> str:
     return f"{DENSE_PREFIX}{pattern}{digest}"
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel, *, continuous_batching: bool = False) -> None:
     """Raise unless the attention of a model can be replaced.
+
+    Args:
+        model: the model.
+        continuous_batching: whether it is to be replaced for continuous batching.
 
     Raises:
         TypeError: if it is no transformers model.
@@ -201,7 +205,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"model must use transformers' attention interface, which {kind} does not support"
         )
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    if implementation.startswith(SPARSE_PREFIX):
+    if SPARSE_PREFIX in implementation:
         raise ValueError(
             "model already runs token sparse attention; remove() the first application before "
             "applying again (models built on one config object share it)"
@@ -211,6 +215,11 @@ def check_model(model: PreTrainedModel) -> None:
             f"model must run one of the attention implementations "
             f"{', '.join(DENSE_IMPLEMENTATIONS)}, got {implementation!r}; call "
             "model.set_attn_implementation('sdpa') first"
+        )
+    if continuous_batching and implementation not in DENSE_IMPLEMENTATIONS:
+        raise ValueError(
+            "model must run 'eager' or 'sdpa' under token sparse attention for continuous "
+            f"batching, got {implementation!r}"
         )
 
 

@@ -3,7 +3,8 @@
 `apply` registers one attention function and one mask function under a name of its own with
 transformers' attention and mask interfaces, and points the model's config at that name. No
 module is patched and no modeling code is copied; what the sparse path does not cover goes to
-the attention implementation that the model had before, with the mask that it had before.
+the attention implementation that the model had before, with the mask that it had before. For
+continuous batching the name has no mask function.
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.inputs import check_kept
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
 from token_sparse_attention.integrations.continuous_batching import (
-    PREFIX,
     PackedCall,
     Request,
     RequestReader,
     attend_dense,
+    batched_name,
     consecutive,
+    is_packed,
     read_call,
 )
 from token_sparse_attention.integrations.implementation import (
-    DENSE_IMPLEMENTATIONS,
     SPARSE_PREFIX,
+    AttentionFunction,
     attention_of_every_layer,
     check_model,
     dense_function,
@@ -67,6 +69,7 @@ def apply(
     impl: str = "auto",
     attention_backend: str | PatternConfig = "auto",
     kept: float | None = None,
+    continuous_batching: bool = False,
 ) -> AppliedSparsity:
     """Make a causal language model prefill sparsely, until removed.
 
@@ -86,6 +89,8 @@ def apply(
             give the model one by `register_dense_attention` to run a pattern there too.
         kept: keep this share of the tokens whatever the settings say, see
             `token_sparse_attention`; for benchmarks.
+        continuous_batching: serve transformers' continuous batching, and only that: the model
+            must be on ``"eager"`` or ``"sdpa"``, and other calls raise.
 
     Returns:
         A context manager whose value is the `PrefillReport`; or keep the object and call
@@ -115,13 +120,15 @@ def apply(
     check_impl(impl)
     check_kept(kept)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    check_model(model)
+    check_model(model, continuous_batching=continuous_batching)
     text_config = model.config.get_text_config(decoder=True)
     configs = layer_configs(config, text_config.num_hidden_layers)
     backends = backends_of_layers(
         backend, text_config.num_hidden_layers, text_config.num_attention_heads
     )
-    return AppliedSparsity(model, configs, impl, backends, kept)
+    return AppliedSparsity(
+        model, configs, impl, backends, kept, continuous_batching=continuous_batching
+    )
 
 
 class AppliedSparsity:
@@ -139,6 +146,8 @@ class AppliedSparsity:
         impl: str,
         attention_backends: tuple[str, ...],
         kept: float | None,
+        *,
+        continuous_batching: bool,
     ) -> None:
         self.report = PrefillReport()
         self.name = SPARSE_PREFIX + uuid.uuid4().hex
@@ -157,11 +166,14 @@ class AppliedSparsity:
         self._bypassed = False
         self._removed = False
 
-        paged = torch.compiler.disable(self._attend_paged)  # type: ignore[no-untyped-call]
-        AttentionInterface.register(PREFIX + self.name, paged)  # without a mask function: no mask
-        attend = torch.compiler.disable(self._attend)  # type: ignore[no-untyped-call]
+        attend: AttentionFunction = self._attend
+        if continuous_batching:  # without a mask function: no mask
+            self.name, attend = batched_name(self.name), self._attend_paged
+        else:
+            mask_function = ALL_MASK_ATTENTION_FUNCTIONS[self._dense_name]
+            AttentionMaskInterface.register(self.name, mask_function)
+        attend = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
         AttentionInterface.register(self.name, attend)
-        AttentionMaskInterface.register(self.name, ALL_MASK_ATTENTION_FUNCTIONS[self._dense_name])
         self._text_config._attn_implementation_internal = self.name
         self._hook = model.register_forward_hook(self._check_interface_called)
 
@@ -171,11 +183,9 @@ class AppliedSparsity:
             return
         self._removed = True
         self._hook.remove()
-        implementation = self._text_config._attn_implementation
-        if implementation.removeprefix(PREFIX) == self.name:  # else it was set anew meanwhile
+        if self._text_config._attn_implementation == self.name:  # else it was set anew meanwhile
             self._text_config._attn_implementation_internal = self._dense_name
         AttentionInterface._global_mapping.pop(self.name, None)
-        AttentionInterface._global_mapping.pop(PREFIX + self.name, None)
         AttentionMaskInterface._global_mapping.pop(self.name, None)
 
     def __enter__(self) -> PrefillReport:
@@ -193,14 +203,13 @@ class AppliedSparsity:
 
     def _check_interface_called(self, module: nn.Module, *_: Any) -> None:
         implementation = self._text_config._attn_implementation
-        if implementation.removeprefix(PREFIX) != self.name:
+        if implementation != self.name:
             if not self._bypassed:
                 self._bypassed = True
                 warnings.warn(
                     f"the model was switched to {implementation!r}, so token sparse attention "
-                    "has no effect; where continuous batching did that, call "
-                    "model.set_attn_implementation('paged|' + model.config._attn_implementation) "
-                    "between apply() and generate_batch()",
+                    "has no effect; where continuous batching did that, call apply() with "
+                    "continuous_batching=True",
                     stacklevel=2,
                 )
         elif not self._interface_called:
@@ -222,6 +231,11 @@ class AppliedSparsity:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The attention function: sparse where it applies, else the model's own."""
+        if is_packed(kwargs):
+            raise ValueError(
+                "apply() must be called with continuous_batching=True for continuous batching, "
+                "got one of its calls"
+            )
         layer = getattr(module, "layer_idx", None)
         if module in self._modules and layer is not None:
             self._interface_called = True
@@ -253,11 +267,6 @@ class AppliedSparsity:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention function of continuous batching: each request is decided for itself."""
-        if self._dense_name not in DENSE_IMPLEMENTATIONS:
-            raise ValueError(
-                "model must run 'eager' or 'sdpa' under token sparse attention for continuous "
-                f"batching, got {self._dense_name!r}"
-            )
         call = read_call(module, query, key, value, kwargs)
         self._interface_called = True
         out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
