@@ -31,8 +31,15 @@ PRODUCT = [
 ]
 STATISTICS = estimation.Tiles(64, 8, 3, 264)
 MASS = [
-    (STATISTICS, estimation.Tiles(*sizes))
-    for sizes in ((64, 8, 2, 528), (128, 8, 2, 528), (64, 4, 2, 528), (64, 8, 3, 1056))
+    (portion, (STATISTICS, estimation.Tiles(*sizes)))
+    for portion, sizes in (
+        (128, (64, 8, 2, 528)),
+        (64, (64, 8, 2, 528)),
+        (64, (64, 4, 2, 528)),
+        (64, (64, 4, 3, 1056)),
+        (64, (128, 8, 2, 528)),
+        (32, (64, 4, 2, 528)),
+    )
 ]
 PLAIN = [block_sparse.Tiles(*sizes) for sizes in ((64, 8, 3), (64, 8, 2), (128, 8, 2), (64, 4, 3))]
 
@@ -78,11 +85,15 @@ def _products(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def _masses(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    for tiles in MASS:
+    for portion, tiles in MASS:
+        estimation._MOST_QUERIES = portion
         mass = partial(
             estimation.last_query_mass, inputs.query, inputs.key, 128, inputs.scale, tiles=tiles
         )
-        yield f"128 queries, {tuple(tiles[1])}", lambda mass=mass: mass()[1]
+        yield (
+            f"128 queries, {portion} at a time, {tuple(tiles[1])}",
+            lambda mass=mass: mass()[1],
+        )
 
 
 def _plain(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
