@@ -121,6 +121,8 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
         "landmarks": "{} landmarks",
         "landmarks_by": "chosen by {} spread queries",
         "own_landmarks": "{} of them by the last queries",
+        "samples": "{} samples",
+        "drawn": "{} tokens drawn by score",
         "dense_last": "last {} queries dense",
         "pooled": "means of blocks of {}",
     }
@@ -132,6 +134,8 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
         parts.append(f"for {variant['pooled_for']} queries only")
     if variant.get("segments", 1) > 1:
         parts.append(f"in each of {variant['segments']} segments")
+    if variant.get("selected") == "others":
+        parts.append("selected queries like the others")
     if variant.get("selected") == "dense":
         parts.append("selected queries dense")
     if variant.get("fallback") == "dense":

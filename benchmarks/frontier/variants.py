@@ -38,8 +38,8 @@ class Variant:
         pooled: size of the blocks whose mean key and value stand for the keys that are out of
             a query's reach; 0 for none.
         pooled_for: which queries see them: ``"fallback"``, ``"selected"`` or ``"both"``.
-        selected: what selected queries get: ``"compressed"`` attention, or ``"dense"``
-            attention to find what the compressed one costs.
+        selected: what selected queries get: ``"compressed"`` attention, what the ``"others"``
+            get, or ``"dense"`` attention to find what the compressed one costs.
         fallback: what the others get: the ``"window"``; the window and the selected ``"keys"``
             before it, and then selected queries get that too; or ``"dense"`` attention.
         landmarks: how many of a head's best-scored keys the fallback's queries see besides.
@@ -49,6 +49,9 @@ class Variant:
         own_landmarks: how many of the landmarks those that score all tokens choose still.
         samples: how many further tokens the fallback's queries see, one drawn from each of as
             many equal parts of the sequence; it counts for all of its part but the landmarks.
+        drawn: how many tokens the fallback's queries see in place of landmarks and samples:
+            each is drawn with a probability that grows with its score, and counts for one over
+            its probability.
         segments: the queries are cut into this many, each with landmarks of its own that
             `landmarks_by` of its queries choose.
     """
@@ -65,6 +68,7 @@ class Variant:
     landmarks_by: int = 0
     own_landmarks: int = 0
     samples: int = 0
+    drawn: int = 0
     segments: int = 1
 
 
@@ -98,8 +102,8 @@ def attention(
     for begin, end in _segments(query.shape[2], variant.segments):
         rows = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
         seen_by_all = _seen_by_all(*rows[:2], config, variant, scores, selection, scale)
-        out[:, :, begin:end] = _fallback(*rows, config, variant, seen_by_all, scale, run)
-    if variant.fallback != "keys":
+        out[:, :, begin:end] = _fallback(*rows, config, variant, *seen_by_all, scale, run)
+    if variant.fallback != "keys" and variant.selected != "others":
         if variant.selected == "dense":
             rows = run(query, key, value).out
         else:
@@ -146,18 +150,31 @@ def _seen_by_all(
     scores: Tensor,
     selection: TokenSelection,
     scale: float,
-) -> Tensor:
-    """Slots ``[H, N]`` that queries see wherever they are, -1 behind a head's last one."""
+) -> tuple[Tensor, Tensor]:
+    """Slots ``[H, N]`` that queries see wherever they are, and how many tokens each stands for.
+
+    Slots ascend; they are S_kv where there is none.
+    """
+    length = key.shape[2]
     if variant.fallback == "keys":
-        return selection.indices[0]
-    scores = scores[:, :, : key.shape[2]]
+        slots = selection.indices[0].long()
+        return torch.where(slots < 0, length, slots), torch.ones(slots.shape, device=slots.device)
+    scores = scores[:, :, :length]
     count = min(variant.landmarks, scores.shape[2])
-    if variant.landmarks_by and count:
+    if variant.landmarks_by:
         own = scores
         scores = landmark_scores(query, key, variant.landmarks_by, config.fallback_window, scale)
         best = own[0].topk(min(variant.own_landmarks, own.shape[2]), dim=-1).indices
         scores[0].scatter_(1, best, torch.inf)
-    return scores[0].topk(count, dim=-1).indices.sort(-1).values
+    if variant.drawn:
+        return draw(scores[0], variant.drawn, length)
+    slots = scores[0].topk(count, dim=-1).indices
+    counts = torch.ones(slots.shape, device=slots.device)
+    if variant.samples:
+        more, sizes = samples(length, variant.samples, slots)
+        slots, counts = torch.cat((slots, more), 1), torch.cat((counts, sizes), 1)
+    slots, order = slots.sort(-1)
+    return slots, counts.gather(1, order)
 
 
 def landmark_scores(query: Tensor, key: Tensor, count: int, window: int, scale: float) -> Tensor:
@@ -180,19 +197,47 @@ def samples(length: int, count: int, without: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token of each of `count` equal parts, none of some slots ``[H, N]``.
 
     Returns:
-        Slots ``[H, count]`` and how many tokens each stands for: all of its part but those.
+        Slots ``[H, count]``, `length` for none, and how many tokens each stands for: all of its
+        part but those.
     """
     size = -(-length // count)
     parts = -(-length // size)
     there = torch.zeros(len(without), parts * size + 1, device=without.device)
     there[:, :length] = 1.0
-    there.scatter_(1, torch.where(without < 0, parts * size, without), 0.0)
+    there.scatter_(1, without, 0.0)
     there = there[:, : parts * size].reshape(-1, parts, size)
     generator = torch.Generator(without.device).manual_seed(0)
     draw = torch.rand(there.shape, device=without.device, generator=generator) + 1e-6
     slots = (draw * there).argmax(2) + torch.arange(parts, device=without.device) * size
     counts = there.sum(2)
     return torch.where(counts > 0, slots, length), counts
+
+
+def draw(scores: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Draw `count` tokens, the more likely the higher their scores ``[H, N]``, N <= length.
+
+    Half of the probability goes by the scores and half to all tokens alike; who would be drawn
+    more than once is in. Equal steps through the sums of the probabilities spread the draws
+    over the sequence (systematic sampling).
+
+    Returns:
+        Slots ``[H, count]`` and one over their probabilities.
+    """
+    shares = torch.nn.functional.pad(scores.double(), (0, length - scores.shape[1]))
+    shares = 0.5 * shares / shares.sum(-1, keepdim=True).clamp(min=1e-30) + 0.5 / length
+    likely = torch.zeros_like(shares)
+    for _ in range(30):
+        certain = likely >= 1
+        rest = shares.masked_fill(certain, 0.0).sum(-1, keepdim=True)
+        likely = shares * (count - certain.sum(-1, keepdim=True)) / rest.clamp(min=1e-30)
+        likely = likely.masked_fill(certain, 1.0)
+    likely = likely.clamp(max=1.0)
+    sums = likely.cumsum(-1)
+    steps = torch.arange(count, device=scores.device) + 0.5
+    slots = torch.searchsorted(sums, steps.expand(len(sums), -1).contiguous()).clamp(
+        max=length - 1
+    )
+    return slots, (1 / likely.gather(1, slots)).float()
 
 
 def _fallback(
@@ -202,6 +247,7 @@ def _fallback(
     config: TokenSparseConfig,
     variant: Variant,
     seen_by_all: Tensor,
+    counts: Tensor,
     scale: float,
     run: Any,
 ) -> Tensor:
@@ -213,24 +259,18 @@ def _fallback(
     with_pooled = bool(variant.pooled) and variant.pooled_for in ("fallback", "both")
     if not with_pooled:
         into = Attended(torch.empty_like(query), None)
-        far = torch.where(seen_by_all < 0, key.shape[2], seen_by_all)[None]
-        counts = torch.ones(far.shape, device=far.device)
-        if variant.samples:
-            slots, sizes = samples(key.shape[2], variant.samples, seen_by_all)
-            far, order = torch.cat((far, slots[None]), 2).sort(-1)
-            counts = torch.cat((counts, sizes[None]), 2).gather(2, order)
         tokens = real_tokens(None, 1, key.shape[2], query.device)
         rows = torch.ones(1, dtype=torch.bool, device=query.device)
         impl = resolve_impl("auto", query, query.shape[-1])
         attend_windows(
-            query, key, value, far, rows, tokens, into,
-            window=window, impl=impl, counts=counts, **run.keywords,
+            query, key, value, seen_by_all[None], rows, tokens, into,
+            window=window, impl=impl, counts=counts[None], **run.keywords,
         )  # fmt: skip
         return into.out
     near = run(query, key, value, window=window, want_lse=True)
     out = near.out.clone()
     keys, values = (rows[0].repeat_interleave(group, 0) for rows in (key, value))
-    far = [Summary.of_tokens(keys, values, seen_by_all)]
+    far = [Summary.of_tokens(keys, values, seen_by_all, counts)]
     if with_pooled:
         far.append(Summary.of_blocks(keys, values, variant.pooled, seen_by_all))
     summary = Summary.together(far)
@@ -288,7 +328,7 @@ class Summary:
     Attributes:
         keys: ``[H, N, D]``.
         values: ``[H, N, D]``.
-        counts: ``[H, N]``, how many tokens each stands for.
+        counts: ``[H, N]``, how many tokens each stands for, maybe not a whole number.
         ends: ``[H, N]``, the last slot each stands for.
     """
 
@@ -298,10 +338,10 @@ class Summary:
     ends: Tensor
 
     @classmethod
-    def of_tokens(cls, keys: Tensor, values: Tensor, slots: Tensor) -> Summary:
-        """Each of some tokens ``[H, N]`` for itself, none where the slot is -1."""
-        at = slots.clamp(min=0)[..., None].expand(-1, -1, keys.shape[2])
-        counts = (slots >= 0).int()
+    def of_tokens(cls, keys: Tensor, values: Tensor, slots: Tensor, counts: Tensor) -> Summary:
+        """Some tokens ``[H, N]``, none where the slot is S_kv, and what each stands for."""
+        at = slots.clamp(max=keys.shape[1] - 1)[..., None].expand(-1, -1, keys.shape[2])
+        counts = counts.masked_fill(slots >= keys.shape[1], 0.0)
         return cls(keys.gather(1, at), values.gather(1, at), counts, slots)
 
     @classmethod
@@ -310,7 +350,7 @@ class Summary:
         heads, length, _ = keys.shape
         blocks = length // size
         there = torch.ones(heads, length + 1, device=keys.device)
-        there.scatter_(1, torch.where(without < 0, length, without), 0)
+        there.scatter_(1, without, 0)
         there = there[:, : blocks * size].reshape(heads, blocks, size)
         counts = there.sum(2)
         weights = (there / counts.clamp(min=1)[..., None]).to(keys.dtype)
@@ -320,7 +360,7 @@ class Summary:
             return torch.einsum("hbs,hbsd->hbd", weights, of_block)
 
         ends = torch.arange(1, blocks + 1, device=keys.device) * size - 1
-        return cls(mean(keys), mean(values), counts.int(), ends.expand(heads, -1))
+        return cls(mean(keys), mean(values), counts, ends.expand(heads, -1))
 
     @classmethod
     def together(cls, parts: list[Summary]) -> Summary:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.frontier.variants import Variant, attention, landmark_scores, samples
+from benchmarks.frontier.variants import Variant, attention, draw, landmark_scores, samples
 
 from token_sparse_attention import TokenSparseConfig, token_sparse_attention
 from token_sparse_attention.attention.dense import attend
@@ -179,7 +179,7 @@ def test_samples_of_every_token_make_it_dense(qkv):
 
 
 def test_a_sample_stands_for_its_part():
-    without = torch.tensor([[0, 1, 2, 3, 9], [4, 5, 6, -1, -1]])
+    without = torch.tensor([[0, 1, 2, 3, 9], [4, 5, 6, 12, 12]])
     slots, counts = samples(11, 3, without)
     assert counts.tolist() == [[0.0, 4.0, 2.0], [4.0, 1.0, 3.0]]
     assert slots[0, 0] == 11  # a part of landmarks alone
@@ -188,3 +188,29 @@ def test_a_sample_stands_for_its_part():
     assert len(drawn) == 1, "the same prompt must give the same answer"
     assert 4 <= slots[0, 1] <= 7
     assert slots[0, 2] in (8, 10)
+
+
+def test_likely_tokens_are_drawn_and_count_for_less():
+    scores = torch.zeros(1, 400)
+    scores[0, 100:110] = 5.0
+    scores[0, 300] = 100.0
+    slots, counts = draw(scores, 40, 500)
+    assert slots.shape == (1, 40)
+    assert slots.unique().numel() == 40
+    assert (slots.diff() > 0).all()
+    of_slot = dict(zip(slots[0].tolist(), counts[0].tolist(), strict=True))
+    assert of_slot[300] == 1.0
+    assert sum(100 <= slot < 110 for slot in of_slot) >= 6
+    assert max(of_slot.values()) < 40
+    # The counts of all tokens add up to about as many as there are.
+    assert 450 < counts.sum() < 550
+
+
+def test_drawing_all_tokens_makes_it_dense(qkv):
+    out, _ = run(qkv, drawn=203, selected="others")
+    torch.testing.assert_close(out, dense(qkv), rtol=1e-4, atol=1e-5)
+    errors = [
+        float((run(qkv, selected="others", **fields)[0] - out).norm())
+        for fields in ({"drawn": 100, "landmarks_by": 20}, {"drawn": 20, "landmarks_by": 20}, {})
+    ]
+    assert errors == sorted(errors)
