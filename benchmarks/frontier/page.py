@@ -33,9 +33,18 @@ def load_all() -> dict[str, EvalResults]:
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     """Return the page's tables as Markdown, by name."""
     built = {"runs": _runs(rounds)}
+    replies = {name: one for name, one in rounds.items() if not _of_answers(one)}
     for length in (65536, 131072):
-        built[f"{length // 1024}k"] = _screening(rounds, length)
+        built[f"{length // 1024}k"] = _screening(replies, length)
+    built["answers"] = _screening(
+        {name: one for name, one in rounds.items() if _of_answers(one)}, 131072
+    )
     return built
+
+
+def _of_answers(results: EvalResults) -> bool:
+    """Whether scores are probabilities of the right answer."""
+    return bool(results.header.arguments.get("answers"))
 
 
 def _runs(rounds: Mapping[str, EvalResults]) -> str:
@@ -116,6 +125,7 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     if settings["window_size"] != 128:
         parts.append(f"scored by {settings['window_size']} queries")
     words = {
+        "pool_size": "scores of {} neighbours pooled",
         "fallback_sinks": "{} sinks",
         "fallback_landmarks": "{} landmarks",
         "landmarks": "{} landmarks",
@@ -128,12 +138,14 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     }
     for field, text in words.items():
         value = settings.get(field) or variant.get(field)
-        if value:
+        if value and (field, value) != ("pool_size", 7):
             parts.append(text.format(value))
     if variant.get("pooled") and variant["pooled_for"] != "both":
         parts.append(f"for {variant['pooled_for']} queries only")
     if variant.get("segments", 1) > 1:
         parts.append(f"in each of {variant['segments']} segments")
+    if variant.get("union"):
+        parts.append("selected queries see their window too")
     if variant.get("selected") == "others":
         parts.append("selected queries like the others")
     if variant.get("selected") == "dense":
@@ -154,8 +166,9 @@ def draw(rounds: Mapping[str, EvalResults]) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "frontier"
     figure, panels = plt.subplots(1, 2, figsize=(13, 9), sharex=True)
+    replies = {name: one for name, one in rounds.items() if not _of_answers(one)}
     for axes, length in zip(panels, (65536, 131072)):
-        points = list(_points(rounds, length))
+        points = list(_points(replies, length))
         for at, (_, _, _, pairs) in enumerate(points):
             low, high = difference_interval(pairs)
             middle = fmean(sparse - dense for dense, sparse in pairs)
