@@ -23,6 +23,7 @@ configs = st.builds(
     fallback_window=st.integers(1, 4096),
     fallback_sinks=st.integers(0, 64),
     fallback_landmarks=st.integers(0, 4096),
+    fallback_samples=st.integers(0, 4096),
     crossover=st.sampled_from(["off", "auto"]),
     sparse_layers=st.none() | st.sets(st.integers(0, 200)).map(tuple),
 )
@@ -79,6 +80,13 @@ def test_profile_json_round_trip(base, layers):
         ({"fallback": "none"}, ValueError, "fallback must be one of zero, window; got 'none'"),
         ({"fallback_window": 0}, ValueError, "fallback_window must be at least 1"),
         ({"fallback_landmarks": -1}, ValueError, "fallback_landmarks must be at least 0"),
+        ({"fallback_samples": -1}, ValueError, "fallback_samples must be at least 0"),
+        ({"select_queries": 1}, TypeError, "select_queries must be True or False, got 1"),
+        (
+            {"select_queries": False},
+            ValueError,
+            "select_queries=False needs fallback='window', got 'zero'",
+        ),
         ({"fallback_sinks": -1}, ValueError, "fallback_sinks must be at least 0"),
         ({"crossover": "on"}, ValueError, "crossover must be one of off, auto; got 'on'"),
         ({"sparse_layers": 3}, TypeError, "sparse_layers must be layer numbers or None, got 3"),

@@ -16,8 +16,8 @@ def test_opcheck(wants, padded):
     mask = torch.ones(2, 120, dtype=torch.bool)
     mask[1, :20] = False
     arguments = (
-        *problem, mask if padded else None, 0.3, 16, 5, 24, "shared", "window", 40, 3, 4, "off",
-        0.25, "auto", "auto", None, None, *wants,
+        *problem, mask if padded else None, 0.3, 16, 5, 24, "shared", True, 11, "window", 40, 3, 4,
+        9, "off", 0.25, "auto", "auto", None, None, *wants,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from token_sparse_attention import TokenSelection, TokenSparseConfig, compress
 from token_sparse_attention.attention.dense import Attended, attend, attend_packed
+from token_sparse_attention.attention.far_tokens import FarTokens, draw
 from token_sparse_attention.attention.windows import attend_windows
 from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.integrations import transformers as integration
@@ -167,7 +168,9 @@ def _seen_by_all(
         best = own[0].topk(min(variant.own_landmarks, own.shape[2]), dim=-1).indices
         scores[0].scatter_(1, best, torch.inf)
     if variant.drawn:
-        return draw(scores[0], variant.drawn, length)
+        tokens = real_tokens(None, 1, length, key.device)
+        slots, counts = draw(scores, variant.drawn, tokens)
+        return slots[0], counts[0]
     slots = scores[0].topk(count, dim=-1).indices
     counts = torch.ones(slots.shape, device=slots.device)
     if variant.samples:
@@ -213,33 +216,6 @@ def samples(length: int, count: int, without: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(counts > 0, slots, length), counts
 
 
-def draw(scores: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Draw `count` tokens, the more likely the higher their scores ``[H, N]``, N <= length.
-
-    Half of the probability goes by the scores and half to all tokens alike; who would be drawn
-    more than once is in. Equal steps through the sums of the probabilities spread the draws
-    over the sequence (systematic sampling).
-
-    Returns:
-        Slots ``[H, count]`` and one over their probabilities.
-    """
-    shares = torch.nn.functional.pad(scores.double(), (0, length - scores.shape[1]))
-    shares = 0.5 * shares / shares.sum(-1, keepdim=True).clamp(min=1e-30) + 0.5 / length
-    likely = torch.zeros_like(shares)
-    for _ in range(30):
-        certain = likely >= 1
-        rest = shares.masked_fill(certain, 0.0).sum(-1, keepdim=True)
-        likely = shares * (count - certain.sum(-1, keepdim=True)) / rest.clamp(min=1e-30)
-        likely = likely.masked_fill(certain, 1.0)
-    likely = likely.clamp(max=1.0)
-    sums = likely.cumsum(-1)
-    steps = torch.arange(count, device=scores.device) + 0.5
-    slots = torch.searchsorted(sums, steps.expand(len(sums), -1).contiguous()).clamp(
-        max=length - 1
-    )
-    return slots, (1 / likely.gather(1, slots)).float()
-
-
 def _fallback(
     query: Tensor,
     key: Tensor,
@@ -263,8 +239,8 @@ def _fallback(
         rows = torch.ones(1, dtype=torch.bool, device=query.device)
         impl = resolve_impl("auto", query, query.shape[-1])
         attend_windows(
-            query, key, value, seen_by_all[None], rows, tokens, into,
-            window=window, impl=impl, counts=counts[None], **run.keywords,
+            query, key, value, FarTokens(seen_by_all[None], counts[None]), rows, tokens, into,
+            window=window, impl=impl, **run.keywords,
         )  # fmt: skip
         return into.out
     near = run(query, key, value, window=window, want_lse=True)

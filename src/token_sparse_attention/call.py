@@ -57,10 +57,13 @@ def call_operator(
         config.pool_size,
         config.min_tokens,
         config.budget,
+        config.select_queries,
+        config.dense_queries,
         config.fallback,
         config.fallback_window,
         config.fallback_sinks,
         config.fallback_landmarks,
+        config.fallback_samples,
         config.crossover,
         *call,
     )

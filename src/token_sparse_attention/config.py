@@ -87,11 +87,17 @@ class TokenSparseConfig:
         min_tokens: never keep fewer scored tokens than this.
         budget: ``"shared"`` gives all heads of a sequence the same number of tokens (the
             paper's Dynamic Token Coverage), ``"per_head"`` applies the rule to each head.
+        select_queries: whether queries are selected too, as published. If not, only keys and
+            values are compressed: every query gets what the windowed fallback gives, and
+            ``drop_mass`` and ``budget`` have no effect.
+        dense_queries: how many of the last queries attend to every key, whatever is selected.
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
         fallback_window: width of that sliding window in tokens, the query itself included.
         fallback_sinks: how many of the first tokens such a query attends to besides.
         fallback_landmarks: how many of its head's best-scored tokens it attends to besides.
+        fallback_samples: how many of its head's tokens, drawn by score, stand for all that the
+            window leaves behind.
         crossover: ``"auto"`` also runs dense where sparse would not be faster, by a measured
             break-even of lengths and kept tokens; ``"off"`` only where the method says so.
         sparse_layers: layers that may run sparse, None for all. Only integrations read it.
@@ -110,10 +116,13 @@ class TokenSparseConfig:
     pool_size: int = 7
     min_tokens: int = 1024
     budget: str = "shared"
+    select_queries: bool = True
+    dense_queries: int = 0
     fallback: str = "zero"
     fallback_window: int = 512
     fallback_sinks: int = 0
     fallback_landmarks: int = 0
+    fallback_samples: int = 0
     crossover: str = "auto"
     sparse_layers: tuple[int, ...] | None = None
 
@@ -132,6 +141,14 @@ class TokenSparseConfig:
         _check_int("fallback_window", self.fallback_window, 1)
         _check_int("fallback_sinks", self.fallback_sinks, 0)
         _check_int("fallback_landmarks", self.fallback_landmarks, 0)
+        _check_int("fallback_samples", self.fallback_samples, 0)
+        _check_int("dense_queries", self.dense_queries, 0)
+        if not isinstance(self.select_queries, bool):
+            raise TypeError(f"select_queries must be True or False, got {self.select_queries!r}")
+        if not self.select_queries and self.fallback != "window":
+            raise ValueError(
+                f"select_queries=False needs fallback='window', got {self.fallback!r}"
+            )
         _check_choice("crossover", self.crossover, ("off", "auto"))
         if self.sparse_layers is not None:
             if isinstance(self.sparse_layers, str):
@@ -157,6 +174,8 @@ class TokenSparseConfig:
             pool_size=7,
             min_tokens=1024,
             budget="shared",
+            select_queries=True,
+            dense_queries=0,
             fallback="zero",
             crossover="off",
         )
@@ -172,7 +191,7 @@ class TokenSparseConfig:
             return DenseReason.SHORT_CHUNK
         if kv_len <= self.min_tokens + self.window_size:
             return DenseReason.SHORT_CONTEXT
-        if self.drop_mass == 0:
+        if self.drop_mass == 0 and self.select_queries:
             return DenseReason.ZERO_DROP_MASS
         return None
 

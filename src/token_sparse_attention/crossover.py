@@ -10,7 +10,7 @@ docs/benchmarks.md.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,12 @@ FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
 # And for its far tokens. They may all lie at the start, where every query sees them: twice what
 # evenly spread ones took on an H200 at 128K. On a CPU the measurement was rough: an upper end.
 FAR_TOKENS = {"cuda": (1500.0, 4.2), "cpu": (4000.0, 20.0)}
+
+# And for each of the last queries that attend to every key: by the number of operations, with
+# as many multiprocessors at work as there are heads; not measured.
+DENSE_QUERY_TOKENS = {"cuda": 8.0, "cpu": 2.0}
+
+_Length = TypeVar("_Length", float, Tensor)
 
 
 class BreakEven(NamedTuple):
@@ -56,7 +62,7 @@ class BreakEven(NamedTuple):
 NEVER_DENSE = BreakEven(0.0, 2.0, 0.0)
 
 
-def effective_length(query_len: int, kv_len: int) -> float:
+def effective_length(query_len: _Length, kv_len: _Length) -> _Length:
     """Return the prompt length with the same dense time per key: S_q where S_q = S_kv.
 
     A chunk of few queries has little dense time to save, but all keys to score and gather.
@@ -69,12 +75,14 @@ def break_even(config: TokenSparseConfig, query: Tensor) -> BreakEven:
     device = "cuda" if query.is_cuda else "cpu"
     if config.crossover == "off":
         return NEVER_DENSE
-    fixed = OVERHEAD_TOKENS[device]
+    fixed = OVERHEAD_TOKENS[device] + DENSE_QUERY_TOKENS[device] * config.dense_queries
     if config.fallback == "window":
         base, per_token = FALLBACK_TOKENS[device]
         fixed += base + per_token * config.fallback_window
-        far = config.fallback_sinks + config.fallback_landmarks
+        far = config.fallback_sinks + config.fallback_landmarks + config.fallback_samples
         if far:
             base, per_token = FAR_TOKENS[device]
             fixed += base + per_token * far
-    return BreakEven(MIN_LENGTH[device], 1.0, fixed)
+    # What every query attends to without selection is known beforehand.
+    min_length = MIN_LENGTH[device] if config.select_queries else max(MIN_LENGTH[device], fixed)
+    return BreakEven(min_length, 1.0, fixed)

@@ -28,8 +28,9 @@ from token_sparse_attention.attention.dense import (
     new_output,
     zero_rows,
 )
+from token_sparse_attention.attention.far_tokens import FarTokens, far_tokens, keys_only
 from token_sparse_attention.attention.patterns.base import PatternConfig
-from token_sparse_attention.attention.windows import attend_windows, far_tokens
+from token_sparse_attention.attention.windows import attend_windows
 from token_sparse_attention.call import Call as Call
 from token_sparse_attention.call import SparseOutput as SparseOutput
 from token_sparse_attention.call import call_operator
@@ -228,7 +229,7 @@ def token_sparse_attention(
     backend = parse_backend(attention_backend)
     check_impl(impl)
     check_head_chunk(head_chunk)
-    check_kept(kept)
+    check_kept(kept, config)
     head_group = resolve_head_group(head_group)
     scale = resolve_scale(scale, query.shape[-1])
     call = Call(scale, impl, backend, head_chunk, kept, return_selection, return_lse)
@@ -275,16 +276,14 @@ def run(
 
     scores = score_rows(query, key, config, tokens, call.scale, impl)
     far = far_tokens(scores, config, tokens)
-    selection = select_rows(
-        scores,
-        config,
-        tokens,
-        impl,
-        query_len=query_len,
-        kept=call.kept,
-        even=even,
-        head_group=head_group,
-    )
+    if config.select_queries:
+        selection = select_rows(
+            scores, config, tokens, impl,
+            query_len=query_len, kept=call.kept, even=even, head_group=head_group,
+        )  # fmt: skip
+    else:
+        wanted = call.want_selection
+        selection = keys_only(scores, far, config, tokens, query_len, even, wanted)
     del scores
     attended = attend_selected(query, key, value, config, selection, far, tokens, even, impl, call)
     mark_invalid_rows(attended, tokens)
@@ -302,7 +301,7 @@ def attend_selected(
     value: Tensor,
     config: TokenSparseConfig,
     selection: TokenSelection,
-    far: Tensor | None,
+    far: FarTokens | None,
     tokens: RealTokens,
     even: BreakEven,
     impl: str,
@@ -316,58 +315,66 @@ def attend_selected(
     attend_rows(
         query, key, value, ~selection.ran_sparse, tokens, into, scale=call.scale, backend=backend
     )
-    windowed = config.fallback == "window"
-    if windowed:
+    if config.fallback == "window":
         attend_windows(
-            query,
-            key,
-            value,
-            far,
-            selection.ran_sparse,
-            tokens,
-            into,
-            window=config.fallback_window,
-            scale=call.scale,
-            impl=impl,
+            query, key, value, far, selection.ran_sparse, tokens, into,
+            window=config.fallback_window, scale=call.scale, impl=impl,
             backend=dense_backend(backend),
+        )  # fmt: skip
+    if config.select_queries:
+        zeros = config.fallback == "zero" and not tokens.padded
+        _attend_compressed(
+            query, key, value, config, selection, even, impl, call, into, zeros=zeros
         )
-    zeros = not (windowed or tokens.padded)
+    if config.dense_queries:
+        attend_rows(
+            query, key, value, selection.ran_sparse, tokens, into,
+            scale=call.scale, backend=dense_backend(backend), last=config.dense_queries,
+        )  # fmt: skip
+    return into
+
+
+def _attend_compressed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    selection: TokenSelection,
+    even: BreakEven,
+    impl: str,
+    call: Call,
+    into: Attended,
+    *,
+    zeros: bool,
+) -> None:
+    """Compress, attend, decompress: the selected tokens; `zeros` also clears the others."""
+    backend = resolve_backend(call.attention_backend, query, key)
     if impl == "reference":
         if zeros:
             zero_rows(into, selection.ran_sparse)
         if not selection.ran_sparse.any():
-            return into
+            return
         selection = selection.sparse_rows_only()
     elif not takes_packed(backend, query) and not selection.ran_sparse.any():
-        return into
+        return
     sparse = selection._replace(lengths=selection.lengths * selection.ran_sparse[:, None])
     max_length = most_tokens(config, even, query.shape[2], key.shape[2], call.kept)
     for sequences in head_groups(query, max_length, impl, call.head_chunk):
         packed = compress_sequences(
             query, key, value, sparse, sequences, impl=impl, max_length=max_length
         )
+        heads = [number % query.shape[1] for number in sequences]
         attended = attend_packed(
-            *packed,
-            scale=call.scale,
-            backend=backend,
-            heads=[number % query.shape[1] for number in sequences],
-            num_heads=query.shape[1],
-            want_lse=call.want_lse,
-        )
+            *packed, scale=call.scale, backend=backend,
+            heads=heads, num_heads=query.shape[1], want_lse=call.want_lse,
+        )  # fmt: skip
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
         del packed
         decompress_sequences(
-            attended.out,
-            sparse,
-            offsets,
-            sequences,
-            into.out,
-            zeros=zeros,
-            impl=impl,
-            lse=_both(attended.lse, into.lse),
-        )
+            attended.out, sparse, offsets, sequences, into.out,
+            zeros=zeros, impl=impl, lse=_both(attended.lse, into.lse),
+        )  # fmt: skip
         del attended
-    return into
 
 
 def _both(packed: Tensor | None, full: Tensor | None) -> tuple[Tensor, Tensor] | None:

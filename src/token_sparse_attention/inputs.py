@@ -28,10 +28,12 @@ def check_config(config: TokenSparseConfig) -> None:
         raise TypeError(f"config must be a TokenSparseConfig, got {type(config).__name__}")
 
 
-def check_kept(kept: float | None) -> None:
+def check_kept(kept: float | None, config: TokenSparseConfig) -> None:
     """Raise TypeError or ValueError unless `kept` is a share of tokens, or None."""
     if kept is None:
         return
+    if not config.select_queries:
+        raise ValueError(f"kept must be None where select_queries is False, got {kept!r}")
     if isinstance(kept, bool) or not isinstance(kept, (int, float)):
         raise TypeError(f"kept must be a number or None, got {kept!r}")
     if not 0 < kept <= 1:

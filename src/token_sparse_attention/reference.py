@@ -96,39 +96,79 @@ def keep_tokens(scores: Tensor, config: TokenSparseConfig) -> Tensor | None:
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float
 ) -> Tensor:
-    """Softmax attention of each query over the keys `allowed [H or 1, S_q, S_kv]`."""
+    """Softmax attention in which a key counts as often as `counts [H or 1, S_q, S_kv]` says.
+
+    True and False are once and not at all.
+    """
     group = query.shape[0] // key.shape[0]
-    allowed = allowed.expand(query.shape[0], -1, -1)
+    counts = counts.expand(query.shape[0], -1, -1)
     out = torch.empty_like(query)
     for head in range(query.shape[0]):
         logits = query[head] @ key[head // group].T * scale
-        probs = logits.masked_fill(~allowed[head], -torch.inf).softmax(-1)
+        probs = (logits + counts[head].to(logits.dtype).log()).softmax(-1)
         out[head] = probs @ value[head // group]
     return out
 
 
-def landmarks(scores: Tensor, config: TokenSparseConfig, kv_len: int) -> Tensor:
-    """Which tokens ``[H, S_kv]`` every query sees under the windowed fallback, besides sinks.
+def far_counts(scores: Tensor, config: TokenSparseConfig, kv_len: int) -> Tensor:
+    """What each token ``[H, S_kv]`` counts for behind a query's window: 0 if it is not seen.
 
-    An extension: each head's best-scored tokens.
+    An extension: sinks and landmarks, each head's best-scored tokens, count for themselves,
+    tokens drawn with probability p for 1 / p.
 
     Args:
         scores: ``[H, N]``, not smoothed.
-        config: says how many, and how many sinks stand aside.
+        config: says how many of each.
         kv_len: S_kv.
     """
-    chosen = scores.new_zeros(scores.shape[0], kv_len, dtype=torch.bool)
+    counts = scores.new_zeros(scores.shape[0], kv_len, dtype=torch.float64)
+    counts[:, : config.fallback_sinks] = 1.0
     others = scores[:, config.fallback_sinks :]
     best = others.topk(min(config.fallback_landmarks, others.shape[1]), dim=-1).indices
-    return chosen.scatter_(1, best + config.fallback_sinks, True)
+    counts.scatter_(1, best + config.fallback_sinks, 1.0)
+    if config.fallback_samples:
+        drawn = F.pad(scores.double(), (0, config.window_size))
+        for head, row in enumerate(counts):
+            rest = (row == 0).nonzero()[:, 0]
+            row[rest] = draw(drawn[head, rest], config.fallback_samples)
+    return counts
+
+
+def draw(scores: Tensor, count: int) -> Tensor:
+    """Draw about `count` tokens by their scores ``[N]``; 1 / p where drawn, 0 elsewhere.
+
+    Probabilities grow by half with the score and are by half the same for all, at most 1. One
+    token is drawn wherever their sum passes a half, one and a half, and so on; they are
+    rounded to 2^-20.
+    """
+    shares = scores / scores.sum().clamp(min=1e-30) + 1 / max(len(scores), 1)
+    low, high = 0.0, 1.0
+    while (shares * high).clamp(max=1).sum() < min(count, len(scores)) - 1e-9:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        enough = (shares * middle).clamp(max=1).sum() >= min(count, len(scores))
+        low, high = (low, middle) if enough else (middle, high)
+    units = ((shares * high).clamp(max=1) * 2**20).round().long().tolist()
+    drawn = torch.zeros(len(scores), dtype=torch.float64)
+    passed, number = 2**19, 0
+    for token, unit in enumerate(units):
+        passed += unit
+        if passed // 2**20 > number and number < count:
+            number = passed // 2**20
+            drawn[token] = 2**20 / unit
+    return drawn.to(scores.device)
 
 
 def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Steps 1 to 7: the output ``[H, S_q, D]`` and what `keep_tokens` returned."""
+    """Steps 1 to 7: the output ``[H, S_q, D]`` and what `keep_tokens` returned.
+
+    Where queries are not selected, the latter is what all of them see beyond their windows.
+    """
     query_len, kv_len = query.shape[1], key.shape[1]
     position = torch.arange(kv_len, device=query.device)
     query_position = position[kv_len - query_len :, None]
@@ -136,19 +176,28 @@ def token_sparse_attention(
     keep = None
     if query_len >= config.window_size and kv_len > config.window_size:
         scores = window_scores(query, key, config.window_size, scale)
-        keep = keep_tokens(scores, config)
+        if config.select_queries:
+            keep = keep_tokens(scores, config)
+        elif kv_len > config.min_tokens + config.window_size and scores.isfinite().all():
+            keep = far_counts(scores, config, kv_len) > 0
     if keep is None:
         return masked_attention(query, key, value, causal, scale), None
 
-    # Queries that a head dropped still get a row here; it is replaced below.
+    if config.fallback == "window":
+        near = position > query_position - config.fallback_window
+        counts = torch.where(near, 1.0, far_counts(scores, config, kv_len)[:, None])
+        rest = masked_attention(query, key, value, counts * causal, scale)
+    else:
+        rest = torch.zeros_like(query)
+    if config.dense_queries:
+        dense = masked_attention(query, key, value, causal, scale)
+        rest[:, -config.dense_queries :] = dense[:, -config.dense_queries :]
+    if not config.select_queries:
+        return rest, keep
+    # Queries that a head dropped get a row here too, which is not used.
     sparse = masked_attention(
         query, key, value, causal & (keep[:, None] | (position == query_position)), scale
     )
-    if config.fallback == "window":
-        near = position > query_position - config.fallback_window
-        near = near | (position < config.fallback_sinks)
-        near = causal & (near | landmarks(scores, config, kv_len)[:, None])
-        rest = masked_attention(query, key, value, near, scale)
-    else:
-        rest = torch.zeros_like(sparse)
-    return torch.where(keep[:, kv_len - query_len :, None], sparse, rest), keep
+    chosen = keep[:, kv_len - query_len :, None]
+    chosen = chosen & (query_position < kv_len - config.dense_queries)
+    return torch.where(chosen, sparse, rest), keep

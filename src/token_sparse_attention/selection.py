@@ -241,7 +241,7 @@ def select_tokens(
         raise TypeError(f"scores must be a float32 tensor, got {given}")
     if scores.dim() != 3:
         raise ValueError(f"scores must have shape [B, H, N], got {list(scores.shape)}")
-    check_kept(kept)
+    check_kept(kept, config)
     head_group = resolve_head_group(head_group)
     impl = resolve_impl(impl, scores)
     batch_size, _, num_scored = scores.shape

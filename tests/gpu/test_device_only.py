@@ -55,6 +55,7 @@ def test_nothing_waits_for_the_device(no_waiting, backend, fallback, budget, pad
         fallback_window=50,
         fallback_sinks=3,
         fallback_landmarks=20,
+        fallback_samples=30,
     )
     problem = half_problem()
     mask = torch.ones(2, 900, dtype=torch.bool, device=DEVICE)
@@ -237,7 +238,7 @@ def test_more_than_two_to_the_31_elements():
 def test_opcheck(wants):
     problem = half_problem(query_len=200)
     arguments = (
-        *problem, None, 0.3, 16, 5, 24, "shared", "window", 40, 3, 2, "off", 0.125,
+        *problem, None, 0.3, 16, 5, 24, "shared", True, 20, "window", 40, 3, 2, 9, "off", 0.125,
         "auto", "flash", None, None, wants, wants,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)

@@ -24,7 +24,7 @@ from token_sparse_attention import (
     token_sparse_attention,
 )
 from token_sparse_attention.attention.dense import causal_attention
-from token_sparse_attention.reference import landmarks, masked_attention
+from token_sparse_attention.reference import far_counts, masked_attention
 
 DEVICE = "cuda"
 
@@ -57,10 +57,17 @@ def given_selection_truth(problem, config, selection):
     sparse = masked_attention(*exact, allowed, scale)
     rest = torch.zeros_like(sparse)
     if config.fallback == "window":
-        near = (slot > position - config.fallback_window) | (slot < config.fallback_sinks)
+        near = slot > position - config.fallback_window
         scores = score_tokens(problem.query, problem.key, config)[0]
-        near = near | landmarks(scores, config, kv_len)[:, None]
-        rest = masked_attention(*exact, causal & near, scale)
+        counts = torch.where(near, 1.0, far_counts(scores, config, kv_len)[:, None])
+        rest = masked_attention(*exact, causal * counts, scale)
+    if config.dense_queries:
+        rest[:, -config.dense_queries :] = masked_attention(*exact, causal[None], scale)[
+            :, -config.dense_queries :
+        ]
+    if not config.select_queries:
+        return rest
+    keep = keep & (slot < kv_len - config.dense_queries)
     return torch.where(keep[:, kv_len - query_len :, None], sparse, rest)
 
 
@@ -75,6 +82,13 @@ def given_selection_truth(problem, config, selection):
         {"fallback": "window"},
         {"fallback": "window", "fallback_sinks": 5},
         {"fallback": "window", "fallback_sinks": 2, "fallback_landmarks": 30},
+        {"fallback": "window", "fallback_sinks": 2, "fallback_samples": 50},
+        {
+            "fallback": "window",
+            "fallback_samples": 50,
+            "select_queries": False,
+            "dense_queries": 40,
+        },
     ],
     ids=lambda fallback: "-".join(map(str, fallback.values())),
 )

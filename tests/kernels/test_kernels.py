@@ -34,6 +34,16 @@ FAR = [
     dataclasses.replace(VARIANTS[1], fallback_sinks=sinks, fallback_landmarks=landmarks)
     for sinks, landmarks in ((3, 0), (0, 9), (2, 40))
 ]
+FAR += [
+    dataclasses.replace(
+        VARIANTS[1],
+        fallback_samples=30,
+        select_queries=select,
+        fallback_sinks=2,
+        dense_queries=9,
+    )
+    for select in (True, False)
+]
 
 
 def problem_here(**shape):
@@ -190,7 +200,9 @@ def test_compress_and_decompress(query_len, kv_len):
 
 
 def name_of(config):
-    return f"{config.budget}-{config.fallback}-{config.fallback_sinks}-{config.fallback_landmarks}"
+    far = (config.fallback_sinks, config.fallback_landmarks, config.fallback_samples)
+    chosen = config.budget if config.select_queries else "all"
+    return "-".join(map(str, (chosen, config.fallback, *far)))
 
 
 @pytest.mark.parametrize(

@@ -200,17 +200,20 @@ def attend_rows(
     *,
     scale: float,
     backend: str,
+    last: int | None = None,
 ) -> None:
     """`dense.attend_rows` without a window, by any backend in its string form."""
     config = pattern_config(backend)
     if config is None:
-        dense.attend_rows(query, key, value, rows, tokens, into, scale=scale, backend=backend)
+        dense.attend_rows(
+            query, key, value, rows, tokens, into, scale=scale, backend=backend, last=last
+        )
         return
 
     def run(one_query: Tensor, one_key: Tensor, one_value: Tensor) -> Attended:
         return _run(config, one_query, one_key, one_value, scale, into.lse is not None)
 
-    dense.attend_each_row(query, key, value, rows, tokens, into, run)
+    dense.attend_each_row(query, key, value, rows, tokens, into, run, last)
 
 
 def attend_packed(

@@ -125,6 +125,7 @@ def attend_rows(
     scale: float,
     backend: str,
     window: int | None = None,
+    last: int | None = None,
 ) -> None:
     """Causal attention of some rows' real tokens, written in place; other rows stay.
 
@@ -141,6 +142,7 @@ def attend_rows(
         scale: factor of the logits.
         backend: one of `BACKENDS`.
         window: keys each query sees, itself included; None for all.
+        last: how many of each row's last queries attend, the others stay; None for all.
     """
     backend = _resolve(backend, query, key)
     if not takes_packed(backend, query):
@@ -154,7 +156,7 @@ def attend_rows(
                 want_lse=into.lse is not None,
             )
 
-        attend_each_row(query, key, value, rows, tokens, into, run)
+        attend_each_row(query, key, value, rows, tokens, into, run, last)
         return
     if tokens.padded and backend == "fa4":  # which multiplies values beyond a row's end by zero
         slot = torch.arange(tokens.kv_len, device=value.device)
@@ -165,6 +167,8 @@ def attend_rows(
     ends = torch.where(rows, tokens.bounds[:, 1], tokens.bounds[:, 0])
     cu_seqlens_k = torch.stack((tokens.bounds[:, 0], ends), -1)
     cu_seqlens_q = (cu_seqlens_k - first_query).clamp(min=0)
+    last = query.shape[1] if last is None else min(last, query.shape[1])
+    cu_seqlens_q[:, 0] = cu_seqlens_q[:, 0].maximum(cu_seqlens_q[:, 1] - last)
     for row in range(len(query)):
         _, lse = flash.varlen_attention(
             backend,
@@ -173,7 +177,7 @@ def attend_rows(
             value[row],
             cu_seqlens_q[row],
             cu_seqlens_k[row],
-            max_seqlen_q=query.shape[1],
+            max_seqlen_q=last,
             max_seqlen_k=key.shape[1],
             scale=scale,
             window=window,
@@ -194,6 +198,7 @@ def attend_each_row(
     tokens: RealTokens,
     into: Attended,
     run: Callable[..., Attended],
+    last: int | None = None,
 ) -> None:
     """`attend_rows`, one row after the other, its real tokens cut out by lengths on the host.
 
@@ -205,10 +210,12 @@ def attend_each_row(
         tokens: where the real tokens are.
         into: what to write.
         run: attends, given query, key and value of one row with a batch dimension.
+        last: how many of each row's last queries attend; None for all.
     """
     first_query = key.shape[2] - query.shape[2]
     for row, (wanted, span) in enumerate(zip(rows.tolist(), tokens.host_spans())):
         begin = max(span.start, first_query)
+        begin = begin if last is None else max(begin, span.end - last)
         if not wanted or begin >= span.end:
             continue
         queries = slice(begin - first_query, span.end - first_query)

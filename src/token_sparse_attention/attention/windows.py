@@ -2,8 +2,8 @@
 
 Models put much of their attention on the first tokens, whatever these say; a sliding window
 that has left them behind gives that mass to its own keys instead (StreamingLLM, arXiv
-2309.17453). The same holds for the other tokens that attract the attention of many queries:
-a head's landmarks are the tokens that the last queries attend to most.
+2309.17453). The same holds for all that lies behind the window, so a few of those tokens are
+seen besides, see `far_tokens`.
 """
 
 from __future__ import annotations
@@ -12,49 +12,18 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.attention.dense import Attended, attend_rows
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.attention.far_tokens import FarTokens
 from token_sparse_attention.inputs import RealTokens
 from token_sparse_attention.selection import load_kernels
 
 _LOGITS = 2**21  # at once, where PyTorch adds the far tokens
 
 
-def far_tokens(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor | None:
-    """Return the tokens that the fallback's queries see besides their window.
-
-    Args:
-        scores: ``[B, H, N]`` float32, by slot.
-        config: the settings.
-        tokens: where the real tokens are.
-
-    Returns:
-        ``[B, H, M]`` int64 slots, ascending, S_kv where there is none; None where M is 0.
-    """
-    if config.fallback != "window" or not (config.fallback_sinks or config.fallback_landmarks):
-        return None
-    nowhere = tokens.kv_len
-    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
-    sinks = start + torch.arange(config.fallback_sinks, device=scores.device)
-    sinks = torch.where(sinks < end, sinks, nowhere).expand(-1, scores.shape[1], -1)
-    count = min(config.fallback_landmarks, scores.shape[2])
-    if count == 0:
-        return sinks
-    if tokens.padded or config.fallback_sinks:
-        slot = torch.arange(scores.shape[2], device=scores.device)
-        inside = slot >= start + config.fallback_sinks
-        inside = inside & (slot < end - config.window_size)
-        scores = scores.masked_fill(~inside, -1.0)
-    best, slots = scores.topk(count, dim=-1)
-    landmarks = torch.where(best >= 0, slots, nowhere).sort(-1).values
-    # Landmarks lie behind the sinks; a sink that is missing has none behind it.
-    return torch.cat((sinks, landmarks), -1)
-
-
 def attend_windows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    far: Tensor | None,
+    far: FarTokens | None,
     rows: Tensor,
     tokens: RealTokens,
     into: Attended,
@@ -63,7 +32,6 @@ def attend_windows(
     scale: float,
     impl: str,
     backend: str,
-    counts: Tensor | None = None,
 ) -> None:
     """The windowed fallback of every query in some rows, written in place.
 
@@ -71,7 +39,7 @@ def attend_windows(
         query: ``[B, H, S_q, D]``.
         key: ``[B, H_kv, S_kv, D]``.
         value: likewise.
-        far: see `far_tokens`.
+        far: the tokens seen besides.
         rows: ``[B]`` bool, the rows wanted; others stay.
         tokens: where the real tokens are.
         into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
@@ -79,7 +47,6 @@ def attend_windows(
         scale: factor of the logits.
         impl: which code adds the far tokens.
         backend: one of `BACKENDS`, which attends within the windows.
-        counts: ``[B, H, M]`` float32, how many tokens each far token stands for; None for one.
     """
     lse = into.lse
     if far is not None and lse is None:
@@ -101,14 +68,14 @@ def attend_windows(
         if query.stride(-1) != 1:
             query = query.contiguous()
         load_kernels("far_tokens").add_far_tokens(
-            query, key, value, far, tokens.bounds, rows, into.out, lse,
-            window=window, scale=scale, counts=counts,
+            query, key, value, far.slots, tokens.bounds, rows, into.out, lse,
+            window=window, scale=scale, counts=far.counts,
         )  # fmt: skip
     else:
-        far = torch.where(rows[:, None, None], far, tokens.kv_len)
-        counts = torch.ones(1, 1, 1) if counts is None else counts
-        counts = counts.expand_as(far).to(far.device)
-        _add_far(query, key, value, far, counts, tokens, into.out, lse, window, scale)
+        slots, counts = far
+        slots = torch.where(rows[:, None, None], slots, tokens.kv_len)
+        counts = torch.ones(slots.shape, device=slots.device) if counts is None else counts
+        _add_far(query, key, value, slots, counts, tokens, into.out, lse, window, scale)
 
 
 def _add_far(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_sparse_attention.attention.windows import far_tokens
+from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.selection import TokenSelection, resolve_impl, score_rows
@@ -123,11 +123,18 @@ def check_sparse(
         chosen = selection.indices[0, head, : int(selection.lengths[0, head])].long()
         if not bool((chosen.diff() > 0).all()):
             problems.append(f"head {head}: slots do not ascend")
-        positions = _sample(chosen)
-        exact = _exact_rows(inputs, head, positions, chosen)
-        errors.append(_row_error(out[0, head, positions], exact))
         dropped = torch.ones(num_slots, dtype=torch.bool, device=out.device)
-        dropped[chosen] = False
+        if config.dense_queries:
+            positions = _sample(slots[-config.dense_queries :])
+            exact = _exact_rows(inputs, head, positions, slots)
+            errors.append(_row_error(out[0, head, positions], exact))
+            dropped[-config.dense_queries :] = False
+        rows = chosen[chosen < num_slots - config.dense_queries]
+        if config.select_queries and len(rows):
+            positions = _sample(rows)
+            exact = _exact_rows(inputs, head, positions, chosen)
+            errors.append(_row_error(out[0, head, positions], exact))
+            dropped[chosen] = False
         rest = dropped.nonzero()[:, 0]
         if len(rest) and config.fallback == "window":
             positions = _sample(rest)
@@ -167,14 +174,25 @@ def _exact_scores(inputs: Inputs, head: int, config: TokenSparseConfig) -> Tenso
     return F.avg_pool1d(scores[None, None], config.pool_size, 1, config.pool_size // 2)[0, 0]
 
 
-def _near(inputs: Inputs, head: int, config: TokenSparseConfig) -> tuple[int, Tensor]:
-    """The fallback's window, and the far tokens by the operator's own scores."""
+class _Near(NamedTuple):
+    """The fallback's window, and how many tokens each token before it counts for, 0 if unseen."""
+
+    window: int
+    counts: Tensor
+
+
+def _near(inputs: Inputs, head: int, config: TokenSparseConfig) -> _Near:
+    """What the fallback's queries see, by the operator's own scores."""
     query, key, _ = inputs
     impl = resolve_impl("auto", query, query.shape[-1])
     tokens = real_tokens(None, 1, key.shape[2], query.device, on_device=impl == "triton")
     scores = score_rows(query, key, config, tokens, inputs.scale, impl)
     far = far_tokens(scores, config, tokens)
-    return config.fallback_window, scores.new_empty(0) if far is None else far[0, head]
+    counts = torch.zeros(key.shape[2] + 1, dtype=torch.float64, device=key.device)
+    if far is not None:
+        own = 1.0 if far.counts is None else far.counts[0, head].double()
+        counts[far.slots[0, head]] = own
+    return _Near(config.fallback_window, counts[:-1])
 
 
 def _exact_rows(
@@ -182,20 +200,19 @@ def _exact_rows(
     head: int,
     positions: Tensor,
     slots: Tensor,
-    near: tuple[int, Tensor] | None = None,
+    near: _Near | None = None,
 ) -> Tensor:
     """Rows ``[R, D]`` of one head in float64: queries at `positions`, keys at `slots`.
 
-    With `near`, each query sees only a window of that many keys, and the slots given there.
+    With `near`, the slots are all, and each query sees its window and what counts before it.
     """
     kv_head = _kv_head(inputs, head)
     key, value = (tensor[0, kv_head, slots].double() for tensor in (inputs.key, inputs.value))
-    visible = slots <= positions[:, None]
-    if near is not None:
-        window, far = near
-        visible &= (slots > positions[:, None] - window) | torch.isin(slots, far)
     logits = inputs.query[0, head, positions].double() @ key.T * inputs.scale
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+    if near is not None:
+        before = slots <= positions[:, None] - near.window
+        logits += torch.where(before, near.counts.log(), 0.0)
+    return logits.masked_fill(slots > positions[:, None], -torch.inf).softmax(-1) @ value
 
 
 def _kv_head(inputs: Inputs, head: int) -> int:

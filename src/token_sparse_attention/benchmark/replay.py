@@ -18,7 +18,7 @@ from torch import Tensor
 from token_sparse_attention import functional
 from token_sparse_attention.attention.backends import check_backend, choose_backend
 from token_sparse_attention.attention.dense import causal_attention
-from token_sparse_attention.attention.windows import far_tokens
+from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
 from token_sparse_attention.benchmark.record import UsageError

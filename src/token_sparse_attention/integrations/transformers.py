@@ -118,11 +118,12 @@ def apply(
     """
     backend = parse_backend(attention_backend)
     check_impl(impl)
-    check_kept(kept)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     check_model(model, continuous_batching=continuous_batching)
     text_config = model.config.get_text_config(decoder=True)
     configs = layer_configs(config, text_config.num_hidden_layers)
+    for layer_config in configs.values():
+        check_kept(kept, layer_config)
     backends = backends_of_layers(
         backend, text_config.num_hidden_layers, text_config.num_attention_heads
     )

@@ -1,0 +1,200 @@
+"""Which tokens the windowed fallback's queries see beyond their window, and what each counts.
+
+A head's tokens are more than its queries can attend to, so a few stand for all: the first ones
+(sinks), the ones it attends to most (landmarks), and others drawn with a probability that
+grows with their score. A token drawn with probability p counts for 1 / p tokens, so that sums
+over the drawn ones are right on average: of the exponentials, and of the exponentials times
+the values (importance sampling).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.crossover import BreakEven, effective_length
+from token_sparse_attention.inputs import RealTokens
+from token_sparse_attention.selection import TokenSelection, dense_selection
+
+_UNITS = 2**20  # of a probability; whole numbers add up to the same sum in any order
+_ENTRIES = 2**23  # drawn from at once
+
+
+class FarTokens(NamedTuple):
+    """Tokens that every query of a head sees where its window has left them.
+
+    Attributes:
+        slots: ``[B, H, M]`` int64, ascending, S_kv behind a head's last one.
+        counts: ``[B, H, M]`` float32, how many tokens each stands for; None if each for itself.
+    """
+
+    slots: Tensor
+    counts: Tensor | None
+
+
+def far_tokens(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> FarTokens | None:
+    """Return the far tokens of each head, None if there are none.
+
+    Args:
+        scores: ``[B, H, N]`` float32, by slot.
+        config: says how many of each kind.
+        tokens: where the real tokens are.
+    """
+    if config.fallback != "window":
+        return None
+    parts = []
+    if config.fallback_sinks:
+        parts.append(_sinks(scores, config, tokens))
+    if config.fallback_landmarks and scores.shape[2]:
+        parts.append(_landmarks(scores, config, tokens))
+    own = torch.cat(parts, -1) if parts else None  # ascending: landmarks lie behind the sinks
+    if not config.fallback_samples:
+        return None if own is None else FarTokens(own, None)
+    slots, counts = draw(scores, config.fallback_samples, tokens, own)
+    if own is None:
+        return FarTokens(slots, counts)
+    slots, order = torch.cat((own, slots), -1).sort(-1)
+    counts = torch.cat((torch.ones_like(own, dtype=counts.dtype), counts), -1)
+    return FarTokens(slots, counts.gather(-1, order))
+
+
+def _sinks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor:
+    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
+    sinks = start + torch.arange(config.fallback_sinks, device=scores.device)
+    return torch.where(sinks < end, sinks, tokens.kv_len).expand(-1, scores.shape[1], -1)
+
+
+def _landmarks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor:
+    count = min(config.fallback_landmarks, scores.shape[2])
+    if tokens.padded or config.fallback_sinks:
+        start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
+        slot = torch.arange(scores.shape[2], device=scores.device)
+        inside = slot >= start + config.fallback_sinks
+        inside = inside & (slot < end - config.window_size)
+        scores = scores.masked_fill(~inside, -1.0)
+    best, slots = scores.topk(count, dim=-1)
+    return torch.where(best >= 0, slots, tokens.kv_len).sort(-1).values
+
+
+def draw(
+    scores: Tensor, count: int, tokens: RealTokens, without: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw tokens for each head, the more likely the higher they score.
+
+    Half of the probability goes by the scores and half to all real tokens alike; a token whose
+    share would exceed one draw is in. The draws are equal steps through the sums of the
+    probabilities (systematic sampling), which spreads them over the sequence; nothing is
+    random, so the same scores give the same tokens.
+
+    Args:
+        scores: ``[B, H, N]`` float32, by slot, N at most S_kv; further slots have none.
+        count: how many tokens.
+        tokens: where the real tokens are.
+        without: ``[B, H, M]`` slots that are not drawn, S_kv for none.
+
+    Returns:
+        Slots ``[B, H, count]``, ascending, S_kv behind the last one; and how many tokens each
+        stands for, float32.
+
+    Source:
+        An extension; vAttention (arXiv 2510.05688) also completes best-scored tokens by samples.
+    """
+    batch_size, num_heads, _ = scores.shape
+    slots = scores.new_empty(batch_size, num_heads, count, dtype=torch.int64)
+    counts = scores.new_empty(batch_size, num_heads, count)
+    at_once = max(_ENTRIES // max(batch_size * tokens.kv_len, 1), 1)
+    for first in range(0, num_heads, at_once):
+        heads = slice(first, first + at_once)
+        own = None if without is None else without[:, heads]
+        likely = _probabilities(_shares(scores[:, heads], tokens, own), count)
+        slots[:, heads], counts[:, heads] = _steps(likely, count)
+    return slots, counts
+
+
+def _shares(scores: Tensor, tokens: RealTokens, without: Tensor | None) -> Tensor:
+    """What each slot's token has of the probability, ``[B, H, S_kv]`` float64; adds up to 1."""
+    kv_len = tokens.kv_len
+    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
+    slot = torch.arange(kv_len, device=scores.device)
+    real = (slot >= start) & (slot < end)
+    if without is not None:
+        real = real.expand(-1, scores.shape[1], -1)
+        others = torch.ones(*real.shape[:2], kv_len + 1, dtype=torch.bool, device=scores.device)
+        real = real & others.scatter_(-1, without, False)[..., :kv_len]
+    shares = F.pad(scores.double(), (0, kv_len - scores.shape[2]))
+    shares = shares.nan_to_num(0.0).masked_fill_(~real, 0.0)
+    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
+    shares += real / real.sum(-1, keepdim=True).clamp(min=1)
+    return shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def _probabilities(shares: Tensor, count: int) -> Tensor:
+    """Probabilities ``[B, H, S]`` in proportion to the shares, at most 1, that add up to `count`.
+
+    Fewer where there are not as many tokens.
+    """
+    best = shares.topk(min(count, shares.shape[-1]), dim=-1).values
+    certain = torch.arange(best.shape[-1], device=shares.device)
+    rest = (1 - (best.cumsum(-1) - best)).clamp(min=1e-12)  # without those before
+    factor = (count - certain) / rest  # if that many are certain
+    number = (factor * best >= 1).sum(-1, keepdim=True)
+    factor = factor.gather(-1, number.clamp(max=best.shape[-1] - 1))
+    return (shares * factor).clamp(max=1.0)
+
+
+def _steps(likely: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The slots at which the sum of the probabilities passes a half, one and a half, and so on."""
+    units = (likely * _UNITS).round().long()
+    passed = (units.cumsum(-1) + _UNITS // 2) // _UNITS
+    before = passed.roll(1, -1)
+    before[..., 0] = 0
+    place = torch.where((passed > before) & (before < count), before, count)
+    slot = torch.arange(likely.shape[-1], device=likely.device).expand_as(place)
+    slots = likely.new_full((*likely.shape[:-1], count + 1), likely.shape[-1], dtype=torch.int64)
+    slots = slots.scatter_(-1, place, slot)[..., :count]
+    drawn = units.gather(-1, slots.clamp(max=likely.shape[-1] - 1)).clamp(min=1)
+    return slots, (_UNITS / drawn).float()
+
+
+def keys_only(
+    scores: Tensor,
+    far: FarTokens | None,
+    config: TokenSparseConfig,
+    tokens: RealTokens,
+    query_len: int,
+    even: BreakEven,
+    want_tokens: bool,
+) -> TokenSelection:
+    """Return what every query sees beyond its window, where queries are not selected.
+
+    Args:
+        scores: ``[B, H, N]`` float32; rows whose scores are not finite run dense.
+        far: the tokens, None for none.
+        config: the settings.
+        tokens: where the real tokens are.
+        query_len: S_q.
+        even: rows shorter than its ``min_length`` run dense.
+        want_tokens: whether the tokens will be looked at, and not only which rows run sparse.
+    """
+    kv_len = tokens.kv_len
+    start, end = tokens.bounds.long().unbind(-1)
+    keys = end - start
+    queries = (end - start.clamp(min=kv_len - query_len)).clamp(min=0)
+    sparse = (queries >= config.window_size) & (keys > config.min_tokens + config.window_size)
+    sparse &= effective_length(queries, keys.clamp(min=1)) >= even.min_length
+    sparse &= scores.isfinite().all(-1).all(-1)
+    none = scores.new_empty(*scores.shape[:2], 0, dtype=torch.int64)
+    if not want_tokens:
+        return TokenSelection(none, none.sum(-1), sparse, kv_len)
+    dense = dense_selection(tokens, scores.shape[1])
+    slots = none if far is None else far.slots
+    listed = torch.where(slots < kv_len, slots, -1)
+    listed = F.pad(listed, (0, max(kv_len - slots.shape[2], 0)), value=-1)
+    own = sparse[:, None]
+    lengths = torch.where(own, (slots < kv_len).sum(-1), dense.lengths)
+    indices = torch.where(own[..., None], listed[..., :kv_len], dense.indices)
+    return TokenSelection(indices, lengths, sparse, kv_len, lengths)
