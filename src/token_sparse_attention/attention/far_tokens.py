@@ -128,7 +128,7 @@ def _shares(scores: Tensor, tokens: RealTokens, without: Tensor | None) -> Tenso
     shares = F.pad(scores.double(), (0, kv_len - scores.shape[2]))
     shares = shares.nan_to_num(0.0).masked_fill_(~real, 0.0)
     shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
-    shares += real / real.sum(-1, keepdim=True).clamp(min=1)
+    shares += real / real.double().sum(-1, keepdim=True).clamp(min=1)
     return shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
