@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import transformers
@@ -95,7 +96,7 @@ def make_ids(length: int = 200, batch: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 199, (batch, length), generator=generator)
 
 
-def oracle_attention(_module, query, key, value, attention_mask, scaling=None, **_):
+def oracle_attention(config, _module, query, key, value, attention_mask, scaling=None, **_):
     """Each row cut out by its mask and given to the reference; decode steps stay dense."""
     batch, heads, query_len, head_dim = query.shape
     rows = torch.zeros(batch, query_len, heads, head_dim, dtype=query.dtype)
@@ -120,15 +121,15 @@ def oracle_attention(_module, query, key, value, attention_mask, scaling=None, *
             allowed = torch.ones(1, 1, len(real), dtype=torch.bool)
             out = reference.masked_attention(q, k, v, allowed, scaling)
         else:
-            out, _ = reference.token_sparse_attention(q, k, v, CONFIG, scaling)
+            out, _ = reference.token_sparse_attention(q, k, v, config, scaling)
         rows[row, queries] = out.transpose(0, 1)
     return rows, None
 
 
 @contextmanager
-def oracle(model):
-    """The model with every layer's attention replaced by the oracle, under `CONFIG`."""
-    AttentionInterface.register("oracle", oracle_attention)
+def oracle(model, config=CONFIG):
+    """The model with every layer's attention replaced by the oracle."""
+    AttentionInterface.register("oracle", partial(oracle_attention, config))
     AttentionMaskInterface.register("oracle", sdpa_mask)
     model.set_attn_implementation("oracle")
     try:

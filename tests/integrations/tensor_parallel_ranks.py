@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,10 +14,20 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.distributed import DistributedConfig
 
 from integrations.models import CONFIG, make_ids
+from token_sparse_attention import selection
 from token_sparse_attention.integrations import transformers as integration
 from token_sparse_attention.integrations.transformers import apply
 
 PER_HEAD = dataclasses.replace(CONFIG, budget="per_head")
+KEYS_ONLY = dataclasses.replace(
+    CONFIG,
+    fallback="window",
+    fallback_window=9,
+    fallback_sinks=2,
+    fallback_samples=24,
+    select_queries=False,
+    dense_queries=6,
+)
 UNEQUAL = "Unequal"  # a model whose KV heads do not divide into the ranks
 FAMILIES = {
     "Llama": {},
@@ -29,8 +40,26 @@ CASES = {
     "per head": ("Llama", PER_HEAD, False),
     "padded": ("Llama", PER_HEAD, True),
     "normalised": ("Qwen3", CONFIG, False),
+    "samples": ("Llama", dataclasses.replace(KEYS_ONLY, select_queries=True), False),
+    "keys only": ("Llama", KEYS_ONLY, False),
+    "keys only, padded": ("Qwen3", KEYS_ONLY, True),
     "gathered": ("Olmo2", CONFIG, False),
 }
+
+
+@contextmanager
+def no_exchange():
+    """Selecting must not ask the other ranks for anything."""
+    gather_heads = selection.gather_heads
+
+    def refuse(*_):
+        raise RuntimeError("there is nothing to exchange")
+
+    selection.gather_heads = refuse
+    try:
+        yield
+    finally:
+        selection.gather_heads = gather_heads
 
 
 def run_case(model, config, padded):
@@ -39,7 +68,8 @@ def run_case(model, config, padded):
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :30] = 0
-    with torch.no_grad(), apply(model, config) as report:
+    alone = nullcontext() if config.select_queries else no_exchange()
+    with torch.no_grad(), alone, apply(model, config) as report:
         logits = model(ids, attention_mask=mask).logits
         kept = [record.kept for record in report]
         new = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)

@@ -62,6 +62,15 @@ def by_request(report):
 
 
 SPARSE = dict.fromkeys(range(LAYERS))
+KEYS_ONLY = dataclasses.replace(
+    CONFIG,
+    fallback="window",
+    fallback_window=9,
+    fallback_sinks=2,
+    fallback_samples=24,
+    select_queries=False,
+    dense_queries=6,
+)
 CASES = {
     "shared": ("Llama", CONFIG, SPARSE),
     "per head, windowed": (
@@ -69,6 +78,7 @@ CASES = {
         dataclasses.replace(CONFIG, budget="per_head", fallback="window", fallback_window=9),
         SPARSE,
     ),
+    "samples, keys only": ("Qwen3", KEYS_ONLY, SPARSE),
     "some layers": (
         "Llama",
         dataclasses.replace(CONFIG, sparse_layers=(1,)),
@@ -98,12 +108,13 @@ def test_requests_give_what_each_gives_alone(name):
     assert not {name for name in AttentionInterface._global_mapping if "tsa_" in name}
 
 
-def test_a_split_prompt_selects_chunk_by_chunk():
+@pytest.mark.parametrize("config", [CONFIG, KEYS_ONLY], ids=["selected", "keys only"])
+def test_a_split_prompt_selects_chunk_by_chunk(config):
     """The scheduler's pieces give what `prefill_chunk_size` gives."""
     model, requests = make_model(), [prompts()[0]]
-    with apply(model, CONFIG):
+    with apply(model, config):
         expected = alone(model, requests, prefill_chunk_size=128)
-    with apply(model, CONFIG, continuous_batching=True) as report:
+    with apply(model, config, continuous_batching=True) as report:
         assert together(model, requests, max_batch_tokens=128) == expected
     lengths = [(record.query_len, record.kv_len) for record in report if record.layer == 0]
     assert lengths == [(128, 128), (72, 200)]

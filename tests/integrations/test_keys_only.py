@@ -1,0 +1,138 @@
+"""Far tokens, queries that are not selected and dense last queries, in whole models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from integrations.models import CONFIG, LAYERS, make_ids, make_model, oracle
+from integrations.test_transformers import CLOSE, greedy, paths
+from token_sparse_attention import DenseReason, LayerProfile, crossover
+from token_sparse_attention.integrations.transformers import apply
+
+SAMPLES = dataclasses.replace(
+    CONFIG, fallback="window", fallback_window=9, fallback_samples=24, dense_queries=6
+)
+KEYS_ONLY = dataclasses.replace(SAMPLES, select_queries=False, fallback_sinks=2)
+ALL_KINDS = dataclasses.replace(KEYS_ONLY, fallback_landmarks=5, dense_queries=0)
+CONFIGS = {"samples": SAMPLES, "keys only": KEYS_ONLY, "all kinds": ALL_KINDS}
+
+
+def sharp(family="Llama"):
+    """A model whose heads prefer different tokens, so that draws differ."""
+    model = make_model(family)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_proj.weight", "q_norm.weight")):
+            weight.data.mul_(20)
+    return model
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_the_oracle(name, family):
+    model, ids = sharp(family), make_ids()
+    dense = model(ids).logits
+    with oracle(model, CONFIGS[name]):
+        expected = model(ids).logits
+    with apply(model, CONFIGS[name]) as report:
+        logits = model(ids).logits
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert paths(report) == [["sparse"]] * LAYERS
+    assert (logits - dense).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fallback_samples": 400}, {"dense_queries": 400}, {"fallback_window": 400}]
+)
+def test_where_every_token_is_seen_logits_are_dense(changes):
+    model, ids = sharp(), make_ids()
+    config = dataclasses.replace(KEYS_ONLY, **changes)
+    with apply(model, config) as report:
+        logits = model(ids).logits
+    assert paths(report) == [["sparse"]] * LAYERS
+    torch.testing.assert_close(logits, model(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_and_turns_equal_their_definition(name):
+    config, model, ids = CONFIGS[name], sharp(), make_ids(250)
+
+    def chunked():
+        cache = DynamicCache()
+        for start in (0, 100):
+            model(ids[:, start : start + 100], past_key_values=cache)
+        return greedy(model, ids[:, 200:], cache, 4)
+
+    with oracle(model, config):
+        expected = chunked()
+    with apply(model, config) as report:
+        generated = model.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=100)
+    assert generated[:, 250:].tolist() == expected.tolist()
+    assert [one[0].query_len for one in report.prefills()] == [100, 100, 50]
+    assert all(record.paths == ["sparse"] for record in report)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_changes_nothing(name, side):
+    model, ids = sharp(), make_ids(batch=3)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 50, 180)):
+        mask[row, :padding] = 0
+    if side == "right":
+        mask = mask.flip(1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with apply(model, CONFIGS[name]) as report:
+        batch = model(ids, attention_mask=mask, position_ids=positions).logits
+        record = report.last_prefill()[0]
+        assert record.paths == ["sparse", "sparse", "dense"]
+        assert record.reasons[2] == str(DenseReason.SHORT_CONTEXT)
+        for row in range(3):
+            real = mask[row].bool()
+            alone = model(ids[row : row + 1, real]).logits[0]
+            torch.testing.assert_close(batch[row, real], alone, **CLOSE)
+
+
+def test_what_is_kept_are_the_far_tokens():
+    model, ids = sharp(), make_ids(batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :180] = 0
+    with apply(model, ALL_KINDS) as report:
+        model(ids, attention_mask=mask)
+    for record in report:
+        far, dense = record.kept
+        assert all(30 <= count <= 31 for count in far), "2 sinks, 5 landmarks, 24 samples"
+        assert dense == [20] * 4, "too short, so it ran dense"
+        assert record.kept_share == pytest.approx((sum(far) / 200 + 4) / 8)
+    assert "31; context not longer than" in str(report)
+    with apply(model, dataclasses.replace(ALL_KINDS, fallback="window", fallback_samples=0)) as r:
+        model(ids[:1])
+    assert [record.kept for record in r] == [[[7] * 4]] * LAYERS
+
+
+def test_some_layers_select_queries_and_others_do_not():
+    model, ids = sharp(), make_ids()
+    profile = LayerProfile(base=SAMPLES, layers={0: {}, 2: {"select_queries": False}})
+    with apply(model, profile) as report:
+        model(ids)
+    shares = [record.kept_share for record in report]
+    assert shares[1] == 1
+    assert shares[2] < 0.13 < shares[0] < 1
+    with pytest.raises(ValueError, match=r"kept must be None where select_queries is False"):
+        apply(model, profile, kept=0.5)
+
+
+def test_lengths_alone_decide_where_queries_are_not_selected(monkeypatch):
+    model, ids = sharp(), make_ids()
+    config = dataclasses.replace(KEYS_ONLY, crossover="auto", drop_mass=0.0)
+    monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", 10)
+    for constants in (crossover.FALLBACK_TOKENS, crossover.FAR_TOKENS):
+        monkeypatch.setitem(constants, "cpu", (0.0, 1.0))
+    for overhead, reason in ((100.0, None), (160.0, str(DenseReason.CROSSOVER_LENGTH))):
+        monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", overhead)
+        with apply(model, config) as report:
+            model(ids)
+        assert [record.reasons for record in report] == [[reason]] * LAYERS
