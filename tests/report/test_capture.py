@@ -47,12 +47,22 @@ def positions(mask: str) -> list[int]:
     return [i for i in range(number.bit_length()) if number >> i & 1]
 
 
-@pytest.mark.parametrize("budget", ["shared", "per_head"])
+KINDS = {
+    "shared": {},
+    "per head": {"budget": "per_head"},
+    "samples": {"select_queries": False, "fallback_samples": 20, "fallback_sinks": 2},
+    "window only": {"select_queries": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_captured_positions_are_those_that_ran(tokenizer, selections, budget, implementation):
+def test_captured_positions_are_those_that_ran(tokenizer, selections, kind, implementation):
     model = make_model()
     model.set_attn_implementation(implementation)
-    config = dataclasses.replace(CONFIG, budget=budget, fallback="window", sparse_layers=(0, 2))
+    config = dataclasses.replace(
+        CONFIG, fallback="window", fallback_window=9, sparse_layers=(0, 2), **KINDS[kind]
+    )
     ids = make_ids(203)
     kept = capture(model, tokenizer, ids, config, arguments={}, max_new_tokens=3)
     assert len(kept.layers) == LAYERS

@@ -13,9 +13,11 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention.causal import parse_backend, pattern_config
+from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 from token_sparse_attention.info import provenance
+from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.integrations.record import LayerRecord, PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
@@ -110,16 +112,26 @@ def _noting(name: str, report: PrefillReport, impl: str, masks: dict[int, Tensor
 def _kept_mask(
     record: LayerRecord, query: Tensor, key: Tensor, scale: float | None, impl: str
 ) -> Tensor:
-    """Return which of its S keys each head kept, ``[H, S]`` bool."""
+    """Return which of its S keys each head kept, ``[H, S]`` bool.
+
+    Where queries are not selected, these are what all of them see beyond their windows.
+    """
     selected = record.selection
     if selected is None:
         raise RuntimeError(f"layer {record.layer} ran dense, so it selected nothing")
     key = key[:, :, : record.kv_len]
     scores = score_tokens(query, key, selected.config, scale=scale, impl=impl)
-    indices = select_tokens(scores, selected.config, impl=impl).indices[0]
-    # One slot more takes the -1 that fill up the lists.
-    mask = torch.zeros(len(indices), record.kv_len + 1, dtype=torch.bool, device=key.device)
-    mask = mask.scatter(1, indices % (record.kv_len + 1), True)[:, : record.kv_len]
+    # One slot more takes what fills up the lists: -1, or the number of keys.
+    mask = torch.zeros(scores.shape[1], record.kv_len + 1, dtype=torch.bool, device=key.device)
+    if selected.config.select_queries:
+        indices = select_tokens(scores, selected.config, impl=impl).indices[0]
+        mask.scatter_(1, indices % (record.kv_len + 1), True)
+    else:
+        tokens = real_tokens(None, 1, record.kv_len, key.device)
+        far = far_tokens(scores, selected.config, tokens)
+        if far is not None:
+            mask.scatter_(1, far.slots[0], True)
+    mask = mask[:, : record.kv_len]
     if mask.sum(1).tolist() != selected.lengths[0].tolist():
         raise RuntimeError(
             f"layer {record.layer} kept {selected.lengths[0].tolist()} tokens, but selecting "
