@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import torch
@@ -16,6 +17,16 @@ CONFIG = TokenSparseConfig(
     fallback="zero",
     crossover="off",
     sparse_layers=(1, 2, 3, 5, 8, 9, 10, 12),
+)
+# Only keys and values are compressed: a narrow window, and few far tokens.
+KEYS_ONLY = dataclasses.replace(
+    CONFIG,
+    select_queries=False,
+    fallback="window",
+    fallback_window=16,
+    fallback_sinks=2,
+    fallback_samples=24,
+    dense_queries=8,
 )
 NEW_TOKENS = 32
 

@@ -14,6 +14,7 @@ from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import engine_settings
 from vllm_plugin.engines import (
     CONFIG,
+    KEYS_ONLY,
     NEW_TOKENS,
     additional_config,
     engine_arguments,
@@ -178,6 +179,38 @@ def test_a_chunk_shares_its_step_with_decoding(engines, hf_model, short_alone):
     assert replies["a"] == short_alone[0]
     # One token of every step was for the other request.
     assert replies["b"] == hf_generate(hf_model, PROMPTS[2], prefill_chunk_size=CHUNK - 1)[0]
+
+
+def test_far_tokens_serve_prompts_chunks_and_neighbours(engines, hf_model, short_alone):
+    """As transformers does it, where only keys and values are compressed."""
+    chunk = 2300  # room for two prompts at once, but not for the last one
+    engine = engines(
+        max_num_batched_tokens=chunk,
+        additional_config=additional_config(config=KEYS_ONLY.to_dict()),
+    )
+    prompts = [*PROMPTS[:2], prompt_ids(3000, 5)]
+    expected, kept = [], []
+    for ids in prompts:
+        reply, report = hf_generate(hf_model, ids, KEYS_ONLY, prefill_chunk_size=chunk)
+        with Counted() as counted:
+            assert generate(engine, [ids]) == [reply]
+        expected.append(reply)
+        kept.append(sum(sum(record.kept[0]) for record in report if record.kept))
+        assert counted.gain["tokens_kept"] == kept[-1]
+        assert counted.gain["layer_calls_sparse"] == len(KEYS_ONLY.sparse_layers) * (
+            -(-len(ids) // chunk)
+        )
+    heads = hf_model.config.num_attention_heads * len(KEYS_ONLY.sparse_layers)
+    assert 25 * heads <= kept[0] <= 26 * heads, "2 sinks and 24 samples"
+    dense = [hf_generate(hf_model, ids, None)[0] for ids in prompts]
+    assert expected != dense, "else equal replies mean nothing"
+    with Counted() as counted:
+        assert generate(engine, [prompts[0], SHORT[0], prompts[1]]) == [
+            expected[0],
+            short_alone[0],
+            expected[1],
+        ]
+    assert counted.gain["prefills_sparse"] == 2
 
 
 def test_a_chunked_request_can_be_aborted(engines):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.attention.far_tokens import far_tokens, keys_only
 from token_sparse_attention.config import DenseReason
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
+from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.integrations.vllm.counters import Counters, describe
 from token_sparse_attention.integrations.vllm.engine import layer_number
-from token_sparse_attention.integrations.vllm.plan import Prefill, list_prefills
+from token_sparse_attention.integrations.vllm.plan import Prefill, list_prefills, workspace_bytes
 from token_sparse_attention.integrations.vllm.settings import Settings, read_settings
 from token_sparse_attention.selection import TokenSelection
 
@@ -102,6 +108,46 @@ def test_a_resumed_request_is_a_prefill_again():
 def test_lengths_decide(query_len, kv_len, even, reason):
     found = Prefill(0, 7, 7 + query_len, kv_len).dense_reason(CONFIG, even)
     assert found == (None if reason is None else str(reason))
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside the block held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._held = 0, {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._held:
+                self._held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._held.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._held.values()))
+        return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fallback_samples": 512},
+        {"fallback_samples": 512, "fallback_sinks": 4, "fallback_landmarks": 512},
+        {"fallback_landmarks": 1024},
+    ],
+)
+def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
+    heads, kv_len = 8, 8192
+    config = dataclasses.replace(CONFIG, fallback="window", select_queries=False, **changes)
+    tokens = real_tokens(None, 1, kv_len, torch.device("cpu"))
+    with PeakMemory() as memory:
+        scores = torch.rand(1, heads, kv_len - config.window_size)
+        far = far_tokens(scores, config, tokens)
+        keys_only(scores, far, config, tokens, kv_len, NEVER_DENSE, True)
+    little = workspace_bytes(config, heads, 1, 1, 1, query_len=1, kv_len=kv_len)
+    assert memory.peak <= little <= 2.5 * memory.peak
+    selected = dataclasses.replace(config, select_queries=True)
+    assert workspace_bytes(selected, heads, 1, 1, 1, 1, kv_len) > 2**29
 
 
 def selection(lengths, kv_len, ran_sparse=True):

@@ -26,7 +26,8 @@ class SelectionRecord:
 
     Attributes:
         config: the layer's settings.
-        lengths: ``[B, H]`` tokens kept.
+        lengths: ``[B, H]`` tokens kept; where queries are not selected, the tokens that every
+            query sees beyond its window.
         ran_sparse: ``[B]`` bool.
         query_lens: ``[B]`` real queries per row.
         kv_lens: ``[B]`` real keys per row.
@@ -122,7 +123,11 @@ class LayerRecord:
 
     @property
     def kept(self) -> list[list[int]] | None:
-        """Tokens kept, ``[B][H]``; None if the whole call ran dense."""
+        """Tokens kept, ``[B][H]``; None if the whole call ran dense.
+
+        With ``select_queries=False`` these are the tokens that every query sees beyond its
+        window: sinks, landmarks and samples.
+        """
         return None if self.selection is None else self.selection.lengths.tolist()
 
     @property

@@ -48,7 +48,8 @@ class Step:
     Attributes:
         splits: what the layers do that run a request of this step sparse, by name.
         settings: of the plugin.
-        head_group: the ranks that hold the layers' other heads; None without them.
+        head_group: the ranks that hold the layers' other heads, which selecting queries asks;
+            None without them.
         read_cache: returns a request's keys and values ``[1, H_kv, kv_len, D]``, given the
             cache, its blocks and its length.
         counts: whether this process counts.
@@ -232,12 +233,17 @@ class SparsePrefillImpl:
 
         vllm_config = get_current_vllm_config()
         self.workspace = 0
-        if engine_settings(vllm_config) is not None:  # raises early what could never run
-            kv_len = vllm_config.model_config.max_model_len
+        settings = engine_settings(vllm_config)  # raises early what could never run
+        if settings is not None:
+            model = vllm_config.model_config
+            kv_len = model.max_model_len
             query_len = min(vllm_config.scheduler_config.max_num_batched_tokens, kv_len)
-            itemsize = vllm_config.model_config.dtype.itemsize
-            self.workspace = workspace_bytes(
-                num_heads, num_kv_heads, head_size, itemsize, query_len, kv_len
+            shape = (num_heads, num_kv_heads, head_size, model.dtype.itemsize)
+            # Which layer this is cannot be known here.
+            configs = settings.layer_configs(model.get_total_num_hidden_layers()).values()
+            self.workspace = max(
+                (workspace_bytes(config, *shape, query_len, kv_len) for config in configs),
+                default=0,
             )
         super().__init__(
             num_heads,  # type: ignore[call-arg]
@@ -333,7 +339,7 @@ class SparsePrefillImpl:
             scale=self.scale,
             impl=step.settings.impl,
             attention_backend=step.settings.attention_backend,
-            head_group=step.head_group,
+            head_group=step.head_group if config.select_queries else None,
             return_selection=True,
         )
         output.copy_(attended[0].transpose(0, 1))

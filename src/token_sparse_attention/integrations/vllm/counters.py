@@ -21,7 +21,8 @@ _METRICS = {
     "prefills": "Prompts and chunks of prompts, by path and by why they ran dense",
     "layer_calls": "Calls of a sparse layer, by path and by why they ran dense",
     "tokens_seen": "Tokens that heads in sparse layers could attend over",
-    "tokens_kept": "Tokens that heads in sparse layers attended over",
+    "tokens_kept": "Tokens that heads in sparse layers attended over, or with "
+    "select_queries=False saw beyond their queries' windows",
 }
 
 
@@ -61,7 +62,8 @@ class Counters:
         Returns:
             ``prefills_sparse``, ``prefills_dense`` by reason, ``layer_calls_sparse``,
             ``layer_calls_dense``, ``tokens_seen`` and ``tokens_kept``, the last two summed
-            over heads and layers.
+            over heads and layers. Where queries are not selected, the kept tokens are those
+            that every query sees beyond its window.
         """
         sparse = int(self._ran_sparse)
         return {

@@ -70,6 +70,7 @@ class Split(NamedTuple):
 
 
 def workspace_bytes(
+    config: TokenSparseConfig,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -80,12 +81,22 @@ def workspace_bytes(
     """Return what one sparse prefill allocates on a GPU at most, about.
 
     The chunk's keys and values out of the cache, its output, scores and indices per head and
-    token, and the packed heads, of which half a GiB is held at once.
+    token; then either the packed heads, of which half a GiB is held at once, or before them
+    the probabilities of the draws, for as many heads at once as have eight million tokens. The
+    fallback takes log-sum-exps, and the far tokens' keys and values.
     """
     copied = 2 * num_kv_heads * kv_len * head_dim * itemsize
     output = 2 * num_heads * query_len * head_dim * itemsize
-    selection = num_heads * kv_len * (2 * 4 + 4 + 8)
-    return copied + output + selection + 2**29
+    scored = num_heads * kv_len
+    selection = scored * (2 * 4 + 4 + 8 if config.select_queries else 4 + 3 * 8)
+    at_once = 2**29 if config.select_queries else 0
+    fallback = 0
+    if config.fallback == "window":
+        far = config.fallback_sinks + config.fallback_landmarks + config.fallback_samples
+        fallback = num_heads * (3 * 4 * query_len + far * (2 * head_dim * itemsize + 5 * 8))
+        if config.fallback_samples:
+            at_once = max(at_once, 64 * min(scored, max(2**23, kv_len)))
+    return copied + output + selection + fallback + at_once
 
 
 def list_prefills(
