@@ -18,15 +18,16 @@ CONFIG = TokenSparseConfig(
     crossover="off",
     sparse_layers=(1, 2, 3, 5, 8, 9, 10, 12),
 )
-# Only keys and values are compressed: a narrow window, and few far tokens.
+# Only keys and values are compressed; with more of them replies stay as dense.
 KEYS_ONLY = dataclasses.replace(
     CONFIG,
     select_queries=False,
     fallback="window",
-    fallback_window=16,
-    fallback_sinks=2,
-    fallback_samples=24,
-    dense_queries=8,
+    fallback_window=4,
+    fallback_sinks=1,
+    fallback_samples=6,
+    dense_queries=2,
+    sparse_layers=tuple(range(14)),
 )
 NEW_TOKENS = 32
 
