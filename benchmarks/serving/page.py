@@ -19,7 +19,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "serving"
 def tables() -> dict[str, str]:
     """Return the page's tables as Markdown, by name."""
     rows = _read("chunks-cpu.json")["rows"]
-    return {"chunks": _chunks(rows), "prefix": _prefix(rows), "stress": _stress()}
+    return {
+        "chunks": _chunks(rows),
+        "prefix": _prefix(rows),
+        "stress": _stress(),
+        "first-token": _first_token(_read("first-token-h200.json")),
+    }
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -71,6 +76,43 @@ def _stress() -> str:
         "resident memory after each round": ", ".join(f"{one:.0f}" for one in memory) + " MiB",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells.items())]) + "\n"
+
+
+def _first_token(result: dict[str, Any]) -> str:
+    dense = {
+        row["prompt_tokens"]: row["median"] for row in result["rows"] if row["setting"] == "dense"
+    }
+    lines = [
+        "| settings | prompt | median | spread | speed-up | tokens kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: row["prompt_tokens"]):  # stable
+        setting = row["setting"] if row["setting"] == "dense" else f"`drop_mass={row['setting']}`"
+        lines.append(
+            f"| {setting} | {row['prompt_tokens']} | {row['median']:.3f} s "
+            f"| {min(row['seconds']):.3f} to {max(row['seconds']):.3f} s "
+            f"| {dense[row['prompt_tokens']] / row['median']:.2f}x | {row['kept']:.0%} |"
+        )
+    return "\n".join([*lines, "", _first_token_note(result)]) + "\n"
+
+
+def _first_token_note(result: dict[str, Any]) -> str:
+    """Say where the measurement is from; the file's name says on which GPU."""
+    versions = result["versions"]
+    named = ("vllm", "torch", "triton", "transformers", "flash-attn-4", "python")
+    used = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in named)
+    layers = {name: engine["attention"] for name, engine in result["engines"].items()}
+    attention = "; ".join(dict.fromkeys(layers.values()))
+    as_dense = all(engine["short_prompts_as_dense"] for engine in result["engines"].values())
+    mode = "CUDA graphs" if result["graphs"] else "eager mode"
+    return (
+        f"One NVIDIA H200, {result['dtype']}, {mode}; "
+        f"{result['repetitions']} prompts after {result['warm_ups']} to warm up.\n"
+        f"Versions: {used}.\n"
+        f"Commit: {result['commit'][:7]}.\n"
+        f"Attention layers: {attention}.\n"
+        f"Short prompts answered as by dense, to the bit: {'yes' if as_dense else 'no'}."
+    )
 
 
 if __name__ == "__main__":

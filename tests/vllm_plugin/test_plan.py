@@ -51,6 +51,8 @@ def test_settings_from_values_and_from_files(tmp_path):
         ({"profile": 3}, TypeError, "profile must be a path, got 3"),
         ({"config": []}, TypeError, "config must be an object"),
         ({"config": {}, "prefix_caching": "yes"}, ValueError, "refuse, allow; got 'yes'"),
+        ({"config": {"select_queries": False}}, ValueError, "needs fallback='window'"),
+        ({"config": {"dense_queries": -1}}, ValueError, "dense_queries must be at least 0"),
         ({"config": {}, "impl": "cuda"}, ValueError, "impl must be one of"),
         ({"config": {}, "attention_backend": "fa9"}, ValueError, "fa9"),
         (
