@@ -202,5 +202,7 @@ def test_drawing_all_tokens_makes_it_dense(qkv):
 
 def test_the_library_took_over_what_won(qkv):
     theirs = run(qkv, drawn=60, selected="others", dense_last=9)[0]
-    config = replace(CONFIG, select_queries=False, fallback_samples=60, dense_queries=9)
+    config = replace(
+        CONFIG, budget="shared", select_queries=False, fallback_samples=60, dense_queries=9
+    )
     torch.testing.assert_close(token_sparse_attention(*qkv, config, scale=0.25), theirs)
