@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from token_sparse_attention import reference
+from token_sparse_attention import TokenSparseConfig, reference
 from token_sparse_attention.attention import far_tokens
-from token_sparse_attention.attention.far_tokens import draw
+from token_sparse_attention.attention.far_tokens import draw, sample_budgets
 from token_sparse_attention.inputs import real_tokens
 
 
@@ -88,3 +88,31 @@ def test_padding_and_other_tokens_are_never_drawn(monkeypatch):
     again, again_counts = draw(scores, 25, tokens, without)
     assert torch.equal(again, slots)
     assert torch.equal(again_counts, counts)
+
+
+def test_heads_that_attend_far_get_more_samples():
+    config = TokenSparseConfig(
+        window_size=8,
+        budget="per_head",
+        fallback="window",
+        fallback_window=30,
+        fallback_samples=20,
+    )
+    scores = torch.zeros(1, 8, 192)
+    scores[0, :, 185] = 0.9  # within the window
+    scores[0, 3, 10] = 0.05
+    scores[0, 5, 20] = 0.1
+    tokens = real_tokens(None, 1, 200, scores.device)
+    budgets = sample_budgets(scores, config, tokens, None)[0]
+    assert budgets[5] == 80.0, "the most that a head can have"
+    assert 5.0 < budgets[3] < budgets[5]
+    others = [head for head in range(8) if head not in (3, 5)]
+    assert (budgets[others] == 5.0).all()
+    slots, counts = draw(scores, 20, tokens, None, budgets[None])
+    assert slots.shape == (1, 8, 80)
+    drawn = (slots[0] < 200).sum(-1)
+    assert ((drawn - budgets).abs() <= 1).all()
+    assert counts.isfinite().all()
+    even = scores_of(8, 192, 4, 0.1)
+    mean = sample_budgets(even, config, tokens, None).mean()
+    assert float(mean) == pytest.approx(20.0)

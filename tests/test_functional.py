@@ -43,6 +43,7 @@ VARIANTS += [
     for others in (
         {},
         {"fallback_samples": 15},
+        {"fallback_samples": 15, "budget": "per_head"},
         {
             "fallback_sinks": 2,
             "fallback_landmarks": 4,
@@ -55,8 +56,8 @@ VARIANTS += [
 
 def name_of(config):
     far = (config.fallback_sinks, config.fallback_landmarks, config.fallback_samples)
-    chosen = config.budget if config.select_queries else "all"
-    return "-".join(map(str, (chosen, config.fallback, *far, config.dense_queries)))
+    chosen = "some" if config.select_queries else "all"
+    return "-".join(map(str, (config.budget, chosen, config.fallback, *far, config.dense_queries)))
 
 
 def sparse_run(problem, config, **kwargs):

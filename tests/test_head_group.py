@@ -20,6 +20,9 @@ from token_sparse_attention import (
 
 RANKS = 2
 PER_HEAD = dataclasses.replace(SMALL, budget="per_head")
+KEYS_ONLY = dataclasses.replace(
+    PER_HEAD, select_queries=False, fallback="window", fallback_window=9, fallback_samples=20
+)
 
 
 class Case(NamedTuple):
@@ -57,6 +60,8 @@ CASES = {
     "shared": Case(on_device=True),
     "per head": Case(PER_HEAD),
     "windowed": Case(dataclasses.replace(PER_HEAD, fallback="window", fallback_window=9)),
+    "keys only": Case(KEYS_ONLY, batch=2, padded=True),
+    "keys only, one rank's heads are not finite": Case(KEYS_ONLY, batch=2, broken=6),
     "padded": Case(batch=2, padded=True, on_device=True),
     "padded, per head": Case(PER_HEAD, batch=2, padded=True),
     "chunk": Case(query_len=40, kv_len=130),

@@ -113,7 +113,7 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     """Say in words what a point runs."""
     layers = settings["sparse_layers"]
     parts = [
-        "all layers" if layers is None else f"layers {layers[0]} to {layers[-1]}",
+        "all layers" if layers is None else _name_layers(layers),
         f"drop mass {settings['drop_mass']:g}",
     ]
     if settings["fallback"] == "zero":
@@ -128,12 +128,14 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
         "pool_size": "scores of {} neighbours pooled",
         "fallback_sinks": "{} sinks",
         "fallback_landmarks": "{} landmarks",
+        "fallback_samples": "{} tokens drawn by score",
         "landmarks": "{} landmarks",
         "landmarks_by": "chosen by {} spread queries",
         "own_landmarks": "{} of them by the last queries",
         "samples": "{} samples",
         "drawn": "{} tokens drawn by score",
         "dense_last": "last {} queries dense",
+        "dense_queries": "last {} queries dense",
         "pooled": "means of blocks of {}",
     }
     for field, text in words.items():
@@ -146,7 +148,7 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
         parts.append(f"in each of {variant['segments']} segments")
     if variant.get("union"):
         parts.append("selected queries see their window too")
-    if variant.get("selected") == "others":
+    if variant.get("selected") == "others" or settings.get("select_queries") is False:
         parts.append("selected queries like the others")
     if variant.get("selected") == "dense":
         parts.append("selected queries dense")
@@ -155,6 +157,12 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     if variant.get("fallback") == "keys":
         parts.append("all queries see the window and the selected keys")
     return ", ".join(parts)
+
+
+def _name_layers(layers: list[int]) -> str:
+    missing = sorted(set(range(layers[0], layers[-1])) - set(layers))
+    without = f" without {', '.join(map(str, missing))}" if missing else ""
+    return f"layers {layers[0]} to {layers[-1]}{without}"
 
 
 def draw(rounds: Mapping[str, EvalResults]) -> None:

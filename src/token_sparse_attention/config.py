@@ -86,10 +86,11 @@ class TokenSparseConfig:
         pool_size: width of the average pooling that smooths the scores, in tokens; odd.
         min_tokens: never keep fewer scored tokens than this.
         budget: ``"shared"`` gives all heads of a sequence the same number of tokens (the
-            paper's Dynamic Token Coverage), ``"per_head"`` applies the rule to each head.
+            paper's Dynamic Token Coverage), ``"per_head"`` applies the rule to each head, and
+            shares out ``fallback_samples`` by need.
         select_queries: whether queries are selected too, as published. If not, only keys and
             values are compressed: every query gets what the windowed fallback gives, and
-            ``drop_mass`` and ``budget`` have no effect.
+            ``drop_mass`` has no effect.
         dense_queries: how many of the last queries attend to every key, whatever is selected.
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
@@ -97,7 +98,7 @@ class TokenSparseConfig:
         fallback_sinks: how many of the first tokens such a query attends to besides.
         fallback_landmarks: how many of its head's best-scored tokens it attends to besides.
         fallback_samples: how many of its head's tokens, drawn by score, stand for all that the
-            window leaves behind.
+            window leaves behind; with ``budget="per_head"`` the mean over the heads.
         crossover: ``"auto"`` also runs dense where sparse would not be faster, by a measured
             break-even of lengths and kept tokens; ``"off"`` only where the method says so.
         sparse_layers: layers that may run sparse, None for all. Only integrations read it.

@@ -275,15 +275,16 @@ def run(
         return _all_dense(query, key, value, tokens, call)
 
     scores = score_rows(query, key, config, tokens, call.scale, impl)
-    far = far_tokens(scores, config, tokens)
+    far = far_tokens(scores, config, tokens, head_group)
     if config.select_queries:
         selection = select_rows(
             scores, config, tokens, impl,
             query_len=query_len, kept=call.kept, even=even, head_group=head_group,
         )  # fmt: skip
     else:
-        wanted = call.want_selection
-        selection = keys_only(scores, far, config, tokens, query_len, even, wanted)
+        selection = keys_only(
+            scores, far, config, tokens, query_len, even, call.want_selection, head_group
+        )
     del scores
     attended = attend_selected(query, key, value, config, selection, far, tokens, even, impl, call)
     mark_invalid_rows(attended, tokens)

@@ -130,13 +130,18 @@ def far_counts(scores: Tensor, config: TokenSparseConfig, kv_len: int) -> Tensor
     counts.scatter_(1, best + config.fallback_sinks, 1.0)
     if config.fallback_samples:
         drawn = F.pad(scores.double(), (0, config.window_size))
+        budgets = [float(config.fallback_samples)] * len(scores)
+        if config.budget == "per_head":
+            beyond = drawn[:, : max(kv_len - config.fallback_window, 0)].sum(1)
+            shares = beyond / beyond.mean().clamp(min=1e-30)
+            budgets = (config.fallback_samples * (0.25 + 0.75 * shares).clamp(max=4)).tolist()
         for head, row in enumerate(counts):
             rest = (row == 0).nonzero()[:, 0]
-            row[rest] = draw(drawn[head, rest], config.fallback_samples)
+            row[rest] = draw(drawn[head, rest], budgets[head])
     return counts
 
 
-def draw(scores: Tensor, count: int) -> Tensor:
+def draw(scores: Tensor, count: float) -> Tensor:
     """Draw about `count` tokens by their scores ``[N]``; 1 / p where drawn, 0 elsewhere.
 
     Probabilities grow by half with the score and are by half the same for all, at most 1. One
@@ -156,7 +161,7 @@ def draw(scores: Tensor, count: int) -> Tensor:
     passed, number = 2**19, 0
     for token, unit in enumerate(units):
         passed += unit
-        if passed // 2**20 > number and number < count:
+        if passed // 2**20 > number:
             number = passed // 2**20
             drawn[token] = 2**20 / unit
     return drawn.to(scores.device)

@@ -22,7 +22,8 @@ def test_whatever_differs_is_said():
     plain = TokenSparseConfig(fallback="window").to_dict() | {"sparse_layers": None}
     texts = {page.describe(plain, {})}
     for field, value in (
-        ("sparse_layers", [1, 2]),
+        ("sparse_layers", [1, 2, 4]),
+        ("sparse_layers", [1, 2, 3, 4]),
         ("drop_mass", 0.5),
         ("fallback", "zero"),
         ("fallback_window", 64),
@@ -30,6 +31,10 @@ def test_whatever_differs_is_said():
         ("window_size", 64),
         ("fallback_sinks", 4),
         ("fallback_landmarks", 7),
+        ("fallback_samples", 7),
+        ("dense_queries", 7),
+        ("select_queries", False),
+        ("pool_size", 63),
     ):
         texts.add(page.describe(plain | {field: value}, {}))
     for field, value in (
@@ -40,6 +45,9 @@ def test_whatever_differs_is_said():
         ("fallback", "keys"),
         ("landmarks_by", 128),
         ("own_landmarks", 5),
+        ("samples", 5),
+        ("segments", 5),
+        ("union", True),
     ):
         texts.add(page.describe(plain, dataclasses.asdict(Variant()) | {field: value}))
-    assert len(texts) == 1 + 8 + 7
+    assert len(texts) == 1 + 13 + 10

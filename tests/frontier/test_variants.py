@@ -198,3 +198,11 @@ def test_drawing_all_tokens_makes_it_dense(qkv):
         for fields in ({"drawn": 100, "landmarks_by": 20}, {"drawn": 20, "landmarks_by": 20}, {})
     ]
     assert errors == sorted(errors)
+
+
+def test_the_library_took_over_what_won(qkv):
+    theirs = run(qkv, drawn=60, selected="others", dense_last=9)[0]
+    config = replace(
+        CONFIG, budget="shared", select_queries=False, fallback_samples=60, dense_queries=9
+    )
+    torch.testing.assert_close(token_sparse_attention(*qkv, config, scale=0.25), theirs)

@@ -9,7 +9,7 @@ the values (importance sampling).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,17 @@ from torch import Tensor
 
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import BreakEven, effective_length
+from token_sparse_attention.head_group import gather_heads, own_heads
 from token_sparse_attention.inputs import RealTokens
 from token_sparse_attention.selection import TokenSelection, dense_selection
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _UNITS = 2**20  # of a probability; whole numbers add up to the same sum in any order
 _ENTRIES = 2**23  # drawn from at once
+_LEAST = 0.25  # of the mean budget, for every head
+_MOST = 4  # times the mean budget, for any head
 
 
 class FarTokens(NamedTuple):
@@ -36,13 +42,19 @@ class FarTokens(NamedTuple):
     counts: Tensor | None
 
 
-def far_tokens(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> FarTokens | None:
+def far_tokens(
+    scores: Tensor,
+    config: TokenSparseConfig,
+    tokens: RealTokens,
+    head_group: ProcessGroup | None = None,
+) -> FarTokens | None:
     """Return the far tokens of each head, None if there are none.
 
     Args:
         scores: ``[B, H, N]`` float32, by slot.
         config: says how many of each kind.
         tokens: where the real tokens are.
+        head_group: the ranks with the layer's other heads, between which budgets are shared out.
     """
     if config.fallback != "window":
         return None
@@ -54,7 +66,10 @@ def far_tokens(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) ->
     own = torch.cat(parts, -1) if parts else None  # ascending: landmarks lie behind the sinks
     if not config.fallback_samples:
         return None if own is None else FarTokens(own, None)
-    slots, counts = draw(scores, config.fallback_samples, tokens, own)
+    budgets = None
+    if config.budget == "per_head":
+        budgets = sample_budgets(scores, config, tokens, head_group)
+    slots, counts = draw(scores, config.fallback_samples, tokens, own, budgets)
     if own is None:
         return FarTokens(slots, counts)
     slots, order = torch.cat((own, slots), -1).sort(-1)
@@ -80,8 +95,36 @@ def _landmarks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) ->
     return torch.where(best >= 0, slots, tokens.kv_len).sort(-1).values
 
 
+def sample_budgets(
+    scores: Tensor,
+    config: TokenSparseConfig,
+    tokens: RealTokens,
+    head_group: ProcessGroup | None,
+) -> Tensor:
+    """Share out the heads' samples by the attention they give to what lies beyond the window.
+
+    The error that sampling adds to a head's output grows with that attention and falls with
+    the root of the number of samples, so the sum of the squared errors is least where samples
+    are in proportion to it.
+
+    Returns:
+        ``[B, H]`` float64, ``fallback_samples`` on average, unless a head has the most allowed.
+    """
+    slot = torch.arange(scores.shape[2], device=scores.device)
+    beyond = slot <= tokens.bounds.long()[:, 1:, None] - 1 - config.fallback_window
+    mass = (scores.double().nan_to_num(0.0) * beyond).sum(-1)
+    all_mass = mass if head_group is None else gather_heads(mass, head_group)
+    shares = all_mass / all_mass.mean(-1, keepdim=True).clamp(min=1e-30)
+    budgets = config.fallback_samples * (_LEAST + (1 - _LEAST) * shares).clamp(max=_MOST)
+    return budgets if head_group is None else own_heads(budgets, mass.shape[1], head_group)
+
+
 def draw(
-    scores: Tensor, count: int, tokens: RealTokens, without: Tensor | None = None
+    scores: Tensor,
+    count: int,
+    tokens: RealTokens,
+    without: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw tokens for each head, the more likely the higher they score.
 
@@ -95,23 +138,31 @@ def draw(
         count: how many tokens.
         tokens: where the real tokens are.
         without: ``[B, H, M]`` slots that are not drawn, S_kv for none.
+        budgets: ``[B, H]`` float64, how many tokens for each head, at most four times `count`;
+            None for `count` for all.
 
     Returns:
-        Slots ``[B, H, count]``, ascending, S_kv behind the last one; and how many tokens each
-        stands for, float32.
+        Slots ``[B, H, count]``, four times as many with `budgets`, ascending, S_kv behind the
+        last one; and how many tokens each stands for, float32.
 
     Source:
         An extension; vAttention (arXiv 2510.05688) also completes best-scored tokens by samples.
     """
     batch_size, num_heads, _ = scores.shape
-    slots = scores.new_empty(batch_size, num_heads, count, dtype=torch.int64)
-    counts = scores.new_empty(batch_size, num_heads, count)
+    room = count
+    if budgets is None:
+        budgets = scores.new_full((batch_size, num_heads), count, dtype=torch.float64)
+    else:
+        room = min(_MOST * count, max(tokens.kv_len, count))
+    slots = scores.new_empty(batch_size, num_heads, room, dtype=torch.int64)
+    counts = scores.new_empty(batch_size, num_heads, room)
     at_once = max(_ENTRIES // max(batch_size * tokens.kv_len, 1), 1)
     for first in range(0, num_heads, at_once):
         heads = slice(first, first + at_once)
         own = None if without is None else without[:, heads]
-        likely = _probabilities(_shares(scores[:, heads], tokens, own), count)
-        slots[:, heads], counts[:, heads] = _steps(likely, count)
+        shares = _shares(scores[:, heads], tokens, own)
+        likely = _probabilities(shares, budgets[:, heads, None], room)
+        slots[:, heads], counts[:, heads] = _steps(likely, room)
     return slots, counts
 
 
@@ -132,15 +183,18 @@ def _shares(scores: Tensor, tokens: RealTokens, without: Tensor | None) -> Tenso
     return shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def _probabilities(shares: Tensor, count: int) -> Tensor:
-    """Probabilities ``[B, H, S]`` in proportion to the shares, at most 1, that add up to `count`.
+def _probabilities(shares: Tensor, budgets: Tensor, room: int) -> Tensor:
+    """Probabilities ``[B, H, S]`` in proportion to the shares, at most 1, that add up.
 
-    Fewer where there are not as many tokens.
+    Args:
+        shares: ``[B, H, S]`` float64.
+        budgets: ``[B, H, 1]`` float64, to what they add up, unless there are fewer tokens.
+        room: no budget is larger.
     """
-    best = shares.topk(min(count, shares.shape[-1]), dim=-1).values
+    best = shares.topk(min(room, shares.shape[-1]), dim=-1).values
     certain = torch.arange(best.shape[-1], device=shares.device)
     rest = (1 - (best.cumsum(-1) - best)).clamp(min=1e-12)  # without those before
-    factor = (count - certain) / rest  # if that many are certain
+    factor = (budgets - certain) / rest  # if that many are certain
     number = (factor * best >= 1).sum(-1, keepdim=True)
     factor = factor.gather(-1, number.clamp(max=best.shape[-1] - 1))
     return (shares * factor).clamp(max=1.0)
@@ -168,6 +222,7 @@ def keys_only(
     query_len: int,
     even: BreakEven,
     want_tokens: bool,
+    head_group: ProcessGroup | None,
 ) -> TokenSelection:
     """Return what every query sees beyond its window, where queries are not selected.
 
@@ -179,6 +234,7 @@ def keys_only(
         query_len: S_q.
         even: rows shorter than its ``min_length`` run dense.
         want_tokens: whether the tokens will be looked at, and not only which rows run sparse.
+        head_group: the ranks with the layer's other heads, which run the same rows dense.
     """
     kv_len = tokens.kv_len
     start, end = tokens.bounds.long().unbind(-1)
@@ -186,7 +242,8 @@ def keys_only(
     queries = (end - start.clamp(min=kv_len - query_len)).clamp(min=0)
     sparse = (queries >= config.window_size) & (keys > config.min_tokens + config.window_size)
     sparse &= effective_length(queries, keys.clamp(min=1)) >= even.min_length
-    sparse &= scores.isfinite().all(-1).all(-1)
+    finite = scores.isfinite().all(-1).to(torch.int32)
+    sparse &= (finite if head_group is None else gather_heads(finite, head_group)).all(-1)
     none = scores.new_empty(*scores.shape[:2], 0, dtype=torch.int64)
     if not want_tokens:
         return TokenSelection(none, none.sum(-1), sparse, kv_len)

@@ -76,7 +76,7 @@ def add_far_tokens(
         *query.stride()[:3], *out.stride()[:3], *lse.stride(),
         num_heads, query_len, key.shape[2] - query_len,
         HEAD_DIM=head_dim, BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-        FAR=far.shape[2], FAR_BLOCK=triton.next_power_of_2(far.shape[2]), WINDOW=window,
+        FAR=far.shape[2], FAR_BLOCK=min(triton.next_power_of_2(far.shape[2]), 2048), WINDOW=window,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST=not query.is_cuda,  # the interpreter's bfloat16 arithmetic is wrong
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
@@ -115,9 +115,12 @@ def far_tokens_kernel(
     o_slot = first_query + o_query
     real = (o_query < query_len) & (o_slot >= start) & (o_slot < end)
     b_reach = tl.where(real, o_slot - WINDOW, -1)  # the last far slot that each query sees
-    o_far = tl.arange(0, FAR_BLOCK)
-    b_far = tl.load(far_ptr + row * FAR + o_far, mask=o_far < FAR, other=2147483647)
-    seen = tl.sum((b_far <= tl.max(b_reach, 0)).to(tl.int32), 0)
+    reach = tl.max(b_reach, 0)
+    seen = 0
+    for begin in range(0, FAR, FAR_BLOCK):
+        o_far = begin + tl.arange(0, FAR_BLOCK)
+        b_far = tl.load(far_ptr + row * FAR + o_far, mask=o_far < FAR, other=2147483647)
+        seen += tl.sum((b_far <= reach).to(tl.int32), 0)
     if seen > 0:
         p_q = query_ptr + b * stride_qb + head * stride_qh
         b_q = _load_rows(p_q, o_query, stride_qs, real, HEAD_DIM, BLOCK_D, UPCAST)
