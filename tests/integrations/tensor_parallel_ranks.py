@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.distributed import DistributedConfig
 
 from integrations.models import CONFIG, make_ids
-from token_sparse_attention import selection
 from token_sparse_attention.integrations import transformers as integration
 from token_sparse_attention.integrations.transformers import apply
 
@@ -42,24 +40,13 @@ CASES = {
     "normalised": ("Qwen3", CONFIG, False),
     "samples": ("Llama", dataclasses.replace(KEYS_ONLY, select_queries=True), False),
     "keys only": ("Llama", KEYS_ONLY, False),
-    "keys only, padded": ("Qwen3", KEYS_ONLY, True),
+    "keys only, per head, padded": (
+        "Qwen3",
+        dataclasses.replace(KEYS_ONLY, budget="per_head"),
+        True,
+    ),
     "gathered": ("Olmo2", CONFIG, False),
 }
-
-
-@contextmanager
-def no_exchange():
-    """Selecting must not ask the other ranks for anything."""
-    gather_heads = selection.gather_heads
-
-    def refuse(*_):
-        raise RuntimeError("there is nothing to exchange")
-
-    selection.gather_heads = refuse
-    try:
-        yield
-    finally:
-        selection.gather_heads = gather_heads
 
 
 def run_case(model, config, padded):
@@ -68,8 +55,7 @@ def run_case(model, config, padded):
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :30] = 0
-    alone = nullcontext() if config.select_queries else no_exchange()
-    with torch.no_grad(), alone, apply(model, config) as report:
+    with torch.no_grad(), apply(model, config) as report:
         logits = model(ids, attention_mask=mask).logits
         kept = [record.kept for record in report]
         new = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)

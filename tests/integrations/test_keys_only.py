@@ -18,7 +18,12 @@ SAMPLES = dataclasses.replace(
 )
 KEYS_ONLY = dataclasses.replace(SAMPLES, select_queries=False, fallback_sinks=2)
 ALL_KINDS = dataclasses.replace(KEYS_ONLY, fallback_landmarks=5, dense_queries=0)
-CONFIGS = {"samples": SAMPLES, "keys only": KEYS_ONLY, "all kinds": ALL_KINDS}
+CONFIGS = {
+    "samples": SAMPLES,
+    "keys only": KEYS_ONLY,
+    "all kinds": ALL_KINDS,
+    "per head": dataclasses.replace(KEYS_ONLY, budget="per_head", fallback_window=120),
+}
 
 
 def sharp(family="Llama"):
@@ -111,6 +116,16 @@ def test_what_is_kept_are_the_far_tokens():
     with apply(model, dataclasses.replace(ALL_KINDS, fallback="window", fallback_samples=0)) as r:
         model(ids[:1])
     assert [record.kept for record in r] == [[[7] * 4]] * LAYERS
+
+
+def test_heads_may_draw_different_numbers():
+    model, ids = sharp(), make_ids()
+    with apply(model, CONFIGS["per head"]) as report:
+        model(ids)
+    assert any(len(set(record.kept[0])) > 1 for record in report)
+    for record in report:
+        (far,) = record.kept
+        assert sum(far) / len(far) == pytest.approx(26, abs=1), "2 sinks, 24 samples in the mean"
 
 
 def test_some_layers_select_queries_and_others_do_not():

@@ -51,6 +51,11 @@ KINDS = {
     "shared": {},
     "per head": {"budget": "per_head"},
     "samples": {"select_queries": False, "fallback_samples": 20, "fallback_sinks": 2},
+    "samples, per head": {
+        "select_queries": False,
+        "fallback_samples": 20,
+        "budget": "per_head",
+    },
     "window only": {"select_queries": False},
 }
 

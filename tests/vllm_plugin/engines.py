@@ -22,6 +22,7 @@ CONFIG = TokenSparseConfig(
 KEYS_ONLY = dataclasses.replace(
     CONFIG,
     select_queries=False,
+    budget="per_head",
     fallback="window",
     fallback_window=4,
     fallback_sinks=1,

@@ -134,6 +134,7 @@ class PeakMemory(TorchDispatchMode):
     "changes",
     [
         {"fallback_samples": 512},
+        {"fallback_samples": 512, "budget": "per_head"},
         {"fallback_samples": 512, "fallback_sinks": 4, "fallback_landmarks": 512},
         {"fallback_landmarks": 1024},
     ],
@@ -145,7 +146,7 @@ def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
     with PeakMemory() as memory:
         scores = torch.rand(1, heads, kv_len - config.window_size)
         far = far_tokens(scores, config, tokens)
-        keys_only(scores, far, config, tokens, kv_len, NEVER_DENSE, True)
+        keys_only(scores, far, config, tokens, kv_len, NEVER_DENSE, True, None)
     little = workspace_bytes(config, heads, 1, 1, 1, query_len=1, kv_len=kv_len)
     assert memory.peak <= little <= 2.5 * memory.peak
     selected = dataclasses.replace(config, select_queries=True)

@@ -355,7 +355,7 @@ class AppliedSparsity:
             impl=self._impl,
             attention_backend=self._attention_backends[layer],
             kept=self._kept,
-            head_group=self._head_group if config.select_queries else None,
+            head_group=self._head_group,
             return_selection=True,
         )
         even = break_even(config, query) if self._kept is None else NEVER_DENSE

@@ -48,8 +48,7 @@ class Step:
     Attributes:
         splits: what the layers do that run a request of this step sparse, by name.
         settings: of the plugin.
-        head_group: the ranks that hold the layers' other heads, which selecting queries asks;
-            None without them.
+        head_group: the ranks that hold the layers' other heads; None without them.
         read_cache: returns a request's keys and values ``[1, H_kv, kv_len, D]``, given the
             cache, its blocks and its length.
         counts: whether this process counts.
@@ -339,7 +338,7 @@ class SparsePrefillImpl:
             scale=self.scale,
             impl=step.settings.impl,
             attention_backend=step.settings.attention_backend,
-            head_group=step.head_group if config.select_queries else None,
+            head_group=step.head_group,
             return_selection=True,
         )
         output.copy_(attended[0].transpose(0, 1))

@@ -92,7 +92,8 @@ def workspace_bytes(
     at_once = 2**29 if config.select_queries else 0
     fallback = 0
     if config.fallback == "window":
-        far = config.fallback_sinks + config.fallback_landmarks + config.fallback_samples
+        most = 4 if config.budget == "per_head" else 1  # of samples, times the mean
+        far = config.fallback_sinks + config.fallback_landmarks + most * config.fallback_samples
         fallback = num_heads * (3 * 4 * query_len + far * (2 * head_dim * itemsize + 5 * 8))
         if config.fallback_samples:
             at_once = max(at_once, 64 * min(scored, max(2**23, kv_len)))
