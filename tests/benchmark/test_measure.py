@@ -260,7 +260,7 @@ def test_bad_arguments_exit_2(arguments, capsys):
     assert "usage: tsa bench" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["op", "prefill", "docs", "replay"])
+@pytest.mark.parametrize("command", ["op", "prefill", "block", "far", "docs", "replay"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", command, "--help"])
