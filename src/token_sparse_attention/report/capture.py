@@ -13,9 +13,11 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention.causal import parse_backend, pattern_config
+from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 from token_sparse_attention.info import provenance
+from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.integrations.record import LayerRecord, PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
@@ -115,9 +117,15 @@ def _kept_mask(
     if selected is None:
         raise RuntimeError(f"layer {record.layer} ran dense, so it selected nothing")
     key = key[:, :, : record.kv_len]
-    scores = score_tokens(query, key, selected.config, scale=scale, impl=impl)
-    indices = select_tokens(scores, selected.config, impl=impl).indices[0]
-    # One slot more takes the -1 that fill up the lists.
+    config = selected.config
+    scores = score_tokens(query, key, config, scale=scale, impl=impl)
+    if config.select_queries:
+        indices = select_tokens(scores, config, impl=impl).indices[0]
+    else:
+        far = far_tokens(scores, config, real_tokens(None, 1, record.kv_len, key.device))
+        indices = scores.new_empty(scores.shape[1], 0, dtype=torch.int64)
+        indices = indices if far is None else far.slots[0]
+    # One slot more takes the -1, or the S, that fill up the lists.
     mask = torch.zeros(len(indices), record.kv_len + 1, dtype=torch.bool, device=key.device)
     mask = mask.scatter(1, indices % (record.kv_len + 1), True)[:, : record.kv_len]
     if mask.sum(1).tolist() != selected.lengths[0].tolist():
@@ -131,7 +139,9 @@ def _kept_mask(
 def _layer(record: LayerRecord, mask: Tensor | None) -> KeptLayer:
     if mask is None:
         return KeptLayer((), str(record.reasons[0]))
-    return KeptLayer(tuple(_bitmap(row) for row in mask), None)
+    selected = record.selection
+    beside_window = selected is not None and not selected.config.select_queries
+    return KeptLayer(tuple(_bitmap(row) for row in mask), None, beside_window)
 
 
 def _bitmap(row: Tensor) -> str:
