@@ -12,9 +12,9 @@ import torch
 
 from evaluation.results import DENSE, HEADER, SPARSE, pair, results
 from token_sparse_attention import LayerProfile, TokenSparseConfig, reference
+from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.summary import (
-    attended_share,
     attention_work,
     difference_interval,
     kept_share,
