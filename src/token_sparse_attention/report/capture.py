@@ -112,22 +112,26 @@ def _noting(name: str, report: PrefillReport, impl: str, masks: dict[int, Tensor
 def _kept_mask(
     record: LayerRecord, query: Tensor, key: Tensor, scale: float | None, impl: str
 ) -> Tensor:
-    """Return which of its S keys each head kept, ``[H, S]`` bool."""
+    """Return which of its S keys each head kept, ``[H, S]`` bool.
+
+    Where queries are not selected, these are what all of them see beyond their windows.
+    """
     selected = record.selection
     if selected is None:
         raise RuntimeError(f"layer {record.layer} ran dense, so it selected nothing")
     key = key[:, :, : record.kv_len]
-    config = selected.config
-    scores = score_tokens(query, key, config, scale=scale, impl=impl)
-    if config.select_queries:
-        indices = select_tokens(scores, config, impl=impl).indices[0]
+    scores = score_tokens(query, key, selected.config, scale=scale, impl=impl)
+    # One slot more takes what fills up the lists: -1, or the number of keys.
+    mask = torch.zeros(scores.shape[1], record.kv_len + 1, dtype=torch.bool, device=key.device)
+    if selected.config.select_queries:
+        indices = select_tokens(scores, selected.config, impl=impl).indices[0]
+        mask.scatter_(1, indices % (record.kv_len + 1), True)
     else:
-        far = far_tokens(scores, config, real_tokens(None, 1, record.kv_len, key.device))
-        indices = scores.new_empty(scores.shape[1], 0, dtype=torch.int64)
-        indices = indices if far is None else far.slots[0]
-    # One slot more takes the -1, or the S, that fill up the lists.
-    mask = torch.zeros(len(indices), record.kv_len + 1, dtype=torch.bool, device=key.device)
-    mask = mask.scatter(1, indices % (record.kv_len + 1), True)[:, : record.kv_len]
+        tokens = real_tokens(None, 1, record.kv_len, key.device)
+        far = far_tokens(scores, selected.config, tokens)
+        if far is not None:
+            mask.scatter_(1, far.slots[0], True)
+    mask = mask[:, : record.kv_len]
     if mask.sum(1).tolist() != selected.lengths[0].tolist():
         raise RuntimeError(
             f"layer {record.layer} kept {selected.lengths[0].tolist()} tokens, but selecting "
