@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from token_sparse_attention import DenseReason, TokenSparseConfig
+from token_sparse_attention.benchmark.far_tables import dense_query_keys, far_keys
+from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.crossover import (
+    DENSE_QUERY_TOKENS,
     FALLBACK_TOKENS,
+    FAR_TOKENS,
     MIN_LENGTH,
     OVERHEAD_TOKENS,
     BreakEven,
@@ -81,6 +86,31 @@ def test_constants_cover_the_measured_overhead(device, file, kind, dense):
         base, per_token = FALLBACK_TOKENS[device]
         window = measured["ours/window", length, None] * per_ms
         assert 0.7 * (base + 512 * per_token) < window <= base + 512 * per_token
+
+
+FAR_FILE = RESULTS / "far-h200.json"
+
+
+@pytest.mark.skipif(
+    not FAR_FILE.exists(), reason="no far-h200.json yet: tsa bench far on an H200 makes it"
+)
+def test_constants_cover_the_measured_far_tokens_and_dense_queries():
+    """The costliest placement of far tokens, at the start, is not far below them."""
+    run = Run.load(FAR_FILE)
+    lengths = [length for length in run.lengths("far/score") if length >= MIN_LENGTH["cuda"]]
+    assert lengths
+    base, per_token = FAR_TOKENS["cuda"]
+    for length in lengths:
+        assert run.need("far/dense/fa4", length)
+        shares = {}
+        for name in run.names("far/draw/"):
+            setting = name.removeprefix("far/draw/")
+            count = int(re.search(r"\d+", setting)[0])
+            shares[setting] = far_keys(run, length, setting) / (base + per_token * count)
+        assert 0.7 < max(shares.values()) <= 1, shares
+        for name in run.names("far/dense-queries/"):
+            each = dense_query_keys(run, length, int(name.rpartition("/")[2]))
+            assert 0.7 * DENSE_QUERY_TOKENS["cuda"] < each <= DENSE_QUERY_TOKENS["cuda"]
 
 
 def test_where_the_method_decides_dense_it_costs_under_two_percent():

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
+from token_sparse_attention.attention import far_tokens
 from token_sparse_attention.benchmark import checks, op, timing
 from token_sparse_attention.benchmark.checks import Inputs, check_dense, check_sparse, judge
 from token_sparse_attention.benchmark.contenders import dense_call, eager_composition
@@ -118,6 +119,47 @@ def test_checks_notice_what_is_wrong(fallback):
     assert passes(dense_call("math", inputs)(), dense, kept=None)
 
 
+FAR = dataclasses.replace(
+    CONFIG, drop_mass=0.3, fallback="window", fallback_window=20, fallback_sinks=2,
+    fallback_landmarks=5, fallback_samples=30, dense_queries=40,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("select_queries", [True, False])
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+def test_checks_notice_wrong_far_tokens_and_dense_queries(select_queries, budget, monkeypatch):
+    config = dataclasses.replace(FAR, select_queries=select_queries, budget=budget)
+    inputs = make_inputs()
+
+    def run(**changes):
+        changed = dataclasses.replace(config, **changes)
+        return token_sparse_attention(*inputs, changed, return_selection=True)
+
+    def passes(out, selection, against=config):
+        return check_sparse(inputs, out, selection, against, reference_error=1e-6).passed
+
+    out, selection = run()
+    assert selection.ran_sparse.all()
+    assert passes(out, selection)
+    wrong = [
+        {"dense_queries": 0}, {"dense_queries": 41}, {"fallback_samples": 29},
+        {"fallback_landmarks": 4}, {"fallback_sinks": 3}, {"fallback_window": 21},
+        {"select_queries": not select_queries},
+    ]  # fmt: skip
+    for change in wrong:
+        assert not passes(run(**change)[0], selection), change
+    for row in (-1, -40, -41, 0):
+        changed = out.clone()
+        changed[0, 0, row] *= 1.001
+        assert not passes(changed, selection), row
+
+    real = far_tokens.far_tokens
+    monkeypatch.setattr(
+        functional, "far_tokens", lambda *given: real(*given)._replace(counts=None)
+    )
+    assert not passes(run()[0], selection), "what each far token counts for is checked"
+
+
 def eager_with(inputs, indices):
     """Attention over given slots, zeros elsewhere."""
     out = torch.zeros_like(inputs.query)
@@ -218,7 +260,7 @@ def test_bad_arguments_exit_2(arguments, capsys):
     assert "usage: tsa bench" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["op", "prefill", "docs", "replay"])
+@pytest.mark.parametrize("command", ["op", "prefill", "block", "far", "docs", "replay"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", command, "--help"])

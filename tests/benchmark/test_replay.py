@@ -30,6 +30,10 @@ CONFIG = TokenSparseConfig(
 WINDOWED = dataclasses.replace(
     CONFIG, budget="per_head", fallback="window", fallback_window=24, fallback_sinks=2
 )
+SAMPLED = dataclasses.replace(
+    WINDOWED, fallback_samples=40, fallback_landmarks=5, dense_queries=30
+)
+EVERY_QUERY = dataclasses.replace(SAMPLED, select_queries=False)
 OPTIONS = ReplayOptions(CPU, torch.float32, budget_seconds=0.001)
 
 
@@ -42,7 +46,7 @@ def run(inputs, config, selection, impl="reference"):
     return run_with(inputs, config, selection, **how)
 
 
-@pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["zero", "window"])
+@pytest.mark.parametrize("config", [CONFIG, WINDOWED, SAMPLED], ids=["zero", "window", "samples"])
 def test_with_its_own_selection_it_is_the_operator(config):
     inputs = make_inputs()
     out, selection = token_sparse_attention(*inputs, config, return_selection=True)
@@ -141,6 +145,32 @@ def test_wrong_results_and_lack_of_memory_are_recorded(monkeypatch):
         skipped = replayer.point(LayerRun(CONFIG, (0.2,)))
     assert (skipped.kind, skipped.passed, skipped.median_ms) == ("skipped", False, None)
     assert skipped.note == "OutOfMemoryError: too large"
+
+
+def test_layers_that_select_no_queries_are_timed_as_they_are(monkeypatch):
+    """There are no counts to replay, so what is timed is the operator, and sparse."""
+    timed = []
+    monkeypatch.setattr(
+        timing,
+        "kernel_times",
+        lambda calls, *_: timed.extend(calls) or [timing.summarize("graph", [1.0])] * len(calls),
+    )
+    replayer = Replayer(OPTIONS, SHAPE, 600)
+    shared = dataclasses.replace(EVERY_QUERY, crossover="auto", budget="shared")
+    for config in (EVERY_QUERY, shared):
+        point = replayer.point(LayerRun(config, (0.1,)))
+        assert (point.passed, point.settings) == (True, config.to_dict())
+        sparse = dataclasses.replace(config, crossover="off", min_tokens=0)
+        out, selection = token_sparse_attention(*replayer.inputs, sparse, return_selection=True)
+        assert torch.equal(timed[-1](), out)
+        assert selection.ran_sparse.all()
+        assert set(point.kept) == set(selection.lengths[0].tolist())
+        assert replayer.point(LayerRun(config, (0.2, 0.3, 0.4, 0.5))) is point
+        assert replayer.point(LayerRun(config, ())) is replayer.dense, "only lengths made it so"
+    alone = dataclasses.replace(CONFIG, fallback="window", select_queries=False)
+    assert replayer.point(LayerRun(alone, (0.0,))).kept == (0,)
+    too_long = dataclasses.replace(EVERY_QUERY, min_tokens=1000)
+    assert replayer.point(LayerRun(too_long, (0.1,))).passed, "it ran sparse where it was recorded"
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import torch
 
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.calibration import job, sensitivity
 from token_sparse_attention.calibration.choose import UnreachableError
 from token_sparse_attention.calibration.job import CalibrationOptions, calibrate
 from token_sparse_attention.calibration.prompts import Prompt
-from token_sparse_attention.calibration.record import Sensitivity
+from token_sparse_attention.calibration.record import CalibrationResult, Sensitivity
 from token_sparse_attention.calibration.sensitivity import (
     LayerReading,
     Reading,
@@ -23,6 +24,7 @@ from token_sparse_attention.calibration.sensitivity import (
     measure,
     measure_sensitivity,
 )
+from token_sparse_attention.calibration.show import layer_table, sentences
 from token_sparse_attention.integrations.transformers import apply
 
 MASSES = (0.1, 0.3)
@@ -99,6 +101,53 @@ def test_a_layer_that_drops_nothing_costs_nothing_and_saves_nothing():
         assert row.divergence > 0
         assert row.kept_share**2 <= row.work < row.kept_share < 1
         assert (row.sparse_prompts, row.note) == (2, "")
+
+
+EVERY_QUERY = dataclasses.replace(
+    CONFIG, fallback="window", fallback_window=16, fallback_samples=24, select_queries=False
+)
+
+
+@pytest.mark.parametrize("goal", [{"divergence_budget": 0.0}, {"target_speedup": 1.2}], ids=str)
+def test_layers_that_select_no_queries_are_measured_once_and_chosen(goal):
+    model = sharp_model()
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+    options = CalibrationOptions(
+        method="sensitivity", base=EVERY_QUERY, drop_masses=MASSES, max_reply=4, **goal
+    )
+    result = calibrate(model, [Prompt(make_ids())], options)
+    assert [(row.layer, row.drop_mass) for row in result.sensitivity] == [
+        (0, 0.1),
+        (1, 0.1),
+        (2, 0.1),
+    ]
+    length = make_ids().shape[1]
+    for row in result.sensitivity:
+        far = row.kept_share * length
+        assert 23 <= far <= 25
+        assert row.work == pytest.approx(attended_share(round(far), length, EVERY_QUERY), rel=0.05)
+        assert (row.divergence == 0) == (row.layer == 1)
+    (choice,) = result.choices
+    assert choice.profile == LayerProfile(EVERY_QUERY, {1: {}})
+    assert choice.divergence == 0
+    assert choice.work == pytest.approx((2 + result.sensitivity[1].work) / 3)
+    saved = CalibrationResult.from_json(result.to_json())
+    assert saved == result
+    told = " ".join(sentences(saved))
+    assert "drop_mass has no effect" in told
+    assert "at each drop_mass" not in told
+    columns = [column.header for column in layer_table(saved).columns]
+    assert columns == ["layer", "KL, beside\nthe window", "by KL"]
+    assert list(layer_table(saved).columns[2].cells) == ["dense", "sparse", "dense"]
+
+
+def test_short_prompts_run_dense_where_no_queries_are_selected():
+    model = make_model()
+    (row, *_) = measure_sensitivity(
+        model, [dense_reference(model, Prompt(make_ids(40)))], EVERY_QUERY, MASSES
+    )
+    assert (row.divergence, row.work, row.kept_share, row.sparse_prompts) == (0, 1, 1, 0)
+    assert row.note.startswith("context not longer")
 
 
 def test_a_layer_without_influence_is_chosen_first():

@@ -79,6 +79,11 @@ def changed(line: str, **entries) -> str:
     return json.dumps({name: value for name, value in content.items() if value != "drop"}) + "\n"
 
 
+def test_a_layer_may_see_no_token_besides_its_window(tmp_path):
+    sample = dataclasses.replace(SPARSE, kept=[0, [0, 1, 2, 3]])
+    assert load_results(write(tmp_path / "r.jsonl", sample)).samples == (sample,)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -88,7 +93,8 @@ def changed(line: str, **entries) -> str:
         ({"index": -1}, "index must be at least 0"),
         ({"kept": [50]}, "kept must have 2 entries"),
         ({"kept": [50, [1, 2, 3]]}, r"kept\[1\].*4 of them"),
-        ({"kept": [101, None]}, r"kept\[0\].*1 to 100"),
+        ({"kept": [101, None]}, r"kept\[0\].*0 to 100"),
+        ({"kept": [-1, None]}, r"kept\[0\].*0 to 100"),
         ({"task": "other"}, "task 'other' is not in the header"),
         ({"configuration": "other"}, "configuration 'other' is not in the header"),
         ({"seconds": float("nan")}, "seconds must be"),

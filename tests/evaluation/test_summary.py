@@ -12,9 +12,9 @@ import torch
 
 from evaluation.results import DENSE, HEADER, SPARSE, pair, results
 from token_sparse_attention import LayerProfile, TokenSparseConfig, reference
+from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.summary import (
-    attended_share,
     attention_work,
     difference_interval,
     kept_share,
@@ -38,47 +38,71 @@ def test_kept_share_and_work_are_means_over_layers_and_heads():
 
 
 def literal_share(scores, config):
-    """How many tokens a head keeps, and the entries of its mask against all causal ones."""
+    """What is recorded of a head, and the entries of its mask against all causal ones."""
     kv_len = scores.shape[1] + config.window_size
-    keep = reference.keep_tokens(scores, config)[0]
     position = torch.arange(kv_len)
     causal = position <= position[:, None]
+    far = reference.far_counts(scores, config, kv_len)[0] > 0
     seen = position > position[:, None] - config.fallback_window
-    seen = seen | (position < config.fallback_sinks)
-    seen = seen | reference.landmarks(scores, config, kv_len)
-    if config.fallback == "zero":
-        seen = torch.zeros_like(causal)
-    mask = causal & torch.where(keep[:, None], keep, seen)
-    return int(keep.sum()), float(mask.sum() / causal.sum())
+    seen = seen | far if config.fallback == "window" else torch.zeros_like(causal)
+    keep = far
+    if config.select_queries:
+        keep = reference.keep_tokens(scores, config)[0]
+        seen = torch.where(keep[:, None], keep, seen)
+    seen[kv_len - config.dense_queries :] = True
+    return int(keep.sum()), float((causal & seen).sum() / causal.sum())
 
 
-FALLBACKS = [
+WINDOW = {"fallback": "window"}
+EVERY_QUERY = {**WINDOW, "select_queries": False}
+SETTINGS = [
     {},
-    {"fallback": "window"},
-    {"fallback": "window", "fallback_sinks": 4},
-    {"fallback": "window", "fallback_sinks": 3, "fallback_landmarks": 11},
-    {"fallback": "window", "fallback_window": 500},
-    {"fallback": "window", "fallback_landmarks": 500},
+    WINDOW,
+    {**WINDOW, "fallback_sinks": 4},
+    {**WINDOW, "fallback_sinks": 3, "fallback_landmarks": 11},
+    {**WINDOW, "fallback_sinks": 3, "fallback_samples": 20},
+    {**WINDOW, "fallback_window": 500},
+    {**WINDOW, "fallback_landmarks": 500},
+    {"dense_queries": 5},
+    {"dense_queries": 30},
+    {"dense_queries": 500},
+    {**WINDOW, "dense_queries": 5, "fallback_samples": 20},
+    {**WINDOW, "dense_queries": 30, "fallback_landmarks": 11},
+    EVERY_QUERY,
+    {**EVERY_QUERY, "fallback_sinks": 4},
+    {**EVERY_QUERY, "fallback_sinks": 4, "fallback_samples": 20, "dense_queries": 30},
+    {**EVERY_QUERY, "fallback_landmarks": 11, "dense_queries": 500},
 ]
 
 
-@pytest.mark.parametrize("fallback", FALLBACKS)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("drop_mass", [0.02, 0.3, 0.8])
-def test_work_counts_what_a_literal_mask_allows(fallback, drop_mass):
-    fields = {"fallback_window": 16, "drop_mass": drop_mass, "pool_size": 1, **fallback}
+def test_work_counts_what_a_literal_mask_allows(settings, drop_mass):
+    fields = {"fallback_window": 16, "drop_mass": drop_mass, "pool_size": 1, **settings}
     config = TokenSparseConfig(window_size=8, min_tokens=4, **fields)
     falling = torch.linspace(2.0, 1.0, 192)[None]  # the last are dropped, the first are landmarks
     kept, share = literal_share(falling, config)
-    assert 12 < kept < 200
-    assert attended_share(kept, 200, config) == pytest.approx(share)
+    assert 12 < kept < 200 or not config.select_queries
+    if not config.fallback_samples:  # of which half are spread evenly
+        assert attended_share(kept, 200, config) == pytest.approx(share)
     drawn = torch.rand(1, 192, generator=torch.Generator().manual_seed(0))
     kept, share = literal_share(drawn, config)
-    landmarks = 192 * config.fallback_landmarks / (200 * 201 / 2)
+    far = config.fallback_landmarks + config.fallback_samples
+    far = 192 * far / (200 * 201 / 2)
     early = (config.fallback_window + config.fallback_sinks) ** 2 / (200 * 201)
+    late = max(config.dense_queries - config.window_size, 0) * 200 / (200 * 201 / 2)
     counted = attended_share(kept, 200, config)
-    assert share - 1e-6 <= counted <= share + early + landmarks
-    if config.fallback == "zero":
+    assert share - 1e-6 <= counted <= min(share + early + far + late, 1)
+    if config.fallback == "zero" and not late:
         assert counted == pytest.approx(share)
+
+
+def test_a_layer_without_far_tokens_is_its_window_alone():
+    config = TokenSparseConfig(fallback="window", fallback_window=10, select_queries=False)
+    sample = dataclasses.replace(SPARSE, kept=[0, None])
+    window = (10 * 11 / 2 + 90 * 10) / (100 * 101 / 2)
+    assert attention_work(sample, {0: config}) == pytest.approx((window + 1) / 2)
+    assert kept_share(sample) == 0.5
 
 
 def test_work_follows_each_layers_own_settings():

@@ -45,7 +45,7 @@ KEPT = KeptText(
     layers=(
         KeptLayer((), "too short & dense"),
         KeptLayer(tuple(map(bitmap, HEADS)), None),
-        KeptLayer((bitmap({9}), bitmap(set(range(10)))), None),
+        KeptLayer((bitmap({9}), bitmap(set(range(10)))), None, beside_window=True),
     ),
 )
 

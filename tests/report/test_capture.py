@@ -80,6 +80,21 @@ def test_captured_positions_are_those_that_ran(tokenizer, selections, kind, impl
     assert model.config._attn_implementation == implementation
 
 
+@pytest.mark.parametrize("far", [{}, {"fallback_sinks": 2, "fallback_samples": 30}], ids=str)
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+def test_far_tokens_are_captured_where_no_queries_are_selected(tokenizer, selections, far, budget):
+    far = {"fallback": "window", "fallback_window": 32, "select_queries": False, **far}
+    config = dataclasses.replace(CONFIG, budget=budget, sparse_layers=(0, 2), **far)
+    kept = capture(make_model(), tokenizer, make_ids(203), config, arguments={}, max_new_tokens=3)
+    assert [layer.beside_window for layer in kept.layers] == [True, False, True]
+    for layer, selection in zip((0, 2), selections, strict=True):
+        heads = [[i for i in row if i >= 0] for row in selection.indices[0].tolist()]
+        assert [positions(mask) for mask in kept.layers[layer].masks] == heads
+        drawn = "fallback_samples" in far
+        assert all((10 < len(own) < 130) if drawn else not own for own in heads)
+    assert KeptText.from_dict(json.loads(kept.to_json()), "kept") == kept
+
+
 def test_capture_changes_no_reply(tokenizer):
     model, ids = make_model(), make_ids(150)
     kept = capture(model, tokenizer, ids, CONFIG, arguments={}, max_new_tokens=5)

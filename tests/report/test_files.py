@@ -82,6 +82,13 @@ def test_captures_survive_the_file():
     assert KeptText.from_dict(json.loads(KEPT.to_json()), "file") == KEPT
 
 
+def test_captures_without_far_tokens_are_read_too():
+    content = json.loads(KEPT.to_json())
+    for layer in content["layers"]:
+        del layer["beside_window"]
+    assert not any(layer.beside_window for layer in KeptText.from_dict(content, "file").layers)
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_kept_tokens_are_counted(kept):
     mask = bitmap({i for i, is_kept in enumerate(kept) if is_kept}, len(kept))

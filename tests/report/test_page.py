@@ -10,9 +10,10 @@ import re
 
 import pytest
 
-from benchmark.synthetic import op_result
+from benchmark.synthetic import far_result, op_result
 from evaluation.results import SPARSE
 from report.pages import HOSTILE, KEPT, TOKENS, Page, all_inputs, evaluation, texts
+from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.evaluation.summary import summarise
 from token_sparse_attention.report.accuracy import mean_shares
@@ -179,6 +180,31 @@ def test_a_failed_check_shows_no_time():
     assert not page.find("svg")
 
 
+def test_kept_shares_without_selected_queries_are_called_what_they_are():
+    results = evaluation()
+    names = [name for name in results.header.configurations if name != "dense"]
+    every = TokenSparseConfig(fallback="window", select_queries=False).to_dict()
+    header = dataclasses.replace(
+        results.header, configurations={"dense": None, **dict.fromkeys(names, every)}
+    )
+    before, after = (
+        Page(build_page(Inputs((("e", of),), (), ())))
+        for of in (results, dataclasses.replace(results, header=header))
+    )
+    for page, count in ((before, 0), (after, 1)):
+        captions = [text for text in texts(page, "figcaption") if "samples" in text]
+        assert captions
+        beside = "; what every query sees besides its window)"
+        assert {text.endswith(beside) for text in captions} == {count == 1}
+        assert sum("In layers that select no queries" in p for p in texts(page, "p")) == count
+
+
+def test_far_token_costs_are_tables():
+    page = Page(build_page(Inputs((), (), (Run("far", far_result()),))))
+    assert table(page, "Far tokens: settings")[1][:2] == ["128K", "window"]
+    assert table(page, "Far tokens: stages")[-1][-1] == "1,311: 10.2 each"
+
+
 def test_without_captures_there_is_no_script():
     page = Page(build_page(Inputs((("e", evaluation()),), (), ())))
     assert not page.find("script")
@@ -191,5 +217,10 @@ def test_capture_lists_kept_shares_and_reasons(page):
         ["1", "40.0%", "40.0%", "40.0%"],
         ["2", "55.0%", "10.0%", "100.0%"],
     ]
+    captions = texts(page, "figcaption")
+    assert (
+        "this prompt (10 tokens; layers 2: what every query sees besides its window)" in captions
+    )
+    assert sum("In layers that select no queries" in text for text in texts(page, "p")) == 1
     assert table(page, "Layers that ran dense")[1:] == [["0", "too short & dense"]]
     assert KEPT.layers[2].kept() == [1, 10]

@@ -75,6 +75,8 @@ def attend_windows(
         slots, counts = far
         slots = torch.where(rows[:, None, None], slots, tokens.kv_len)
         counts = torch.ones(slots.shape, device=slots.device) if counts is None else counts
+        fullest = int((slots < tokens.kv_len).sum(-1).max()) if slots.numel() else 0
+        slots, counts = slots[..., :fullest], counts[..., :fullest]
         _add_far(query, key, value, slots, counts, tokens, into.out, lse, window, scale)
 
 

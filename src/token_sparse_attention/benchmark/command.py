@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from token_sparse_attention.benchmark import block, op
+from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.benchmark import block, far, op
 from token_sparse_attention.benchmark.block_tables import BLOCK_TABLES
+from token_sparse_attention.benchmark.far_tables import FAR_TABLES
 from token_sparse_attention.benchmark.record import Record, ResultFile, UsageError
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
@@ -21,6 +23,7 @@ from token_sparse_attention.info import provenance
 
 MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands
 _CPU_BACKENDS, _CUDA_BACKENDS = ("flash", "math"), ("fa4", "cudnn", "flash", "flex")
+_ALL_TABLES = {**TABLES, **BLOCK_TABLES, **FAR_TABLES}
 _PREFILL_LENGTHS, _PREFILL_KEPT = (8192, 16384, 32768, 65536, 131072, 262144), (0.5, 0.35)
 
 
@@ -46,6 +49,13 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "tsa bench block --out benchmarks/results/block/block.json\n"
         "  tsa bench block --lengths 131072 --densities 0.4 --estimate-densities ''",
     )
+    far_tokens = make(
+        commands,
+        "far",
+        "time the windowed fallback of every query, its far tokens and dense last queries",
+        "tsa bench far --out benchmarks/results/far.json\n"
+        "  tsa bench far --lengths 131072 --samples 4096 --landmarks '' --sinks ''",
+    )
     docs = make(
         commands,
         "docs",
@@ -56,13 +66,15 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     _add_op_arguments(operator)
     _add_prefill_arguments(prefill)
     _add_block_arguments(blocks)
-    for command, budget in ((operator, 0.2), (prefill, 5.0), (blocks, 0.4)):
+    _add_far_arguments(far_tokens)
+    for command, budget in ((operator, 0.2), (prefill, 5.0), (blocks, 0.4), (far_tokens, 0.2)):
         add_measuring_arguments(command, budget)
     docs.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result files")
     docs.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown to update")
     operator.set_defaults(bench=_op)
     prefill.set_defaults(bench=_prefill)
     blocks.set_defaults(bench=_block)
+    far_tokens.set_defaults(bench=_far)
     docs.set_defaults(bench=_docs)
 
 
@@ -159,6 +171,25 @@ def _add_block_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_far_arguments(command: argparse.ArgumentParser) -> None:
+    _add_lists(
+        command,
+        {
+            "lengths": (positive, far.LENGTHS, "prompt lengths"),
+            "samples": (positive, far.SAMPLES, "numbers of tokens drawn by score"),
+            "landmarks": (positive, far.LANDMARKS, "numbers of best-scored tokens"),
+            "sinks": (positive, far.SINKS, "numbers of first tokens, the costliest place"),
+            "dense-queries": (positive, far.DENSE_QUERIES, "numbers of last, dense queries"),
+        },
+    )
+    command.add_argument("--head-dim", type=positive, default=128, metavar="D")
+    command.add_argument(
+        "--dense",
+        choices=[name for name in BACKENDS if name != "auto"],
+        help="dense kernel, also of the windows (default: fa4; off CUDA flash)",
+    )
+
+
 def _add_lists(
     command: argparse.ArgumentParser,
     lists: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]],
@@ -229,6 +260,22 @@ def _block(args: argparse.Namespace) -> bool:
         budget_seconds=args.budget_seconds,
     )
     return _measured(args, device, lambda report: block.measure(options, report))
+
+
+def _far(args: argparse.Namespace) -> bool:
+    device = device_named(args.device)
+    common = op.OpOptions(
+        device=device,
+        dtype=getattr(torch, args.dtype),
+        lengths=args.lengths,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        head_dim=args.head_dim,
+        backends=(args.dense or ("fa4" if device.type == "cuda" else "flash"),),
+        budget_seconds=args.budget_seconds,
+    )
+    options = far.FarOptions(common, args.samples, args.landmarks, args.sinks, args.dense_queries)
+    return _measured(args, device, lambda report: far.measure(options, report))
 
 
 def _prefill(args: argparse.Namespace) -> bool:
@@ -309,9 +356,8 @@ def _save(result: ResultFile, path: Path) -> None:
 
 def _print_tables(run: Run) -> None:
     console = Console()
-    tables = {**TABLES, **BLOCK_TABLES}
-    for name in (name for name in tables if not name.endswith(("runs", "targets"))):
-        table = build(name, [run], tables)
+    for name in (name for name in _ALL_TABLES if not name.endswith(("runs", "targets"))):
+        table = build(name, [run], _ALL_TABLES)
         if table.strip() != EMPTY:
             console.print(f"[bold]{name}[/]", Markdown(table))
     for failed in run.result.failures:
@@ -331,7 +377,7 @@ def _docs(args: argparse.Namespace) -> bool:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--out {args.out} cannot be read: {error}") from error
     figures = draw(runs)
-    text = render(document, runs, list(figures), {**TABLES, **BLOCK_TABLES})
+    text = render(document, runs, list(figures), _ALL_TABLES)
     folder = args.out.parent / "figures"
     written = [args.out]
     try:

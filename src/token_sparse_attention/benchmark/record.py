@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 SCHEMA_VERSION = 1
-SUITES = ("op", "prefill", "block")
+SUITES = ("op", "prefill", "block", "far")
 KERNEL_KINDS = ("graph", "events", "eager")  # what counts as kernel time, best first
 KINDS = (*KERNEL_KINDS, "first_call", "memory", "skipped")
 
@@ -26,7 +26,7 @@ class Record:
     """One measurement.
 
     Attributes:
-        suite: ``"op"``, ``"prefill"`` or ``"block"``.
+        suite: ``"op"``, ``"prefill"``, ``"block"`` or ``"far"``.
         name: what ran, for example ``"dense/fa4"`` or ``"ours/score"``.
         kind: ``"graph"``: time on the device by replay of a CUDA graph; ``"events"``: time
             between CUDA events, where no graph could be captured; ``"eager"``: host clock from

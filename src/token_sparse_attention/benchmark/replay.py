@@ -2,12 +2,17 @@
 
 All stages run as in `token_sparse_attention`, scoring and selecting included. What they select
 on random inputs is then put aside for a selection of the recorded numbers, made in advance.
+
+Where queries are not selected there are no numbers to replay: how many far tokens every query
+sees follows from the settings, and only which ones from the scores. So the operator is timed as
+it is, on random inputs, whose far tokens are spread over the whole sequence. The same holds for
+the far tokens of queries that were not selected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -50,7 +55,8 @@ class LayerRun(NamedTuple):
     Attributes:
         config: its settings.
         shares: share of the prompt that each head kept, or one number for all of them;
-            empty if the layer ran dense.
+            empty if the layer ran dense. Where queries are not selected, only whether there
+            are any is read.
     """
 
     config: TokenSparseConfig
@@ -99,7 +105,8 @@ class ReplayPoint:
         backend: the kernel that attended, here and densely.
         settings: of the layer; None for dense attention by itself.
         kept: tokens that each head kept, or one number for all; None if the layer ran dense,
-            which with `settings` means after it was scored.
+            which with `settings` means after it was scored. Where the settings select no
+            queries, the far tokens in what was timed.
         kind: how the layer was timed, see `Record`; ``"skipped"`` if it could not be.
         median_ms: median time.
         low_ms: 20th percentile of the time.
@@ -164,7 +171,7 @@ class Replayer:
             run: what the layer did; None for one that was not to run sparse. One that ran
                 dense counts as scored, unless its length alone decides.
         """
-        if run is None or (not run.shares and self._forces_dense(run.config)):
+        if run is None or (not run.shares and self._is_dense_unscored(run.config)):
             return self.dense
         config = run.config
         if self.seq_len <= config.window_size:
@@ -172,22 +179,40 @@ class Replayer:
                 f"lengths must exceed the settings' window_size {config.window_size}, "
                 f"got {self.seq_len}"
             )
-        kept = head_counts(run, self.shape.num_heads, self.seq_len)
+        counted = config.select_queries
+        kept = head_counts(run, self.shape.num_heads, self.seq_len) if counted else None
         for other, point in self._measured:
-            if other == config and _nearly_equal(point.kept, kept, self.options.share_within):
+            near = not counted or _nearly_equal(point.kept, kept, self.options.share_within)
+            if other == config and near:
                 return point
         try:
-            point = self._measure(config, kept)
+            point = self._measure(config, kept) if counted else self._measure_as_is(config)
         except torch.OutOfMemoryError as error:
             timing.free_memory(self.options.device)
             point = self._point(config, kept, None, None, Verdict(False, None, _first_line(error)))
         self._measured.append((config, point))
         return point
 
-    def _forces_dense(self, config: TokenSparseConfig) -> bool:
+    def _is_dense_unscored(self, config: TokenSparseConfig) -> bool:
+        """Whether lengths make a layer that ran dense run so; scores cannot without selection."""
         lengths = (self.seq_len, self.seq_len)
         even = break_even(config, self.inputs.query)
-        return (config.dense_reason(*lengths) or even.dense_reason(*lengths)) is not None
+        reason = config.dense_reason(*lengths) or even.dense_reason(*lengths)
+        return reason is not None or not config.select_queries
+
+    @torch.no_grad()
+    def _measure_as_is(self, config: TokenSparseConfig) -> ReplayPoint:
+        """Time the operator without selected queries, sparse as it was recorded to be."""
+        call = partial(
+            functional.token_sparse_attention,
+            *self.inputs,
+            replace(config, crossover="off", min_tokens=0),
+            attention_backend=self._backend,
+        )
+        out, selection = call(return_selection=True)
+        counts = selection.lengths[0].tolist()
+        kept = tuple(counts[:1] if len(set(counts)) == 1 else counts)
+        return self._timed(config, kept, call, out, selection)
 
     @torch.no_grad()
     def _measure(self, config: TokenSparseConfig, kept: tuple[int, ...] | None) -> ReplayPoint:
@@ -204,9 +229,21 @@ class Replayer:
             backend=self._backend,
             kept=None if kept is None else fmean(kept) / self.seq_len,
         )
+        return self._timed(config, kept, call, call(), selection)
+
+    def _timed(
+        self,
+        config: TokenSparseConfig,
+        kept: tuple[int, ...] | None,
+        call: Callable[[], Tensor],
+        out: Tensor,
+        selection: TokenSelection,
+    ) -> ReplayPoint:
+        """Check what a call gave, and time it in turns with dense attention."""
         verdict = checks.check_sparse(
-            self.inputs, call(), selection, config, reference_error=self._reference_error
+            self.inputs, out, selection, config, reference_error=self._reference_error
         )
+        del out
         dense, ours = timing.kernel_times(
             [self._dense_call, call], self.options.device, self.options.budget_seconds
         )
@@ -319,7 +356,7 @@ def run_with(
 
     Args:
         inputs: query, key and value.
-        config: the settings.
+        config: the settings, which select queries.
         selection: what to attend over.
         even: the crossover, which bounds the memory of shared budgets.
         impl: ``"triton"`` or ``"reference"``.

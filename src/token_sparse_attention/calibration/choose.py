@@ -24,7 +24,7 @@ class Option:
     Attributes:
         drop_mass: the setting; 0 is dense.
         divergence: KL of the next-token logits with this layer alone sparse, in nats.
-        work: mean over heads and prompts of ``(S' / S)^2``; 1 is dense.
+        work: what it leaves of attention's operations, mean over heads and prompts; 1 is dense.
     """
 
     drop_mass: float

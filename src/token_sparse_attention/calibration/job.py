@@ -36,7 +36,8 @@ class CalibrationOptions:
             choice is measured beside it.
         base: the settings that every layer starts from; its ``sparse_layers`` must be None.
         drift_quantile: layers at or below this quantile of the drift become sparse.
-        drop_masses: the settings that sensitivity tries.
+        drop_masses: the settings that sensitivity tries; where `base` selects no queries they
+            have no effect, and there is one setting.
         divergence_budget: nats that the chosen layers may cost together; or
         target_speedup: how many times less attention work they should leave.
         max_reply: tokens of the model's own reply along which divergence is measured, where a

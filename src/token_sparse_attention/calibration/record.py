@@ -57,12 +57,14 @@ class Sensitivity:
 
     Attributes:
         layer: layer number.
-        drop_mass: the setting.
+        drop_mass: the setting; has no effect where the base settings select no queries.
         divergence: KL(dense || sparse) of the next-token logits in nats, averaged over the
             positions of each prompt and over prompts; 0 for prompts where the layer ran dense.
         standard_error: of `divergence` over prompts; None with one prompt.
-        kept_share: share of the tokens that heads kept, averaged over prompts.
-        work: mean over heads and prompts of ``(S' / S)^2``.
+        kept_share: share of the tokens that heads kept, averaged over prompts; of those that
+            every query sees besides its window, where the base settings select no queries.
+        work: mean over heads and prompts of ``(S' / S)^2``; where no queries are selected, of
+            the pairs of a query and a key that are attended to, as a share of all causal ones.
         sparse_prompts: on how many prompts the layer ran sparse.
         note: why it ran dense on the others.
     """
@@ -90,7 +92,8 @@ class Choice:
         divergence: KL of all chosen layers together, as in `Sensitivity`, measured with the
             crossover off; None if it was not measured.
         standard_error: of `divergence` over prompts.
-        work: mean over layers, heads and prompts of ``(S' / S)^2``, measured together.
+        work: mean over layers, heads and prompts of the work, as in `Sensitivity`, measured
+            together.
         steps_moved: by how many steps, of one layer each, the measured combination differs
             from the one that the layers alone promised: back for a budget, on for a target.
     """

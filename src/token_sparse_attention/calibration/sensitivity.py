@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.calibration.choose import (
     Combination,
     Option,
@@ -55,7 +56,8 @@ class LayerReading:
 
     Attributes:
         kept_share: share of the tokens that the heads kept.
-        work: mean over heads of ``(S' / S)^2``.
+        work: mean over heads of ``(S' / S)^2``; of `attended_share` where queries are not
+            selected.
         sparse: whether the layer ran sparse.
         undecided: whether the layer ran dense before scores were asked, whatever `drop_mass`.
         why_dense: empty if it ran sparse.
@@ -219,8 +221,14 @@ def _read_layer(record: LayerRecord) -> LayerReading:
     why = "" if sparse else str(record.reasons[0])
     if selection is None:
         return LayerReading(1.0, 1.0, sparse, True, why)
-    shares = selection.lengths.double() / selection.kv_lens[:, None]
-    return LayerReading(record.kept_share, float(shares.square().mean()), sparse, False, why)
+    if selection.config.select_queries:
+        shares = selection.lengths.double() / selection.kv_lens[:, None]
+        work = float(shares.square().mean())
+    else:
+        config, counts = selection.config if sparse else None, selection.lengths.flatten().tolist()
+        works = [attended_share(n, record.kv_len, config) for n in counts]
+        work = math.fsum(works) / len(works)
+    return LayerReading(record.kept_share, work, sparse, False, why)
 
 
 def without_crossover(
@@ -252,7 +260,8 @@ def measure_sensitivity(
         model: a transformers causal language model in eval mode.
         references: from `dense_reference`.
         base: the settings, apart from ``drop_mass``.
-        drop_masses: the settings to try.
+        drop_masses: the settings to try; only the first where `base` selects no queries,
+            because they have no effect then.
         impl: see `token_sparse_attention`.
         attention_backend: see `token_sparse_attention`.
         on_progress: told what is being done.
@@ -261,6 +270,8 @@ def measure_sensitivity(
         One entry per layer and setting, in that order.
     """
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not base.select_queries:
+        drop_masses = drop_masses[:1]
     rows = []
     for layer in range(num_layers):
         reading = None
@@ -352,7 +363,7 @@ def choose_profile(
 
 def _profile(combination: Combination, base: TokenSparseConfig) -> LayerProfile:
     layers = {
-        layer: {"drop_mass": option.drop_mass}
+        layer: {"drop_mass": option.drop_mass} if base.select_queries else {}
         for layer, option in enumerate(combination)
         if option.drop_mass
     }

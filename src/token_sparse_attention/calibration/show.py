@@ -33,7 +33,8 @@ def layer_table(result: CalibrationResult) -> Table:
     if result.drift:
         table.add_column("drift")
     for mass in masses:
-        table.add_column(f"KL, kept\nat {mass:g}")
+        selects = result.base.select_queries
+        table.add_column(f"KL, kept\nat {mass:g}" if selects else "KL, beside\nthe window")
     for choice in result.choices:
         table.add_column("by drift" if choice.goal == "drift_quantile" else "by KL")
     for layer in range(len(result.drift) or len(result.sensitivity) // max(len(masses), 1)):
@@ -60,6 +61,8 @@ def _setting(choice: Choice, layer: int) -> str:
     changes = choice.profile.layers.get(layer)
     if changes is None:
         return "dense"
+    if not choice.profile.base.select_queries:
+        return "sparse"
     return f"{changes.get('drop_mass', choice.profile.base.drop_mass):g}"
 
 
@@ -71,11 +74,17 @@ def sentences(result: CalibrationResult) -> list[str]:
     told = [f"Measured on {count} prompt{'s' if count > 1 else ''} of {span} tokens."]
     if result.sensitivity:
         positions = sum(prompt.continuation_tokens + 1 for prompt in result.prompts)
+        settings = " at each drop_mass" if result.base.select_queries else ""
         told.append(
             f"KL: of the sparse model's next-token predictions from the dense ones, in nats, over "
-            f"{positions} positions, one layer sparse at a time at each drop_mass; ± is the "
-            "standard error over prompts."
+            f"{positions} positions, one layer sparse at a time{settings}; ± is the standard "
+            "error over prompts."
         )
+        if not result.base.select_queries:
+            told.append(
+                "No queries are selected: drop_mass has no effect, and shares are of the tokens "
+                "that every query sees besides its window."
+            )
     notes: dict[str, set[int]] = {}
     for row in result.sensitivity:
         if row.note:
@@ -162,7 +171,7 @@ def draw(result: CalibrationResult, suffix: str) -> bytes:
         if result.drift:
             _draw_drift(axes[0], result)
         if result.sensitivity:
-            _draw_sensitivity(axes[-1], result.sensitivity)
+            _draw_sensitivity(axes[-1], result.sensitivity, result.base.select_queries)
         buffer = io.BytesIO()
         form = suffix.removeprefix(".")
         about = {"Date": None, "Creator": None} if form == "svg" else {}
@@ -193,7 +202,7 @@ def _draw_drift(axes: Axes, result: CalibrationResult) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity]) -> None:
+def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity], selects: bool) -> None:
     ran = [row for row in rows if row.sparse_prompts]
     for mass in dict.fromkeys(row.drop_mass for row in rows):
         own = [row for row in ran if row.drop_mass == mass]
@@ -204,7 +213,7 @@ def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity]) -> None:
             fmt="o-",
             markersize=3,
             linewidth=1,
-            label=f"drop_mass {mass:g}",
+            label=f"drop_mass {mass:g}" if selects else "no queries selected",
         )
     positive = [row.divergence for row in ran if row.divergence > 0]
     if positive:  # zero has a place on this scale, unlike on a logarithmic one

@@ -78,7 +78,8 @@ class SampleResult:
         score: from 0 to 1; None if it was not scored yet.
         reply: the text that was scored.
         prompt_tokens: S.
-        kept: one entry per layer: how many tokens the heads kept, window included; a list
+        kept: one entry per layer: how many tokens the heads kept, window included, or with
+            ``select_queries=False`` how many every query sees besides its window; a list
             with one number per head where they differ; None where the layer ran dense. None
             in place of the list without token sparsity.
         new_tokens: length of the reply.
@@ -288,9 +289,9 @@ def _check_kept(kept: list[Any], prompt_tokens: int, model: Mapping[str, int], w
     for layer, entry in enumerate(kept):
         heads = entry if isinstance(entry, list) else [entry]
         wrong_length = isinstance(entry, list) and len(entry) != model["num_heads"]
-        wrong = [n for n in heads if type(n) is not int or not 1 <= n <= prompt_tokens]
+        wrong = [n for n in heads if type(n) is not int or not 0 <= n <= prompt_tokens]
         if entry is not None and (wrong_length or wrong):
             raise UsageError(
-                f"{where}: kept[{layer}] must be null, or one number from 1 to {prompt_tokens}, "
+                f"{where}: kept[{layer}] must be null, or one number from 0 to {prompt_tokens}, "
                 f"or {model['num_heads']} of them; got {entry!r}"
             )

@@ -184,6 +184,7 @@ def replay(
 ) -> Iterator[tuple[list[ReplayPoint], list[ReplayRow]]]:
     """Replay every configuration at every length; yield all points and rows after each.
 
+    Layers that select no queries have no counts to replay, and are timed as they are.
     Configurations with a block-sparse pattern are left out: inputs are random, and which blocks
     a pattern takes depends on them.
 
@@ -283,7 +284,8 @@ def layer_runs(
 
     Samples in which a layer ran dense are a part of their own. For the others the root of the
     mean square of a head's shares stands, because attention's time goes with the square: so
-    the selected tokens' work is as recorded.
+    the selected tokens' work is as recorded. Layers that select no queries are timed whatever
+    their shares.
 
     Args:
         results: the evaluation.
@@ -358,8 +360,8 @@ def _read_point(content: Any, where: str) -> ReplayPoint:
     _check_object(content, _POINT_KINDS, where)
     kept = content["kept"]
     if kept is not None:
-        if not kept or not all(type(count) is int and count > 0 for count in kept):
-            raise UsageError(f"{where}: kept must hold positive numbers, got {kept!r}")
+        if not kept or not all(type(count) is int and count >= 0 for count in kept):
+            raise UsageError(f"{where}: kept must hold numbers from 0, got {kept!r}")
         kept = tuple(kept)
     return ReplayPoint(**{**content, "kept": kept})
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
+from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.evaluation.record import (
     DENSE,
@@ -43,7 +44,8 @@ class Row:
             is 0.
         relative_loss_upper: the relative loss is below this with 95% confidence.
         kept_share: share of the prompt that a head attends over, mean over samples, layers
-            and heads; 1 in dense layers.
+            and heads; with ``select_queries=False`` what every query sees besides its window;
+            1 in dense layers.
         work: mean over the same of `attended_share`: attention's operations against dense.
         seconds: mean time from the start of the prefill to the first token.
         work_is_bound: whether a block-sparse pattern skips more than `work` says, which does
@@ -93,58 +95,30 @@ def summarise(results: EvalResults) -> tuple[Row, ...]:
 
 
 def layer_shares(kept: LayerKept, prompt_tokens: int) -> list[float]:
-    """Return what share of the prompt each head of a layer kept; one number if all kept alike."""
+    """Return what share of the prompt each head of a layer kept; one number if all kept alike.
+
+    Where queries are not selected these are its far tokens.
+    """
     if kept is None:
         return [1.0]
     return [n / prompt_tokens for n in (kept if isinstance(kept, list) else [kept])]
 
 
 def kept_share(sample: SampleResult) -> float:
-    """Return the share of the prompt that heads attended over, mean over layers and heads."""
+    """Return the mean of `layer_shares` over layers and heads."""
     layers = sample.kept or [None]
     return fmean(fmean(layer_shares(layer, sample.prompt_tokens)) for layer in layers)
-
-
-def attended_share(kept: int, prompt_tokens: int, config: TokenSparseConfig | None) -> float:
-    """Return how many pairs of a query and a key a head attends to, as a share of all causal ones.
-
-    The K selected queries see ``K (K + 1) / 2`` pairs. With ``fallback="window"``, a query
-    that was not selected sees ``min(p + 1, fallback_window + fallback_sinks +
-    fallback_landmarks)`` keys at position p. Which queries and landmarks these are is not
-    recorded: the last queries before the scoring window are counted, and landmarks as if they
-    lay far back. So it is never less than what was attended to, and in long prompts hardly
-    more, landmarks apart.
-
-    Args:
-        kept: K, scoring window included.
-        prompt_tokens: S.
-        config: the layer's settings; None or ``fallback="zero"`` counts selected queries alone.
-
-    Example:
-        >>> window = TokenSparseConfig(fallback="window", fallback_window=10, window_size=4)
-        >>> attended_share(20, 100, window)  # (20 * 21 / 2 + 80 * 10) / (100 * 101 / 2)
-        0.2
-    """
-    pairs = kept * (kept + 1) // 2
-    if config is not None and config.fallback == "window":
-        reach = config.fallback_window + config.fallback_sinks + config.fallback_landmarks
-        first, end = (max(n - config.window_size, 0) for n in (kept, prompt_tokens))
-        pairs += _banded_pairs(end, reach) - _banded_pairs(first, reach)
-    return 2 * pairs / (prompt_tokens * (prompt_tokens + 1))
-
-
-def _banded_pairs(queries: int, reach: int) -> int:
-    """Pairs of the first queries where each sees itself and ``reach - 1`` keys before it."""
-    full = min(queries, reach)
-    return full * (full + 1) // 2 + (queries - full) * reach
 
 
 def attention_work(sample: SampleResult, configs: Mapping[int, TokenSparseConfig]) -> float:
     """Return the mean of `attended_share` over layers and heads; `configs` are the layers'."""
     works = []
     for layer, kept in enumerate(sample.kept or [None]):
-        heads = kept if isinstance(kept, list) else [kept or sample.prompt_tokens]
-        config = None if kept is None else configs.get(layer)
+        if kept is None:
+            works.append(1.0)
+            continue
+        heads = kept if isinstance(kept, list) else [kept]
+        config = configs.get(layer)
         works.append(fmean(attended_share(n, sample.prompt_tokens, config) for n in heads))
     return fmean(works)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from token_sparse_attention.benchmark.runs import tokens
+from token_sparse_attention.calibration.show import ranges
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, SampleResult
 from token_sparse_attention.evaluation.summary import Row, layer_shares, summarise
 from token_sparse_attention.report import charts
@@ -20,8 +21,12 @@ _COLUMNS = (
 _HOW_TO_READ = (
     "Each point is one configuration, the dashed line is dense prefill; up and to the left is "
     "better. Bars are 95% intervals of the difference from dense on the same samples, drawn "
-    "from the dense accuracy. Work is the mean square of the kept shares: the operations of "
-    "attention against dense. First token is the mean time from the start of the prefill."
+    "from the dense accuracy. Work is the share of all causal pairs of a query and a key that "
+    "are attended to. First token is the mean time from the start of the prefill."
+)
+BESIDE_WINDOW = (
+    "In layers that select no queries, the kept tokens are those that every query sees besides "
+    "its window."
 )
 
 
@@ -119,8 +124,10 @@ def _length(length: int | None) -> str:
 
 def kept_by_layer(results: EvalResults) -> Markup:
     """Return a heat map of the mean kept share for every sparse configuration and length."""
-    figures = []
+    figures, beside_any = [], False
     for name in results.header.configurations:
+        configs = results.header.layer_configs(name)
+        beside = [layer for layer, config in configs.items() if not config.select_queries]
         for length in sorted({sample.length for sample in results.samples}):
             chosen = [
                 sample
@@ -130,7 +137,8 @@ def kept_by_layer(results: EvalResults) -> Markup:
             if chosen:
                 shares = mean_shares(chosen)
                 title = f"{name}, {_length(length)}"
-                figures.append(heat_figure(title, shares, f"{len(chosen)} samples"))
+                figures.append(heat_figure(title, shares, f"{len(chosen)} samples", beside))
+                beside_any = beside_any or bool(beside)
     if not figures:
         return tag("p", "There are no sparse configurations.")
     return join(
@@ -139,6 +147,7 @@ def kept_by_layer(results: EvalResults) -> Markup:
             "Mean share of the prompt that a head attends over, in percent. One wide cell: all "
             "heads of the layer keep equally many. Prompts for which a layer ran dense count as "
             "100; a layer that always did is marked dense.",
+            f" {BESIDE_WINDOW}" if beside_any else "",
         ),
         charts.key([("k", "stronger: more kept"), ("d", "dense")]),
         tag("div", figures, class_="grid"),
@@ -166,8 +175,13 @@ def mean_shares(samples: Sequence[SampleResult]) -> Shares:
     return means
 
 
-def heat_figure(title: str, shares: Shares, note: str) -> Markup:
-    """Return a heat map with its table."""
+def heat_figure(title: str, shares: Shares, note: str, beside: Sequence[int] = ()) -> Markup:
+    """Return a heat map with its table; `beside` are the layers that select no queries."""
+    sparse = [layer for layer, heads in enumerate(shares) if heads is not None]
+    beside = [layer for layer in sparse if layer in beside]
+    if beside:
+        layers = "" if beside == sparse else f"layers {ranges(beside)}: "
+        note += f"; {layers}what every query sees besides its window"
     rows: list[tuple[str, ...]] = []
     for layer, heads in enumerate(shares):
         if heads is None:

@@ -18,7 +18,7 @@ for (const viewer of document.querySelectorAll(".kept-text")) {
   }
 
   function show() {
-    const { masks, denseReason } = layers[layerBox.value];
+    const { masks, denseReason, besideWindow } = layers[layerBox.value];
     const head = Number(headBox.value);
     headBox.disabled = denseReason !== null;
     const chosen = head < 0 ? masks : masks.slice(head, head + 1);
@@ -36,9 +36,10 @@ for (const viewer of document.querySelectorAll(".kept-text")) {
     prompt.replaceChildren(content);
     const by = head < 0 ? "at least one head" : "head " + head;
     const share = ((100 * kept) / tokens.length).toFixed(1);
+    const verb = besideWindow ? "seen besides their windows by every query of" : "kept by";
     status.textContent =
       denseReason === null
-        ? `${kept.toLocaleString("en")} of ${tokens.length.toLocaleString("en")} tokens (${share}%) kept by ${by}.`
+        ? `${kept.toLocaleString("en")} of ${tokens.length.toLocaleString("en")} tokens (${share}%) ${verb} ${by}.`
         : `This layer ran dense, over all tokens: ${denseReason}.`;
   }
 

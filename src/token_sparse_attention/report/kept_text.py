@@ -25,10 +25,13 @@ class KeptLayer:
         masks: one bitmap per head in base64: token i is bit ``i % 8``, from the lowest, of
             byte ``i // 8``. Empty where the layer ran dense.
         dense_reason: why it ran dense, None where it did not.
+        beside_window: whether these are the tokens that every query sees besides its window,
+            in a layer that selects no queries.
     """
 
     masks: tuple[str, ...]
     dense_reason: str | None
+    beside_window: bool = False
 
     def kept(self) -> list[int]:
         """Return how many tokens each head kept."""
@@ -92,12 +95,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "reply": (str,),
     "layers": (list,),
 }
-_LAYER_KINDS: dict[str, tuple[type, ...]] = {"masks": (list,), "dense_reason": (str, NoneType)}
+_LAYER_KINDS: dict[str, tuple[type, ...]] = {
+    "masks": (list,),
+    "dense_reason": (str, NoneType),
+    "beside_window": (bool,),
+}
 
 
 def _read_layer(content: Any, num_tokens: int, where: str) -> KeptLayer:
     if not isinstance(content, dict):
         raise UsageError(f"{where} must be an object, got {content!r}")
+    content = {"beside_window": False, **content}  # older files do not have it
     check_entries(content, _LAYER_KINDS, where)
     masks, reason = content["masks"], content["dense_reason"]
     if bool(masks) == (reason is not None):
@@ -113,4 +121,4 @@ def _read_layer(content: Any, num_tokens: int, where: str) -> KeptLayer:
                 f"{where}: masks[{head}] must hold a bit for each of {num_tokens} tokens, "
                 f"got {len(bits)} bytes"
             )
-    return KeptLayer(tuple(masks), reason)
+    return KeptLayer(tuple(masks), reason, content["beside_window"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from token_sparse_attention.report import charts
 from token_sparse_attention.report.accuracy import (
+    BESIDE_WINDOW,
     Shares,
     accuracy,
     heat_figure,
@@ -121,11 +122,17 @@ def _kept_text(kept: KeptText, name: str) -> Markup:
         tag("option", "all heads", value=-1),
         *(tag("option", str(n), value=n) for n in range(heads)),
     ]
+    beside = any(layer.beside_window for layer in kept.layers)
     levels = [(f"h{n}", f"up to {n / LEVELS:.0%} of heads") for n in range(1, LEVELS + 1)]
     data = {
         "tokens": kept.tokens,
         "layers": [
-            {"masks": layer.masks, "denseReason": layer.dense_reason} for layer in kept.layers
+            {
+                "masks": layer.masks,
+                "denseReason": layer.dense_reason,
+                "besideWindow": layer.beside_window,
+            }
+            for layer in kept.layers
         ],
     }
     asked = [
@@ -155,6 +162,7 @@ def _kept_text(kept: KeptText, name: str) -> Markup:
             "p",
             "Highlighted text was kept by the chosen head, or by so many of all heads; dimmed "
             "text by none.",
+            f" {BESIDE_WINDOW}" if beside else "",
         ),
         viewer,
         data_block(data, name),
@@ -171,5 +179,6 @@ def _kept_by_layer(kept: KeptText) -> Markup:
         if layer.dense_reason
     ]
     dense = table("Layers that ran dense", ("layer", "reason"), reasons, prose=True)
-    figure = heat_figure("this prompt", shares, f"{len(kept.tokens):,} tokens")
+    beside = [number for number, layer in enumerate(kept.layers) if layer.beside_window]
+    figure = heat_figure("this prompt", shares, f"{len(kept.tokens):,} tokens", beside)
     return folded("Kept share by layer and head", figure, dense if reasons else "")

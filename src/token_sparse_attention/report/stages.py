@@ -1,10 +1,14 @@
-"""What a benchmark says: where the operator's time goes, and the time to the first token."""
+"""What a benchmark says: where the operator's time goes, and the time to the first token.
+
+Of `tsa bench far` it is the tables that the command prints.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from token_sparse_attention.benchmark.far_tables import FAR_TABLES
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.benchmark.runs import NoFigureError, Run, milliseconds, tokens
 from token_sparse_attention.benchmark.tables import TABLES, number
@@ -69,7 +73,8 @@ def stages(run: Run) -> Markup:
     """Return what the run says about stages or about the time to the first token."""
     times = stage_times(run)
     prefill = list(TABLES["prefill"]([run]))[1:]
-    if not times and not prefill:
+    far = list(_far_tables(run))
+    if not times and not prefill and not far:
         return tag("p", "It holds neither stage times nor times to the first token.")
     content = [tag("p", _shape(run))]
     if times:
@@ -88,7 +93,7 @@ def stages(run: Run) -> Markup:
         content.append(folded("Table", rows) if len(times) > 12 else rows)
     if prefill:
         content.append(_first_token(prefill))
-    return join(content)
+    return join(content, far)
 
 
 def _shape(run: Run) -> str:
@@ -135,6 +140,16 @@ def _cells(times: Times) -> tuple[str, ...]:
         f"{kernel}: {number(dense)}",
         f"{dense / times.whole:.2f}x",
     )
+
+
+def _far_tables(run: Run) -> Iterator[Markup]:
+    """The documentation's tables; the first column names the run, bold is Markdown's."""
+    titles = ("Far tokens: settings, milliseconds", "Far tokens: stages")
+    for title, rows in zip(titles, FAR_TABLES.values()):
+        (_, *header), *body = rows([run])
+        if body:
+            cells = ([cell.replace("**", "") for cell in row[1:]] for row in body)
+            yield table(title, header, cells)
 
 
 def _first_token(rows: Sequence[Sequence[str]]) -> Markup:

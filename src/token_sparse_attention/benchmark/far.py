@@ -1,0 +1,159 @@
+"""`tsa bench far`: the windowed fallback of every query, its far tokens, and dense last queries.
+
+Each setting attends as ``select_queries=False`` does. The stages' times give the constants of
+`crossover` for far tokens and dense queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from token_sparse_attention.attention.causal import attend_rows
+from token_sparse_attention.attention.dense import new_output
+from token_sparse_attention.attention.far_tokens import far_tokens
+from token_sparse_attention.attention.windows import attend_windows
+from token_sparse_attention.benchmark import checks
+from token_sparse_attention.benchmark.contenders import dense_call
+from token_sparse_attention.benchmark.far_tables import WINDOW
+from token_sparse_attention.benchmark.op import Contender, OpOptions, Report, _Point, _prefixed
+from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.inputs import real_tokens
+from token_sparse_attention.selection import resolve_impl, score_tokens
+
+LENGTHS = (65536, 131072)
+SAMPLES, LANDMARKS, SINKS, DENSE_QUERIES = (1024, 4096, 8192), (4096,), (4096,), (128,)
+_CONFIG = replace(
+    TokenSparseConfig.published(), min_tokens=0, fallback="window", select_queries=False
+)
+
+
+@dataclass(frozen=True)
+class FarOptions:
+    """What to measure.
+
+    Attributes:
+        common: device, lengths, shape and budget; of its backends only the first is read, the
+            dense kernel, which also attends within the windows.
+        samples: numbers of tokens drawn by score.
+        landmarks: numbers of best-scored tokens.
+        sinks: numbers of first tokens, which every query sees: the most that far tokens cost.
+        dense_queries: numbers of last queries that attend to every key.
+    """
+
+    common: OpOptions
+    samples: tuple[int, ...] = SAMPLES
+    landmarks: tuple[int, ...] = LANDMARKS
+    sinks: tuple[int, ...] = SINKS
+    dense_queries: tuple[int, ...] = DENSE_QUERIES
+
+    def settings(self) -> dict[str, TokenSparseConfig]:
+        """Return what is measured, by name; the middle number of samples in every combination."""
+        found = {WINDOW: _CONFIG}
+        for name, counts in (
+            ("sinks", self.sinks),
+            ("landmarks", self.landmarks),
+            ("samples", self.samples),
+        ):
+            for count in counts:
+                config = replace(_CONFIG, **{f"fallback_{name}": count})  # type: ignore[arg-type]
+                found[f"{name}-{count}"] = config
+        main = WINDOW
+        if self.samples:
+            main = f"samples-{self.samples[len(self.samples) // 2]}"
+            found[f"{main}-per-head"] = replace(found[main], budget="per_head")
+        for count in self.dense_queries:
+            found[f"{main}-dense-{count}"] = replace(found[main], dense_queries=count)
+        return found
+
+
+def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Record]:
+    """Yield every record of a run, in order; `report` is told what is being measured.
+
+    Raises:
+        UsageError: if the dense kernel cannot run.
+    """
+    for seq_len in options.common.lengths:
+        point = _Point(options.common, seq_len, "far")
+        say = _prefixed(report, seq_len)
+        backend = options.common.backends[0]
+        say(f"dense, {backend}")
+        try:
+            dense = dense_call(backend, point.inputs)
+            verdict = checks.check_dense(point.inputs, dense())
+        except ValueError as error:
+            raise UsageError(f"--dense: {error}") from error
+        point.reference_error = verdict.allowance
+        yield from point.timed(Contender(f"far/dense/{backend}", dense, verdict))
+        yield from _stages(options, point, say)
+        yield from _whole(options, point, say)
+
+
+def _stages(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]:
+    """Time scoring; drawing; windows with and without far tokens in turns; dense queries."""
+    query, key, value = point.inputs
+    backend, scale = options.common.backends[0], point.inputs.scale
+    impl = resolve_impl("auto", query, query.shape[-1])
+    real = real_tokens(None, 1, point.seq_len, query.device, on_device=impl == "triton")
+    rows = torch.ones(1, dtype=torch.bool, device=query.device)
+    say("scoring")
+    score = partial(score_tokens, query, key, _CONFIG)
+    yield from point.timed(Contender("far/score", score))
+    scores = score()
+    draws, windows = [], []
+    into = new_output(query, want_lse=False)
+    for name, config in options.settings().items():
+        if config.dense_queries:
+            continue
+        draw = partial(far_tokens, scores, config, real)
+        if name != WINDOW:
+            draws.append(Contender(f"far/draw/{name}", draw))
+        attend = partial(
+            attend_windows, query, key, value, draw(), rows, real, into,
+            window=config.fallback_window, scale=scale, impl=impl, backend=backend,
+        )  # fmt: skip
+        windows.append(Contender(f"far/windows/{name}", attend))
+    say("choosing far tokens")
+    yield from point.timed(*draws)
+    say("windows and far tokens")
+    yield from point.timed(*windows)
+    say("dense queries")
+    last = [
+        Contender(
+            f"far/dense-queries/{count}",
+            partial(
+                attend_rows, query, key, value, rows, real, into,
+                scale=scale, backend=backend, last=count,
+            ),
+        )
+        for count in options.dense_queries
+    ]  # fmt: skip
+    yield from point.timed(*last)
+
+
+def _whole(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]:
+    """Check the operator under every setting, and time all in turns."""
+    contenders = []
+    for name, config in options.settings().items():
+        say(f"whole operator, {name}")
+        call = partial(
+            token_sparse_attention,
+            *point.inputs,
+            config,
+            attention_backend=options.common.backends[0],
+        )
+        out, selection = call(return_selection=True)
+        verdict = checks.check_sparse(
+            point.inputs, out, selection, config, reference_error=point.reference_error
+        )
+        del out, selection
+        contenders.append(Contender(f"far/whole/{name}", call, verdict))
+    try:
+        yield from point.timed(*contenders)
+    except torch.OutOfMemoryError as error:
+        yield point.skipped("far/whole", error)

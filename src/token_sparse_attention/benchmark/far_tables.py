@@ -1,0 +1,122 @@
+"""The tables of `tsa bench far`.
+
+Costs are numbers of keys per query: how many keys dense attention passes over, for every query,
+in the time that a stage takes. So are the constants of `crossover`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from token_sparse_attention.benchmark.record import Record
+from token_sparse_attention.benchmark.runs import (
+    NOT_MEASURED,
+    NoFigureError,
+    Run,
+    milliseconds,
+    speed_up,
+    tokens,
+)
+from token_sparse_attention.benchmark.tables import NONE, Rows, Table, figure_or, number
+
+WINDOW = "window"  # the setting without far tokens
+
+
+def _dense(run: Run, seq_len: int) -> Record:
+    names = run.names("far/dense/")
+    if not names:
+        raise NoFigureError(NOT_MEASURED)
+    return run.need(names[0], seq_len)
+
+
+def keys_per_query(run: Run, seq_len: int, name: str) -> float:
+    """Return how many keys per query dense attention passes over in a stage's time.
+
+    Raises:
+        NoFigureError: if one was not measured, or dense attention's check failed.
+    """
+    record = run.need(name, seq_len, checked=False)
+    return milliseconds(record) / milliseconds(_dense(run, seq_len)) * seq_len
+
+
+def far_keys(run: Run, seq_len: int, setting: str) -> float:
+    """Return what choosing a setting's far tokens and attending to them costs, in keys per query.
+
+    Raises:
+        NoFigureError: if it was not measured, or the operator's check under it failed.
+    """
+    run.need(f"far/whole/{setting}", seq_len)
+    choosing, attending, window = (
+        keys_per_query(run, seq_len, name)
+        for name in (f"far/draw/{setting}", f"far/windows/{setting}", f"far/windows/{WINDOW}")
+    )
+    return choosing + attending - window
+
+
+def dense_query_keys(run: Run, seq_len: int, count: int) -> float:
+    """Return what each of the last `count` queries costs that attend to every key, likewise.
+
+    Raises:
+        NoFigureError: if it was not measured.
+    """
+    return keys_per_query(run, seq_len, f"far/dense-queries/{count}") / count
+
+
+def _settings(runs: Sequence[Run]) -> Rows:
+    yield "run", "tokens", "setting", "choose", "attend", "whole", "speed-up", "keys per query"
+    for run in runs:
+        for seq_len in run.lengths("far/score"):
+            for name in run.names("far/whole/"):
+                setting = name.removeprefix("far/whole/")
+                yield (
+                    *(run.name, tokens(seq_len), setting),
+                    _ms(run, seq_len, f"far/draw/{setting}"),
+                    _ms(run, seq_len, f"far/windows/{setting}"),
+                    figure_or(_checked_ms, run, seq_len, name),
+                    figure_or(_speed_up, run, seq_len, name),
+                    figure_or(_far_keys, run, seq_len, setting),
+                )
+
+
+def _stages(runs: Sequence[Run]) -> Rows:
+    yield "run", "tokens", "stage", "ms", "keys per query"
+    for run in runs:
+        for seq_len in run.lengths("far/score"):
+            for name in (*run.names("far/dense/"), "far/score", f"far/windows/{WINDOW}"):
+                stage = name.removeprefix("far/").replace("/", ", ")
+                cost = figure_or(_keys, run, seq_len, name)
+                yield run.name, tokens(seq_len), stage, _ms(run, seq_len, name), cost
+            for name in run.names("far/dense-queries/"):
+                count = int(name.rpartition("/")[2])
+                stage = f"{count} dense queries"
+                cost = figure_or(_each, run, seq_len, count)
+                yield run.name, tokens(seq_len), stage, _ms(run, seq_len, name), cost
+
+
+def _ms(run: Run, seq_len: int, name: str) -> str:
+    record = run.find(name, seq_len)
+    return NONE if record is None or record.median_ms is None else number(record.median_ms)
+
+
+def _checked_ms(run: Run, seq_len: int, name: str) -> str:
+    return number(milliseconds(run.need(name, seq_len)))
+
+
+def _speed_up(run: Run, seq_len: int, name: str) -> str:
+    return f"{speed_up(_dense(run, seq_len), run.need(name, seq_len)):.2f}x"
+
+
+def _far_keys(run: Run, seq_len: int, setting: str) -> str:
+    return number(far_keys(run, seq_len, setting))
+
+
+def _keys(run: Run, seq_len: int, name: str) -> str:
+    return number(keys_per_query(run, seq_len, name))
+
+
+def _each(run: Run, seq_len: int, count: int) -> str:
+    each = dense_query_keys(run, seq_len, count)
+    return f"{number(count * each)}: {number(each)} each"
+
+
+FAR_TABLES: dict[str, Table] = {"far-settings": _settings, "far-stages": _stages}
