@@ -66,8 +66,14 @@ def make_problem(
 def oracle(
     problem: Problem, config: TokenSparseConfig, row: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The reference in float64 on one unpadded row: output ``[H, S_q, D]`` and kept mask."""
-    query, key, value = (tensor[row].double() for tensor in problem)
+    """The reference on one unpadded row: output ``[H, S_q, D]`` and kept mask.
+
+    It runs in float64, but with samples in the problem's own precision: scores that round
+    otherwise may draw a token's neighbour.
+    """
+    query, key, value = (
+        tensor[row] if config.fallback_samples else tensor[row].double() for tensor in problem
+    )
     return reference.token_sparse_attention(query, key, value, config, query.shape[-1] ** -0.5)
 
 

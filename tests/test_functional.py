@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_error
@@ -74,7 +74,6 @@ def test_operator_equals_the_oracle(config, heads, kv_heads, query_len, kv_len):
     out, selection = sparse_run(problem, config)
     expected, keep = oracle(problem, config)
     assert torch.equal(kept_mask(selection.indices, kv_len)[0], keep)
-    # Probabilities of draws come from single-precision scores, the oracle's from double.
     assert relative_error(out[0], expected) < (1e-5 if config.fallback_samples else 1e-6)
 
 
@@ -98,6 +97,7 @@ def test_half_precision_is_as_close_as_eager(dtype):
         assert relative_error(mine, truth) <= 2 * relative_error(eager, truth)
 
 
+@example(VARIANTS[-3], 134, 1, (2, 1), 57)  # draws next to each other, by scores' last digits
 @given(
     st.sampled_from(VARIANTS),
     st.integers(1, 160),
