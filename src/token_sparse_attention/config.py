@@ -90,7 +90,7 @@ class TokenSparseConfig:
             shares out ``fallback_samples`` by need.
         select_queries: whether queries are selected too, as published. If not, only keys and
             values are compressed: every query gets what the windowed fallback gives, and
-            ``drop_mass`` has no effect.
+            ``drop_mass`` and ``pool_size`` have no effect.
         dense_queries: how many of the last queries attend to every key, whatever is selected.
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
