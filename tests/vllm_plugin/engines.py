@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from contextlib import nullcontext
 
 import torch
 
@@ -106,3 +107,24 @@ def hf_generate(model, ids, config=CONFIG, max_new_tokens=NEW_TOKENS, **changes)
         return run(), None
     with apply(model, config) as report:
         return run(), report
+
+
+@torch.no_grad()
+def hf_gaps(model, ids, config, reply, chunk):
+    """How far each token of a reply is from the likeliest one, in nats, and the report.
+
+    The prompt is prefilled in chunks under the config, None for dense, the reply densely.
+    """
+    from transformers import DynamicCache
+
+    from token_sparse_attention.integrations.transformers import apply
+
+    cache = DynamicCache()
+    with nullcontext() if config is None else apply(model, config) as report:
+        for first in range(0, len(ids), chunk):
+            part = torch.tensor([ids[first : first + chunk]])
+            last = model(part, past_key_values=cache, use_cache=True).logits[0, -1:]
+    rest = model(torch.tensor([reply]), past_key_values=cache, use_cache=True).logits[0, :-1]
+    logits = torch.cat((last, rest))
+    own = logits.gather(1, torch.tensor(reply)[:, None])[:, 0]
+    return (logits.amax(1) - own).tolist(), report
