@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ class Likelihood:
 
     def score(self, sample: Sample, reply: str) -> float:  # noqa: ARG002
         """Return the probability, given the reply of a sample."""
-        return float(torch.tensor(-float(reply)).exp())
+        return math.exp(-float(reply))
 
 
 @torch.no_grad()

@@ -33,18 +33,19 @@ def load_all() -> dict[str, EvalResults]:
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     """Return the page's tables as Markdown, by name."""
     built = {"runs": _runs(rounds)}
-    replies = {name: one for name, one in rounds.items() if not _of_answers(one)}
     for length in (65536, 131072):
-        built[f"{length // 1024}k"] = _screening(replies, length)
-    built["answers"] = _screening(
-        {name: one for name, one in rounds.items() if _of_answers(one)}, 131072
-    )
+        built[f"{length // 1024}k"] = _screening(_scored_by(rounds, answers=False), length)
+    built["answers"] = _screening(_scored_by(rounds, answers=True), 131072)
     return built
 
 
-def _of_answers(results: EvalResults) -> bool:
-    """Whether scores are probabilities of the right answer."""
-    return bool(results.header.arguments.get("answers"))
+def _scored_by(rounds: Mapping[str, EvalResults], *, answers: bool) -> dict[str, EvalResults]:
+    """The rounds whose scores are probabilities of the right answer, or those of replies."""
+    return {
+        name: one
+        for name, one in rounds.items()
+        if bool(one.header.arguments.get("answers")) == answers
+    }
 
 
 def _runs(rounds: Mapping[str, EvalResults]) -> str:
@@ -174,7 +175,7 @@ def draw(rounds: Mapping[str, EvalResults]) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "frontier"
     figure, panels = plt.subplots(1, 2, figsize=(13, 9), sharex=True)
-    replies = {name: one for name, one in rounds.items() if not _of_answers(one)}
+    replies = _scored_by(rounds, answers=False)
     for axes, length in zip(panels, (65536, 131072)):
         points = list(_points(replies, length))
         for at, (_, _, _, pairs) in enumerate(points):

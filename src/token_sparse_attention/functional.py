@@ -325,7 +325,7 @@ def attend_selected(
     if config.select_queries:
         zeros = config.fallback == "zero" and not tokens.padded
         _attend_compressed(
-            query, key, value, config, selection, even, impl, call, into, zeros=zeros
+            query, key, value, config, selection, even, impl, backend, call, into, zeros=zeros
         )
     if config.dense_queries:
         attend_rows(
@@ -343,13 +343,13 @@ def _attend_compressed(
     selection: TokenSelection,
     even: BreakEven,
     impl: str,
+    backend: str,
     call: Call,
     into: Attended,
     *,
     zeros: bool,
 ) -> None:
     """Compress, attend, decompress: the selected tokens; `zeros` also clears the others."""
-    backend = resolve_backend(call.attention_backend, query, key)
     if impl == "reference":
         if zeros:
             zero_rows(into, selection.ran_sparse)

@@ -126,6 +126,11 @@ class RealTokens(NamedTuple):
         """Return `spans`, reading them off the device if need be."""
         return self.spans or [Span(*pair) for pair in self.bounds.tolist()]
 
+    def mask(self) -> Tensor:
+        """Return which slots hold a real token, ``[B, S_kv]`` bool, on the device."""
+        slot = torch.arange(self.kv_len, device=self.bounds.device)
+        return (slot >= self.bounds[:, :1]) & (slot < self.bounds[:, 1:])
+
 
 def real_tokens(
     padding_mask: Tensor | None,

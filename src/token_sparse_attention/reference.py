@@ -107,7 +107,8 @@ def masked_attention(
     out = torch.empty_like(query)
     for head in range(query.shape[0]):
         logits = query[head] @ key[head // group].T * scale
-        probs = (logits + counts[head].to(logits.dtype).log()).softmax(-1)
+        logits = logits + counts[head].to(logits.dtype).log()
+        probs = logits.masked_fill(counts[head] == 0, -torch.inf).softmax(-1)
         out[head] = probs @ value[head // group]
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,6 +15,15 @@ from token_sparse_attention import TokenSparseConfig, reference
 
 CONFIG = TokenSparseConfig(
     drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32, crossover="off"
+)
+KEYS_ONLY = dataclasses.replace(
+    CONFIG,
+    fallback="window",
+    fallback_window=9,
+    fallback_sinks=2,
+    fallback_samples=24,
+    select_queries=False,
+    dense_queries=6,
 )
 LAYERS = 3
 SHAPE = {

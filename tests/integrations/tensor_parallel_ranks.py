@@ -12,20 +12,11 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.distributed import DistributedConfig
 
-from integrations.models import CONFIG, make_ids
+from integrations.models import CONFIG, KEYS_ONLY, make_ids
 from token_sparse_attention.integrations import transformers as integration
 from token_sparse_attention.integrations.transformers import apply
 
 PER_HEAD = dataclasses.replace(CONFIG, budget="per_head")
-KEYS_ONLY = dataclasses.replace(
-    CONFIG,
-    fallback="window",
-    fallback_window=9,
-    fallback_sinks=2,
-    fallback_samples=24,
-    select_queries=False,
-    dense_queries=6,
-)
 UNEQUAL = "Unequal"  # a model whose KV heads do not divide into the ranks
 FAMILIES = {
     "Llama": {},

@@ -11,7 +11,14 @@ import torch
 from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs
 
-from integrations.models import CONFIG, LAYERS, make_ids, make_image_model, make_model
+from integrations.models import (
+    CONFIG,
+    KEYS_ONLY,
+    LAYERS,
+    make_ids,
+    make_image_model,
+    make_model,
+)
 from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.integrations import continuous_batching
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
@@ -62,15 +69,6 @@ def by_request(report):
 
 
 SPARSE = dict.fromkeys(range(LAYERS))
-KEYS_ONLY = dataclasses.replace(
-    CONFIG,
-    fallback="window",
-    fallback_window=9,
-    fallback_sinks=2,
-    fallback_samples=24,
-    select_queries=False,
-    dense_queries=6,
-)
 CASES = {
     "shared": ("Llama", CONFIG, SPARSE),
     "per head, windowed": (

@@ -8,15 +8,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from integrations.models import CONFIG, LAYERS, make_ids, make_model, oracle
+from integrations.models import KEYS_ONLY, LAYERS, make_ids, make_model, oracle
 from integrations.test_transformers import CLOSE, greedy, paths
 from token_sparse_attention import DenseReason, LayerProfile, crossover
 from token_sparse_attention.integrations.transformers import apply
 
-SAMPLES = dataclasses.replace(
-    CONFIG, fallback="window", fallback_window=9, fallback_samples=24, dense_queries=6
-)
-KEYS_ONLY = dataclasses.replace(SAMPLES, select_queries=False, fallback_sinks=2)
+SAMPLES = dataclasses.replace(KEYS_ONLY, select_queries=True, fallback_sinks=0)
 ALL_KINDS = dataclasses.replace(KEYS_ONLY, fallback_landmarks=5, dense_queries=0)
 CONFIGS = {
     "samples": SAMPLES,

@@ -159,9 +159,7 @@ def attend_rows(
         attend_each_row(query, key, value, rows, tokens, into, run, last)
         return
     if tokens.padded and backend == "fa4":  # which multiplies values beyond a row's end by zero
-        slot = torch.arange(tokens.kv_len, device=value.device)
-        real = (slot >= tokens.bounds[:, :1]) & (slot < tokens.bounds[:, 1:])
-        value = value.masked_fill(~real[:, None, :, None], 0.0)
+        value = value.masked_fill(~tokens.mask()[:, None, :, None], 0.0)
     first_query = key.shape[2] - query.shape[2]
     query, key, value, out = (x.transpose(1, 2) for x in (query, key, value, into.out))
     ends = torch.where(rows, tokens.bounds[:, 1], tokens.bounds[:, 0])

@@ -169,9 +169,7 @@ def draw(
 def _shares(scores: Tensor, tokens: RealTokens, without: Tensor | None) -> Tensor:
     """What each slot's token has of the probability, ``[B, H, S_kv]`` float64; adds up to 1."""
     kv_len = tokens.kv_len
-    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
-    slot = torch.arange(kv_len, device=scores.device)
-    real = (slot >= start) & (slot < end)
+    real = tokens.mask()[:, None]
     if without is not None:
         real = real.expand(-1, scores.shape[1], -1)
         others = torch.ones(*real.shape[:2], kv_len + 1, dtype=torch.bool, device=scores.device)
