@@ -3,9 +3,10 @@
     python -m benchmarks.frontier.screen --samples samples.jsonl.gz --points points.json \\
         --out result.jsonl --processes 6
 
-The points are ``{"name": {"config": {...}, "variant": {...}}}``; the result is a file of
-`tsa eval`, which scores it (``tsa eval --score``) and goes on from it. With ``--answers`` a
-score is the probability of the right answer instead of a reply's score.
+The points are ``{"name": {"config": {...}, "variant": {...}}}``, with settings or a layer profile
+as the config; the result is a file of `tsa eval`, which scores it (``tsa eval --score``) and goes
+on from it. With ``--answers`` a score is the probability of the right answer instead of a reply's
+score.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from token_sparse_attention import TokenSparseConfig, bundled, run
+from token_sparse_attention.config import LayerProfile
 from token_sparse_attention.evaluation import harness, processes
 from token_sparse_attention.evaluation.evaluate import (
     Runner,
@@ -34,7 +36,7 @@ from token_sparse_attention.evaluation.evaluate import (
 )
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
-from token_sparse_attention.evaluation.settings import Configuration
+from token_sparse_attention.evaluation.settings import Configuration, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +62,19 @@ def load_runner(
     """Load the model and return its runner under the points."""
     return VariantRunner(
         *run.load_model(model, **options),
-        {
-            name: Configuration(TokenSparseConfig.from_dict(point["config"]))
-            for name, point in points.items()
-        },
+        {name: Configuration(_settings(point["config"])) for name, point in points.items()},
         variants={
             name: Variant(**point["variant"]) for name, point in points.items() if point["variant"]
         },
         answers=answers,
     )
+
+
+def _settings(config: dict[str, Any]) -> Settings:
+    """A layer profile has a version, as in files."""
+    if "version" in config:
+        return LayerProfile.from_json(json.dumps(config))
+    return TokenSparseConfig.from_dict(config)
 
 
 def main() -> None:

@@ -2,10 +2,12 @@
 
     python benchmarks/serving/first_token.py --out benchmarks/results/serving/first-token.json
 
-Prompts are random tokens, each processed in one step, without a prefix cache. Every engine has
-a process of its own. Random weights attend almost evenly, so a drop_mass drops about that share
-of the tokens, whatever the length; what was kept is in the result. How good answers are can't
-be seen here. Prompts too short to run sparse must get the dense engine's answer, to the bit.
+Prompts are random tokens, each processed in one step or, with ``--chunk``, in several, without a
+prefix cache. Every engine has a process of its own. Random weights attend almost evenly, so a
+drop_mass drops about that share of the tokens, whatever the length; what was kept is in the
+result. How good answers are can't be seen here. Prompts too short to run sparse must get the dense
+engine's answer, to the bit. ``--graphs`` is what vLLM does unless told otherwise: it compiles the
+model and records CUDA graphs; ``--decode`` measures the tokens after the first.
 
 Without a GPU: ``--model tiny --device cpu --lengths 1024 2048 --repetitions 2``.
 """
@@ -81,6 +83,9 @@ class Plan:
         impl: which code scores and selects.
         attention_backend: which kernel attends in sparse layers.
         graphs: whether vLLM compiles the model and records CUDA graphs.
+        chunk: most tokens of a step; 0 for whole prompts.
+        decode: tokens after the first to time at the longest length, and to compare on short
+            prompts.
     """
 
     model: str
@@ -90,6 +95,8 @@ class Plan:
     impl: str
     attention_backend: str
     graphs: bool
+    chunk: int
+    decode: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Row:
     """One engine at one prompt length.
 
     Attributes:
-        setting: ``"dense"``, or the drop_mass.
+        setting: ``"dense"``, or ``"drop_mass=N"`` or ``"fallback_samples=N"``.
         prompt_tokens: length of the prompts.
         seconds: from a request to its first token, of each repetition.
         median: of these.
@@ -125,18 +132,33 @@ class Engine:
         start_seconds: until it was ready, imports included.
         attention: the class of its attention layers, and vLLM's version of FlashAttention.
         rows: one for each length.
-        answers: the likeliest first tokens for each prompt of `SHORT`, and their logarithms.
+        answers: the likeliest tokens at each place of the reply to each prompt of `SHORT`, and
+            their logarithms.
+        decode_ms: milliseconds of each token after the first, after a prompt of the longest
+            length; None if they were not timed.
     """
 
     start_seconds: float
     attention: str
     rows: list[Row]
-    answers: list[list[tuple[int, float]]]
+    answers: list[list[list[tuple[int, float]]]]
+    decode_ms: float | None
 
 
 def config_of(setting: str) -> TokenSparseConfig:
     """Return a sparse engine's settings; without the crossover, every prompt runs sparse."""
-    return TokenSparseConfig(drop_mass=float(setting), crossover="off")
+    name, _, value = setting.partition("=")
+    if name == "drop_mass":
+        return TokenSparseConfig(drop_mass=float(value), crossover="off")
+    if name == "fallback_samples":
+        return TokenSparseConfig(
+            select_queries=False,
+            dense_queries=128,
+            fallback="window",
+            fallback_samples=int(value),
+            crossover="off",
+        )
+    raise SystemExit(f"a setting must be drop_mass=N or fallback_samples=N, got {setting!r}")
 
 
 def prompt(plan: Plan, tokens: int, seed: int) -> list[int]:
@@ -151,7 +173,7 @@ def start_engine(plan: Plan, setting: str, folder: Path) -> Any:
     from vllm import LLM
 
     shape = MODELS[plan.model]
-    longest = max(plan.lengths) + 16
+    longest = max(plan.lengths) + plan.decode + 16
     model_config = _LLAMA | shape | {"max_position_embeddings": longest}
     (folder / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
     given = {
@@ -169,9 +191,9 @@ def start_engine(plan: Plan, setting: str, folder: Path) -> Any:
         dtype="bfloat16",
         enforce_eager=not plan.graphs,
         max_model_len=longest,
-        max_num_batched_tokens=longest,
+        max_num_batched_tokens=plan.chunk or longest,
         max_num_seqs=4,
-        enable_chunked_prefill=False,
+        enable_chunked_prefill=bool(plan.chunk),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=2 * longest * per_token + 2**24,
         attention_backend="FLASH_ATTN" if setting == DENSE else "CUSTOM",
@@ -224,11 +246,13 @@ def attention_of(model: Any) -> str:
     return type(impl).__name__ + ("" if version is None else f", FlashAttention {version}")
 
 
-def ask(engine: Any, ids: list[int], **changes: Any) -> Any:
-    """Return what an engine says to one prompt, one token long."""
+def ask(engine: Any, ids: list[int], tokens: int = 1, **changes: Any) -> Any:
+    """Return what an engine says to one prompt, of so many tokens."""
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, **changes)
+    params = SamplingParams(
+        max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True, **changes
+    )
     (output,) = engine.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
     return output.outputs[0]
 
@@ -262,6 +286,13 @@ def time_prompts(engine: Any, plan: Plan, setting: str, tokens: int) -> Row:
     )
 
 
+def time_decoding(engine: Any, plan: Plan, first: float) -> float:
+    """Return the milliseconds of each token after the first, which took `first` seconds."""
+    start = time.perf_counter()
+    ask(engine, prompt(plan, max(plan.lengths), 0), 1 + plan.decode)
+    return round((time.perf_counter() - start - first) / plan.decode * 1e3, 3)
+
+
 def measure(plan: Plan, setting: str) -> Engine:
     """Start one engine and ask it everything; in a process of its own."""
     start = time.perf_counter()
@@ -271,10 +302,29 @@ def measure(plan: Plan, setting: str) -> Engine:
     (attention,) = engine.apply_model(attention_of)
     answers = []
     for tokens in SHORT:
-        said = ask(engine, prompt(plan, tokens, 0), logprobs=5)
-        answers.append([(token, one.logprob) for token, one in said.logprobs[0].items()])
+        said = ask(engine, prompt(plan, tokens, 0), 1 + plan.decode, logprobs=5)
+        answers.append(
+            [[(token, one.logprob) for token, one in place.items()] for place in said.logprobs]
+        )
     rows = [time_prompts(engine, plan, setting, tokens) for tokens in plan.lengths]
-    return Engine(round(ready, 1), attention, rows, answers)
+    longest = max(rows, key=lambda row: row.prompt_tokens)
+    decode_ms = time_decoding(engine, plan, longest.median) if plan.decode else None
+    return Engine(round(ready, 1), attention, rows, answers, decode_ms)
+
+
+def difference(ours: list[list[list[tuple[int, float]]]], dense: Any) -> float:
+    """Return the largest difference, in nats, of a token that both name at the same place.
+
+    Replies are compared up to the first place where they name another token first.
+    """
+    largest = 0.0
+    for reply, other in zip(ours, dense):
+        for place, same in zip(reply, other):
+            known = dict(same)
+            largest = max([largest, *(abs(p - known[t]) for t, p in place if t in known)])
+            if place[0][0] != same[0][0]:
+                break
+    return round(largest, 5)
 
 
 def vllm_version() -> str:
@@ -306,6 +356,8 @@ def content_of(plan: Plan, engines: dict[str, Engine]) -> dict[str, Any]:
                 "start_seconds": engine.start_seconds,
                 "attention": engine.attention,
                 "short_prompts_as_dense": engine.answers == engines[DENSE].answers,
+                "short_prompts_difference": difference(engine.answers, engines[DENSE].answers),
+                "decode_ms": engine.decode_ms,
             }
             for setting, engine in engines.items()
         },
@@ -321,10 +373,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--drop-mass", nargs="+", default=["0.5", "0.75"])
+    parser.add_argument(
+        "--settings", nargs="+", default=["drop_mass=0.5", "drop_mass=0.75"], metavar="NAME=VALUE"
+    )
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--graphs", action="store_true", help="compile, and record CUDA graphs")
+    parser.add_argument("--chunk", type=int, default=0, help="most tokens of a step")
+    parser.add_argument("--decode", type=int, default=0, help="tokens after the first to time")
     args = parser.parse_args()
     plan = Plan(
         args.model,
@@ -334,12 +390,14 @@ def main() -> None:
         args.impl,
         args.attention_backend,
         args.graphs,
+        args.chunk,
+        args.decode,
     )
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the counters are read in this process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     engines: dict[str, Engine] = {}
-    for setting in (DENSE, *args.drop_mass):
+    for setting in (DENSE, *args.settings):
         # A process of its own: an engine gives its memory back only when that ends.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             engines[setting] = process.submit(measure, plan, setting).result()

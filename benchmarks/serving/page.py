@@ -24,6 +24,7 @@ def tables() -> dict[str, str]:
         "prefix": _prefix(rows),
         "stress": _stress(),
         "first-token": _first_token(_read("first-token-h200.json")),
+        "first-token-chunks": _first_token(_read("first-token-chunks-h200.json")),
     }
 
 
@@ -87,13 +88,30 @@ def _first_token(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(result["rows"], key=lambda row: row["prompt_tokens"]):  # stable
-        setting = row["setting"] if row["setting"] == "dense" else f"`drop_mass={row['setting']}`"
         lines.append(
-            f"| {setting} | {row['prompt_tokens']} | {row['median']:.3f} s "
+            f"| {_setting(row['setting'])} | {row['prompt_tokens']} | {row['median']:.3f} s "
             f"| {min(row['seconds']):.3f} to {max(row['seconds']):.3f} s "
             f"| {dense[row['prompt_tokens']] / row['median']:.2f}x | {row['kept']:.0%} |"
         )
     return "\n".join([*lines, "", _first_token_note(result)]) + "\n"
+
+
+def _setting(name: str) -> str:
+    return name if name == "dense" else f"`{name}`"
+
+
+def _decoding(engines: dict[str, Any]) -> str:
+    """Say how fast the tokens after the first came, where that was timed."""
+    times = [
+        f"{_setting(name)} {engine['decode_ms']:.2f} ms"
+        for name, engine in engines.items()
+        if engine.get("decode_ms")
+    ]
+    return (
+        f"Each token after the first, after the longest prompt: {', '.join(times)}."
+        if times
+        else ""
+    )
 
 
 def _first_token_note(result: dict[str, Any]) -> str:
@@ -103,16 +121,25 @@ def _first_token_note(result: dict[str, Any]) -> str:
     used = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in named)
     layers = {name: engine["attention"] for name, engine in result["engines"].items()}
     attention = "; ".join(dict.fromkeys(layers.values()))
-    as_dense = all(engine["short_prompts_as_dense"] for engine in result["engines"].values())
+    engines = result["engines"].values()
+    as_dense = all(engine["short_prompts_as_dense"] for engine in engines)
     mode = "CUDA graphs" if result["graphs"] else "eager mode"
+    steps = (
+        f"at most {result['chunk']:,} tokens a step" if result.get("chunk") else "whole prompts"
+    )
+    apart = max(
+        engine.get("short_prompts_difference", 0.0) for engine in result["engines"].values()
+    )
     return (
-        f"One NVIDIA H200, {result['dtype']}, {mode}; "
+        f"One NVIDIA H200, {result['dtype']}, {mode}, {steps}; "
         f"{result['repetitions']} prompts after {result['warm_ups']} to warm up.\n"
         f"Versions: {used}.\n"
         f"Commit: {result['commit'][:7]}.\n"
         f"Attention layers: {attention}.\n"
-        f"Short prompts answered as by dense, to the bit: {'yes' if as_dense else 'no'}."
-    )
+        f"Short prompts answered as by dense, to the bit: "
+        f"{'yes' if as_dense else f'no, log-probabilities differ by up to {apart:g}'}.\n"
+        f"{_decoding(result['engines'])}"
+    ).rstrip()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Where a model's heads look in long prompts, and what sampling costs them.
+
+    python -m benchmarks.frontier.heads --samples samples.jsonl.gz --per-task 2 --out heads.json
+
+The model reads each prompt densely. At every layer, queries spread over the prompt's second half
+are looked at, each head's by itself:
+
+- ``far``: the share of their attention that goes to keys out of the window.
+- ``among``: how many far keys share that attention, 1 / sum(p^2) with p the shares: 1 if all of it
+  goes to one key. The mean over queries, weighted by their far attention.
+- ``error``: the length of the difference between dense attention's output and the output with
+  samples, over the length of the dense one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from token_sparse_attention import TokenSparseConfig, bundled, run, token_sparse_attention
+from token_sparse_attention.attention.causal import attend
+from token_sparse_attention.evaluation import generate
+from token_sparse_attention.evaluation.samples import SampleSet
+from token_sparse_attention.info import provenance
+
+_NAME = "observed_heads"
+_QUERIES = 128
+
+
+def far_attention(
+    query: Tensor, key: Tensor, positions: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return each head's far share and the number of far keys that share it.
+
+    Args:
+        query: ``[H, N, D]`` some queries.
+        key: ``[H_kv, S, D]`` all keys.
+        positions: ``[N]`` where the queries stand.
+        window: how many keys, the query's own included, are near.
+        scale: of the logits.
+
+    Returns:
+        Two ``[H]`` tensors, float32.
+    """
+    heads, groups = query.shape[0], query.shape[0] // key.shape[0]
+    place = torch.arange(key.shape[1], device=key.device)
+    hidden = place > positions[:, None]
+    near = place > positions[:, None] - window
+    shares, numbers = [], []
+    for head in range(heads):
+        logits = (query[head] @ key[head // groups].T).float() * scale
+        p = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(near, 0.0)
+        far = p.sum(-1)
+        number = far.square() / p.square().sum(-1).clamp_min(1e-30)
+        shares.append(far.mean())
+        numbers.append((far * number).sum() / far.sum().clamp_min(1e-30))
+    return torch.stack(shares), torch.stack(numbers)
+
+
+def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str, list[float]]]:
+    """Return what the heads of each layer do in one dense prefill.
+
+    Args:
+        model: a causal language model on transformers' attention interface.
+        ids: ``[1, S]`` token ids.
+        config: the settings whose error is measured; its window is the near part.
+    """
+    layers: list[dict[str, list[float]]] = []
+    begin, end = ids.shape[1] // 2, ids.shape[1] - config.window_size - config.dense_queries
+    positions = torch.linspace(begin, end - 1, _QUERIES).long().to(model.device)
+
+    def observed(
+        module: Any,  # noqa: ARG001
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,  # noqa: ARG001
+        scaling: float,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        dense = attend(query, key, value, scale=scaling).out
+        far, among = far_attention(
+            query[0, :, positions], key[0], positions, config.fallback_window, scaling
+        )
+        sampled = token_sparse_attention(query, key, value, config, scale=scaling)
+        exact = dense[0, :, begin:end].float()
+        error = (sampled[0, :, begin:end].float() - exact).norm(dim=-1).mean(-1)
+        size = exact.norm(dim=-1).mean(-1)
+        found = {"far": far, "among": among, "error": error / size}
+        layers.append({name: values.tolist() for name, values in found.items()})
+        return dense.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(_NAME, observed)
+    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        with torch.no_grad():
+            model(ids.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        model.set_attn_implementation(before)
+    return layers
+
+
+def main() -> None:
+    """Observe the samples that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=str(bundled.MODEL))
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--per-task", type=int, default=2, help="samples of each task and length")
+    parser.add_argument("--fallback-samples", type=int, default=2048)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    samples = SampleSet.load(args.samples)
+    model, tokenizer = run.load_model(args.model, device=args.device)
+    config = TokenSparseConfig(
+        select_queries=False,
+        fallback="window",
+        fallback_window=512,
+        fallback_samples=args.fallback_samples,
+        crossover="off",
+    )
+    content: dict[str, Any] = {
+        "kind": "frontier-heads",
+        "provenance": provenance(str(model.device)),
+        "model": "bundled" if args.model == str(bundled.MODEL) else args.model,
+        "seed": samples.seed,
+        "samples_sha256": samples.digest(),
+        "config": config.to_dict(),
+        "rows": [],
+    }
+    taken: Counter[tuple[str, int]] = Counter()
+    for sample in track(samples.samples, console=Console(stderr=True)):
+        kind = (sample.task, sample.length)
+        taken[kind] += 1
+        if taken[kind] > args.per_task:
+            continue
+        ids = generate.encode(model, tokenizer, sample.prompt, sample.max_new_tokens)
+        layers = observe(model, ids, config)
+        facts = {"task": sample.task, "length": sample.length, "index": sample.index}
+        content["rows"].append({**facts, "layers": layers})
+        args.out.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        sharpest = [min(layer["among"]) for layer in layers]
+        worst = [max(layer["error"]) for layer in layers]
+        print(facts, [round(x, 1) for x in sharpest], [round(x, 2) for x in worst], flush=True)
+
+
+if __name__ == "__main__":
+    main()
