@@ -23,12 +23,12 @@ OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # The same for the windowed fallback: a fixed part, and one per token of the window.
 FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
 # And for its far tokens. They may all lie at the start, where every query sees them: twice what
-# evenly spread ones took on an H200 at 128K. On a CPU the measurement was rough: an upper end.
+# evenly spread ones take. On a CPU the measurement was rough: an upper end.
 FAR_TOKENS = {"cuda": (1500.0, 4.2), "cpu": (4000.0, 20.0)}
 
-# And for each of the last queries that attend to every key: by the number of operations, with
-# as many multiprocessors at work as there are heads; not measured.
-DENSE_QUERY_TOKENS = {"cuda": 8.0, "cpu": 2.0}
+# And for each of the last queries that attend to every key: as many multiprocessors are at work
+# as there are heads. On a CPU by the number of operations, not measured.
+DENSE_QUERY_TOKENS = {"cuda": 7.0, "cpu": 2.0}
 
 _Length = TypeVar("_Length", float, Tensor)
 
