@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,19 @@ def test_bad_input_is_named(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=message):
         calibrate("model", *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--samples", "8,1.5"), "argument --samples: must be whole numbers .*, got '8,1.5'"),
+        (("--drop-mass", "few"), "argument --drop-mass: must be numbers .*, got 'few'"),
+    ],
+)
+def test_lists_hold_numbers(capsys, option, message):
+    with pytest.raises(SystemExit):
+        calibrate("--method", "sensitivity", *option)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_texts_are_cut_in_turn_at_equal_distances():
