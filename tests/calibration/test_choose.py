@@ -21,10 +21,11 @@ from token_sparse_attention.calibration.choose import (
     summed_divergence,
     within_budget,
 )
+from token_sparse_attention.calibration.record import LayerSetting
 
 options = st.builds(
     Option,
-    st.floats(0.01, 0.9),
+    st.builds(LayerSetting, st.just("drop_mass"), st.floats(0.01, 0.9)),
     st.one_of(st.just(0.0), st.floats(1e-6, 5)),
     st.one_of(st.just(1.0), st.floats(0.05, 1)),
 )
@@ -85,9 +86,22 @@ def test_targets_are_reached_at_the_first_place_or_named(layers, speedup):
 
 
 def test_options_that_save_nothing_or_cost_more_are_left_out():
-    bad = Option(0.1, 0.5, 0.9)  # dearer than what lies between dense and the next
-    good, cheap = Option(0.2, 0.2, 0.5), Option(0.4, 1.0, 0.4)
-    assert efficient_options([cheap, Option(0.05, 0.0, 1.0), bad, good]) == [DENSE, good, cheap]
+    bad = samples(9, 0.5, 0.9)  # dearer than what lies between dense and the next
+    good, cheap = samples(5, 0.2, 0.5), samples(4, 1.0, 0.4)
+    assert efficient_options([cheap, samples(20, 0.0, 1.0), bad, good]) == [DENSE, good, cheap]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equal_divergences_the_cheapest_is_taken(order):
+    many, few, fewest = samples(64, 0.01, 0.9), samples(16, 0.01, 0.6), samples(0, 0.02, 0.1)
+    harmless = [samples(64, 0.0, 0.9), samples(16, 0.0, 0.6)]
+    path = combinations([[many, few][::order], harmless[::order], [many, few, fewest][::order]])
+    taken = {option for combination in path for option in combination}
+    assert taken == {DENSE, few, harmless[1], fewest}, "0 samples are not dense"
+
+
+def samples(count, divergence, work):
+    return Option(LayerSetting("fallback_samples", count), divergence, work)
 
 
 @given(st.integers(0, 60), st.integers(0, 60))

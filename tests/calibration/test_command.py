@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from integrations.models import CONFIG, LAYERS, make_model
+from integrations.models import CONFIG, KEYS_ONLY, LAYERS, make_ids, make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands
 from token_sparse_attention.calibration.prompts import file_prompts, text_prompts
 from token_sparse_attention.calibration.record import CalibrationResult
 from token_sparse_attention.calibration.show import draw, layer_table, ranges, sentences
+from token_sparse_attention.integrations.transformers import apply
 
 WORDS = [f"word{number}" for number in range(190)]
 
@@ -40,6 +42,7 @@ def folder(tmp_path_factory):
     make_tokenizer().save_pretrained(folder / "model")
     (folder / "a.txt").write_text(" ".join(WORDS[(7 * i) % 190] for i in range(300)))
     (folder / "config.json").write_text(CONFIG.to_json())
+    (folder / "keys.json").write_text(KEYS_ONLY.to_json())
     entries = [
         {"prompt": " ".join(WORDS[:120]), "continuation": "word3 word4 word5"},
         {"prompt": " ".join(WORDS[60:])},
@@ -109,6 +112,35 @@ def test_both_prints_json_with_prompts_of_their_own(folder, tmp_path, capsys):
     assert svg == draw(result, ".svg")
 
 
+def test_numbers_of_samples_are_tried_and_the_profile_runs_with_them(folder, tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    assert calibrate(
+        folder / "model", "--method", "sensitivity", "--text", folder / "a.txt", "--length", 120,
+        "--num-prompts", 1, "--config", folder / "keys.json", "--samples", "6,20,500",
+        "--target-speedup", 2, "--reply-tokens", 2, "--out", out, "--json",
+        "--plot", tmp_path / "plot.svg",
+    ) == 0  # fmt: skip
+    result = CalibrationResult.from_json(capsys.readouterr().out)
+    assert [row.setting.value for row in result.sensitivity] == [6, 20, 500] * LAYERS
+    assert [row.work == 1 for row in result.sensitivity] == [False, False, True] * LAYERS
+    assert result.arguments["samples"] == [6, 20, 500]
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f">fallback_samples {count}<" in drawn for count in (6, 20, 500))
+    told = " ".join(sentences(result))
+    assert "layers 0-2 at fallback_samples 500 (far tokens cover the whole prompt)" in told
+    profile = LayerProfile.from_json(out.read_text())
+    assert profile.layers
+    model = make_model()
+    with apply(model, profile) as report:
+        model(make_ids(150))
+    for record in report:
+        if record.layer in profile.layers:
+            wanted = profile.layers[record.layer]["fallback_samples"] + KEYS_ONLY.fallback_sinks
+            assert record.paths == ["sparse"]
+            assert all(abs(count - wanted) <= 1 for count in record.kept[0])
+    assert result.choices[0].work <= 0.5
+
+
 def test_a_goal_out_of_reach_fails_and_keeps_the_measurements(folder, tmp_path, capsys):
     out = tmp_path / "profile.json"
     assert calibrate(
@@ -144,6 +176,14 @@ def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, c
     [
         ("--method drift --prompts p.jsonl --length 9", "used whole"),
         ("--method sensitivity", "needs one goal"),
+        (
+            "--method sensitivity --divergence-budget 1 --config config.json --samples 8",
+            r"samples must be left out .* select_queries=True, .*; got \(8,\)",
+        ),
+        (
+            "--method sensitivity --divergence-budget 1 --config keys.json --drop-mass 0.1",
+            r"drop_masses must be left out .* select_queries=False, .*; got \(0.1,\)",
+        ),
         ("--method drift --drift-quantile 3", "drift_quantile must be in"),
         ("--method drift --text gone.txt", "--text gone.txt cannot be read"),
         ("--method drift --prompts gone.jsonl", "--prompts gone.jsonl cannot be read"),
@@ -157,6 +197,19 @@ def test_bad_input_is_named(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=message):
         calibrate("model", *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--samples", "8,1.5"), "argument --samples: must be whole numbers .*, got '8,1.5'"),
+        (("--drop-mass", "few"), "argument --drop-mass: must be numbers .*, got 'few'"),
+    ],
+)
+def test_lists_hold_numbers(capsys, option, message):
+    with pytest.raises(SystemExit):
+        calibrate("--method", "sensitivity", *option)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_texts_are_cut_in_turn_at_equal_distances():

@@ -12,6 +12,7 @@ from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
     LayerDrift,
+    LayerSetting,
     PromptLength,
     Sensitivity,
 )
@@ -26,7 +27,10 @@ RESULT = CalibrationResult(
     base=TokenSparseConfig(drop_mass=0.1),
     prompts=(PromptLength(4096, 32), PromptLength(4096, 7)),
     drift=(LayerDrift(0, 1.5, 0.75, 0.01, False), LayerDrift(1, 0.5, 0.25, None, True)),
-    sensitivity=(Sensitivity(0, 0.1, 1e-4, None, 0.8, 0.7, 2, "too short"),),
+    sensitivity=(
+        Sensitivity(0, LayerSetting("drop_mass", 0.1), 1e-4, None, 0.8, 0.7, 2, "too short"),
+        Sensitivity(1, LayerSetting("fallback_samples", 512), 1e-4, None, 0.8, 0.7, 2),
+    ),
     choices=(
         Choice("drift_quantile", 0.5, PROFILE),
         Choice("divergence_budget", 0.01, PROFILE, 0.008, 0.009, 0.001, 0.6, 2),
@@ -39,12 +43,13 @@ def test_results_survive_the_file(tmp_path):
     path.write_text(RESULT.to_json())
     assert CalibrationResult.load(path) == RESULT
     assert RESULT.profile == PROFILE
+    assert [type(row.setting.value) for row in RESULT.load(path).sensitivity] == [float, int]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=2), "must have version 1, got 2"),
+        (lambda c: c.update(version=1), "this file must have version 2, got 1"),
         (lambda c: c.pop("drift"), "must be an object with arguments, base"),
         (lambda c: c.update(extra=1), "must be an object with"),
         (lambda c: c.update(method="guess"), "method must be one of drift"),
@@ -54,7 +59,20 @@ def test_results_survive_the_file(tmp_path):
         (lambda c: c["drift"][0].pop("relative"), r"drift\[0\] has missing .* relative"),
         (lambda c: c["drift"][0].update(at_or_below=1), r"drift\[0\].at_or_below must be bool"),
         (lambda c: c["sensitivity"][0].update(layer=True), r"layer must be int, got True"),
-        (lambda c: c["sensitivity"].append(3), r"sensitivity\[1\] must be dict, got 3"),
+        (lambda c: c["sensitivity"].append(3), r"sensitivity\[2\] must be dict, got 3"),
+        (
+            lambda c: c["sensitivity"][0].update(setting=0.1),
+            r"\[0\].setting must be dict, got 0.1",
+        ),
+        (
+            lambda c: c["sensitivity"][0]["setting"].update(name="pool_size"),
+            r"\[0\].setting.name must be one of drop_mass, fallback_samples; got 'pool_size'",
+        ),
+        (
+            lambda c: c["sensitivity"][1]["setting"].update(value=0.5),
+            r"\[1\].setting.value must be int, got 0.5",
+        ),
+        (lambda c: c["sensitivity"][0]["setting"].pop("name"), r"setting has missing .* name"),
         (lambda c: c["choices"][0].update(goal="x"), r"choices\[0\].goal must be one of"),
         (lambda c: c["choices"][1]["profile"].update(version=9), "profile: profile version"),
     ],

@@ -14,8 +14,16 @@ from token_sparse_attention.calibration import job, sensitivity
 from token_sparse_attention.calibration.choose import UnreachableError
 from token_sparse_attention.calibration.job import CalibrationOptions, calibrate
 from token_sparse_attention.calibration.prompts import Prompt
-from token_sparse_attention.calibration.record import CalibrationResult, Sensitivity
+from token_sparse_attention.calibration.record import (
+    DROP_MASSES,
+    SAMPLES,
+    CalibrationResult,
+    LayerSetting,
+    PromptLength,
+    Sensitivity,
+)
 from token_sparse_attention.calibration.sensitivity import (
+    ALL_KEYS,
     LayerReading,
     Reading,
     choose_profile,
@@ -28,6 +36,14 @@ from token_sparse_attention.calibration.show import layer_table, sentences
 from token_sparse_attention.integrations.transformers import apply
 
 MASSES = (0.1, 0.3)
+
+
+def drops(*masses):
+    return [LayerSetting("drop_mass", mass) for mass in masses]
+
+
+def samples(*counts):
+    return [LayerSetting("fallback_samples", count) for count in counts]
 
 
 def sharp_model(**changes):
@@ -91,7 +107,7 @@ def test_divergence_by_hand_and_with_impossible_tokens():
 def test_a_layer_that_drops_nothing_costs_nothing_and_saves_nothing():
     model = make_model()
     rows = measure_sensitivity(  # "math" rounds unlike the model's own attention
-        model, references(model), CONFIG, (1e-9, 0.3), attention_backend="math"
+        model, references(model), CONFIG, drops(1e-9, 0.3), attention_backend="math"
     )
     for row in rows[::2]:
         assert (row.divergence, row.standard_error, row.work, row.kept_share) == (0, 0, 1, 1)
@@ -108,46 +124,142 @@ EVERY_QUERY = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("goal", [{"divergence_budget": 0.0}, {"target_speedup": 1.2}], ids=str)
-def test_layers_that_select_no_queries_are_measured_once_and_chosen(goal):
+COUNTS = (8, 48)
+BUDGET = {"method": "sensitivity", "divergence_budget": 1.0}
+KEYS = BUDGET | {"base": EVERY_QUERY}
+
+
+def test_layers_that_select_no_queries_are_measured_with_each_number_of_samples():
     model = sharp_model()
-    model.model.layers[1].self_attn.o_proj.weight.zero_()
     options = CalibrationOptions(
-        method="sensitivity", base=EVERY_QUERY, drop_masses=MASSES, max_reply=4, **goal
+        base=EVERY_QUERY, samples=COUNTS, max_reply=4, method="sensitivity", divergence_budget=0.0
     )
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
     result = calibrate(model, [Prompt(make_ids())], options)
-    assert [(row.layer, row.drop_mass) for row in result.sensitivity] == [
-        (0, 0.1),
-        (1, 0.1),
-        (2, 0.1),
-    ]
+    rows = result.sensitivity
+    assert [row.setting for row in rows] == samples(*COUNTS) * LAYERS
+    assert [row.layer for row in rows] == [0, 0, 1, 1, 2, 2]
     length = make_ids().shape[1]
-    for row in result.sensitivity:
+    for row in rows:
         far = row.kept_share * length
-        assert 23 <= far <= 25
+        assert far == pytest.approx(row.setting.value, abs=1)
         assert row.work == pytest.approx(attended_share(round(far), length, EVERY_QUERY), rel=0.05)
         assert (row.divergence == 0) == (row.layer == 1)
+    assert all(few.work < many.work < 1 for few, many in zip(rows[::2], rows[1::2]))
     (choice,) = result.choices
-    assert choice.profile == LayerProfile(EVERY_QUERY, {1: {}})
+    assert choice.profile == LayerProfile(EVERY_QUERY, {1: {"fallback_samples": 8}})
     assert choice.divergence == 0
-    assert choice.work == pytest.approx((2 + result.sensitivity[1].work) / 3)
+    assert choice.work == pytest.approx((2 + rows[2].work) / 3)
     saved = CalibrationResult.from_json(result.to_json())
     assert saved == result
     told = " ".join(sentences(saved))
     assert "drop_mass has no effect" in told
-    assert "at each drop_mass" not in told
+    assert "one layer sparse at a time at each fallback_samples" in told
     columns = [column.header for column in layer_table(saved).columns]
-    assert columns == ["layer", "KL, beside\nthe window", "by KL"]
-    assert list(layer_table(saved).columns[2].cells) == ["dense", "sparse", "dense"]
+    assert columns == ["layer", "KL, share\nat 8 samples", "KL, share\nat 48 samples", "by KL"]
+    assert list(layer_table(saved).columns[3].cells) == ["dense", "8", "dense"]
 
 
-def test_short_prompts_run_dense_where_no_queries_are_selected():
-    model = make_model()
-    (row, *_) = measure_sensitivity(
-        model, [dense_reference(model, Prompt(make_ids(40)))], EVERY_QUERY, MASSES
+def test_the_default_settings_are_those_of_the_base():
+    assert [*CalibrationOptions(**BUDGET).settings] == drops(*DROP_MASSES)
+    assert [*CalibrationOptions(**KEYS).settings] == samples(*SAMPLES)
+
+
+def test_each_layer_takes_its_own_number_of_samples_and_runs_with_it():
+    costs = [{8: 9.0, 48: 5.0}, {8: 0.001, 48: 0.001}, {8: 2.0, 48: 0.01}]
+    rows = [
+        Sensitivity(layer, setting, costs[layer][setting.value], None, 0.1, work, 1)
+        for layer in range(LAYERS)
+        for setting, work in zip(samples(*COUNTS), (0.2, 0.5))
+    ]
+    model = sharp_model()
+    refs = references(model, 1, max_reply=2)
+    choice = choose_profile(
+        rows, EVERY_QUERY, "divergence_budget", 1e9, lambda profile: measure(model, refs, profile)
     )
-    assert (row.divergence, row.work, row.kept_share, row.sparse_prompts) == (0, 1, 1, 0)
-    assert row.note.startswith("context not longer")
+    assert dict(choice.profile.layers) == {i: {"fallback_samples": 8} for i in range(LAYERS)}
+    small = choose_profile(
+        rows, EVERY_QUERY, "divergence_budget", 0.02, lambda _: Reading((0.02,), ({},))
+    )
+    profile = LayerProfile.from_json(small.profile.to_json())
+    assert dict(profile.layers) == {1: {"fallback_samples": 8}, 2: {"fallback_samples": 48}}
+    with apply(model, profile) as report:
+        model(make_ids())
+    kept = {record.layer: record.kept[0] for record in report if record.paths == ["sparse"]}
+    assert set(kept) == {1, 2}
+    assert all(abs(count - 8) <= 1 for count in kept[1])
+    assert all(abs(count - 48) <= 1 for count in kept[2])
+    with pytest.raises(UnreachableError, match=r"5.1 is out of reach.*0.200 of dense"):
+        choose_profile(rows, EVERY_QUERY, "target_speedup", 5.1, lambda _: 1 / 0)
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+def test_samples_that_cover_the_prompt_are_dense_and_are_not_measured_again(monkeypatch, budget):
+    model, calls = sharp_model(), []
+    real = sensitivity.measure
+
+    def counted(model, refs, profile, **code):
+        calls.append(profile.layers)
+        return real(model, refs, profile, **code)
+
+    monkeypatch.setattr(sensitivity, "measure", counted)
+    base = dataclasses.replace(EVERY_QUERY, budget=budget, fallback_sinks=3, fallback_landmarks=5)
+    counts = (1000, 8, 2000, 3000)  # a head has a quarter of the mean at least
+    refs = references(model, 2, max_reply=2)
+    rows = measure_sensitivity(model, refs, base, samples(*counts))
+    assert [own for call in calls for own in call.values()] == [
+        {"fallback_samples": count} for count in (1000, 8, 2000)
+    ] * LAYERS
+    for row in rows:
+        covers = row.setting.value > 200
+        assert row.note == (ALL_KEYS if covers else "")
+        assert row.sparse_prompts == (0 if covers else 2)
+        assert (row.divergence == 0) == (row.work == 1) == (row.kept_share == 1) == covers
+    logits = model(make_ids()).logits
+    with apply(model, LayerProfile(base, {0: {"fallback_samples": 1000}})):
+        assert torch.allclose(model(make_ids()).logits, logits, atol=1e-4), "dense in all but name"
+
+
+def test_samples_that_cover_one_prompt_of_two_count_for_the_other():
+    model = sharp_model()
+    refs = [dense_reference(model, Prompt(make_ids(n)), 2) for n in (120, 200)]
+    rows = measure_sensitivity(model, refs, EVERY_QUERY, samples(150))
+    long = measure_sensitivity(model, refs[1:], EVERY_QUERY, samples(150))
+    for row, alone in zip(rows, long):
+        assert (row.sparse_prompts, row.note) == (1, ALL_KEYS)
+        assert row.divergence == pytest.approx(alone.divergence / 2)
+        assert alone.divergence > 0
+
+
+def test_short_prompts_run_dense_where_no_queries_are_selected_and_are_measured_once(monkeypatch):
+    model, calls = make_model(), []
+    real = sensitivity.measure
+    monkeypatch.setattr(
+        sensitivity, "measure", lambda *args, **code: calls.append(1) or real(*args, **code)
+    )
+    reference = dense_reference(model, Prompt(make_ids(40)))
+    rows = measure_sensitivity(model, [reference], EVERY_QUERY, samples(48, 8, 64))
+    assert len(calls) == LAYERS
+    for row in rows:
+        assert (row.divergence, row.work, row.kept_share, row.sparse_prompts) == (0, 1, 1, 0)
+        assert row.note.startswith("context not longer")
+
+
+def test_why_layers_ran_dense_is_told_with_the_settings():
+    def row(layer, count, note):
+        return Sensitivity(layer, *samples(count), 0.0, None, 1.0, 1.0, 0, note)
+
+    options = CalibrationOptions(**KEYS, samples=(8, 48))
+    result = CalibrationResult(
+        "sensitivity", "m", "float32", {}, {}, options.base, (PromptLength(40, 0),),
+        sensitivity=(
+            row(0, 8, "short"), row(0, 48, "short"), row(1, 8, ""), row(1, 48, ALL_KEYS),
+            row(2, 8, ""), row(2, 48, ALL_KEYS),
+        ),
+    )  # fmt: skip
+    told = " ".join(sentences(result))
+    assert "layers 0 (short)." in told
+    assert f"layers 1-2 at fallback_samples 48 ({ALL_KEYS})." in told
 
 
 def test_a_layer_without_influence_is_chosen_first():
@@ -188,16 +300,16 @@ def test_a_layer_that_can_never_run_sparse_is_measured_once(monkeypatch):
         return real(model, refs, profile, **code)
 
     monkeypatch.setattr(sensitivity, "measure", counted)
-    rows = measure_sensitivity(model, references(model, max_reply=2), CONFIG, MASSES)
+    rows = measure_sensitivity(model, references(model, max_reply=2), CONFIG, drops(*MASSES))
     assert calls == [(0,), (1,), (1,), (2,), (2,)]
-    assert [row.drop_mass for row in rows] == [*MASSES] * LAYERS
+    assert [row.setting for row in rows] == drops(*MASSES) * LAYERS
     assert {row.note for row in rows[:2]} == {"layer attends within a sliding window"}
     assert {row.work for row in rows[:2]} == {1.0}
 
 
 def test_more_dropped_is_less_work_in_every_layer():
     model = sharp_model()
-    rows = measure_sensitivity(model, references(model), CONFIG, MASSES)
+    rows = measure_sensitivity(model, references(model), CONFIG, drops(*MASSES))
     for less, more in zip(rows[::2], rows[1::2]):
         assert more.work < less.work
         assert len({less.layer, more.layer}) == 1
@@ -238,7 +350,8 @@ def test_a_model_in_training_or_with_broken_logits_is_refused():
 
 
 def rows_of(*divergences, work=0.25):
-    return [Sensitivity(i, 0.2, d, None, 0.5, work, 1) for i, d in enumerate(divergences)]
+    (setting,) = drops(0.2)
+    return [Sensitivity(i, setting, d, None, 0.5, work, 1) for i, d in enumerate(divergences)]
 
 
 def joint(excess=1.0, work=0.25):
@@ -338,6 +451,12 @@ def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
         ({"method": "both", "target_speedup": 2.0, "drop_masses": ()}, "drop_masses must hold"),
         ({"method": "both", "target_speedup": 2.0, "drop_masses": (0.1, 0.1)}, "not repeat"),
         ({"max_reply": -1}, "max_reply must be at least 0"),
+        (BUDGET | {"samples": (8,)}, r"samples must be left out.*_queries=True.*got \(8,\)"),
+        (KEYS | {"drop_masses": (0.1,)}, r"drop_masses must be left out.*=False.*got \(0.1,\)"),
+        (KEYS | {"samples": ()}, r"samples must hold whole numbers from 0, got \(\)"),
+        (KEYS | {"samples": (8.5,)}, r"samples must hold whole numbers from 0, got \(8.5,\)"),
+        (KEYS | {"samples": (-1,)}, "samples must hold whole numbers from 0"),
+        (KEYS | {"samples": (8, 8)}, r"samples must not repeat a number, got \(8, 8\)"),
     ],
 )
 def test_options_name_what_is_wrong(changes, message):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from token_sparse_attention.calibration.record import LayerSetting
+
 
 class UnreachableError(ValueError):
     """No combination of the measured settings does what was asked for."""
@@ -22,17 +24,17 @@ class Option:
     """One layer under one setting.
 
     Attributes:
-        drop_mass: the setting; 0 is dense.
+        setting: what it changes of the base settings; None for a dense layer.
         divergence: KL of the next-token logits with this layer alone sparse, in nats.
         work: what it leaves of attention's operations, mean over heads and prompts; 1 is dense.
     """
 
-    drop_mass: float
+    setting: LayerSetting | None
     divergence: float
     work: float
 
 
-DENSE = Option(0.0, 0.0, 1.0)
+DENSE = Option(None, 0.0, 1.0)
 Combination = tuple[Option, ...]  # one option per layer, in order
 
 
@@ -43,7 +45,8 @@ def efficient_options(options: Iterable[Option]) -> list[Option]:
     save no work are never among them.
 
     Example:
-        >>> slow, fast = Option(0.1, 0.02, 0.8), Option(0.2, 0.02, 0.5)
+        >>> slow = Option(LayerSetting("drop_mass", 0.1), 0.02, 0.8)
+        >>> fast = Option(LayerSetting("drop_mass", 0.2), 0.02, 0.5)
         >>> efficient_options([slow, fast]) == [DENSE, fast]
         True
     """

@@ -14,7 +14,12 @@ from rich.console import Console
 from token_sparse_attention import arguments, bundled
 from token_sparse_attention.benchmark.command import MakeCommand, positive
 from token_sparse_attention.benchmark.record import UsageError
-from token_sparse_attention.calibration.record import METHODS, CalibrationResult
+from token_sparse_attention.calibration.record import (
+    DROP_MASSES,
+    METHODS,
+    SAMPLES,
+    CalibrationResult,
+)
 from token_sparse_attention.calibration.show import (
     check_plot,
     draw,
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
     from token_sparse_attention.calibration.prompts import Prompt
 
 DEFAULT_LENGTH, DEFAULT_PROMPTS = 4096, 4
-DROP_MASSES = (0.05, 0.1, 0.2, 0.4)
 
 
 def add_commands(commands: Any, make: MakeCommand) -> None:
@@ -38,7 +42,9 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "measure which layers of a model tolerate sparsity, and write a profile of them",
         "tsa calibrate --method drift --out profile.json\n"
         "  tsa calibrate meta-llama/Llama-3.1-8B-Instruct --method sensitivity \\\n"
-        "    --prompts prompts.jsonl --divergence-budget 0.05 --out profile.json --plot plot.svg",
+        "    --prompts prompts.jsonl --divergence-budget 0.05 --out profile.json --plot plot.svg\n"
+        "  tsa calibrate --method sensitivity --config keys-only.json --samples 256,1024 \\\n"
+        "    --target-speedup 2 --out profile.json",
     )
     arguments.add_model_argument(command)
     command.add_argument("--method", choices=METHODS, required=True)
@@ -108,13 +114,19 @@ def _add_choice_arguments(command: argparse.ArgumentParser) -> None:
         metavar="Q",
         help="layers at or below this quantile of the drift become sparse (default: 0.5)",
     )
-    shown = ",".join(map(str, DROP_MASSES))
     command.add_argument(
         "--drop-mass",
         type=_numbers,
-        default=DROP_MASSES,
         metavar="LIST",
-        help=f"settings that sensitivity tries in each layer (default: {shown})",
+        help="sensitivity: values of drop_mass to try in each layer, where the settings select "
+        f"queries (default: {','.join(map(str, DROP_MASSES))})",
+    )
+    command.add_argument(
+        "--samples",
+        type=_whole_numbers,
+        metavar="LIST",
+        help="sensitivity: values of fallback_samples to try in each layer, where the settings "
+        f"have select_queries=false (default: {','.join(map(str, SAMPLES))})",
     )
     goal = command.add_mutually_exclusive_group()
     goal.add_argument(
@@ -132,7 +144,19 @@ def _add_choice_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part.strip())
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers like 0.05,0.1, got {text!r}") from None
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers like 1024,4096, got {text!r}"
+        ) from None
 
 
 def _not_negative(text: str) -> int:
@@ -168,6 +192,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             base=base,
             drift_quantile=args.drift_quantile,
             drop_masses=args.drop_mass,
+            samples=args.samples,
             divergence_budget=args.divergence_budget,
             target_speedup=args.target_speedup,
             max_reply=args.reply_tokens,

@@ -14,10 +14,13 @@ from token_sparse_attention.calibration import sensitivity as sensitivities
 from token_sparse_attention.calibration.choose import UnreachableError
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import (
+    DROP_MASSES,
     METHODS,
+    SAMPLES,
     CalibrationResult,
     Choice,
     LayerDrift,
+    LayerSetting,
     PromptLength,
     Sensitivity,
 )
@@ -36,8 +39,10 @@ class CalibrationOptions:
             choice is measured beside it.
         base: the settings that every layer starts from; its ``sparse_layers`` must be None.
         drift_quantile: layers at or below this quantile of the drift become sparse.
-        drop_masses: the settings that sensitivity tries; where `base` selects no queries they
-            have no effect, and there is one setting.
+        drop_masses: what sensitivity tries in each layer where `base` selects queries; None
+            for 0.05, 0.1, 0.2 and 0.4.
+        samples: the numbers of ``fallback_samples`` that it tries where `base` selects none;
+            None for 1024, 4096 and 16384.
         divergence_budget: nats that the chosen layers may cost together; or
         target_speedup: how many times less attention work they should leave.
         max_reply: tokens of the model's own reply along which divergence is measured, where a
@@ -47,13 +52,15 @@ class CalibrationOptions:
             its own divergence to that of token sparsity.
 
     Raises:
-        ValueError: if a field is out of range, or sensitivity has not exactly one goal.
+        ValueError: if a field is out of range or does not go with `base`, or sensitivity has
+            not exactly one goal.
     """
 
     method: str = "drift"
     base: TokenSparseConfig = field(default_factory=TokenSparseConfig.published)
     drift_quantile: float = 0.5
-    drop_masses: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    drop_masses: tuple[float, ...] | None = None
+    samples: tuple[int, ...] | None = None
     divergence_budget: float | None = None
     target_speedup: float | None = None
     max_reply: int = 32
@@ -90,12 +97,39 @@ class CalibrationOptions:
             raise ValueError(f"divergence_budget must be at least 0, got {budget}")
         if speedup is not None and not (math.isfinite(speedup) and speedup >= 1):
             raise ValueError(f"target_speedup must be at least 1, got {speedup}")
-        if not self.drop_masses or not all(0 < mass < 1 for mass in self.drop_masses):
-            raise ValueError(
-                f"drop_masses must hold numbers between 0 and 1, got {self.drop_masses}"
-            )
-        if len(set(self.drop_masses)) != len(self.drop_masses):
-            raise ValueError(f"drop_masses must not repeat a number, got {self.drop_masses}")
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        masses, samples = self.drop_masses, self.samples
+        if masses is not None:
+            if not self.base.select_queries:
+                raise ValueError(
+                    "drop_masses must be left out where the base settings have "
+                    f"select_queries=False, which take samples; got {masses}"
+                )
+            if not masses or not all(0 < mass < 1 for mass in masses):
+                raise ValueError(f"drop_masses must hold numbers between 0 and 1, got {masses}")
+            if len(set(masses)) != len(masses):
+                raise ValueError(f"drop_masses must not repeat a number, got {masses}")
+        if samples is not None:
+            if self.base.select_queries:
+                raise ValueError(
+                    "samples must be left out where the base settings have "
+                    f"select_queries=True, which take drop_masses; got {samples}"
+                )
+            if not samples or not all(type(n) is int and n >= 0 for n in samples):
+                raise ValueError(f"samples must hold whole numbers from 0, got {samples}")
+            if len(set(samples)) != len(samples):
+                raise ValueError(f"samples must not repeat a number, got {samples}")
+
+    @property
+    def settings(self) -> tuple[LayerSetting, ...]:
+        """What sensitivity tries in each layer."""
+        if self.base.select_queries:
+            masses = DROP_MASSES if self.drop_masses is None else self.drop_masses
+            return tuple(LayerSetting("drop_mass", mass) for mass in masses)
+        samples = SAMPLES if self.samples is None else self.samples
+        return tuple(LayerSetting("fallback_samples", count) for count in samples)
 
     @property
     def goal(self) -> tuple[str, float]:
@@ -203,7 +237,7 @@ def _by_sensitivity(
         return sensitivities.measure(model, references, profile, **code)
 
     rows = sensitivities.measure_sensitivity(
-        model, references, options.base, options.drop_masses, on_progress=on_progress, **code
+        model, references, options.base, options.settings, on_progress=on_progress, **code
     )
     measured = []
     for choice in choices:

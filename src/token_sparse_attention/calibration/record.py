@@ -12,9 +12,12 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from token_sparse_attention.benchmark.record import UsageError, check_choice, check_type
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METHODS = ("drift", "sensitivity", "both")
 GOALS = ("drift_quantile", "divergence_budget", "target_speedup")
+DROP_MASSES = (0.05, 0.1, 0.2, 0.4)  # tried by default where queries are selected
+SAMPLES = (1024, 4096, 16384)  # and where they are not
+SETTINGS = ("drop_mass", "fallback_samples")
 Row = TypeVar("Row")
 
 
@@ -52,12 +55,33 @@ class LayerDrift:
 
 
 @dataclass(frozen=True)
+class LayerSetting:
+    """What one layer changes of the base settings.
+
+    Attributes:
+        name: the field of `TokenSparseConfig`: ``"drop_mass"``, or ``"fallback_samples"`` where
+            the base settings select no queries.
+        value: of that field; a whole number for samples.
+
+    Example:
+        >>> str(LayerSetting("fallback_samples", 1024))
+        'fallback_samples 1024'
+    """
+
+    name: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value}"
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """What one layer does to the model when it alone is sparse.
 
     Attributes:
         layer: layer number.
-        drop_mass: the setting; has no effect where the base settings select no queries.
+        setting: what it changed of the base settings.
         divergence: KL(dense || sparse) of the next-token logits in nats, averaged over the
             positions of each prompt and over prompts; 0 for prompts where the layer ran dense.
         standard_error: of `divergence` over prompts; None with one prompt.
@@ -70,7 +94,7 @@ class Sensitivity:
     """
 
     layer: int
-    drop_mass: float
+    setting: LayerSetting
     divergence: float
     standard_error: float | None
     kept_share: float
@@ -236,8 +260,14 @@ def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
             values["profile"] = LayerProfile.from_json(json.dumps(values["profile"]))
         except (ValueError, TypeError) as error:
             raise UsageError(f"{where}.profile: {error}") from error
+    if "setting" in values:
+        values["setting"] = _read_row(LayerSetting, values["setting"], f"{where}.setting")
     for name, value in values.items():
         check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
     if "goal" in values:
         check_choice(values["goal"], GOALS, f"{where}.goal")
+    if kind is LayerSetting:
+        check_choice(values["name"], SETTINGS, f"{where}.name")
+        if values["name"] == "fallback_samples":
+            check_type(values["value"], (int,), f"{where}.value")
     return kind(**values)

@@ -29,10 +29,12 @@ from token_sparse_attention.calibration.choose import (
 )
 from token_sparse_attention.calibration.drift import check_eval, standard_error
 from token_sparse_attention.calibration.prompts import Prompt
-from token_sparse_attention.calibration.record import Choice, Sensitivity
+from token_sparse_attention.calibration.record import Choice, LayerSetting, Sensitivity
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 from token_sparse_attention.integrations.record import LayerRecord
 from token_sparse_attention.integrations.transformers import apply
+
+ALL_KEYS = "far tokens cover the whole prompt"
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class LayerReading:
         kept_share: share of the tokens that the heads kept.
         work: mean over heads of ``(S' / S)^2``; of `attended_share` where queries are not
             selected.
-        sparse: whether the layer ran sparse.
-        undecided: whether the layer ran dense before scores were asked, whatever `drop_mass`.
-        why_dense: empty if it ran sparse.
+        sparse: whether the layer ran sparse; not where every query sees every key all the same.
+        undecided: whether the layer ran dense whatever the setting: before scores were asked
+            or, where queries are not selected, because of the prompt.
+        why_dense: empty if it ran sparse, `ALL_KEYS` if its far tokens are all tokens.
     """
 
     kept_share: float
@@ -223,12 +226,14 @@ def _read_layer(record: LayerRecord) -> LayerReading:
         return LayerReading(1.0, 1.0, sparse, True, why)
     if selection.config.select_queries:
         shares = selection.lengths.double() / selection.kv_lens[:, None]
-        work = float(shares.square().mean())
-    else:
-        config, counts = selection.config if sparse else None, selection.lengths.flatten().tolist()
-        works = [attended_share(n, record.kv_len, config) for n in counts]
-        work = math.fsum(works) / len(works)
-    return LayerReading(record.kept_share, work, sparse, False, why)
+        return LayerReading(record.kept_share, float(shares.square().mean()), sparse, False, why)
+    if not sparse:
+        return LayerReading(1.0, 1.0, False, True, why)
+    counts = selection.lengths.flatten().tolist()
+    if min(counts) >= record.kv_len:
+        return LayerReading(1.0, 1.0, False, False, ALL_KEYS)
+    works = [attended_share(n, record.kv_len, selection.config) for n in counts]
+    return LayerReading(record.kept_share, math.fsum(works) / len(works), True, False, why)
 
 
 def without_crossover(
@@ -248,7 +253,7 @@ def measure_sensitivity(
     model: Any,
     references: Sequence[Reference],
     base: TokenSparseConfig,
-    drop_masses: Sequence[float],
+    settings: Sequence[LayerSetting],
     *,
     impl: str = "auto",
     attention_backend: str = "auto",
@@ -259,9 +264,9 @@ def measure_sensitivity(
     Args:
         model: a transformers causal language model in eval mode.
         references: from `dense_reference`.
-        base: the settings, apart from ``drop_mass``.
-        drop_masses: the settings to try; only the first where `base` selects no queries,
-            because they have no effect then.
+        base: what every layer starts from.
+        settings: what to try: ``drop_mass``, or ``fallback_samples`` where `base` selects no
+            queries, because the former has no effect then.
         impl: see `token_sparse_attention`.
         attention_backend: see `token_sparse_attention`.
         on_progress: told what is being done.
@@ -270,27 +275,32 @@ def measure_sensitivity(
         One entry per layer and setting, in that order.
     """
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if not base.select_queries:
-        drop_masses = drop_masses[:1]
     rows = []
     for layer in range(num_layers):
-        reading = None
-        for drop_mass in drop_masses:
-            on_progress(f"sensitivity, layer {layer} of {num_layers - 1}, drop_mass {drop_mass:g}")
-            if reading is None or not all(r.undecided for r in reading.of_layer(layer)):
-                profile = LayerProfile(base, {layer: {"drop_mass": drop_mass}})
+        last: tuple[LayerSetting, Reading] | None = None
+        for setting in settings:
+            on_progress(f"sensitivity, layer {layer} of {num_layers - 1}, {setting}")
+            if last is None or not _known(last[1].of_layer(layer), last[0], setting):
+                profile = LayerProfile(base, {layer: {setting.name: setting.value}})
                 reading = measure(
                     model, references, profile, impl=impl, attention_backend=attention_backend
                 )
-            rows.append(_summary(layer, drop_mass, reading))
+                last = setting, reading
+            rows.append(_summary(layer, setting, last[1]))
     return rows
 
 
-def _summary(layer: int, drop_mass: float, reading: Reading) -> Sensitivity:
+def _known(own: Sequence[LayerReading], read_at: LayerSetting, setting: LayerSetting) -> bool:
+    """Whether a layer's readings at one setting tell what it does at another."""
+    more = setting.value >= read_at.value  # samples that cover a prompt: so do more
+    return all(r.undecided or (r.why_dense == ALL_KEYS and more) for r in own)
+
+
+def _summary(layer: int, setting: LayerSetting, reading: Reading) -> Sensitivity:
     own = reading.of_layer(layer)
     return Sensitivity(
         layer=layer,
-        drop_mass=drop_mass,
+        setting=setting,
         divergence=reading.divergence,
         standard_error=reading.standard_error,
         kept_share=math.fsum(r.kept_share for r in own) / len(own),
@@ -323,7 +333,7 @@ def choose_profile(
     """
     by_layer: dict[int, list[Option]] = {}
     for row in rows:
-        option = Option(row.drop_mass, row.divergence, row.work)
+        option = Option(row.setting, row.divergence, row.work)
         by_layer.setdefault(row.layer, []).append(option)
     path = combinations([by_layer[layer] for layer in sorted(by_layer)])
     readings: dict[int, Reading] = {}
@@ -363,8 +373,8 @@ def choose_profile(
 
 def _profile(combination: Combination, base: TokenSparseConfig) -> LayerProfile:
     layers = {
-        layer: {"drop_mass": option.drop_mass} if base.select_queries else {}
+        layer: {option.setting.name: option.setting.value}
         for layer, option in enumerate(combination)
-        if option.drop_mass
+        if option.setting is not None
     }
     return LayerProfile(base, layers)

@@ -15,6 +15,7 @@ from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
     LayerDrift,
+    LayerSetting,
     Sensitivity,
 )
 
@@ -28,16 +29,16 @@ _SIZE = (6.4, 3.4)
 
 def layer_table(result: CalibrationResult) -> Table:
     """Return one row per layer: its drift, its sensitivity, and its setting in each choice."""
-    masses = list(dict.fromkeys(row.drop_mass for row in result.sensitivity))
+    settings = list(dict.fromkeys(row.setting for row in result.sensitivity))
     table = Table("layer")
     if result.drift:
         table.add_column("drift")
-    for mass in masses:
-        selects = result.base.select_queries
-        table.add_column(f"KL, kept\nat {mass:g}" if selects else "KL, beside\nthe window")
+    for setting in settings:
+        selects, value = result.base.select_queries, setting.value
+        table.add_column(f"KL, kept\nat {value}" if selects else f"KL, share\nat {value} samples")
     for choice in result.choices:
         table.add_column("by drift" if choice.goal == "drift_quantile" else "by KL")
-    for layer in range(len(result.drift) or len(result.sensitivity) // max(len(masses), 1)):
+    for layer in range(len(result.drift) or len(result.sensitivity) // max(len(settings), 1)):
         cells = [str(layer)]
         if result.drift:
             cells.append(f"{result.drift[layer].drift:.3g}")
@@ -61,9 +62,9 @@ def _setting(choice: Choice, layer: int) -> str:
     changes = choice.profile.layers.get(layer)
     if changes is None:
         return "dense"
-    if not choice.profile.base.select_queries:
-        return "sparse"
-    return f"{changes.get('drop_mass', choice.profile.base.drop_mass):g}"
+    base = choice.profile.base
+    name = "drop_mass" if base.select_queries else "fallback_samples"
+    return str(changes.get(name, getattr(base, name)))
 
 
 def sentences(result: CalibrationResult) -> list[str]:
@@ -74,10 +75,10 @@ def sentences(result: CalibrationResult) -> list[str]:
     told = [f"Measured on {count} prompt{'s' if count > 1 else ''} of {span} tokens."]
     if result.sensitivity:
         positions = sum(prompt.continuation_tokens + 1 for prompt in result.prompts)
-        settings = " at each drop_mass" if result.base.select_queries else ""
+        name = result.sensitivity[0].setting.name
         told.append(
             f"KL: of the sparse model's next-token predictions from the dense ones, in nats, over "
-            f"{positions} positions, one layer sparse at a time{settings}; ± is the standard "
+            f"{positions} positions, one layer sparse at a time at each {name}; ± is the standard "
             "error over prompts."
         )
         if not result.base.select_queries:
@@ -85,19 +86,35 @@ def sentences(result: CalibrationResult) -> list[str]:
                 "No queries are selected: drop_mass has no effect, and shares are of the tokens "
                 "that every query sees besides its window."
             )
-    notes: dict[str, set[int]] = {}
-    for row in result.sensitivity:
-        if row.note:
-            notes.setdefault(row.note, set()).add(row.layer)
-    for note, layers in notes.items():
-        told.append(
-            f"Ran dense on some or all prompts, counted as divergence 0 and work 1: "
-            f"layers {ranges(sorted(layers))} ({note})."
-        )
+    told += _notes(result.sensitivity)
     num_layers = len(result.drift) or len({row.layer for row in result.sensitivity})
     told += [_sentence(choice, result.drift, num_layers) for choice in result.choices]
     if result.failure:
         told.append(f"No profile: {result.failure}.")
+    return told
+
+
+def _notes(rows: Sequence[Sensitivity]) -> list[str]:
+    """Why which layers ran dense, and at which settings if not at all."""
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    met: dict[tuple[str, int], list[LayerSetting]] = {}
+    for row in rows:
+        if row.note:
+            met.setdefault((row.note, row.layer), []).append(row.setting)
+    groups: dict[tuple[str, tuple[LayerSetting, ...]], list[int]] = {}
+    for (note, layer), own in met.items():
+        groups.setdefault((note, tuple(own)), []).append(layer)
+    told = []
+    for (note, own_settings), layers in groups.items():
+        at = (
+            ""
+            if len(own_settings) == len(settings)
+            else f" at {', '.join(map(str, own_settings))}"
+        )
+        told.append(
+            "Ran dense on some or all prompts, counted as divergence 0 and work 1: "
+            f"layers {ranges(layers)}{at} ({note})."
+        )
     return told
 
 
@@ -171,7 +188,7 @@ def draw(result: CalibrationResult, suffix: str) -> bytes:
         if result.drift:
             _draw_drift(axes[0], result)
         if result.sensitivity:
-            _draw_sensitivity(axes[-1], result.sensitivity, result.base.select_queries)
+            _draw_sensitivity(axes[-1], result.sensitivity)
         buffer = io.BytesIO()
         form = suffix.removeprefix(".")
         about = {"Date": None, "Creator": None} if form == "svg" else {}
@@ -202,10 +219,10 @@ def _draw_drift(axes: Axes, result: CalibrationResult) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity], selects: bool) -> None:
+def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity]) -> None:
     ran = [row for row in rows if row.sparse_prompts]
-    for mass in dict.fromkeys(row.drop_mass for row in rows):
-        own = [row for row in ran if row.drop_mass == mass]
+    for setting in dict.fromkeys(row.setting for row in rows):
+        own = [row for row in ran if row.setting == setting]
         axes.errorbar(
             [row.layer for row in own],
             [row.divergence for row in own],
@@ -213,7 +230,7 @@ def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity], selects: bool) ->
             fmt="o-",
             markersize=3,
             linewidth=1,
-            label=f"drop_mass {mass:g}" if selects else "no queries selected",
+            label=str(setting),
         )
     positive = [row.divergence for row in ran if row.divergence > 0]
     if positive:  # zero has a place on this scale, unlike on a logarithmic one
