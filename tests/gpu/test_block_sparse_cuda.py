@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from support import relative_error
 from token_sparse_attention.attention.backends import fa4_installed
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import block_sparse_attention
+from token_sparse_attention.attention.columns import attend_columns
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
@@ -89,6 +92,24 @@ def test_an_executor_is_as_close_as_eager(
     budget = 2 * relative_error(eager(*inputs, mask), exact) + 1e-5
     assert relative_error(out, exact) <= budget
     assert (lse - exact_lse).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_columns_of_any_head_size_are_attended_to(head_dim, dtype):
+    query, key, value = (x.to(dtype) for x in make_inputs(1, 8, 2, 700, 1500, head_dim))
+    grid = BlockGrid(700, 1500)
+    columns = torch.rand(1, 8, 1500, device=DEVICE).topk(200).indices
+    covered = torch.rand(1, 8, grid.query_blocks, grid.kv_blocks, device=DEVICE) < 0.5
+    call = partial(attend_columns, columns=columns, covered=covered, grid=grid)
+    exact = call(query.double(), key.double(), value.double(), scale=0.1, backend="reference")
+    eager = call(query, key, value, scale=0.1, backend="reference")
+    ours = call(query, key, value, scale=0.1, backend="flex")
+    budget = 2 * relative_error(eager.out, exact.out) + 1e-3
+    assert relative_error(ours.out, exact.out) <= budget
+    sees = exact.lse > -torch.inf
+    assert torch.equal(ours.lse > -torch.inf, sees)
+    assert (ours.lse - exact.lse)[sees].abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

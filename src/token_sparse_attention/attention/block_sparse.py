@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -264,6 +264,7 @@ def flex_attention(
     block_size: tuple[int, int],
     scale: float,
     want_lse: bool,
+    tiles: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """FlexAttention on lists of blocks made by hand, compiled.
 
@@ -278,6 +279,7 @@ def flex_attention(
         block_size: queries and keys per block.
         scale: factor of the logits.
         want_lse: whether the log-sum-exp is wanted, which the CPU does not give.
+        tiles: FlexAttention's kernel options on CUDA, where its own choice does not do.
     """
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     kv_blocks = -(-key.shape[2] // block_size[1])
@@ -301,7 +303,9 @@ def flex_attention(
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
             # Its kernel for few queries wants the heads of a group to share their blocks.
-            kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if query.is_cuda else None,
+            kernel_options=(
+                {"FORCE_USE_FLEX_ATTENTION": True, **(tiles or {})} if query.is_cuda else None
+            ),
             return_aux=flex.AuxRequest(lse=True) if want_lse else None,
         )
     return (result[0], result[1].lse) if want_lse else (result, None)

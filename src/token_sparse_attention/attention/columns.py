@@ -16,6 +16,9 @@ from token_sparse_attention.attention.dense import Attended
 _REFERENCE_ROWS = 256  # queries the reference attends at once, which bounds its memory
 _GROUP_NUMBERS = 2**27  # of one output of some KV heads: 256 MiB in bfloat16
 _MERGED_NUMBERS = 2**24  # of two outputs merged at once: 64 MiB in float32
+# For small heads FlexAttention chooses tiles so large that, with where each column is seen from,
+# they exceed a multiprocessor's shared memory.
+_SMALL_TILES = {"BLOCK_N": 64, "num_stages": 2}
 
 
 def add_columns(
@@ -130,6 +133,7 @@ def attend_columns(
         packed.block_size,
         scale,
         True,
+        _SMALL_TILES if query.shape[-1] <= 64 else None,
     )
     return Attended(out, lse)
 

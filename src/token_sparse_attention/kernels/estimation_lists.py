@@ -16,12 +16,12 @@ _CHUNK = 4096  # entries of a longer row that one program looks at
 _LEVEL_BITS = (27, 23, 19, 15, 11, 7, 3, 0)  # lowest bit of each level's digit
 
 
-def smallest_cover(mass: Tensor, share: Tensor, minimum: int) -> Tensor:
+def smallest_cover(mass: Tensor, share: Tensor | None, minimum: int) -> Tensor:
     """Mark the fewest entries of the last dimension that hold a share of its mass.
 
     Args:
         mass: ``[..., N]`` float32, not negative.
-        share: ``[G]`` float32, of G runs of equally many rows.
+        share: ``[G]`` float32, of G runs of equally many rows; None for 0.
         minimum: entries to mark at least.
 
     Returns:
@@ -32,12 +32,14 @@ def smallest_cover(mass: Tensor, share: Tensor, minimum: int) -> Tensor:
     marked = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
     rows = mass.numel() // length
     if length > _ROW:
+        share = mass.new_zeros(1) if share is None else share
         _cover_long(mass.view(rows, length), share, minimum, marked.view(rows, length))
         return marked
     block = triton.next_power_of_2(length)
     cover_row_kernel[(rows,)](
-        mass, share, marked.view(torch.uint8), length, rows // share.numel(),
-        min(minimum, length), BLOCK=block, BITS=31, num_warps=max(min(block // 256, 8), 1),
+        mass, share, marked.view(torch.uint8), length,
+        rows if share is None else rows // share.numel(), min(minimum, length),
+        BLOCK=block, BITS=31, SHARED=share is not None, num_warps=max(min(block // 256, 8), 1),
     )  # fmt: skip
     return marked
 
@@ -128,33 +130,35 @@ def pack_blocks(
 @triton.jit(do_not_specialize=["length", "rows_per_share", "minimum"])
 def cover_row_kernel(
     mass_ptr, share_ptr, marked_ptr, length, rows_per_share, minimum,
-    BLOCK: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, BITS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """The cover of one row that fits into registers."""
+    """The cover of one row that fits into registers; without `SHARED`, of a share of 0."""
     row = tl.program_id(0)
     o_n = tl.arange(0, BLOCK)
     exists = o_n < length
     place = row.to(tl.int64) * length
     b_mass = tl.load(mass_ptr + place + o_n, mask=exists, other=0.0)
     b_bits = tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
-    share = tl.load(share_ptr + row // rows_per_share)
     total = tl.sum(b_mass, 0)
-    wanted = share * total
-    lightest = 0  # of the cover, in bits
-    fewest = 0  # of the heaviest `minimum`
-    for step in range(BITS):
-        bit = 1 << (BITS - 1 - step)
-        b_from = b_bits >= (lightest + bit)
-        lightest += tl.where(tl.sum(tl.where(b_from, b_mass, 0.0), 0) >= wanted, bit, 0)
-    b_above = b_bits > lightest
-    b_equal = b_bits == lightest
-    value = tl.max(tl.where(b_equal, b_mass, 0.0), 0)
-    missing = (wanted - tl.sum(tl.where(b_above, b_mass, 0.0), 0)) / tl.maximum(value, 1e-45)
-    needed = tl.maximum(tl.ceil(missing), 1.0)
-    b_marked = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.float32), 0) <= needed))
     b_nothing = tl.zeros([BLOCK], tl.float32)
-    b_marked = b_marked & (b_nothing + wanted > 0)
+    b_marked = b_nothing > 0
+    if SHARED:
+        share = tl.load(share_ptr + row // rows_per_share)
+        wanted = share * total
+        lightest = 0  # of the cover, in bits
+        for step in range(BITS):
+            bit = 1 << (BITS - 1 - step)
+            b_from = b_bits >= (lightest + bit)
+            lightest += tl.where(tl.sum(tl.where(b_from, b_mass, 0.0), 0) >= wanted, bit, 0)
+        b_above = b_bits > lightest
+        b_equal = b_bits == lightest
+        value = tl.max(tl.where(b_equal, b_mass, 0.0), 0)
+        missing = (wanted - tl.sum(tl.where(b_above, b_mass, 0.0), 0)) / tl.maximum(value, 1e-45)
+        needed = tl.maximum(tl.ceil(missing), 1.0)
+        b_marked = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.float32), 0) <= needed))
+        b_marked = (b_marked & (b_nothing + wanted > 0)) | (b_nothing + share >= 1)
     if minimum > 0:
+        fewest = 0  # of the heaviest `minimum`
         for step in range(BITS):
             bit = 1 << (BITS - 1 - step)
             b_from = b_bits >= (fewest + bit)
@@ -164,7 +168,7 @@ def cover_row_kernel(
         needed_count = minimum - tl.sum(b_above.to(tl.int32), 0)
         b_marked = b_marked | b_above
         b_marked = b_marked | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= needed_count))
-    b_marked = b_marked | (b_nothing + share >= 1) | (b_nothing + total != b_nothing + total)
+    b_marked = b_marked | (b_nothing + total != b_nothing + total)
     tl.store(marked_ptr + place + o_n, b_marked.to(tl.uint8), mask=exists)
 
 

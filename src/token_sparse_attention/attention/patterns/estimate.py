@@ -143,9 +143,10 @@ def smallest_cover(
         ``[..., N]`` bool.
     """
     if resolve_impl(impl, mass) == "triton" and mass.dtype == torch.float32:
+        shares: Tensor | None = None
         if isinstance(share, Tensor):
             shares = share.to(mass.dtype).expand(*mass.shape[:-1], 1).reshape(-1)
-        else:
+        elif share:
             shares = torch.full((1,), share, device=mass.device)
         cover: Tensor = load_kernels("estimation_lists").smallest_cover(mass, shares, minimum)
         return cover
