@@ -5,9 +5,10 @@ python -m benchmarks.frontier.page
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from token_sparse_attention.benchmark.tables import fill
@@ -35,7 +36,10 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     built = {"runs": _runs(rounds)}
     for length in (65536, 131072):
         built[f"{length // 1024}k"] = _screening(_scored_by(rounds, answers=False), length)
-    built["answers"] = _screening(_scored_by(rounds, answers=True), 131072)
+    answers = _scored_by(rounds, answers=True)
+    built["answers"] = _screening(answers, 131072)
+    heads = json.loads((RESULTS / "heads.json").read_text(encoding="utf-8"))
+    built["layers"] = _layers(answers, heads)
     return built
 
 
@@ -91,7 +95,7 @@ def _points(
         summary = summarise(results)
         dense = {s.key[:3]: s for s in results.samples if s.configuration == DENSE}
         for configuration, settings in results.header.configurations.items():
-            if configuration == DENSE:
+            if configuration == DENSE or _single_layer(settings or {}) is not None:
                 continue
             rows = {
                 row.task: row
@@ -110,13 +114,53 @@ def _points(
                 yield name, label, {task: rows[task] for task in TASKS if task in rows}, pairs
 
 
+def _single_layer(settings: Mapping[str, Any]) -> int | None:
+    """The layer, where only one is sparse."""
+    layers = settings.get("sparse_layers") or []
+    return layers[0] if len(layers) == 1 else None
+
+
+def _layers(rounds: Mapping[str, EvalResults], heads: Mapping[str, Any]) -> str:
+    """What each layer costs when it alone is sparse, and what its heads do densely."""
+    costs: dict[str, dict[int, list[float]]] = {}
+    for results in rounds.values():
+        loss = {s.key: float(s.reply) for s in results.samples}
+        for name, settings in results.header.configurations.items():
+            layer = _single_layer(settings or {})
+            for sample in results.samples if layer is not None else ():
+                dense = loss.get((*sample.key[:3], DENSE))
+                if sample.configuration == name and dense is not None:
+                    of_task = costs.setdefault(sample.task, {})
+                    of_task.setdefault(layer, []).append(loss[sample.key] - dense)
+    tasks = [task for task in TASKS if task in costs]
+    observed = {row["task"]: row["layers"] for row in heads["rows"]}
+    head = ["layer"]
+    for task in tasks:
+        head += [f"{TASKS[task]}, nats", "far", "among", "error"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for layer in sorted(costs[tasks[0]]):
+        cells = [str(layer)]
+        for task in tasks:
+            more, found = costs[task][layer], observed[task][layer]
+            spread = stdev(more) / len(more) ** 0.5
+            cells += [
+                f"{fmean(more):+.2f} ± {spread:.2f} ({len(more)})",
+                f"{max(found['far']):.2f}",
+                f"{min(found['among']):.0f}",
+                f"{max(found['error']):.2f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     """Say in words what a point runs."""
+    if "layers" in settings:
+        return _describe_profile(settings)
     layers = settings["sparse_layers"]
-    parts = [
-        "all layers" if layers is None else _name_layers(layers),
-        f"drop mass {settings['drop_mass']:g}",
-    ]
+    parts = ["all layers" if layers is None else _name_layers(layers)]
+    if settings.get("select_queries", True):
+        parts.append(f"drop mass {settings['drop_mass']:g}")
     if settings["fallback"] == "zero":
         parts.append("zeros")
     elif settings["fallback_window"] != 512:
@@ -160,7 +204,21 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _describe_profile(profile: Mapping[str, Any]) -> str:
+    """Say which layers differ from the base in what; the others are dense."""
+    shared: dict[str, list[int]] = {}
+    for layer, changes in profile["layers"].items():
+        shared.setdefault(describe({**profile["base"], **changes}, {}), []).append(int(layer))
+    each = (
+        f"{_name_layers(layers)}: {label.removeprefix('all layers, ')}"
+        for label, layers in shared.items()
+    )
+    return "; ".join(each)
+
+
 def _name_layers(layers: list[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
     missing = sorted(set(range(layers[0], layers[-1])) - set(layers))
     without = f" without {', '.join(map(str, missing))}" if missing else ""
     return f"layers {layers[0]} to {layers[-1]}{without}"

@@ -51,3 +51,14 @@ def test_whatever_differs_is_said():
     ):
         texts.add(page.describe(plain, dataclasses.asdict(Variant()) | {field: value}))
     assert len(texts) == 1 + 13 + 10
+
+
+def test_a_profile_names_its_layers_by_what_they_run():
+    base = TokenSparseConfig(
+        fallback="window", select_queries=False, fallback_samples=1024, sparse_layers=None
+    ).to_dict()
+    layers = {"0": {"fallback_samples": 4096}, "3": {"fallback_samples": 4096}, "4": {}}
+    label = page.describe({"version": 1, "base": base, "layers": layers}, {})
+    assert label.count("layers 0 to 3 without 1, 2: ") == 1
+    assert label.count("layer 4: ") == 1
+    assert "4096 tokens drawn by score" in label.partition("; ")[0]
