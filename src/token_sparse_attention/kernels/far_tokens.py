@@ -71,7 +71,7 @@ def add_far_tokens(
     far_key, far_value = (_gather(x, far, num_heads // key.shape[1]) for x in (key, value))
     block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
     far_tokens_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
-        query, far, far_key, far_value, None if counts is None else counts.contiguous(),
+        query, far, far_key, far_value, None if counts is None else counts.log2().contiguous(),
         bounds, rows, out, lse, scale * _LOG2_E,
         *query.stride()[:3], *out.stride()[:3], *lse.stride(),
         num_heads, query_len, key.shape[2] - query_len,
@@ -92,9 +92,49 @@ def _gather(rows: Tensor, slots: Tensor, group: int) -> Tensor:
     return gathered.masked_fill_(~exists[..., None], 0.0)
 
 
+@triton.jit
+def _attend_tile(
+    b_q, b_acc, b_max, b_sum, b_reach, b_weight, place, begin, seen,
+    far_ptr, far_key_ptr, far_value_ptr, scale_log2,
+    MASKED: tl.constexpr, WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of far tokens, which begins at ``place + begin``, into the softmax."""
+    o_n = begin + tl.arange(0, BLOCK_N)
+    exists = o_n < seen
+    b_k = _load_rows(far_key_ptr, place + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_v = _load_rows(far_value_ptr, place + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+    if WEIGHTED:
+        b_logits += b_weight[None, :]
+    if MASKED:
+        b_slot = tl.load(far_ptr + place + o_n, mask=exists, other=2147483647)
+        b_logits = tl.where(b_slot[None, :] <= b_reach[:, None], b_logits, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_logits, 1))
+    b_probs = tl.exp2(b_logits - b_new[:, None])
+    b_shrink = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_shrink + tl.sum(b_probs, 1)
+    b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_shrink[:, None],
+                   input_precision=PRECISION)  # fmt: skip
+    return b_acc, b_new, b_sum
+
+
+@triton.jit
+def _load_weights(
+    weights_ptr, place, begin, seen, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """What is added to a tile's logits, base 2."""
+    if WEIGHTED:
+        o_n = begin + tl.arange(0, BLOCK_N)
+        b_weight = tl.load(weights_ptr + place + o_n, mask=o_n < seen, other=0.0)
+    else:
+        b_weight = tl.zeros([BLOCK_N], tl.float32)
+    return b_weight
+
+
 @triton.jit(do_not_specialize=["query_len", "first_query", "stride_lb", "stride_lh", "stride_ls"])
 def far_tokens_kernel(
-    query_ptr, far_ptr, far_key_ptr, far_value_ptr, counts_ptr, bounds_ptr, rows_ptr,
+    query_ptr, far_ptr, far_key_ptr, far_value_ptr, weights_ptr, bounds_ptr, rows_ptr,
     out_ptr, lse_ptr, scale_log2,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_os: tl.int64,
@@ -105,7 +145,9 @@ def far_tokens_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of one head's queries."""
+    WEIGHTED: tl.constexpr = weights_ptr is not None
     row = tl.program_id(1).to(tl.int64)
+    place = row * FAR
     b = row // num_heads
     head = row % num_heads
     start = tl.load(bounds_ptr + 2 * b)
@@ -115,12 +157,15 @@ def far_tokens_kernel(
     o_slot = first_query + o_query
     real = (o_query < query_len) & (o_slot >= start) & (o_slot < end)
     b_reach = tl.where(real, o_slot - WINDOW, -1)  # the last far slot that each query sees
-    reach = tl.max(b_reach, 0)
-    seen = 0
+    longest, shortest = tl.max(b_reach, 0), tl.min(b_reach, 0)
+    seen = 0  # far tokens by any of the queries, and by all
+    shared = 0
     for begin in range(0, FAR, FAR_BLOCK):
         o_far = begin + tl.arange(0, FAR_BLOCK)
-        b_far = tl.load(far_ptr + row * FAR + o_far, mask=o_far < FAR, other=2147483647)
-        seen += tl.sum((b_far <= reach).to(tl.int32), 0)
+        b_far = tl.load(far_ptr + place + o_far, mask=o_far < FAR, other=2147483647)
+        seen += tl.sum((b_far <= longest).to(tl.int32), 0)
+        shared += tl.sum((b_far <= shortest).to(tl.int32), 0)
+    shared = shared // BLOCK_N * BLOCK_N
     if seen > 0:
         p_q = query_ptr + b * stride_qb + head * stride_qh
         b_q = _load_rows(p_q, o_query, stride_qs, real, HEAD_DIM, BLOCK_D, UPCAST)
@@ -130,26 +175,23 @@ def far_tokens_kernel(
         p_lse = lse_ptr + b * stride_lb + head * stride_lh + o_query.to(tl.int64) * stride_ls
         b_max = tl.load(p_lse, mask=real, other=0.0) * 1.4426950408889634
         b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-        for begin in range(0, seen, BLOCK_N):
-            o_n = begin + tl.arange(0, BLOCK_N)
-            exists = o_n < seen
-            b_slot = tl.load(far_ptr + row * FAR + o_n, mask=exists, other=2147483647)
-            b_k = _load_rows(far_key_ptr, row * FAR + o_n, HEAD_DIM, exists,
-                             HEAD_DIM, BLOCK_D, UPCAST)  # fmt: skip
-            b_v = _load_rows(far_value_ptr, row * FAR + o_n, HEAD_DIM, exists,
-                             HEAD_DIM, BLOCK_D, UPCAST)  # fmt: skip
-            b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-            if counts_ptr is not None:
-                b_count = tl.load(counts_ptr + row * FAR + o_n, mask=exists, other=1.0)
-                b_logits += tl.log2(b_count)[None, :]
-            b_logits = tl.where(b_slot[None, :] <= b_reach[:, None], b_logits, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_logits, 1))
-            b_probs = tl.exp2(b_logits - b_new[:, None])
-            b_shrink = tl.exp2(b_max - b_new)
-            b_sum = b_sum * b_shrink + tl.sum(b_probs, 1)
-            b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_shrink[:, None],
-                           input_precision=PRECISION)  # fmt: skip
-            b_max = b_new
+        b_weight = _load_weights(weights_ptr, place, 0, seen, WEIGHTED, BLOCK_N)
+        for begin in range(0, shared, BLOCK_N):  # no slots to look at, and no mask
+            # Weights are read a tile ahead: the pipeline takes care of keys and values only.
+            b_next = _load_weights(weights_ptr, place, begin + BLOCK_N, seen, WEIGHTED, BLOCK_N)
+            b_acc, b_max, b_sum = _attend_tile(
+                b_q, b_acc, b_max, b_sum, b_reach, b_weight, place, begin, FAR,
+                far_ptr, far_key_ptr, far_value_ptr, scale_log2, False, WEIGHTED,
+                HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, UPCAST,
+            )  # fmt: skip
+            b_weight = b_next
+        for begin in range(shared, seen, BLOCK_N):
+            b_weight = _load_weights(weights_ptr, place, begin, seen, WEIGHTED, BLOCK_N)
+            b_acc, b_max, b_sum = _attend_tile(
+                b_q, b_acc, b_max, b_sum, b_reach, b_weight, place, begin, seen,
+                far_ptr, far_key_ptr, far_value_ptr, scale_log2, True, WEIGHTED,
+                HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, UPCAST,
+            )  # fmt: skip
         o_d = tl.arange(0, BLOCK_D)
         p_out += o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]
         tl.store(p_out, (b_acc / b_sum[:, None]).to(out_ptr.dtype.element_ty),
