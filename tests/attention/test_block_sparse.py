@@ -18,7 +18,12 @@ from token_sparse_attention.attention.block_sparse import (
     block_sparse_attention,
     choose_block_backend,
 )
-from token_sparse_attention.attention.columns import add_columns, attend_columns, merge_into
+from token_sparse_attention.attention.columns import (
+    add_columns,
+    attend_columns,
+    choose_tiles,
+    merge_into,
+)
 from token_sparse_attention.attention.dense import Attended, causal_attention
 from token_sparse_attention.reference import masked_attention
 
@@ -313,3 +318,18 @@ def test_merging_needs_both_log_sum_exps():
     part = Attended(torch.zeros(1, 1, 1, 1), None)
     with pytest.raises(ValueError, match="lse must be given by both parts"):
         merge_into(part, part)
+
+
+@pytest.mark.parametrize("shared_memory", [232448, 166912, 101376, 65536])
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_tiles_for_columns_fit_into_shared_memory(head_dim, element_size, shared_memory):
+    """Queries, two pipelined tensors of keys, and the pipelined numbers of a query and key."""
+    tiles = choose_tiles(head_dim, element_size, shared_memory)
+    rows, keys, stages = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["num_stages"]
+    width = element_size * (128 if head_dim == 96 else head_dim)
+    mask = 4 * rows * keys * max(stages - 1, 1)
+    assert rows * width + 2 * keys * width * stages + mask <= shared_memory
+    assert 128 % rows == 128 % keys == 0
+    if (head_dim, element_size, shared_memory) == (128, 2, 232448):
+        assert (rows, keys, stages) == (128, 64, 3), "what FlexAttention takes on such a device"

@@ -16,9 +16,9 @@ from token_sparse_attention.attention.dense import Attended
 _REFERENCE_ROWS = 256  # queries the reference attends at once, which bounds its memory
 _GROUP_NUMBERS = 2**27  # of one output of some KV heads: 256 MiB in bfloat16
 _MERGED_NUMBERS = 2**24  # of two outputs merged at once: 64 MiB in float32
-# For small heads FlexAttention chooses tiles so large that, with where each column is seen from,
-# they exceed a multiprocessor's shared memory.
-_SMALL_TILES = {"BLOCK_N": 64, "num_stages": 2}
+# Queries, keys and pipeline stages of a tile, larger ones first, for FlexAttention.
+_TILES = ((128, 64, 3), (64, 64, 2), (64, 32, 2), (32, 32, 2), (16, 16, 1))
+_WIDE_TILES = ((64, 32, 3), *_TILES[2:])  # for heads of more than 128
 
 
 def add_columns(
@@ -133,9 +133,35 @@ def attend_columns(
         packed.block_size,
         scale,
         True,
-        _SMALL_TILES if query.shape[-1] <= 64 else None,
+        _device_tiles(query) if query.is_cuda else None,
     )
     return Attended(out, lse)
+
+
+def _device_tiles(query: Tensor) -> dict[str, int]:
+    about = torch.cuda.get_device_properties(query.device)
+    shared = getattr(about, "shared_memory_per_block_optin", about.shared_memory_per_block)
+    return choose_tiles(query.shape[-1], query.element_size(), shared)
+
+
+def choose_tiles(head_dim: int, element_size: int, shared_memory: int) -> dict[str, int]:
+    """Return tiles of FlexAttention that leave room for where each column is seen from.
+
+    Its own choice does not know of that: a number for each query and key of a tile, which is
+    pipelined through shared memory like keys and values.
+
+    Args:
+        head_dim: size of the heads.
+        element_size: bytes of a number of query, key and value.
+        shared_memory: bytes that a block of threads may have.
+    """
+    width = (1 << (head_dim - 1).bit_length()) * element_size  # it pads heads to a power of 2
+    tiles = _TILES if head_dim <= 128 else _WIDE_TILES
+    for rows, keys, stages in tiles:
+        needed = (rows + 2 * stages * keys) * width + max(stages - 1, 1) * rows * keys * 4
+        if needed <= shared_memory:
+            break
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_stages": stages}
 
 
 def _gather_tokens(tensor: Tensor, index: Tensor) -> Tensor:
