@@ -140,9 +140,11 @@ def lengths(config: TokenSparseConfig) -> tuple[int, int]:
 
 def _fused(layer: Layer, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Q, K and V as a model's fused projection lays them out; the first half is light."""
-    heads = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
-    tokens = torch.ones(length, sum(heads), layer.head_dim, dtype=layer.dtype, device=device)
-    query, key, value = tokens.transpose(0, 1)[None].split(heads, dim=1)
+    heads, kv_heads = layer.num_heads, layer.num_kv_heads
+    shape = (length, heads + 2 * kv_heads, layer.head_dim)
+    tokens = torch.ones(shape, dtype=layer.dtype, device=device).transpose(0, 1)[None]
+    query, both = tokens[:, :heads], tokens[:, heads:]
+    key, value = both[:, :kv_heads], both[:, kv_heads:]
     key[:, :, : length // 2] = _LIGHT
     return query, key, value
 
