@@ -42,6 +42,7 @@ def layer(config, heads=4, kv_heads=2, dtype=torch.float32):
 @pytest.fixture(autouse=True)
 def cold(monkeypatch):
     monkeypatch.setattr(warm_up, "_WARM", set())
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # so that caplog sees it
 
 
 @pytest.fixture
@@ -123,7 +124,6 @@ def test_an_error_is_logged_and_the_next_layer_runs(calls, caplog):
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    logging.getLogger("vllm").propagate = True  # vLLM switches it off where it is imported
     with caplog.at_level(logging.WARNING, logger="vllm.token_sparse_attention"):
         assert warm([layer(CONFIG), layer(KEYS_ONLY)], read_cache=broken) > 0
     assert len(calls) == 2
@@ -173,7 +173,6 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
             max_num_batched_tokens=2000, enable_chunked_prefill=False
         ),
     )
-    logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.INFO, logger="vllm.token_sparse_attention"):
         spec = SimpleNamespace(block_size=BLOCK)
         Builder(spec, list(configs)[:2], vllm_config, torch.device(device))
@@ -194,7 +193,7 @@ def test_the_shapes_are_those_of_the_engines_layers(engines):
     name, module = next(iter(get_layers_from_vllm_config(vllm_config, Attention).items()))
     model = vllm_config.model_config.hf_config
     heads = (model.num_attention_heads, model.num_key_value_heads)
-    dim = model.hidden_size // heads[0]
+    dim = model.head_dim
     assert layer_shapes({name: CONFIG}, vllm_config) == [
         Layer(CONFIG, *heads, dim, torch.float32, module.impl.scale)
     ]
