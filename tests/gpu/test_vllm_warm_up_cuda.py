@@ -44,7 +44,7 @@ def test_long_prompts_compile_nothing_more(monkeypatch, name, heads):
     longest = Prefill(0, 0, LONG, LONG)
     assert warm_up([layer], longest, settings, read_gpu, BLOCK, DEVICE) > 0
     compiled.clear()
-    for length, chunk in ((LONG, LONG), (66_000, 66_000), (LONG, 40_003), (LONG + 15, 40_000)):
+    for length, chunk in ((LONG, LONG), (66_000, 66_000), (LONG, 60_003), (LONG + 15, 60_000)):
         shape = (length, num_heads + 2 * num_kv_heads, dim)
         tokens = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).transpose(0, 1)[None]
         query, key, value = tokens.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -52,8 +52,8 @@ def test_long_prompts_compile_nothing_more(monkeypatch, name, heads):
             shape = (-(-length // BLOCK), num_kv_heads, BLOCK, 2 * dim)
             cache = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
             key, value = read_gpu(cache, torch.arange(len(cache), device=DEVICE), length)
-        token_sparse_attention(
+        _, selection = token_sparse_attention(
             query[:, :, -chunk:], key, value, config, scale=layer.scale, return_selection=True
         )
-    torch.cuda.synchronize()
+        assert selection.ran_sparse.all()
     assert compiled == []
