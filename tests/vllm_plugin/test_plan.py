@@ -65,6 +65,7 @@ def test_settings_from_values_and_from_files(tmp_path):
         ),
         ({"config": {}, "log_interval": -1}, ValueError, "at least 0"),
         ({"config": {}, "log_interval": "9"}, TypeError, "number of seconds"),
+        ({"config": {}, "warm_up": 1}, TypeError, "warm_up must be True or False, got 1"),
     ],
 )
 def test_bad_settings_say_what_was_expected(entries, error, message):

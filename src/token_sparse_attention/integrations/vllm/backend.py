@@ -8,7 +8,6 @@ backend in one call, with metadata of their own. Everything else is the stock ba
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,12 @@ from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import (
     engine_settings,
     head_group,
+    layer_shapes,
+    longest_prefill,
     step_obstacle,
     usable_layers,
 )
+from token_sparse_attention.integrations.vllm.paged import ReadCache
 from token_sparse_attention.integrations.vllm.plan import (
     Prefill,
     Rest,
@@ -33,12 +35,12 @@ from token_sparse_attention.integrations.vllm.plan import (
     workspace_bytes,
 )
 from token_sparse_attention.integrations.vllm.settings import Settings
+from token_sparse_attention.integrations.vllm.warm_up import warm_up
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
-ReadCache = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class SparsePrefillBuilder:
         if self._counts:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
+        if settings.warm_up and device.type == "cuda":  # a CPU has nothing to compile
+            self._warm_up(vllm_config, kv_cache_spec.block_size, device)
 
     def _log_layers(self, obstacles: dict[str, str], vllm_config: Any) -> None:
         if self._configs:
@@ -100,6 +104,18 @@ class SparsePrefillBuilder:
                 "selects for itself; with --no-enable-chunked-prefill a reply does not depend "
                 "on what else the server is doing (see docs/vllm.md)"
             )
+
+    def _warm_up(self, vllm_config: Any, block_size: int, device: torch.device) -> None:
+        seconds = warm_up(
+            layer_shapes(self._configs, vllm_config),
+            longest_prefill(vllm_config),
+            self._settings,
+            self._read_cache,
+            block_size,
+            device,
+        )
+        if seconds is not None and self._counts:
+            _LOG.info("Token sparse attention: kernels warmed up in %.1f seconds", seconds)
 
     def cache_reader(self) -> ReadCache | None:
         """Return what reads this device's cache, None if its layout is not understood."""
@@ -235,14 +251,13 @@ class SparsePrefillImpl:
         settings = engine_settings(vllm_config)  # raises early what could never run
         if settings is not None:
             model = vllm_config.model_config
-            kv_len = model.max_model_len
-            query_len = min(vllm_config.scheduler_config.max_num_batched_tokens, kv_len)
-            shape = (num_heads, num_kv_heads, head_size, model.dtype.itemsize)
+            longest = longest_prefill(vllm_config)
+            heads = (num_heads, num_kv_heads, head_size, model.dtype.itemsize)
+            shape = (*heads, longest.query_len, longest.kv_len)
             # Which layer this is cannot be known here.
             configs = settings.layer_configs(model.get_total_num_hidden_layers()).values()
             self.workspace = max(
-                (workspace_bytes(config, *shape, query_len, kv_len) for config in configs),
-                default=0,
+                (workspace_bytes(config, *shape) for config in configs), default=0
             )
         super().__init__(
             num_heads,  # type: ignore[call-arg]

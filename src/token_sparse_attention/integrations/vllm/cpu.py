@@ -14,11 +14,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from token_sparse_attention.integrations.vllm.backend import (
-    ReadCache,
     SparsePrefillBuilder,
     SparsePrefillImpl,
 )
-from token_sparse_attention.integrations.vllm.paged import measure_order, read_cpu
+from token_sparse_attention.integrations.vllm.paged import ReadCache, measure_order, read_cpu
 
 
 class CPUTokenSparseBackend(CPUAttentionBackend):

@@ -10,11 +10,10 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from token_sparse_attention.integrations.vllm.backend import (
-    ReadCache,
     SparsePrefillBuilder,
     SparsePrefillImpl,
 )
-from token_sparse_attention.integrations.vllm.paged import read_gpu
+from token_sparse_attention.integrations.vllm.paged import ReadCache, read_gpu
 
 
 class FlashTokenSparseBackend(FlashAttentionBackend):

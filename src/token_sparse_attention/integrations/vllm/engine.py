@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
+from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import KEY, Settings, read_settings
+from token_sparse_attention.integrations.vllm.warm_up import Layer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,6 +73,26 @@ def usable_layers(
         else:
             configs[name] = config
     return configs, obstacles
+
+
+def layer_shapes(configs: dict[str, TokenSparseConfig], vllm_config: Any) -> list[Layer]:
+    """Return what the kernels of some layers are compiled for, given their configs by name."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    dtype = vllm_config.model_config.dtype
+    impls = {name: layers[name].impl for name in configs}
+    return [
+        Layer(config, one.num_heads, one.num_kv_heads, one.head_size, dtype, one.scale)
+        for config, one in zip(configs.values(), impls.values())
+    ]
+
+
+def longest_prefill(vllm_config: Any) -> Prefill:
+    """Return a request with as many queries and keys as the engine takes."""
+    kv_len = vllm_config.model_config.max_model_len
+    return Prefill(0, 0, min(vllm_config.scheduler_config.max_num_batched_tokens, kv_len), kv_len)
 
 
 def layer_number(name: str) -> int:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ReadCache = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
 _BASE = 256  # whole numbers below are exact in bfloat16
 
 

@@ -20,7 +20,9 @@ from token_sparse_attention.selection import check_impl
 
 KEY = "token_sparse_attention"
 PREFIX_CACHING = ("refuse", "allow")
-_ENTRIES = ("profile", "config", "impl", "attention_backend", "prefix_caching", "log_interval")
+_ENTRIES = (
+    "profile", "config", "impl", "attention_backend", "prefix_caching", "log_interval", "warm_up",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Settings:
         prefix_caching: ``"refuse"`` does not start while vLLM's prefix caching is on;
             ``"allow"`` starts, see docs/vllm.md for what that changes.
         log_interval: seconds between two lines of counters in the log, at least.
+        warm_up: whether kernels are compiled while the engine starts, on a GPU.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -45,6 +48,7 @@ class Settings:
     attention_backend: str = "auto"
     prefix_caching: str = "refuse"
     log_interval: float = 10.0
+    warm_up: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, (TokenSparseConfig, LayerProfile)):
@@ -65,6 +69,8 @@ class Settings:
             raise TypeError(f"log_interval must be a number of seconds, got {interval!r}")
         if not (math.isfinite(interval) and interval >= 0):
             raise ValueError(f"log_interval must be at least 0 seconds, got {interval}")
+        if not isinstance(self.warm_up, bool):
+            raise TypeError(f"warm_up must be True or False, got {self.warm_up!r}")
 
     def layer_configs(self, num_layers: int) -> dict[int, TokenSparseConfig]:
         """Return the config of every layer that may run sparse, by the layer's number.

@@ -1,0 +1,179 @@
+"""Run sparse prefills while the engine starts, so that no user waits for kernels to compile.
+
+Kernels are compiled per setting and per shape of a layer, not per length: a short prompt
+compiles what a long one runs. Nothing here is counted, and no random numbers are drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.crossover import break_even
+from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.integrations.vllm.paged import ReadCache
+from token_sparse_attention.integrations.vllm.plan import Prefill
+from token_sparse_attention.integrations.vllm.settings import Settings
+from token_sparse_attention.selection import TokenSelection
+
+_LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
+_QUERIES = 512  # attention kernels may have variants of their own for a tile or two of queries
+_MIN_TOKENS = 256  # a number at run time, so a smaller one compiles the same
+_LIGHT = -100.0  # a key that no query attends to
+
+
+class Layer(NamedTuple):
+    """What the kernels of a layer are compiled for.
+
+    Attributes:
+        config: its settings.
+        num_heads: query heads on this rank.
+        num_kv_heads: likewise.
+        head_dim: D.
+        dtype: of queries, keys and values.
+        scale: factor of the logits.
+    """
+
+    config: TokenSparseConfig
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scale: float
+
+
+_WARM: set[tuple[Layer, str, str, torch.device]] = set()  # in this process
+
+
+def warm_up(
+    layers: Iterable[Layer],
+    longest: Prefill,
+    settings: Settings,
+    read_cache: ReadCache | None,
+    block_size: int,
+    device: torch.device,
+) -> float | None:
+    """Run each kind of layer that this process has not run yet; an error is only logged.
+
+    Ranks do not wait for each other here: an error on one would leave the others waiting.
+
+    Args:
+        layers: equal ones run once.
+        longest: the most queries and keys that the engine gives a layer; one that runs dense
+            even then is left out.
+        settings: of the plugin.
+        read_cache: see `backend.Step`; None where chunks run dense.
+        block_size: tokens of a block of the cache.
+        device: where to run.
+
+    Returns:
+        The seconds it took, None if there was nothing to run.
+    """
+    began = time.perf_counter()
+    ran = False
+    for layer in dict.fromkeys(layers):
+        known = (layer, settings.impl, settings.attention_backend, device)
+        even = break_even(layer.config, torch.empty(0, device=device))
+        if known in _WARM or longest.dense_reason(layer.config, even) is not None:
+            continue
+        _WARM.add(known)
+        ran = True
+        try:
+            run_layer(layer, settings, read_cache, block_size, device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # whatever it is, the engine starts without
+            _LOG.warning(
+                "Token sparse attention: kernels could not be warmed up, and the first long "
+                "prompt may fail in the same way: %s: %s",
+                type(error).__name__,
+                error,
+            )
+    return time.perf_counter() - began if ran else None
+
+
+def run_layer(
+    layer: Layer,
+    settings: Settings,
+    read_cache: ReadCache | None,
+    block_size: int,
+    device: torch.device,
+) -> list[TokenSelection]:
+    """Run whole prompts and chunks of even and odd lengths; arguments as in `warm_up`."""
+    # Neither changes what is compiled.
+    config = dataclasses.replace(
+        layer.config, crossover="off", min_tokens=min(layer.config.min_tokens, _MIN_TOKENS)
+    )
+    layer = layer._replace(config=config)
+    query_len, kv_len = lengths(config)
+    selections = []
+    for more in (0, 1):
+        query, key, value = _fused(layer, kv_len + more, device)
+        selections.append(_attend(layer, settings, query, key, value))
+        if read_cache is not None:
+            cache, table = _paged(layer, kv_len + more, block_size, device)
+            key, value = read_cache(cache, table, kv_len + more)
+            part = query[:, :, -(query_len + more) :]
+            selections.append(_attend(layer, settings, part, key, value))
+    return selections
+
+
+def lengths(config: TokenSparseConfig) -> tuple[int, int]:
+    """Return how many queries and keys a chunk needs to run all that long ones run.
+
+    The keys hold all far tokens: how many there are at most is compiled into a kernel.
+    """
+    query_len = max(config.window_size, config.dense_queries, _QUERIES)
+    past = config.min_tokens + config.pool_size
+    if config.fallback == "window":
+        far = config.fallback_sinks + config.fallback_landmarks + 4 * config.fallback_samples
+        past = max(past, far, config.fallback_window)
+    return -(-query_len // 16) * 16, -(-(query_len + past + 64) // 16) * 16
+
+
+def _fused(layer: Layer, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V as a model's fused projection lays them out; the first half is light."""
+    heads, kv_heads = layer.num_heads, layer.num_kv_heads
+    shape = (length, heads + 2 * kv_heads, layer.head_dim)
+    tokens = torch.ones(shape, dtype=layer.dtype, device=device).transpose(0, 1)[None]
+    query, both = tokens[:, :heads], tokens[:, heads:]
+    key, value = both[:, :kv_heads], both[:, kv_heads:]
+    key[:, :, : length // 2] = _LIGHT
+    return query, key, value
+
+
+def _paged(
+    layer: Layer, length: int, block_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A cache and its blocks; keys and values of the first half alike, in whatever order."""
+    blocks = -(-length // block_size)
+    cache = torch.ones(
+        blocks, layer.num_kv_heads, block_size, 2 * layer.head_dim,
+        dtype=layer.dtype, device=device,
+    )  # fmt: skip
+    cache[: length // 2 // block_size] = _LIGHT
+    return cache, torch.arange(blocks, device=device)
+
+
+def _attend(
+    layer: Layer, settings: Settings, query: Tensor, key: Tensor, value: Tensor
+) -> TokenSelection:
+    """Call the operator as a layer does, but for the other ranks."""
+    _, selection = token_sparse_attention(
+        query,
+        key,
+        value,
+        layer.config,
+        scale=layer.scale,
+        impl=settings.impl,
+        attention_backend=settings.attention_backend,
+        return_selection=True,
+    )
+    return selection

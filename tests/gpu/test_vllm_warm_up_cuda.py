@@ -1,0 +1,59 @@
+"""What the vLLM plugin compiles at the start is all that long prompts run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from triton import knobs
+
+from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention.integrations.vllm.paged import read_gpu
+from token_sparse_attention.integrations.vllm.plan import Prefill
+from token_sparse_attention.integrations.vllm.settings import Settings
+from token_sparse_attention.integrations.vllm.warm_up import Layer, warm_up
+
+DEVICE = torch.device("cuda", 0)
+BLOCK, LONG = 16, 70_001
+CONFIG = TokenSparseConfig(drop_mass=0.1)
+WINDOW = dataclasses.replace(CONFIG, fallback="window", fallback_sinks=4, fallback_landmarks=512)
+KEYS_ONLY = TokenSparseConfig(
+    select_queries=False, fallback="window", fallback_sinks=4, fallback_samples=256
+)
+CONFIGS = {
+    "default": CONFIG,
+    "per_head": dataclasses.replace(CONFIG, budget="per_head"),
+    "window": WINDOW,
+    "keys_only": KEYS_ONLY,
+    "keys_only_per_head": dataclasses.replace(KEYS_ONLY, budget="per_head", dense_queries=128),
+}
+
+
+@pytest.mark.parametrize("heads", [(8, 2, 128), (6, 2, 72)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_long_prompts_compile_nothing_more(monkeypatch, name, heads):
+    config = CONFIGS[name]
+    compiled = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda **given: compiled.append(given["fn"].name)
+    )
+    settings = Settings(config=config)
+    num_heads, num_kv_heads, dim = heads
+    layer = Layer(config, *heads, torch.bfloat16, dim**-0.5)
+    longest = Prefill(0, 0, LONG, LONG)
+    assert warm_up([layer], longest, settings, read_gpu, BLOCK, DEVICE) > 0
+    compiled.clear()
+    for length, chunk in ((LONG, LONG), (66_000, 66_000), (LONG, 60_003), (LONG + 15, 60_000)):
+        shape = (length, num_heads + 2 * num_kv_heads, dim)
+        tokens = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).transpose(0, 1)[None]
+        query, key, value = tokens.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        if chunk != length:
+            shape = (-(-length // BLOCK), num_kv_heads, BLOCK, 2 * dim)
+            cache = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+            key, value = read_gpu(cache, torch.arange(len(cache), device=DEVICE), length)
+        _, selection = token_sparse_attention(
+            query[:, :, -chunk:], key, value, config, scale=layer.scale, return_selection=True
+        )
+        assert selection.ran_sparse.all()
+    assert compiled == []
