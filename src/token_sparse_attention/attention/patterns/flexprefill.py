@@ -137,7 +137,7 @@ def query_aware_blocks(
     """Blocks by the attention between block means, over all blocks of a head (algorithm 4)."""
     means = block_means(query, grid.block_size[0], impl=impl)
     means = means.reshape(*key_means.shape[:2], -1, means.shape[3])  # a group's heads in a row
-    logits = means @ key_means.transpose(2, 3) * scale
+    logits = (means * scale) @ key_means.transpose(2, 3)
     logits = logits.view(*query.shape[:2], grid.query_blocks, grid.kv_blocks)
     attention = logits.masked_fill_(~grid.visible(query.device), -torch.inf).softmax(-1)
     chosen = smallest_cover(attention.flatten(2), config.gamma, impl=impl).view_as(attention)
