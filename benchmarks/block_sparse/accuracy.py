@@ -2,8 +2,8 @@
 
     python -m benchmarks.block_sparse.accuracy --results eval.jsonl --times times.json
 
-The results are of `tsa eval`, the times of `benchmarks.frontier.layer_times`, with the same names of
-configurations: attention alone, summed over all layers, on the model's own queries and keys.
+The results are of `tsa eval`, the times of `benchmarks.frontier.layer_times`, with the same names
+of configurations: attention alone, summed over all layers, on the model's own queries and keys.
 """
 
 from __future__ import annotations
