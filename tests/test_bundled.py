@@ -9,9 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from token_sparse_attention import bundled, demo
+from token_sparse_attention import TokenSelection, TokenSparseConfig, bundled, demo
 from token_sparse_attention.cli import main
-from token_sparse_attention.integrations.record import LayerRecord, PrefillReport
+from token_sparse_attention.crossover import NEVER_DENSE
+from token_sparse_attention.integrations.record import (
+    LayerRecord,
+    PrefillReport,
+    SelectionRecord,
+)
 from token_sparse_attention.run import Answer, default_config
 
 
@@ -63,7 +68,7 @@ def test_the_demo_passes(monkeypatch, capsys):
     assert result["versions"]["torch"] == torch.__version__
     assert result["device"]
     assert result["failures"] == []
-    assert result["dropped_share"] >= 0.1
+    assert result["seen_share"] <= 0.9
     assert len(result["findings"]) == len(needles)
     for finding in result["findings"]:
         assert finding["dense"]["time_to_first_token_s"] > 0
@@ -86,10 +91,49 @@ def make_result(dense_texts, sparse_texts):
 def test_the_demo_fails_on_wrong_answers_and_without_sparsity():
     right, wrong = "it is {}.", "it is 5."
     good = make_result([right] * 4 + [wrong], [right] * 4 + [wrong])
-    assert good.failures == ["no layer dropped 10% of its tokens, the most was 0.0%"]
+    assert good.failures == [
+        "no layer left out 10%: the heads of layer 0 kept 100.0% of the prompt's tokens"
+    ]
     bad = make_result([right] * 3 + [wrong] * 2, [wrong] * 5)
     assert bad.failures[0] == "the dense run answered 3 questions of 5, expected at least 4"
     assert bad.failures[1] == "the sparse run answered 0 questions of 5, expected at least 4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "share", "summary"),
+    [
+        ({}, 0.25, "the heads of layer 3 kept 25.0% of the prompt's tokens"),
+        (
+            {"select_queries": False, "dense_queries": 4},
+            0.25 + 0.1,
+            "the queries of layer 3 saw at most 35.0% of the prompt's tokens, windows included, "
+            "the last 4 aside",
+        ),
+        (
+            {"select_queries": False, "fallback_window": 500},
+            1.0,
+            "the queries of layer 2 saw at most 100.0% of the prompt's tokens, windows included",
+        ),
+    ],
+)
+def test_the_demo_says_what_was_seen(changes, share, summary):
+    """Of the sparsest layer of the prompt where it saw most; a window counts as seen."""
+    config = TokenSparseConfig(fallback="window", fallback_window=40)
+    config = dataclasses.replace(config, **changes)
+    findings = []
+    for kept, others in ((60, 200), (100, 300)):
+        report = PrefillReport()
+        for layer, count in ((2, others), (3, kept)):
+            lengths = torch.tensor([[count - 20, count + 20]])
+            selection = TokenSelection(lengths[..., None], lengths, torch.tensor([True]))
+            selected = SelectionRecord.of(selection, config, NEVER_DENSE, 400, 400, None)
+            report.add(LayerRecord(layer, 400, 400, selection=selected))
+        reply = Answer("", 400, 1, 0.1, 0.2, report)
+        findings.append(demo.Finding(BUNDLED_NEEDLES[0], reply, reply))
+    result = demo.DemoResult(findings, "a test", {})
+    assert result.to_dict()["seen_share"] == pytest.approx(share)
+    assert result.summary == summary
+    assert ("left out" in str(result.failures)) == (share > demo.MAX_SEEN)
 
 
 def test_the_command_fails_when_the_demo_does(monkeypatch, capsys):

@@ -273,10 +273,11 @@ def test_extreme_values():
     assert token_sparse_attention(*tiny, SMALL).isfinite().all()
 
 
-def test_nan_in_the_inputs_runs_dense():
+@pytest.mark.parametrize("config", [SMALL, VARIANTS[-1]], ids=name_of)
+def test_nan_in_the_inputs_runs_dense(config):
     problem = make_problem(query_len=150)
     problem.query[0, 1, -3] = torch.nan
-    out, selection = token_sparse_attention(*problem, SMALL, return_selection=True)
+    out, selection = token_sparse_attention(*problem, config, return_selection=True)
     assert not selection.ran_sparse.any()
     assert torch.equal(out.isnan(), causal_attention(*problem, scale=0.25).isnan())
 
@@ -358,6 +359,27 @@ def test_return_selection_is_always_a_pair():
         assert isinstance(token_sparse_attention(*problem, SMALL), torch.Tensor)
 
 
+@pytest.mark.parametrize(
+    "config", [*VARIANTS, dataclasses.replace(SMALL, min_tokens=200)], ids=name_of
+)
+def test_lengths_alone_are_those_of_the_selection(config):
+    problem = make_problem(batch=2, query_len=150)
+    mask = torch.ones(2, 150, dtype=torch.bool)
+    mask[1, :120] = False
+    options = {"padding_mask": mask, "return_lse": True}
+    expected = token_sparse_attention(*problem, config, return_selection=True, **options)
+    result = token_sparse_attention(*problem, config, return_selection="lengths", **options)
+    assert torch.equal(result.output, expected.output)
+    assert torch.equal(result.lse, expected.lse)
+    for name in ("lengths", "budget", "ran_sparse"):
+        mine, theirs = (getattr(one.selection, name) for one in (result, expected))
+        assert torch.equal(mine, theirs), name
+    assert result.selection.kv_len == expected.selection.kv_len
+    assert result.selection.indices.shape == (2, 4, 0)
+    for part in (result.selection.indices, result.selection.lengths, result.selection.budget):
+        assert part.untyped_storage().nbytes() <= 2 * 4 * 8, "no view of a list of tokens"
+
+
 def test_gradients_raise_only_while_they_are_recorded():
     problem = make_problem(query_len=150)
     for name in ("query", "key", "value"):
@@ -402,6 +424,11 @@ def test_gradients_raise_only_while_they_are_recorded():
         ({"scale": True}, TypeError, "scale must be a number or None, got True"),
         ({"head_chunk": 0}, ValueError, "head_chunk must be at least 1, got 0"),
         ({"head_chunk": 2.0}, TypeError, "head_chunk must be an int or None, got 2.0"),
+        (
+            {"return_selection": "length"},
+            ValueError,
+            "return_selection must be True, False or 'lengths', got 'length'",
+        ),
         ({"kept": 1.5}, ValueError, r"kept must be in \(0, 1\], got 1.5"),
         (
             {"kept": 0.5, "config": VARIANTS[-1]},

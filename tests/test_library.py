@@ -8,8 +8,10 @@ import torch
 from support import SMALL, make_problem
 from token_sparse_attention import token_sparse_attention
 
+WANTS = [(selection, lse) for selection in (False, True, "lengths") for lse in (False, True)]
 
-@pytest.mark.parametrize("wants", [(False, False), (True, False), (False, True), (True, True)])
+
+@pytest.mark.parametrize("wants", WANTS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_opcheck(wants, padded):
     problem = make_problem(batch=2, query_len=90, kv_len=120)
@@ -17,12 +19,12 @@ def test_opcheck(wants, padded):
     mask[1, :20] = False
     arguments = (
         *problem, mask if padded else None, 0.3, 16, 5, 24, "shared", True, 11, "window", 40, 3, 4,
-        9, "off", 0.25, "auto", "auto", None, None, *wants,
+        9, "off", 0.25, "auto", "auto", None, None, bool(wants[0]), wants[0] is True, wants[1],
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
 
-@pytest.mark.parametrize("wants", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("wants", WANTS)
 def test_traced_into_one_graph_it_gives_the_same(wants):
     problem = make_problem(query_len=120)
     options = {"return_selection": wants[0], "return_lse": wants[1]}
@@ -39,6 +41,7 @@ def test_traced_into_one_graph_it_gives_the_same(wants):
         kept = eager[1].indices.shape[2]
         assert torch.equal(compiled[1].indices[..., :kept], eager[1].indices)
         assert (compiled[1].indices[..., kept:] == -1).all(), "room for every slot"
+        assert compiled[1].indices.shape[2] == (120 if wants[0] is True else 0)
         assert torch.equal(compiled[1].lengths, eager[1].lengths)
         assert torch.equal(compiled[1].ran_sparse, eager[1].ran_sparse)
     if wants[1]:

@@ -35,6 +35,7 @@ class Call(NamedTuple):
     head_chunk: int | None = None
     kept: float | None = None
     want_selection: bool = False
+    want_indices: bool = False  # of a selection that is wanted
     want_lse: bool = False
 
 

@@ -232,7 +232,7 @@ def _print_demo(result: DemoResult) -> None:
     for failure in result.failures:
         console.print(f"[red]FAILED[/]: {failure}")
     if not result.failures:
-        console.print(f"[green]passed[/]: a layer dropped {result.dropped:.1%} of its tokens")
+        console.print(f"[green]passed[/]: {result.summary}")
 
 
 def _verdict(correct: bool, text: str) -> str:

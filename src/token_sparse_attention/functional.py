@@ -53,6 +53,7 @@ from token_sparse_attention.limits import forces_dense, head_groups, most_tokens
 from token_sparse_attention.selection import (
     TokenSelection,
     check_impl,
+    check_return_selection,
     dense_selection,
     resolve_impl,
     score_rows,
@@ -65,78 +66,42 @@ if TYPE_CHECKING:
 
 @overload
 def token_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig,
-    *,
-    padding_mask: Tensor | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    attention_backend: str | PatternConfig = ...,
-    head_chunk: int | None = ...,
-    kept: float | None = ...,
-    head_group: ProcessGroup | None = ...,
-    return_selection: Literal[False] = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
+    padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
+    attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
+    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    return_selection: Literal[False] = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def token_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig,
-    *,
-    padding_mask: Tensor | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    attention_backend: str | PatternConfig = ...,
-    head_chunk: int | None = ...,
-    kept: float | None = ...,
-    head_group: ProcessGroup | None = ...,
-    return_selection: Literal[True],
-    return_lse: Literal[False] = ...,
-) -> tuple[Tensor, TokenSelection]: ...
+    query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
+    padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
+    attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
+    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    return_selection: Literal[True, "lengths"], return_lse: Literal[False] = ...,
+) -> tuple[Tensor, TokenSelection]: ...  # fmt: skip
 
 
 @overload
 def token_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig,
-    *,
-    padding_mask: Tensor | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    attention_backend: str | PatternConfig = ...,
-    head_chunk: int | None = ...,
-    kept: float | None = ...,
-    head_group: ProcessGroup | None = ...,
-    return_selection: Literal[False] = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
+    padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
+    attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
+    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    return_selection: Literal[False] = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @overload
 def token_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: TokenSparseConfig,
-    *,
-    padding_mask: Tensor | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    attention_backend: str | PatternConfig = ...,
-    head_chunk: int | None = ...,
-    kept: float | None = ...,
-    head_group: ProcessGroup | None = ...,
-    return_selection: Literal[True],
-    return_lse: Literal[True],
-) -> SparseOutput: ...
+    query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
+    padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
+    attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
+    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    return_selection: Literal[True, "lengths"], return_lse: Literal[True],
+) -> SparseOutput: ...  # fmt: skip
 
 
 def token_sparse_attention(
@@ -152,7 +117,7 @@ def token_sparse_attention(
     head_chunk: int | None = None,
     kept: float | None = None,
     head_group: ProcessGroup | None = None,
-    return_selection: bool = False,
+    return_selection: bool | Literal["lengths"] = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, TokenSelection] | tuple[Tensor, Tensor] | SparseOutput:
     r"""Causal attention in which every head attends only over the tokens it needs.
@@ -194,7 +159,8 @@ def token_sparse_attention(
             shapes, mask and settings. The ranks then keep as many tokens, and run the same
             rows dense, as one process with all heads would. A compiler does not look into
             such a call.
-        return_selection: also return the selection.
+        return_selection: also return the selection; ``"lengths"`` for how many tokens each head
+            keeps but not which: ``indices`` is ``[B, H, 0]`` then, which saves memory and work.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -230,9 +196,11 @@ def token_sparse_attention(
     check_impl(impl)
     check_head_chunk(head_chunk)
     check_kept(kept, config)
+    check_return_selection(return_selection)
     head_group = resolve_head_group(head_group)
     scale = resolve_scale(scale, query.shape[-1])
-    call = Call(scale, impl, backend, head_chunk, kept, return_selection, return_lse)
+    wants = (return_selection is not False, return_selection is True, return_lse)
+    call = Call(scale, impl, backend, head_chunk, kept, *wants)
     if torch.compiler.is_compiling() and head_group is None:
         result = call_operator(query, key, value, padding_mask, config, call)
     else:
@@ -283,14 +251,16 @@ def run(
         )  # fmt: skip
     else:
         selection = keys_only(
-            scores, far, config, tokens, query_len, even, call.want_selection, head_group
+            scores, far, config, tokens, query_len, even, call.want_indices, head_group
         )
     del scores
     attended = attend_selected(query, key, value, config, selection, far, tokens, even, impl, call)
     mark_invalid_rows(attended, tokens)
-    return SparseOutput(
-        attended.out, selection.to_int64() if call.want_selection else None, attended.lse
-    )
+    if not call.want_selection:
+        return SparseOutput(attended.out, None, attended.lse)
+    if not call.want_indices:
+        selection = selection.without_indices()
+    return SparseOutput(attended.out, selection.to_int64(), attended.lse)
 
 
 _run_untraced = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
@@ -399,4 +369,5 @@ def _all_dense(
         return SparseOutput(into.out, None, into.lse)
     if tokens is None:
         tokens = real_tokens(None, len(query), key.shape[2], query.device)
-    return SparseOutput(into.out, dense_selection(tokens, query.shape[1]), into.lse)
+    selection = dense_selection(tokens, query.shape[1], want_indices=call.want_indices)
+    return SparseOutput(into.out, selection, into.lse)

@@ -40,6 +40,7 @@ def _prefill(
     head_chunk: int | None,
     kept: float | None,
     want_selection: bool,
+    want_indices: bool,
     want_lse: bool,
 ) -> _Outputs:
     """Run the operator; returns output, lse, indices, lengths, budget and ran_sparse.
@@ -61,13 +62,15 @@ def _prefill(
         fallback_samples,
         crossover,
     )
-    call = Call(scale, impl, attention_backend, head_chunk, kept, want_selection, want_lse)
+    call = Call(
+        scale, impl, attention_backend, head_chunk, kept, want_selection, want_indices, want_lse
+    )
     output, selection, lse = run(query, key, value, padding_mask, config, call)
     lse = _empty(query, torch.float32) if lse is None else lse
     if selection is None:
         none = _empty(query, torch.int64)
         return output, lse, none, none.clone(), none.clone(), _empty(query, torch.bool)
-    room = key.shape[2] - selection.indices.shape[2]
+    room = key.shape[2] - selection.indices.shape[2] if want_indices else 0
     indices = F.pad(selection.indices, (0, room), value=-1)
     lengths = selection.lengths
     chosen = lengths if selection.budget is None else selection.budget
@@ -83,7 +86,7 @@ prefill = torch.library.custom_op("token_sparse_attention::prefill", _prefill, m
 
 @prefill.register_fake
 def _fake(query: Tensor, key: Tensor, *arguments: object) -> _Outputs:
-    want_selection, want_lse = arguments[-2:]
+    want_selection, want_indices, want_lse = arguments[-3:]
     batch_size, num_heads, query_len = query.shape[:3]
     lse = query.new_empty(batch_size, num_heads, query_len, dtype=torch.float32)
     if not want_lse:
@@ -92,7 +95,8 @@ def _fake(query: Tensor, key: Tensor, *arguments: object) -> _Outputs:
         indices, lengths, budget = (_empty(query, torch.int64) for _ in range(3))
         ran_sparse = _empty(query, torch.bool)
     else:
-        indices = query.new_empty(batch_size, num_heads, key.shape[2], dtype=torch.int64)
+        room = key.shape[2] if want_indices else 0
+        indices = query.new_empty(batch_size, num_heads, room, dtype=torch.int64)
         lengths, budget = (
             query.new_empty(batch_size, num_heads, dtype=torch.int64) for _ in range(2)
         )

@@ -61,6 +61,10 @@ class TokenSelection(NamedTuple):
             lengths=self.lengths.masked_fill(dense[:, None], 0),
         )
 
+    def without_indices(self) -> TokenSelection:
+        """Return how many tokens each head keeps, but not which; holds no memory of these."""
+        return self._replace(indices=self.indices.new_empty(*self.lengths.shape, 0))
+
     def to_int64(self) -> TokenSelection:
         """Return the selection with 64-bit indices and lengths, which index tensors."""
         budget = self.lengths if self.budget is None else self.budget
@@ -73,6 +77,14 @@ def check_impl(impl: str) -> None:
     """Raise ValueError unless `impl` is a known name."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+
+
+def check_return_selection(return_selection: bool | str) -> None:
+    """Raise ValueError unless it says whether to return a selection, or its lengths."""
+    if not isinstance(return_selection, bool) and return_selection != "lengths":
+        raise ValueError(
+            f"return_selection must be True, False or 'lengths', got {return_selection!r}"
+        )
 
 
 def resolve_impl(impl: str, tensor: Tensor, head_dim: int | None = None) -> str:
@@ -334,10 +346,12 @@ def _is_slower(shares: Tensor, query_len: int, kv_len: int, even: BreakEven) -> 
     return float(shares.square().mean()) > limit
 
 
-def dense_selection(tokens: RealTokens, num_heads: int) -> TokenSelection:
+def dense_selection(
+    tokens: RealTokens, num_heads: int, *, want_indices: bool = True
+) -> TokenSelection:
     """Return the selection of a batch in which every row runs dense."""
     start, end = tokens.bounds.long().unbind(-1)
-    slot = torch.arange(tokens.kv_len, device=start.device)
+    slot = torch.arange(tokens.kv_len if want_indices else 0, device=start.device)
     listed = torch.where(slot < (end - start)[:, None], slot + start[:, None], -1)
     lengths = (end - start)[:, None].expand(-1, num_heads).contiguous()
     return TokenSelection(

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from integrations.models import KEYS_ONLY, LAYERS, make_ids, make_model, oracle
@@ -113,6 +114,39 @@ def test_what_is_kept_are_the_far_tokens():
     with apply(model, dataclasses.replace(ALL_KINDS, fallback="window", fallback_samples=0)) as r:
         model(ids[:1])
     assert [record.kept for record in r] == [[[7] * 4]] * LAYERS
+
+
+class Whole(TorchDispatchMode):
+    """Notes the shapes of all whole numbers that are made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for one in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(one, torch.Tensor) and one.dtype in (torch.int32, torch.int64):
+                self.shapes.add(tuple(one.shape))
+        return made
+
+
+def test_reports_list_no_tokens():
+    """Neither is a list of every head's tokens made for them, nor does one stay alive."""
+    model, ids = sharp(), make_ids()
+    with apply(model, dataclasses.replace(KEYS_ONLY, fallback_samples=0)) as report:
+        with Whole() as made:
+            model(ids)
+        assert paths(report) == [["sparse"]] * LAYERS
+        assert (1, 4, 2) in made.shapes, "the sinks"
+        assert (1, 4, ids.shape[1]) not in made.shapes
+    for config in (KEYS_ONLY, SAMPLES):
+        with apply(model, config) as report:
+            model(ids)
+        for record in report:
+            tensors = [x for x in vars(record.selection).values() if isinstance(x, torch.Tensor)]
+            assert len(tensors) == 5
+            assert all(one.untyped_storage().nbytes() <= 4 * 8 for one in tensors)
 
 
 def test_heads_may_draw_different_numbers():

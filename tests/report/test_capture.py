@@ -29,12 +29,12 @@ def tokenizer():
 
 @pytest.fixture
 def selections(monkeypatch):
-    """Every selection that the integration attends over, noted where it is made."""
+    """Every selection that the integration attends over and its tokens, noted where it is made."""
     made = []
     attend = integration.token_sparse_attention
 
     def noting(*args, **kwargs):
-        result = attend(*args, **kwargs)
+        result = attend(*args, **kwargs | {"return_selection": True})
         made.append(result[1])
         return result
 

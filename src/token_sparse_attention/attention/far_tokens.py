@@ -219,7 +219,7 @@ def keys_only(
     tokens: RealTokens,
     query_len: int,
     even: BreakEven,
-    want_tokens: bool,
+    want_indices: bool,
     head_group: ProcessGroup | None,
 ) -> TokenSelection:
     """Return what every query sees beyond its window, where queries are not selected.
@@ -231,7 +231,7 @@ def keys_only(
         tokens: where the real tokens are.
         query_len: S_q.
         even: rows shorter than its ``min_length`` run dense.
-        want_tokens: whether the tokens will be looked at, and not only which rows run sparse.
+        want_indices: whether to list the tokens, and not only say how many they are.
         head_group: the ranks with the layer's other heads, which run the same rows dense.
     """
     kv_len = tokens.kv_len
@@ -240,16 +240,15 @@ def keys_only(
     queries = (end - start.clamp(min=kv_len - query_len)).clamp(min=0)
     sparse = (queries >= config.window_size) & (keys > config.min_tokens + config.window_size)
     sparse &= effective_length(queries, keys.clamp(min=1)) >= even.min_length
-    finite = scores.isfinite().all(-1).to(torch.int32)
+    finite = scores.sum(-1).isfinite().to(torch.int32)  # none is below 0, so nothing cancels
     sparse &= (finite if head_group is None else gather_heads(finite, head_group)).all(-1)
-    none = scores.new_empty(*scores.shape[:2], 0, dtype=torch.int64)
-    if not want_tokens:
-        return TokenSelection(none, none.sum(-1), sparse, kv_len)
-    dense = dense_selection(tokens, scores.shape[1])
-    slots = none if far is None else far.slots
+    dense = dense_selection(tokens, scores.shape[1], want_indices=want_indices)
+    slots = dense.indices[..., :0] if far is None else far.slots
+    lengths = torch.where(sparse[:, None], (slots < kv_len).sum(-1), dense.lengths)
+    selection = dense._replace(lengths=lengths, ran_sparse=sparse, budget=lengths)
+    if not want_indices:
+        return selection
     listed = torch.where(slots < kv_len, slots, -1)
     listed = F.pad(listed, (0, max(kv_len - slots.shape[2], 0)), value=-1)
-    own = sparse[:, None]
-    lengths = torch.where(own, (slots < kv_len).sum(-1), dense.lengths)
-    indices = torch.where(own[..., None], listed[..., :kv_len], dense.indices)
-    return TokenSelection(indices, lengths, sparse, kv_len, lengths)
+    indices = torch.where(sparse[:, None, None], listed[..., :kv_len], dense.indices)
+    return selection._replace(indices=indices)

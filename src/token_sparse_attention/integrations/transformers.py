@@ -356,7 +356,7 @@ class AppliedSparsity:
             attention_backend=self._attention_backends[layer],
             kept=self._kept,
             head_group=self._head_group,
-            return_selection=True,
+            return_selection="lengths",
         )
         even = break_even(config, query) if self._kept is None else NEVER_DENSE
         selected = SelectionRecord.of(selection, config, even, query_len, kv_len, padding_mask)
