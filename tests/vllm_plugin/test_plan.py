@@ -147,7 +147,7 @@ def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
     with PeakMemory() as memory:
         scores = torch.rand(1, heads, kv_len - config.window_size)
         far = far_tokens(scores, config, tokens)
-        keys_only(scores, far, config, tokens, kv_len, NEVER_DENSE, True, None)
+        keys_only(scores, far, config, tokens, kv_len, NEVER_DENSE, False, None)
     little = workspace_bytes(config, heads, 1, 1, 1, query_len=1, kv_len=kv_len)
     assert memory.peak <= little <= 2.5 * memory.peak
     selected = dataclasses.replace(config, select_queries=True)

@@ -354,7 +354,7 @@ class SparsePrefillImpl:
             impl=step.settings.impl,
             attention_backend=step.settings.attention_backend,
             head_group=step.head_group,
-            return_selection=True,
+            return_selection="lengths",
         )
         output.copy_(attended[0].transpose(0, 1))
         if step.counts:

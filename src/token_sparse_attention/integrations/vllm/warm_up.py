@@ -174,6 +174,6 @@ def _attend(
         scale=layer.scale,
         impl=settings.impl,
         attention_backend=settings.attention_backend,
-        return_selection=True,
+        return_selection="lengths",
     )
     return selection
