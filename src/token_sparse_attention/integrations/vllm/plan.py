@@ -80,10 +80,10 @@ def workspace_bytes(
 ) -> int:
     """Return what one sparse prefill allocates on a GPU at most, about.
 
-    The chunk's keys and values out of the cache, its output, scores and their order or
-    indices per head and token; then either the packed heads, of which half a GiB is held at once, or before them
-    the probabilities of the draws, for as many heads at once as have eight million tokens. The
-    fallback takes log-sum-exps, and the far tokens' keys and values.
+    The chunk's keys and values out of the cache, its output, scores and their order or indices
+    per head and token; then either the packed heads, of which half a GiB is held at once, or
+    before them the probabilities of the draws, for as many heads at once as have eight million
+    tokens. The fallback takes log-sum-exps, and the far tokens' keys and values.
     """
     copied = 2 * num_kv_heads * kv_len * head_dim * itemsize
     output = 2 * num_heads * query_len * head_dim * itemsize
