@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.frontier.observed import prefill_with
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from token_sparse_attention import TokenSparseConfig, bundled, run, token_sparse_attention
 from token_sparse_attention.attention.causal import attend
@@ -33,7 +32,6 @@ from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import SampleSet
 from token_sparse_attention.info import provenance
 
-_NAME = "observed_heads"
 _QUERIES = 128
 
 
@@ -100,15 +98,7 @@ def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str
         layers.append({name: values.tolist() for name, values in found.items()})
         return dense.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(_NAME, observed)
-    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
-        with torch.no_grad():
-            model(ids.to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(before)
+    prefill_with(observed, model, ids)
     return layers
 
 

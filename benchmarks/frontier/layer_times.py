@@ -18,12 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.frontier.observed import prefill_with
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from token_sparse_attention import bundled, run, token_sparse_attention
 from token_sparse_attention.attention.causal import attend
@@ -34,7 +32,6 @@ from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration, read_runs
 from token_sparse_attention.info import provenance
 
-_NAME = "timed_layers"
 Times = dict[str, list[dict[str, float]]]  # by configuration, one entry per layer
 
 
@@ -93,15 +90,7 @@ def layer_times(
             )
         return dense().transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(_NAME, timed)
-    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
-        with torch.no_grad():
-            model(ids.to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(before)
+    prefill_with(timed, model, ids)
     return dict(times)
 
 
