@@ -80,13 +80,21 @@ class CalibrationOptions:
             raise ValueError(f"drift_quantile must be in [0, 1], got {self.drift_quantile}")
         if self.max_reply < 0:
             raise ValueError(f"max_reply must be at least 0, got {self.max_reply}")
-        goals = [self.divergence_budget, self.target_speedup]
         if self.method == "drift":
-            if goals != [None, None]:
+            unused = {
+                "divergence_budget": self.divergence_budget,
+                "target_speedup": self.target_speedup,
+                "drop_masses": self.drop_masses,
+                "samples": self.samples,
+            }
+            given = [name for name, value in unused.items() if value is not None]
+            if given:
                 raise ValueError(
-                    "divergence_budget and target_speedup need method sensitivity or both"
+                    f"{' and '.join(unused)} need method sensitivity or both; "
+                    f"method drift got {', '.join(given)}"
                 )
             return
+        goals = [self.divergence_budget, self.target_speedup]
         if goals.count(None) != 1:
             raise ValueError(
                 f"method {self.method} needs one goal, divergence_budget or target_speedup; "
