@@ -45,11 +45,10 @@ def _speeds(times: Mapping[str, Any], row: Row) -> list[float]:
 
 
 def _cells(row: Row, speeds: list[float]) -> list[str]:
-    dense = (row.score or 0.0) - (row.difference or 0.0)
     return [
         f"{(row.length or 0) // 1024}K",
         row.configuration,
-        f"{row.score:.3f} of {dense:.3f}",
+        f"{row.score:.3f} of {row.dense_score:.3f}",
         f"{row.difference:+.3f}",
         f"{row.difference_low:+.3f} to {row.difference_high:+.3f}",
         str(row.pairs),

@@ -71,7 +71,7 @@ def _screening(rounds: Mapping[str, EvalResults], length: int) -> str:
     for name, label, rows, pairs in _points(rounds, length):
         low, high = difference_interval(pairs)
         cells = [
-            f"{rows[task].score:.2f} of {_dense(rows[task]):.2f} ({rows[task].pairs})"
+            f"{rows[task].score:.2f} of {rows[task].dense_score:.2f} ({rows[task].pairs})"
             if task in rows
             else "-"
             for task in TASKS
@@ -81,10 +81,6 @@ def _screening(rounds: Mapping[str, EvalResults], length: int) -> str:
         cells += [f"{difference:+.2f}", f"{low:+.2f} to {high:+.2f}", str(len(pairs))]
         lines.append(f"| {name} | {label} | {' | '.join(cells)} | {share:.0%} |")
     return "\n".join(lines) + "\n"
-
-
-def _dense(row: Row) -> float:
-    return (row.score or 0.0) - (row.difference or 0.0)
 
 
 def _points(
@@ -142,11 +138,12 @@ def _layers(rounds: Mapping[str, EvalResults], heads: Mapping[str, Any]) -> str:
         cells = [str(layer)]
         for task in tasks:
             more, found = costs[task][layer], observed[task][layer]
+            looking = [n for n, far in zip(found["among"], found["far"]) if far >= 0.5]
             spread = stdev(more) / len(more) ** 0.5
             cells += [
                 f"{fmean(more):+.2f} ± {spread:.2f} ({len(more)})",
                 f"{max(found['far']):.2f}",
-                f"{min(found['among']):.0f}",
+                f"{min(looking):.0f}" if looking else "-",
                 f"{max(found['error']):.2f}",
             ]
         lines.append(f"| {' | '.join(cells)} |")

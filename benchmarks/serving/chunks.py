@@ -27,19 +27,20 @@ from token_sparse_attention.info import provenance
 CHUNKS = (512, 1024, 2048)
 UNCHUNKED = 16384
 NEW_TOKENS = 40
-# The bundled model's settings; the published ones, which lose answers on this model; and samples:
-# all queries see a window and 1,024 of the tokens before it, the last 128 everything.
+# All queries see a window and 1,024 samples of the tokens before it, the last 128 everything.
+SAMPLES = TokenSparseConfig(
+    min_tokens=1024,
+    select_queries=False,
+    dense_queries=128,
+    fallback="window",
+    fallback_samples=1024,
+    crossover="off",
+)
+# Besides, the bundled model's settings, and the published ones, which lose answers on this model.
 SETTINGS: dict[str, TokenSparseConfig | LayerProfile] = {
     "bundled profile": load_config(bundled.MODEL / "token_sparse_profile.json"),
     "published, every layer": TokenSparseConfig.published(),
-    "samples, every layer": TokenSparseConfig(
-        min_tokens=1024,
-        select_queries=False,
-        dense_queries=128,
-        fallback="window",
-        fallback_samples=1024,
-        crossover="off",
-    ),
+    "samples, every layer": SAMPLES,
 }
 
 

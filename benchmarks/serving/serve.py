@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.serving.chunks import make_questions
+from benchmarks.serving.chunks import SAMPLES, make_questions
 from benchmarks.serving.first_token import vllm_version
 from transformers import AutoTokenizer
 
@@ -31,14 +31,7 @@ from vllm_plugin.server import serve, storm
 ROUNDS = 4
 SETTINGS = {
     "dense": TokenSparseConfig(min_tokens=2**20),  # no prompt is that long
-    "samples": TokenSparseConfig(
-        select_queries=False,
-        dense_queries=128,
-        fallback="window",
-        fallback_samples=1024,
-        min_tokens=1024,
-        crossover="off",
-    ),
+    "samples": SAMPLES,
 }
 
 

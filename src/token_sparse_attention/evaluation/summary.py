@@ -69,6 +69,11 @@ class Row:
     work_is_bound: bool = False
 
     @property
+    def dense_score(self) -> float | None:
+        """Mean dense score of the samples that `score` is of; None if there are none."""
+        return None if self.score is None else self.score - (self.difference or 0.0)
+
+    @property
     def shown_work(self) -> str:
         """`work` as tables show it."""
         return f"{'≤' if self.work_is_bound else ''}{self.work:.3f}"

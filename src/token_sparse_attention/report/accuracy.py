@@ -91,7 +91,7 @@ def _scatters(
 def _point(row: Row, x: float, colours: dict[str, int]) -> charts.Point:
     score, low, high = row.score or 0.0, None, None
     if None not in (row.difference, row.difference_low, row.difference_high):
-        base = score - (row.difference or 0.0)
+        base = row.dense_score or 0.0
         low, high = (
             min(max(base + (end or 0.0), 0.0), 1.0)
             for end in (row.difference_low, row.difference_high)
