@@ -239,7 +239,7 @@ def test_opcheck(wants):
     problem = half_problem(query_len=200)
     arguments = (
         *problem, None, 0.3, 16, 5, 24, "shared", True, 20, "window", 40, 3, 2, 9, "off", 0.125,
-        "auto", "flash", None, None, wants, wants,
+        "auto", "flash", None, None, wants, wants, wants,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 

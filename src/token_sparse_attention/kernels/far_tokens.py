@@ -32,7 +32,7 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
         return Tiles(32, 32, 4, 2)
     if head_dim > 128:
         return Tiles(64, 64, 8, 2)
-    return Tiles(64, 64, 4, 3)  # the fastest of those measured on an H200
+    return Tiles(128, 32, 4, 4)  # the fastest of those measured on an H100
 
 
 def add_far_tokens(
