@@ -11,13 +11,18 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from benchmarks.frontier import confirmation
+
 from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
+from token_sparse_attention.evaluation.replay import Replay
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "frontier.md"
 RESULTS = ROOT / "benchmarks" / "results" / "frontier"
+CONFIRMED = RESULTS.parent / "confirm"
+CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
 FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
 TASKS = {
     "niah_multikey_2": "multikey 2",
@@ -33,14 +38,25 @@ def load_all() -> dict[str, EvalResults]:
 
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     """Return the page's tables as Markdown, by name."""
-    built = {"runs": _runs(rounds)}
+    built = {}
     for length in (65536, 131072):
         built[f"{length // 1024}k"] = _screening(_scored_by(rounds, answers=False), length)
     answers = _scored_by(rounds, answers=True)
     built["answers"] = _screening(answers, 131072)
     heads = json.loads((RESULTS / "heads.json").read_text(encoding="utf-8"))
     built["layers"] = _layers(answers, heads)
+    built["calibration"] = confirmation.calibration(CALIBRATED)
+    replay = Replay.load(RESULTS / "replay-profiles.json")
+    built["speeds"] = confirmation.speeds(rounds["answers-profiles"], replay, _label)
+    confirmed = {path.stem: load_results(path) for path in sorted(CONFIRMED.glob("*.jsonl"))}
+    replays = [Replay.load(path) for path in sorted(CONFIRMED.glob("replay*.json"))]
+    built["confirmed"] = confirmation.confirmed(list(confirmed.values()), replays, _label)
+    built["runs"] = _runs({**rounds, **{f"confirmed, {name}": r for name, r in confirmed.items()}})
     return built
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    return describe(settings, {})
 
 
 def _scored_by(rounds: Mapping[str, EvalResults], *, answers: bool) -> dict[str, EvalResults]:
@@ -155,7 +171,12 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
     if "layers" in settings:
         return _describe_profile(settings)
     layers = settings["sparse_layers"]
-    parts = ["all layers" if layers is None else _name_layers(layers)]
+    named = "all layers" if layers is None else _name_layers(layers)
+    return ", ".join([named, *_differences(settings, variant)])
+
+
+def _differences(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> list[str]:
+    parts = []
     if settings.get("select_queries", True):
         parts.append(f"drop mass {settings['drop_mass']:g}")
     if settings["fallback"] == "zero":
@@ -198,19 +219,21 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
         parts.append("unselected queries dense")
     if variant.get("fallback") == "keys":
         parts.append("all queries see the window and the selected keys")
-    return ", ".join(parts)
+    return parts
 
 
 def _describe_profile(profile: Mapping[str, Any]) -> str:
-    """Say which layers differ from the base in what; the others are dense."""
-    shared: dict[str, list[int]] = {}
+    """Say what each layer runs, then what all of them do; layers not named are dense."""
+    groups: dict[tuple[str, ...], list[int]] = {}
     for layer, changes in profile["layers"].items():
-        shared.setdefault(describe({**profile["base"], **changes}, {}), []).append(int(layer))
-    each = (
-        f"{_name_layers(layers)}: {label.removeprefix('all layers, ')}"
-        for label, layers in shared.items()
-    )
-    return "; ".join(each)
+        parts = tuple(_differences({**profile["base"], **changes}, {}))
+        groups.setdefault(parts, []).append(int(layer))
+    shared = [part for part in next(iter(groups)) if all(part in parts for parts in groups)]
+    each = []
+    for parts, layers in groups.items():
+        own = ", ".join(part for part in parts if part not in shared)
+        each.append(f"{_name_layers(layers)}: {own}" if own else _name_layers(layers))
+    return "; ".join([*each, f"each {', '.join(shared)}"] if shared else each)
 
 
 def _name_layers(layers: list[int]) -> str:
@@ -218,7 +241,8 @@ def _name_layers(layers: list[int]) -> str:
         return f"layer {layers[0]}"
     missing = sorted(set(range(layers[0], layers[-1])) - set(layers))
     without = f" without {', '.join(map(str, missing))}" if missing else ""
-    return f"layers {layers[0]} to {layers[-1]}{without}"
+    span, listed = f"{layers[0]} to {layers[-1]}{without}", ", ".join(map(str, layers))
+    return f"layers {listed if missing and len(listed) < len(span) else span}"
 
 
 def draw(rounds: Mapping[str, EvalResults]) -> None:

@@ -55,10 +55,20 @@ def test_whatever_differs_is_said():
 
 def test_a_profile_names_its_layers_by_what_they_run():
     base = TokenSparseConfig(
-        fallback="window", select_queries=False, fallback_samples=1024, sparse_layers=None
+        fallback="window", select_queries=False, fallback_sinks=4, sparse_layers=None
     ).to_dict()
-    layers = {"0": {"fallback_samples": 4096}, "3": {"fallback_samples": 4096}, "4": {}}
+    layers = {
+        "0": {"fallback_samples": 4096},
+        "3": {"fallback_samples": 4096},
+        "4": {"fallback_samples": 1024},
+        "5": {},
+    }
     label = page.describe({"version": 1, "base": base, "layers": layers}, {})
-    assert label.count("layers 0 to 3 without 1, 2: ") == 1
-    assert label.count("layer 4: ") == 1
-    assert "4096 tokens drawn by score" in label.partition("; ")[0]
+    assert label == (
+        "layers 0, 3: 4096 tokens drawn by score; "
+        "layer 4: 1024 tokens drawn by score; layer 5; "
+        "each 4 sinks, selected queries like the others"
+    )
+    nothing_shared = {"1": {"select_queries": True, "fallback_sinks": 0}, "2": {}}
+    label = page.describe({"version": 1, "base": base, "layers": nothing_shared}, {})
+    assert label == "layer 1: drop mass 0.005; layer 2: 4 sinks, selected queries like the others"

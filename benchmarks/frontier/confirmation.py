@@ -1,0 +1,134 @@
+"""The last tables of docs/frontier.md: layers' choices, profiles' speeds, the confirmation."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from token_sparse_attention.evaluation.frontier import FrontierRow, join
+from token_sparse_attention.evaluation.record import DENSE, EvalResults
+from token_sparse_attention.evaluation.replay import Replay
+from token_sparse_attention.evaluation.summary import difference_interval, relative_loss_bound
+
+NAMES = {"A2": "three dense layers", "F": "two dense layers"}
+"""What the page calls the profiles that were confirmed."""
+Describe = Callable[[Mapping[str, Any]], str]
+
+
+def calibration(path: Path) -> str:
+    """Return each layer's divergence by its number of samples, as `tsa calibrate` measured it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    counts = sorted({int(row["setting"]["value"]) for row in content["sensitivity"]})
+    chosen = content["choices"][0]["profile"]["layers"]
+    head = ["layer", *(f"{count:,} samples" for count in counts), "chosen"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    layers: dict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for row in content["sensitivity"]:
+        layers[row["layer"]][int(row["setting"]["value"])] = row
+    for layer, rows in layers.items():
+        cells = [
+            f"{rows[count]['divergence']:.1e} ± {rows[count]['standard_error']:.0e}"
+            for count in counts
+        ]
+        own = chosen.get(str(layer))
+        cells.append(f"{own['fallback_samples']:,}" if own else "dense")
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:
+    """Return profiles' probability of the right answer beside their replayed speed."""
+    head = ["what differs", "probability", "n", "speed-up", "at the model's own shape"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in join([("", results)], [replay]):
+        one = row.accuracy
+        if one.configuration != DENSE:
+            label = describe(results.header.configurations[one.configuration] or {})
+            score = f"{one.score:.3f} of {one.dense_score:.3f}"
+            lines.append(f"| {label} | {score} | {one.pairs} | {_speed(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Describe) -> str:
+    """Return the confirmation's table: every length, then all of them together."""
+    head = ["tokens", "settings", "score", "difference", "95% interval", "loss", "loss below"]
+    head += ["n", "kept", "speed-up", "own shape"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    rows = [row for row in join([("", one) for one in rounds], replays) if row.accuracy.pairs]
+    for row in sorted(rows, key=lambda row: row.accuracy.length or 0):
+        one = row.accuracy
+        if one.configuration != DENSE:
+            where = [f"{(one.length or 0) // 1024}K", _name(one.configuration)]
+            cells = [
+                f"{one.score:.3f} of {one.dense_score:.3f}",
+                f"{one.difference:+.3f}",
+                f"{one.difference_low:+.3f} to {one.difference_high:+.3f}",
+                f"{one.relative_loss:+.1%}",
+                f"{one.relative_loss_upper:+.1%}",
+                str(one.pairs),
+                f"{one.kept_share:.0%}",
+            ]
+            lines.append(f"| {' | '.join(where + cells)} | {_speed(row)} |")
+    lines += [f"| all | {_pooled(name, pairs)} | - | - |" for name, pairs in _pairs(rounds)]
+    legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
+    return "\n".join([*lines, "", *legend]) + "\n"
+
+
+def _speed(row: FrontierRow) -> str:
+    cells = [f"{t.speed_up:.2f}x" if t else "-" for t in (row.times, row.own_times)]
+    return " | ".join(cells)
+
+
+class _Pair(NamedTuple):
+    """Scores of the same sample, and whether any layer ran sparse."""
+
+    dense: float
+    sparse: float
+    ran_sparse: bool
+
+
+def _pairs(rounds: list[EvalResults]) -> Iterator[tuple[str, list[_Pair]]]:
+    """Yield each configuration's pairs of all lengths."""
+    pairs: dict[str, list[_Pair]] = defaultdict(list)
+    for results in rounds:
+        dense = {s.key[:3]: s.score for s in results.samples if s.configuration == DENSE}
+        for sample in results.samples:
+            base = dense.get(sample.key[:3])
+            if sample.configuration != DENSE and base is not None and sample.score is not None:
+                ran_sparse = any(kept is not None for kept in sample.kept or [])
+                pairs[sample.configuration].append(_Pair(base, sample.score, ran_sparse))
+    yield from pairs.items()
+
+
+def _pooled(name: str, pairs: list[_Pair]) -> str:
+    scores = [(pair.dense, pair.sparse) for pair in pairs]
+    dense, sparse = (fmean(column) for column in zip(*scores))
+    low, high = difference_interval(scores)
+    cells = [
+        _name(name),
+        f"{sparse:.3f} of {dense:.3f}",
+        f"{sparse - dense:+.3f}",
+        f"{low:+.3f} to {high:+.3f}",
+        f"{1 - sparse / dense:+.1%}",
+        f"{relative_loss_bound(scores):+.1%}",
+        str(len(pairs)),
+        f"sparse in {fmean(pair.ran_sparse for pair in pairs):.0%} of samples",
+    ]
+    return " | ".join(cells)
+
+
+def _name(configuration: str) -> str:
+    return NAMES.get(configuration, configuration)
+
+
+def _labels(rounds: list[EvalResults], describe: Describe) -> dict[str, str]:
+    return {
+        _name(name): describe(settings or {})
+        for results in rounds
+        for name, settings in results.header.configurations.items()
+        if name != DENSE
+    }

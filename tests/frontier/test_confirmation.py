@@ -1,0 +1,95 @@
+"""The tables of what was calibrated and confirmed, from made-up results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from benchmarks.frontier import confirmation
+
+from evaluation.results import DENSE, HEADER
+from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention.evaluation.record import EvalResults
+
+
+def cells(table: str, start: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_calibration_shows_each_number_and_the_choice(tmp_path):
+    rows = [
+        {
+            "layer": layer,
+            "setting": {"name": "fallback_samples", "value": value},
+            "divergence": 10.0 ** -(layer + 1) / (1 + value),
+            "standard_error": 2e-5,
+        }
+        for layer in (0, 1)
+        for value in (0, 9)
+    ]
+    profile = {"layers": {"1": {"fallback_samples": 9}}}
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({"sensitivity": rows, "choices": [{"profile": profile}]}))
+    table = confirmation.calibration(path)
+    assert cells(table, "layer") == ["layer", "0 samples", "9 samples", "chosen"]
+    assert cells(table, "0") == ["0", "1.0e-01 ± 2e-05", "1.0e-02 ± 2e-05", "dense"]
+    assert cells(table, "1") == ["1", "1.0e-02 ± 2e-05", "1.0e-03 ± 2e-05", "9"]
+
+
+def results(length: int, scores: list[tuple[float, float]], *, sparse: bool) -> EvalResults:
+    """A file of one sparse configuration, F: pairs of dense and sparse scores."""
+    header = dataclasses.replace(
+        HEADER, configurations={"dense": None, "F": TokenSparseConfig().to_dict()}
+    )
+    samples = []
+    for index, (dense, score) in enumerate(scores):
+        one = dataclasses.replace(DENSE, length=length, index=index, score=dense)
+        kept = [40, None] if sparse else [None, None]
+        other = dataclasses.replace(one, configuration="F", score=score, kept=kept)
+        samples += [one, other]
+    return EvalResults(header, tuple(samples))
+
+
+def test_lengths_are_pooled_and_say_where_nothing_ran_sparse():
+    rounds = [
+        results(2048, [(1.0, 1.0)] * 6, sparse=False),
+        results(1024, [(1.0, 0.5), (1.0, 1.0)], sparse=True),
+    ]
+    table = confirmation.confirmed(rounds, [], lambda settings: f"tau {settings['drop_mass']}")
+    name = confirmation.NAMES["F"]
+    rows = [line.split(" | ") for line in table.splitlines() if f"| {name} |" in line]
+    assert [row[0] for row in rows] == ["| 1K", "| 2K", "| all"], "shortest first"
+    assert [row[2] for row in rows] == ["0.750 of 1.000", "1.000 of 1.000", "0.938 of 1.000"]
+    assert [row[5] for row in rows] == ["+25.0%", "+0.0%", "+6.2%"]
+    assert [row[7] for row in rows] == ["2", "6", "8"]
+    assert rows[1][8] == "100%", "nothing ran sparse"
+    assert rows[2][8] == "sparse in 25% of samples"
+    low, high = (float(edge) for edge in rows[2][4].split(" to "))
+    assert low < -0.0625 < high
+    assert f"- {name}: tau 0.005" in table
+
+
+def test_samples_without_a_dense_reply_or_a_score_are_no_pairs():
+    made = results(1024, [(1.0, 1.0), (1.0, 0.0), (1.0, 0.0)], sparse=True)
+    no_dense, no_score = made.samples[2], made.samples[5]
+    left = [s for s in made.samples if s not in (no_dense, no_score)]
+    left.append(dataclasses.replace(no_score, score=None))
+    rounds = [EvalResults(made.header, tuple(left))]
+    table = confirmation.confirmed(rounds, [], lambda _: "")
+    (row,) = (line.split(" | ") for line in table.splitlines() if line.startswith("| all"))
+    assert (row[2], row[7]) == ("1.000 of 1.000", "1")
+
+
+def test_the_published_rule_goes_by_its_own_name():
+    made = results(1024, [(1.0, 0.5)], sparse=True)
+    header = dataclasses.replace(
+        made.header, configurations={"dense": None, "published": TokenSparseConfig().to_dict()}
+    )
+    samples = tuple(
+        dataclasses.replace(s, configuration="published") if s.configuration == "F" else s
+        for s in made.samples
+    )
+    table = confirmation.confirmed([EvalResults(header, samples)], [], lambda _: "x")
+    assert "| 1K | published | 0.500 of 1.000 |" in table
+    assert table.count("published") == 3, "its row, the pooled one, and what it is"
