@@ -16,6 +16,7 @@ from token_sparse_attention.crossover import (
     DENSE_QUERY_TOKENS,
     FALLBACK_TOKENS,
     FAR_TOKENS,
+    MIN_KEYS_ONLY,
     MIN_LENGTH,
     OVERHEAD_TOKENS,
     BreakEven,
@@ -62,6 +63,19 @@ def test_break_even():
     ]
     assert window.fixed_tokens < fixed[0] < fixed[1]
     assert break_even(TokenSparseConfig(fallback_landmarks=100), query) == zero
+
+
+def test_without_selected_queries_lengths_decide():
+    """No scoring is in vain, so shorter rows may run sparse than with selected queries."""
+    query = torch.zeros(1)
+    few, many = (
+        TokenSparseConfig(select_queries=False, fallback="window", fallback_samples=samples)
+        for samples in (0, 100_000)
+    )
+    assert break_even(few, query).min_length == MIN_KEYS_ONLY["cpu"]
+    even = break_even(many, query)
+    assert even.min_length == even.fixed_tokens > MIN_KEYS_ONLY["cpu"]
+    assert MIN_KEYS_ONLY["cuda"] < MIN_LENGTH["cuda"]
 
 
 @pytest.mark.parametrize(

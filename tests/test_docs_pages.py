@@ -82,7 +82,7 @@ def test_rows_about_the_bundled_model_are_the_cards():
 
 def test_the_crossovers_lengths_are_the_codes():
     for page in (README, DOCS / "choosing-a-configuration.md"):
-        for length in crossover.MIN_LENGTH.values():
+        for length in (*crossover.MIN_LENGTH.values(), *crossover.MIN_KEYS_ONLY.values()):
             assert re.search(rf"\b{length // 1024}K\b", read(page)), (page, length)
 
 

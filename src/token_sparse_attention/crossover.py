@@ -18,6 +18,9 @@ from token_sparse_attention.config import DenseReason, TokenSparseConfig
 
 # Rows shorter than this run dense unscored: scoring one in vain would cost over 2% of dense.
 MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
+# Where no query is dropped nothing is scored in vain: lengths decide. Shorter ones, where starting
+# kernels counts for more, were not measured.
+MIN_KEYS_ONLY = {"cuda": 24576, "cpu": 20480}
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # The same for the windowed fallback: a fixed part, and one per token of the window.
@@ -83,6 +86,7 @@ def break_even(config: TokenSparseConfig, query: Tensor) -> BreakEven:
         if far:
             base, per_token = FAR_TOKENS[device]
             fixed += base + per_token * far
+    if config.select_queries:
+        return BreakEven(MIN_LENGTH[device], 1.0, fixed)
     # What every query attends to without selection is known beforehand.
-    min_length = MIN_LENGTH[device] if config.select_queries else max(MIN_LENGTH[device], fixed)
-    return BreakEven(min_length, 1.0, fixed)
+    return BreakEven(max(MIN_KEYS_ONLY[device], fixed), 1.0, fixed)

@@ -174,7 +174,7 @@ def test_some_layers_select_queries_and_others_do_not():
 def test_lengths_alone_decide_where_queries_are_not_selected(monkeypatch):
     model, ids = sharp(), make_ids()
     config = dataclasses.replace(KEYS_ONLY, crossover="auto", drop_mass=0.0)
-    monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", 10)
+    monkeypatch.setitem(crossover.MIN_KEYS_ONLY, "cpu", 10)
     for constants in (crossover.FALLBACK_TOKENS, crossover.FAR_TOKENS):
         monkeypatch.setitem(constants, "cpu", (0.0, 1.0))
     for overhead, reason in ((100.0, None), (160.0, str(DenseReason.CROSSOVER_LENGTH))):
