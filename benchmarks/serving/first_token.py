@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -134,15 +135,15 @@ class Engine:
         rows: one for each length.
         answers: the likeliest tokens at each place of the reply to each prompt of `SHORT`, and
             their logarithms.
-        decode_ms: milliseconds of each token after the first, after a prompt of the longest
-            length; None if they were not timed.
+        decode_ms: milliseconds from each token to the next, after a prompt of the longest
+            length; empty if they were not timed.
     """
 
     start_seconds: float
     attention: str
     rows: list[Row]
     answers: list[list[list[tuple[int, float]]]]
-    decode_ms: float | None
+    decode_ms: list[float]
 
 
 def config_of(setting: str) -> TokenSparseConfig:
@@ -286,11 +287,24 @@ def time_prompts(engine: Any, plan: Plan, setting: str, tokens: int) -> Row:
     )
 
 
-def time_decoding(engine: Any, plan: Plan, first: float) -> float:
-    """Return the milliseconds of each token after the first, which took `first` seconds."""
-    start = time.perf_counter()
-    ask(engine, prompt(plan, max(plan.lengths), 0), 1 + plan.decode)
-    return round((time.perf_counter() - start - first) / plan.decode * 1e3, 3)
+def time_decoding(engine: Any, plan: Plan) -> list[float]:
+    """Return the milliseconds from each token of a reply to the next."""
+    from vllm import SamplingParams
+
+    core = engine.llm_engine
+    params = SamplingParams(
+        max_tokens=1 + plan.decode, temperature=0, detokenize=False, ignore_eos=True
+    )
+    ids = prompt(plan, max(plan.lengths), 0)
+    core.add_request("decoding", {"prompt_token_ids": ids}, params)
+    seen, times = 0, []
+    while core.has_unfinished_requests():
+        for output in core.step():
+            tokens = len(output.outputs[0].token_ids)
+            if tokens > seen:
+                seen = tokens
+                times.append(time.perf_counter())
+    return [round((later - earlier) * 1e3, 3) for earlier, later in itertools.pairwise(times)]
 
 
 def measure(plan: Plan, setting: str) -> Engine:
@@ -307,8 +321,7 @@ def measure(plan: Plan, setting: str) -> Engine:
             [[(token, one.logprob) for token, one in place.items()] for place in said.logprobs]
         )
     rows = [time_prompts(engine, plan, setting, tokens) for tokens in plan.lengths]
-    longest = max(rows, key=lambda row: row.prompt_tokens)
-    decode_ms = time_decoding(engine, plan, longest.median) if plan.decode else None
+    decode_ms = time_decoding(engine, plan) if plan.decode else []
     return Engine(round(ready, 1), attention, rows, answers, decode_ms)
 
 

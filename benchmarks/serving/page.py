@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 from token_sparse_attention.benchmark.tables import fill
@@ -19,15 +20,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "serving"
 def tables() -> dict[str, str]:
     """Return the page's tables as Markdown, by name."""
     rows = _read("chunks-cpu.json")["rows"]
-    built = {
+    return {
         "chunks": _chunks(rows),
         "prefix": _prefix(rows),
         "stress": _stress(),
-        "first-token": _first_token(_read("first-token-h200.json")),
+        "first-token": _first_token("first-token-h200.json"),
+        "first-token-chunks": _first_token("first-token-chunks-h100.json"),
     }
-    if (RESULTS / "first-token-chunks-h200.json").exists():  # not measured yet
-        built["first-token-chunks"] = _first_token(_read("first-token-chunks-h200.json"))
-    return built
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -81,7 +80,10 @@ def _stress() -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells.items())]) + "\n"
 
 
-def _first_token(result: dict[str, Any]) -> str:
+def _first_token(name: str) -> str:
+    """Return the table of a file, whose name ends with the GPU it was measured on."""
+    result = _read(name)
+    gpu = name.removesuffix(".json").rpartition("-")[2].upper()
     dense = {
         row["prompt_tokens"]: row["median"] for row in result["rows"] if row["setting"] == "dense"
     }
@@ -95,7 +97,7 @@ def _first_token(result: dict[str, Any]) -> str:
             f"| {min(row['seconds']):.3f} to {max(row['seconds']):.3f} s "
             f"| {dense[row['prompt_tokens']] / row['median']:.2f}x | {row['kept']:.0%} |"
         )
-    return "\n".join([*lines, "", _first_token_note(result)]) + "\n"
+    return "\n".join([*lines, "", _first_token_note(result, gpu)]) + "\n"
 
 
 def _setting(name: str) -> str:
@@ -104,11 +106,14 @@ def _setting(name: str) -> str:
 
 def _decoding(engines: dict[str, Any]) -> str:
     """Say how fast the tokens after the first came, where that was timed."""
-    times = [
-        f"{_setting(name)} {engine['decode_ms']:.2f} ms"
-        for name, engine in engines.items()
-        if engine.get("decode_ms")
-    ]
+    times = []
+    for name, engine in engines.items():
+        taken = engine.get("decode_ms")
+        if isinstance(taken, list) and taken:
+            low, _, high = quantiles(taken, n=4)
+            times.append(f"{_setting(name)} {median(taken):.2f} ms ({low:.2f} to {high:.2f})")
+        elif taken and not isinstance(taken, list):  # one reply, less the prefill's time
+            times.append(f"{_setting(name)} {taken:.2f} ms")
     return (
         f"Each token after the first, after the longest prompt: {', '.join(times)}."
         if times
@@ -116,8 +121,8 @@ def _decoding(engines: dict[str, Any]) -> str:
     )
 
 
-def _first_token_note(result: dict[str, Any]) -> str:
-    """Say where the measurement is from; the file's name says on which GPU."""
+def _first_token_note(result: dict[str, Any], gpu: str) -> str:
+    """Say where the measurement is from."""
     versions = result["versions"]
     named = ("vllm", "torch", "triton", "transformers", "flash-attn-4", "python")
     used = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in named)
@@ -133,7 +138,7 @@ def _first_token_note(result: dict[str, Any]) -> str:
         engine.get("short_prompts_difference", 0.0) for engine in result["engines"].values()
     )
     return (
-        f"One NVIDIA H200, {result['dtype']}, {mode}, {steps}; "
+        f"One NVIDIA {gpu}, {result['dtype']}, {mode}, {steps}; "
         f"{result['repetitions']} prompts after {result['warm_ups']} to warm up.\n"
         f"Versions: {used}.\n"
         f"Commit: {result['commit'][:7]}.\n"
