@@ -12,7 +12,7 @@ from torch import Tensor
 
 from token_sparse_attention import TokenSparseConfig, reference
 
-SMALL = TokenSparseConfig(
+SMALL = TokenSparseConfig.published(
     drop_mass=0.2, window_size=16, pool_size=5, min_tokens=24, crossover="off"
 )
 
@@ -25,7 +25,7 @@ def golden_case(name: str) -> tuple[dict[str, Tensor], TokenSparseConfig, int | 
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         tensors = {entry: torch.from_numpy(arrays[entry]) for entry in arrays if entry != "meta"}
         meta = json.loads(str(arrays["meta"]))
-    config = TokenSparseConfig(
+    config = TokenSparseConfig.published(
         drop_mass=meta["tau"],
         window_size=meta["window_size"],
         pool_size=meta["pool_size"],

@@ -17,7 +17,7 @@ from token_sparse_attention.integrations.record import (
     PrefillReport,
     SelectionRecord,
 )
-from token_sparse_attention.run import Answer, default_config
+from token_sparse_attention.run import Answer
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,13 @@ def test_the_demo_fails_on_wrong_answers_and_without_sparsity():
     [
         ({}, 0.25, "the heads of layer 3 kept 25.0% of the prompt's tokens"),
         (
-            {"select_queries": False, "dense_queries": 4},
+            {"drop_mass": None, "select_queries": False, "dense_queries": 4},
             0.25 + 0.1,
             "the queries of layer 3 saw at most 35.0% of the prompt's tokens, windows included, "
             "the last 4 aside",
         ),
         (
-            {"select_queries": False, "fallback_window": 500},
+            {"drop_mass": None, "select_queries": False, "fallback_window": 500},
             1.0,
             "the queries of layer 2 saw at most 100.0% of the prompt's tokens, windows included",
         ),
@@ -118,7 +118,7 @@ def test_the_demo_fails_on_wrong_answers_and_without_sparsity():
 )
 def test_the_demo_says_what_was_seen(changes, share, summary):
     """Of the sparsest layer of the prompt where it saw most; a window counts as seen."""
-    config = TokenSparseConfig(fallback="window", fallback_window=40)
+    config = TokenSparseConfig.published(fallback="window", fallback_window=40)
     config = dataclasses.replace(config, **changes)
     findings = []
     for kept, others in ((60, 200), (100, 300)):
@@ -138,7 +138,7 @@ def test_the_demo_says_what_was_seen(changes, share, summary):
 
 def test_the_command_fails_when_the_demo_does(monkeypatch, capsys):
     def dense(_name):
-        return dataclasses.replace(default_config("")[0], drop_mass=0.0), "a test"
+        return TokenSparseConfig(drop_mass=0.0), "a test"
 
     monkeypatch.setattr(demo, "default_config", dense)
     monkeypatch.setattr(bundled, "demo_needles", lambda: BUNDLED_NEEDLES[:1])

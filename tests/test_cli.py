@@ -26,7 +26,7 @@ from token_sparse_attention.run import (
 
 WORDS = [f"word{number}" for number in range(190)]
 DOCUMENT = " ".join(WORDS[(7 * i) % 190] for i in range(300))
-CONFIG = TokenSparseConfig(drop_mass=0.3, window_size=16, min_tokens=32, crossover="off")
+CONFIG = TokenSparseConfig.published(drop_mass=0.3, window_size=16, min_tokens=32, crossover="off")
 
 
 def make_tokenizer():

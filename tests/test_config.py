@@ -14,12 +14,12 @@ from token_sparse_attention.config import layer_configs
 
 configs = st.builds(
     TokenSparseConfig,
-    drop_mass=st.floats(0, 1, exclude_max=True),
+    drop_mass=st.none() | st.floats(0, 1, exclude_max=True),
     window_size=st.integers(1, 4096),
     pool_size=st.integers(0, 50).map(lambda n: 2 * n + 1),
     min_tokens=st.integers(0, 10_000),
     budget=st.sampled_from(["shared", "per_head"]),
-    fallback=st.sampled_from(["zero", "window"]),
+    fallback=st.just("window"),
     fallback_window=st.integers(1, 4096),
     fallback_sinks=st.integers(0, 64),
     fallback_landmarks=st.integers(0, 4096),
@@ -34,13 +34,41 @@ def test_published_values_are_the_papers():
     assert (published.drop_mass, published.window_size) == (0.005, 128)
     assert (published.pool_size, published.min_tokens) == (7, 1024)
     assert (published.budget, published.fallback, published.crossover) == ("shared", "zero", "off")
+    assert published.select_queries
+    assert published.dense_queries == 0
     assert published.sparse_layers is None
 
 
+def test_a_drop_mass_selects_queries_and_without_one_none_are():
+    assert not TokenSparseConfig().select_queries
+    assert TokenSparseConfig().drop_mass is None
+    selecting = TokenSparseConfig(drop_mass=0.1)
+    assert selecting.select_queries
+    assert TokenSparseConfig(select_queries=True).drop_mass == 0.005
+    with pytest.raises(ValueError, match=r"drop_mass must be None where .* got 0\.1"):
+        TokenSparseConfig(drop_mass=0.1, select_queries=False)
+    profile = LayerProfile(
+        layers={0: {}, 1: {"drop_mass": 0.1}, 2: {"select_queries": True}, 3: {"min_tokens": 9}}
+    )
+    found = profile.layer_configs(4)
+    assert [found[layer].drop_mass for layer in range(4)] == [None, 0.1, 0.005, None]
+    back = LayerProfile(
+        base=selecting, layers={0: {"drop_mass": None}, 1: {"select_queries": False}}
+    )
+    assert not any(config.select_queries for config in back.layer_configs(2).values())
+
+
+def test_published_takes_changes():
+    changed = TokenSparseConfig.published(drop_mass=0.1, crossover="auto")
+    assert (changed.drop_mass, changed.crossover, changed.fallback) == (0.1, "auto", "zero")
+    with pytest.raises(TypeError, match="drop_mas"):
+        TokenSparseConfig.published(drop_mas=0.1)
+
+
 def test_config_is_frozen_and_hashable():
-    config = TokenSparseConfig(sparse_layers=[2, 1])
+    config = TokenSparseConfig.published(sparse_layers=[2, 1])
     assert config.sparse_layers == (1, 2)
-    assert hash(config) == hash(TokenSparseConfig(sparse_layers=(1, 2)))
+    assert hash(config) == hash(TokenSparseConfig.published(sparse_layers=(1, 2)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.drop_mass = 0.1  # type: ignore[misc]
 
@@ -68,8 +96,8 @@ def test_profile_json_round_trip(base, layers):
         ({"drop_mass": float("inf")}, ValueError, "drop_mass must be in"),
         ({"drop_mass": -0.1}, ValueError, "drop_mass must be in .* got -0.1"),
         ({"drop_mass": 1.0}, ValueError, "drop_mass must be in .* got 1.0"),
-        ({"drop_mass": "0.1"}, TypeError, "drop_mass must be a number, got '0.1'"),
-        ({"drop_mass": True}, TypeError, "drop_mass must be a number, got True"),
+        ({"drop_mass": "0.1"}, TypeError, "drop_mass must be a number or None, got '0.1'"),
+        ({"drop_mass": True}, TypeError, "drop_mass must be a number or None, got True"),
         ({"window_size": 0}, ValueError, "window_size must be at least 1, got 0"),
         ({"window_size": -5}, ValueError, "window_size must be at least 1, got -5"),
         ({"window_size": 2.0}, TypeError, "window_size must be an int, got 2.0"),
@@ -81,9 +109,9 @@ def test_profile_json_round_trip(base, layers):
         ({"fallback_window": 0}, ValueError, "fallback_window must be at least 1"),
         ({"fallback_landmarks": -1}, ValueError, "fallback_landmarks must be at least 0"),
         ({"fallback_samples": -1}, ValueError, "fallback_samples must be at least 0"),
-        ({"select_queries": 1}, TypeError, "select_queries must be True or False, got 1"),
+        ({"select_queries": 1}, TypeError, "select_queries must be True, False or None, got 1"),
         (
-            {"select_queries": False},
+            {"drop_mass": None, "select_queries": False},
             ValueError,
             "select_queries=False needs fallback='window', got 'zero'",
         ),
@@ -99,7 +127,7 @@ def test_profile_json_round_trip(base, layers):
 )
 def test_bad_settings_are_named(fields, error, message):
     with pytest.raises(error, match=message):
-        TokenSparseConfig(**fields)
+        TokenSparseConfig.published(**fields)
 
 
 @pytest.mark.parametrize(
@@ -161,17 +189,17 @@ def test_bad_profile_arguments_are_named():
 
 
 def test_layer_configs_read_configs_and_profiles():
-    config = TokenSparseConfig(drop_mass=0.1)
+    config = TokenSparseConfig.published(drop_mass=0.1)
     assert layer_configs(config, 3) == {0: config, 1: config, 2: config}
     chosen = dataclasses.replace(config, sparse_layers=(2,))
     assert layer_configs(chosen, 3) == {2: config}
     profile = LayerProfile(base=config, layers={1: {"drop_mass": 0.5}, 0: {}})
-    assert layer_configs(profile, 3) == {0: config, 1: TokenSparseConfig(drop_mass=0.5)}
+    assert layer_configs(profile, 3) == {0: config, 1: TokenSparseConfig.published(drop_mass=0.5)}
 
 
 def test_layers_out_of_range_raise():
     with pytest.raises(ValueError, match=r"sparse_layers must be below 4.*got \[4, 9\]"):
-        layer_configs(TokenSparseConfig(sparse_layers=(1, 4, 9)), 4)
+        layer_configs(TokenSparseConfig.published(sparse_layers=(1, 4, 9)), 4)
     with pytest.raises(ValueError, match=r"layers must be below 4.*got \[7\]"):
         layer_configs(LayerProfile(layers={7: {}}), 4)
     with pytest.raises(TypeError, match="config must be a TokenSparseConfig or a LayerProfile"):
@@ -180,7 +208,7 @@ def test_layers_out_of_range_raise():
 
 def test_load_config_tells_configs_from_profiles(tmp_path):
     file = tmp_path / "settings.json"
-    config = TokenSparseConfig(drop_mass=0.1, sparse_layers=(1,))
+    config = TokenSparseConfig.published(drop_mass=0.1, sparse_layers=(1,))
     file.write_text(config.to_json())
     assert load_config(file) == config
     profile = LayerProfile(layers={3: {"min_tokens": 5}})
@@ -192,8 +220,11 @@ def test_load_config_tells_configs_from_profiles(tmp_path):
 
 
 def test_dense_reasons_of_lengths():
-    config = TokenSparseConfig(window_size=8, min_tokens=20)
+    config = TokenSparseConfig.published(window_size=8, min_tokens=20)
     assert config.dense_reason(7, 100) is DenseReason.SHORT_CHUNK
     assert config.dense_reason(28, 28) is DenseReason.SHORT_CONTEXT
     assert config.dense_reason(29, 29) is None
-    assert TokenSparseConfig(drop_mass=0).dense_reason(9000, 9000) is DenseReason.ZERO_DROP_MASS
+    assert (
+        TokenSparseConfig.published(drop_mass=0).dense_reason(9000, 9000)
+        is DenseReason.ZERO_DROP_MASS
+    )

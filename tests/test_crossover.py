@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,27 +52,25 @@ def test_break_even():
     assert even.max_share(190, 190) == 0
     assert even.max_share(100, 1000) == 0
     query = torch.zeros(1)
-    off = break_even(TokenSparseConfig(crossover="off"), query)
+    off = break_even(TokenSparseConfig.published(crossover="off"), query)
     assert off.dense_reason(1, 1) is None
     assert off.max_share(1, 1) == 1
-    zero = break_even(TokenSparseConfig(), query)
-    window = break_even(TokenSparseConfig(fallback="window"), query)
+    auto = TokenSparseConfig.published(crossover="auto")
+    zero = break_even(auto, query)
+    window = break_even(replace(auto, fallback="window"), query)
     assert window.fixed_tokens > zero.fixed_tokens
     fixed = [
-        break_even(TokenSparseConfig(fallback="window", **far), query).fixed_tokens
+        break_even(replace(auto, fallback="window", **far), query).fixed_tokens
         for far in ({"fallback_sinks": 4}, {"fallback_sinks": 4, "fallback_landmarks": 100})
     ]
     assert window.fixed_tokens < fixed[0] < fixed[1]
-    assert break_even(TokenSparseConfig(fallback_landmarks=100), query) == zero
+    assert break_even(replace(auto, fallback_landmarks=100), query) == zero
 
 
 def test_without_selected_queries_lengths_decide():
     """No scoring is in vain, so shorter rows may run sparse than with selected queries."""
     query = torch.zeros(1)
-    few, many = (
-        TokenSparseConfig(select_queries=False, fallback="window", fallback_samples=samples)
-        for samples in (0, 100_000)
-    )
+    few, many = (TokenSparseConfig(fallback_samples=samples) for samples in (0, 100_000))
     assert break_even(few, query).min_length == MIN_KEYS_ONLY["cpu"]
     even = break_even(many, query)
     assert even.min_length == even.fixed_tokens > MIN_KEYS_ONLY["cpu"]

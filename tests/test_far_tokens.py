@@ -91,7 +91,7 @@ def test_padding_and_other_tokens_are_never_drawn(monkeypatch):
 
 
 def test_heads_that_attend_far_get_more_samples():
-    config = TokenSparseConfig(
+    config = TokenSparseConfig.published(
         window_size=8,
         budget="per_head",
         fallback="window",

@@ -38,7 +38,7 @@ VARIANTS = [
 ]
 VARIANTS += [
     dataclasses.replace(
-        SMALL, select_queries=False, fallback="window", fallback_window=9, **others
+        SMALL, drop_mass=None, select_queries=False, fallback="window", fallback_window=9, **others
     )
     for others in (
         {},

@@ -21,7 +21,12 @@ from token_sparse_attention import (
 RANKS = 2
 PER_HEAD = dataclasses.replace(SMALL, budget="per_head")
 KEYS_ONLY = dataclasses.replace(
-    PER_HEAD, select_queries=False, fallback="window", fallback_window=9, fallback_samples=20
+    PER_HEAD,
+    drop_mass=None,
+    select_queries=False,
+    fallback="window",
+    fallback_window=9,
+    fallback_samples=20,
 )
 
 

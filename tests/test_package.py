@@ -95,7 +95,7 @@ sys.modules["triton"] = sys.modules["transformers"] = None
 import torch, token_sparse_attention as tsa
 q = torch.randn(1, 2, 300, 16)
 out, selection = tsa.token_sparse_attention(
-    q, q, q, tsa.TokenSparseConfig(drop_mass=0.2, window_size=16, min_tokens=32, crossover="off"),
+    q, q, q, tsa.TokenSparseConfig.published(drop_mass=0.2, window_size=16, min_tokens=32),
     return_selection=True)
 print(bool(selection.ran_sparse))
 """

@@ -195,7 +195,7 @@ def test_per_head_budgets_follow_each_heads_own_scores():
 
 
 def test_a_head_that_may_drop_nothing_keeps_all_under_per_head_budgets():
-    config = TokenSparseConfig(
+    config = TokenSparseConfig.published(
         drop_mass=0.15, window_size=2, pool_size=1, min_tokens=0, budget="per_head"
     )
     scores = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.1, 0.1, 0.4, 0.4]]])
@@ -208,13 +208,13 @@ def test_a_head_that_may_drop_nothing_keeps_all_under_per_head_budgets():
 
 
 def test_ties_keep_the_lower_index():
-    config = TokenSparseConfig(drop_mass=0.45, window_size=2, pool_size=1, min_tokens=1)
+    config = TokenSparseConfig.published(drop_mass=0.45, window_size=2, pool_size=1, min_tokens=1)
     selection = select_tokens(torch.full((1, 1, 10), 0.1), config)
     assert selection.indices[0, 0].tolist() == [0, 1, 2, 3, 4, 10, 11]
 
 
 def test_one_token_more_than_fits_is_dropped():
-    config = TokenSparseConfig(drop_mass=0.25, window_size=1, pool_size=1, min_tokens=0)
+    config = TokenSparseConfig.published(drop_mass=0.25, window_size=1, pool_size=1, min_tokens=0)
     scores = torch.tensor([[[0.1, 0.4, 0.1, 0.4]]])
     assert select_tokens(scores, config).indices[0, 0].tolist() == [1, 4]
 

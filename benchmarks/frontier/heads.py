@@ -117,9 +117,9 @@ def main() -> None:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
     config = TokenSparseConfig(
-        select_queries=False,
-        fallback="window",
+        dense_queries=0,
         fallback_window=512,
+        fallback_sinks=0,
         fallback_samples=args.fallback_samples,
         crossover="off",
     )

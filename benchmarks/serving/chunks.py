@@ -29,12 +29,7 @@ UNCHUNKED = 16384
 NEW_TOKENS = 40
 # All queries see a window and 1,024 samples of the tokens before it, the last 128 everything.
 SAMPLES = TokenSparseConfig(
-    min_tokens=1024,
-    select_queries=False,
-    dense_queries=128,
-    fallback="window",
-    fallback_samples=1024,
-    crossover="off",
+    fallback_window=512, fallback_sinks=0, fallback_samples=1024, crossover="off"
 )
 # Besides, the bundled model's settings, and the published ones, which lose answers on this model.
 SETTINGS: dict[str, TokenSparseConfig | LayerProfile] = {

@@ -150,15 +150,9 @@ def config_of(setting: str) -> TokenSparseConfig:
     """Return a sparse engine's settings; without the crossover, every prompt runs sparse."""
     name, _, value = setting.partition("=")
     if name == "drop_mass":
-        return TokenSparseConfig(drop_mass=float(value), crossover="off")
+        return TokenSparseConfig.published(drop_mass=float(value))
     if name == "fallback_samples":
-        return TokenSparseConfig(
-            select_queries=False,
-            dense_queries=128,
-            fallback="window",
-            fallback_samples=int(value),
-            crossover="off",
-        )
+        return TokenSparseConfig(fallback_samples=int(value), crossover="off")
     raise SystemExit(f"a setting must be drop_mass=N or fallback_samples=N, got {setting!r}")
 
 

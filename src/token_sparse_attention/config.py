@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROFILE_VERSION = 1
+PUBLISHED_DROP_MASS = 0.005
 
 
 class DenseReason(str, Enum):
@@ -77,20 +78,25 @@ def _parse_object(what: str, text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenSparseConfig:
-    """Settings of Token Sparse Attention (arXiv 2602.03216).
+    """Settings of Token Sparse Attention (arXiv 2602.03216), and of what goes past it.
+
+    The defaults drop no queries: every query attends to its window, the first tokens, and
+    tokens drawn by its head's scores that stand for all others, the last queries to every
+    token. With `drop_mass` queries are dropped too, as published. See docs/frontier.md.
 
     Args:
         drop_mass: share of the attention mass that the dropped tokens may hold together,
-            the paper's tau; in ``[0, 1)``, 0 means dense.
+            the paper's tau; in ``[0, 1)``, 0 means dense. None, the default, where queries
+            are not selected; 0.005 if they are and it is not given.
         window_size: how many of the last queries score the tokens; these are always kept.
         pool_size: width of the average pooling that smooths the scores, in tokens; odd.
         min_tokens: never keep fewer scored tokens than this.
         budget: ``"shared"`` gives all heads of a sequence the same number of tokens (the
             paper's Dynamic Token Coverage), ``"per_head"`` applies the rule to each head, and
             shares out ``fallback_samples`` by need.
-        select_queries: whether queries are selected too, as published. If not, only keys and
-            values are compressed: every query gets what the windowed fallback gives, and
-            ``drop_mass`` and ``pool_size`` have no effect.
+        select_queries: whether queries are selected too, as published; None, the default,
+            means if ``drop_mass`` is given. If not, only keys and values are compressed: every
+            query gets what the windowed fallback gives, and ``pool_size`` has no effect.
         dense_queries: how many of the last queries attend to every key, whatever is selected.
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
@@ -105,33 +111,32 @@ class TokenSparseConfig:
 
     Raises:
         TypeError: if a field has the wrong type.
-        ValueError: if a field is out of range.
+        ValueError: if a field is out of range, or fields contradict each other.
 
     Example:
-        >>> TokenSparseConfig(drop_mass=0.05, sparse_layers=(3, 1)).sparse_layers
+        >>> TokenSparseConfig(fallback_samples=1024, sparse_layers=(3, 1)).sparse_layers
         (1, 3)
+        >>> TokenSparseConfig().select_queries, TokenSparseConfig(drop_mass=0.05).select_queries
+        (False, True)
     """
 
-    drop_mass: float = 0.005
+    drop_mass: float | None = None
     window_size: int = 128
     pool_size: int = 7
     min_tokens: int = 1024
     budget: str = "shared"
-    select_queries: bool = True
-    dense_queries: int = 0
-    fallback: str = "zero"
-    fallback_window: int = 512
-    fallback_sinks: int = 0
+    select_queries: bool | None = None
+    dense_queries: int = 128
+    fallback: str = "window"
+    fallback_window: int = 2048
+    fallback_sinks: int = 4
     fallback_landmarks: int = 0
-    fallback_samples: int = 0
+    fallback_samples: int = 4096
     crossover: str = "auto"
     sparse_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.drop_mass, bool) or not isinstance(self.drop_mass, (int, float)):
-            raise TypeError(f"drop_mass must be a number, got {self.drop_mass!r}")
-        if not (math.isfinite(self.drop_mass) and 0 <= self.drop_mass < 1):
-            raise ValueError(f"drop_mass must be in [0, 1), got {self.drop_mass}")
+        self._settle_selection()
         _check_int("window_size", self.window_size, 1)
         _check_int("pool_size", self.pool_size, 1)
         if self.pool_size % 2 == 0:
@@ -144,8 +149,6 @@ class TokenSparseConfig:
         _check_int("fallback_landmarks", self.fallback_landmarks, 0)
         _check_int("fallback_samples", self.fallback_samples, 0)
         _check_int("dense_queries", self.dense_queries, 0)
-        if not isinstance(self.select_queries, bool):
-            raise TypeError(f"select_queries must be True or False, got {self.select_queries!r}")
         if not self.select_queries and self.fallback != "window":
             raise ValueError(
                 f"select_queries=False needs fallback='window', got {self.fallback!r}"
@@ -166,20 +169,56 @@ class TokenSparseConfig:
                 raise ValueError(f"sparse_layers must not repeat a layer, got {layers}")
             object.__setattr__(self, "sparse_layers", tuple(sorted(layers)))
 
+    def _settle_selection(self) -> None:
+        """Check `drop_mass` and `select_queries`, and give each what follows from the other."""
+        mass, select = self.drop_mass, self.select_queries
+        if not (select is None or isinstance(select, bool)):
+            raise TypeError(f"select_queries must be True, False or None, got {select!r}")
+        if mass is not None:
+            if isinstance(mass, bool) or not isinstance(mass, (int, float)):
+                raise TypeError(f"drop_mass must be a number or None, got {mass!r}")
+            if not (math.isfinite(mass) and 0 <= mass < 1):
+                raise ValueError(f"drop_mass must be in [0, 1), got {mass}")
+            if select is False:
+                raise ValueError(
+                    f"drop_mass must be None where select_queries is False, got {mass}"
+                )
+        if select is None:
+            object.__setattr__(self, "select_queries", mass is not None)
+        elif select and mass is None:
+            object.__setattr__(self, "drop_mass", PUBLISHED_DROP_MASS)
+
     @classmethod
-    def published(cls) -> TokenSparseConfig:
-        """Return the operator settings that the paper's published code uses by default."""
-        return cls(
-            drop_mass=0.005,
-            window_size=128,
-            pool_size=7,
-            min_tokens=1024,
-            budget="shared",
-            select_queries=True,
-            dense_queries=0,
-            fallback="zero",
-            crossover="off",
-        )
+    def published(cls, **changes: Any) -> TokenSparseConfig:
+        """Return the operator settings that the paper's published code uses by default.
+
+        Args:
+            **changes: fields to set otherwise.
+
+        Raises:
+            TypeError: if a field has the wrong type, or there is none of that name.
+            ValueError: if a field is out of range, or fields contradict each other.
+
+        Example:
+            >>> TokenSparseConfig.published(drop_mass=0.05).fallback
+            'zero'
+        """
+        fields: dict[str, Any] = {
+            "drop_mass": PUBLISHED_DROP_MASS,
+            "window_size": 128,
+            "pool_size": 7,
+            "min_tokens": 1024,
+            "budget": "shared",
+            "select_queries": True,
+            "dense_queries": 0,
+            "fallback": "zero",
+            "fallback_window": 512,
+            "fallback_sinks": 0,
+            "fallback_landmarks": 0,
+            "fallback_samples": 0,
+            "crossover": "off",
+        }
+        return cls(**{**fields, **changes})
 
     def dense_reason(self, query_len: int, kv_len: int) -> DenseReason | None:
         """Return why lengths alone make a sequence run dense, or None if they do not.
@@ -192,7 +231,7 @@ class TokenSparseConfig:
             return DenseReason.SHORT_CHUNK
         if kv_len <= self.min_tokens + self.window_size:
             return DenseReason.SHORT_CONTEXT
-        if self.drop_mass == 0 and self.select_queries:
+        if self.drop_mass == 0:
             return DenseReason.ZERO_DROP_MASS
         return None
 
@@ -271,7 +310,13 @@ class LayerProfile:
             self._layer_config(overrides)
 
     def _layer_config(self, overrides: Mapping[str, Any]) -> TokenSparseConfig:
-        return TokenSparseConfig.from_dict({**self.base.to_dict(), **overrides})
+        fields = self.base.to_dict()
+        # What follows from the other in the base is free where a layer sets only one of them.
+        if "drop_mass" in overrides:
+            fields["select_queries"] = None
+        elif overrides.get("select_queries") is False:
+            fields["drop_mass"] = None
+        return TokenSparseConfig.from_dict({**fields, **overrides})
 
     def layer_configs(self, num_layers: int) -> dict[int, TokenSparseConfig]:
         """Return the config of every sparse layer of a model with `num_layers` layers.

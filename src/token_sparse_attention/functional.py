@@ -180,9 +180,7 @@ def token_sparse_attention(
     Example:
         >>> query = torch.randn(1, 8, 500, 32)
         >>> key, value = torch.randn(2, 1, 2, 500, 32)
-        >>> config = TokenSparseConfig(
-        ...     drop_mass=0.3, window_size=32, min_tokens=64, crossover="off"
-        ... )
+        >>> config = TokenSparseConfig.published(drop_mass=0.3, window_size=32, min_tokens=64)
         >>> out, selection = token_sparse_attention(
         ...     query, key, value, config, return_selection=True
         ... )

@@ -21,7 +21,7 @@ def _prefill(
     key: Tensor,
     value: Tensor,
     padding_mask: Tensor | None,
-    drop_mass: float,
+    drop_mass: float | None,
     window_size: int,
     pool_size: int,
     min_tokens: int,

@@ -54,7 +54,7 @@ def token_budget(smoothed: Tensor, config: TokenSparseConfig) -> Tensor:
     num_heads, num_scored = smoothed.shape
     mass = smoothed if config.budget == "per_head" else smoothed.mean(0, keepdim=True)
     mass = mass / (mass.sum(-1, keepdim=True) + 1e-8)
-    below = (mass.sort(-1).values.cumsum(-1) < config.drop_mass).sum(-1)
+    below = (mass.sort(-1).values.cumsum(-1) < (config.drop_mass or 0.0)).sum(-1)
     kept = (num_scored - (below + 1)).clamp(min=config.min_tokens)
     return torch.where(below == 0, num_scored, kept).expand(num_heads)
 

@@ -218,7 +218,7 @@ def select_tokens(
 
     Args:
         scores: ``[B, H, N]`` float32 from `score_tokens`.
-        config: the config that the scores were made with.
+        config: the config that the scores were made with; one that selects queries.
         padding_mask: the mask that the scores were made with. Without one, the sequence has
             ``N + window_size`` tokens.
         kept: keep this share of a row's real tokens, window included, in place of the
@@ -236,13 +236,13 @@ def select_tokens(
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if shapes do not fit, or `kept` is out of range.
+        ValueError: if shapes do not fit, `kept` is out of range, or `config` selects no queries.
 
     Source:
         arXiv 2602.03216, Dynamic Token Coverage; `reference.keep_tokens` is the literal form.
 
     Example:
-        >>> config = TokenSparseConfig(window_size=4, min_tokens=2)
+        >>> config = TokenSparseConfig.published(window_size=4, min_tokens=2)
         >>> selection = select_tokens(torch.rand(1, 2, 12), config, kept=0.5)
         >>> selection.lengths
         tensor([[8, 8]])
@@ -253,6 +253,8 @@ def select_tokens(
         raise TypeError(f"scores must be a float32 tensor, got {given}")
     if scores.dim() != 3:
         raise ValueError(f"scores must have shape [B, H, N], got {list(scores.shape)}")
+    if not config.select_queries:
+        raise ValueError("config must have select_queries=True or a drop_mass, got neither")
     check_kept(kept, config)
     head_group = resolve_head_group(head_group)
     impl = resolve_impl(impl, scores)
@@ -294,7 +296,7 @@ def select_rows(
     if impl == "triton":
         kernels = load_kernels("selection")
         rule = kernels.Rule(
-            config.drop_mass,
+            config.drop_mass or 0.0,
             config.window_size,
             config.pool_size,
             config.min_tokens,

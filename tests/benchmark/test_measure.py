@@ -17,7 +17,7 @@ from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.cli import main
 
 CPU = torch.device("cpu")
-CONFIG = TokenSparseConfig(window_size=16, min_tokens=32, crossover="off")
+CONFIG = TokenSparseConfig.published(window_size=16, min_tokens=32, crossover="off")
 OP = ["bench", "op", "--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
 OP += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "1280"]
 OP += ["--crossover-lengths", "1280", "--drop-mass", "0.3", "--kept", "0.5"]
@@ -128,7 +128,13 @@ FAR = dataclasses.replace(
 @pytest.mark.parametrize("select_queries", [True, False])
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
 def test_checks_notice_wrong_far_tokens_and_dense_queries(select_queries, budget, monkeypatch):
-    config = dataclasses.replace(FAR, select_queries=select_queries, budget=budget)
+    selects, selects_not = (
+        {"drop_mass": FAR.drop_mass, "select_queries": True},
+        {"drop_mass": None, "select_queries": False},
+    )
+    if not select_queries:
+        selects, selects_not = selects_not, selects
+    config = dataclasses.replace(FAR, **selects, budget=budget)
     inputs = make_inputs()
 
     def run(**changes):
@@ -144,7 +150,7 @@ def test_checks_notice_wrong_far_tokens_and_dense_queries(select_queries, budget
     wrong = [
         {"dense_queries": 0}, {"dense_queries": 41}, {"fallback_samples": 29},
         {"fallback_landmarks": 4}, {"fallback_sinks": 3}, {"fallback_window": 21},
-        {"select_queries": not select_queries},
+        selects_not,
     ]  # fmt: skip
     for change in wrong:
         assert not passes(run(**change)[0], selection), change

@@ -24,7 +24,7 @@ from token_sparse_attention.crossover import NEVER_DENSE
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 16)
-CONFIG = TokenSparseConfig(
+CONFIG = TokenSparseConfig.published(
     drop_mass=0.3, window_size=16, pool_size=3, min_tokens=32, crossover="off"
 )
 WINDOWED = dataclasses.replace(
@@ -33,7 +33,7 @@ WINDOWED = dataclasses.replace(
 SAMPLED = dataclasses.replace(
     WINDOWED, fallback_samples=40, fallback_landmarks=5, dense_queries=30
 )
-EVERY_QUERY = dataclasses.replace(SAMPLED, select_queries=False)
+EVERY_QUERY = dataclasses.replace(SAMPLED, drop_mass=None, select_queries=False)
 OPTIONS = ReplayOptions(CPU, torch.float32, budget_seconds=0.001)
 
 
@@ -167,7 +167,7 @@ def test_layers_that_select_no_queries_are_timed_as_they_are(monkeypatch):
         assert set(point.kept) == set(selection.lengths[0].tolist())
         assert replayer.point(LayerRun(config, (0.2, 0.3, 0.4, 0.5))) is point
         assert replayer.point(LayerRun(config, ())) is replayer.dense, "only lengths made it so"
-    alone = dataclasses.replace(CONFIG, fallback="window", select_queries=False)
+    alone = dataclasses.replace(CONFIG, fallback="window", drop_mass=None, select_queries=False)
     assert replayer.point(LayerRun(alone, (0.0,))).kept == (0,)
     too_long = dataclasses.replace(EVERY_QUERY, min_tokens=1000)
     assert replayer.point(LayerRun(too_long, (0.1,))).passed, "it ran sparse where it was recorded"

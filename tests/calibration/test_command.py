@@ -155,7 +155,7 @@ def test_a_goal_out_of_reach_fails_and_keeps_the_measurements(folder, tmp_path, 
 
 
 def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, capsys):
-    base = TokenSparseConfig(min_tokens=16, window_size=16, fallback="window")
+    base = TokenSparseConfig.published(min_tokens=16, window_size=16, fallback="window")
     profile = tmp_path / "given.json"
     profile.write_text(LayerProfile(base, {1: {}}).to_json())
     cut = ("--text", folder / "a.txt", "--length", 90, "--num-prompts", 1, "--json")

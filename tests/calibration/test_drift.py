@@ -171,7 +171,7 @@ def test_the_quantile_is_numpys(values, quantile):
 def test_profile_holds_the_layers_and_leaves_the_settings():
     measured = drift.summarise([[0.8, 0.1, 0.3], [0.8, 0.3, 0.1]])
     assert measured.normalised == pytest.approx((2 / 3, 1 / 6, 1 / 6))
-    base = TokenSparseConfig(drop_mass=0.1)
+    base = TokenSparseConfig.published(drop_mass=0.1)
     threshold, profile = drift_profile(measured, base, 0.5)
     assert threshold == pytest.approx(1 / 6)
     assert profile.base == base

@@ -17,14 +17,14 @@ from token_sparse_attention.calibration.record import (
     Sensitivity,
 )
 
-PROFILE = LayerProfile(TokenSparseConfig(drop_mass=0.1), {1: {"drop_mass": 0.4}, 3: {}})
+PROFILE = LayerProfile(TokenSparseConfig.published(drop_mass=0.1), {1: {"drop_mass": 0.4}, 3: {}})
 RESULT = CalibrationResult(
     method="both",
     model="some/model",
     dtype="bfloat16",
     provenance={"device": "a device", "versions": {"torch": "2"}, "commit": None},
     arguments={"length": 4096, "text": ["a.txt"]},
-    base=TokenSparseConfig(drop_mass=0.1),
+    base=TokenSparseConfig.published(drop_mass=0.1),
     prompts=(PromptLength(4096, 32), PromptLength(4096, 7)),
     drift=(LayerDrift(0, 1.5, 0.75, 0.01, False), LayerDrift(1, 0.5, 0.25, None, True)),
     sensitivity=(

@@ -120,7 +120,12 @@ def test_a_layer_that_drops_nothing_costs_nothing_and_saves_nothing():
 
 
 EVERY_QUERY = dataclasses.replace(
-    CONFIG, fallback="window", fallback_window=16, fallback_samples=24, select_queries=False
+    CONFIG,
+    fallback="window",
+    fallback_window=16,
+    fallback_samples=24,
+    drop_mass=None,
+    select_queries=False,
 )
 
 
@@ -430,7 +435,7 @@ def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
     assert "50 is out of reach" in result.failure
     assert result.profile is None
     assert len(result.sensitivity) == LAYERS
-    short = dataclasses.replace(options, base=TokenSparseConfig())
+    short = dataclasses.replace(options, base=TokenSparseConfig.published())
     result = calibrate(model, [Prompt(make_ids())], short)
     assert "no layer ran sparse under any setting: context not longer" in result.failure
 
@@ -440,7 +445,7 @@ def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
     [
         ({"method": "guess"}, "method must be one of drift, sensitivity, both"),
         ({"attention_backend": "flexprefill"}, "attention_backend must be one of auto, .*got 'fl"),
-        ({"base": TokenSparseConfig(sparse_layers=(1,))}, "sparse_layers must be null"),
+        ({"base": TokenSparseConfig.published(sparse_layers=(1,))}, "sparse_layers must be null"),
         ({"drift_quantile": 2}, r"drift_quantile must be in \[0, 1\], got 2"),
         ({"divergence_budget": 1.0}, "method drift got divergence_budget"),
         ({"drop_masses": (0.1,), "samples": (9,)}, "method drift got drop_masses, samples"),

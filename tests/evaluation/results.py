@@ -11,7 +11,7 @@ HEADER = EvalHeader(
     provenance={"device": "a device", "versions": {"torch": "2"}, "commit": "abc"},
     arguments={"model": "bundled", "seed": 0},
     model={"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
-    configurations={"dense": None, "sparse": TokenSparseConfig().to_dict()},
+    configurations={"dense": None, "sparse": TokenSparseConfig.published().to_dict()},
     tasks={"recall": 1.0, "count": 1.0},
 )
 DENSE = SampleResult("recall", 100, 0, "dense", 1.0, "seven", 100, None, 2, 0.5)

@@ -14,7 +14,7 @@ from token_sparse_attention.evaluation.generate import Ending, encode, ending, r
 from token_sparse_attention.integrations.transformers import apply
 
 # A window so small that a draft's forward pass would pass for a prefill.
-CONFIG = TokenSparseConfig(
+CONFIG = TokenSparseConfig.published(
     drop_mass=0.4, window_size=4, pool_size=3, min_tokens=8, crossover="off"
 )
 TOKENIZER = SimpleNamespace(decode=lambda tokens, **_: "".join(f"<{token}>" for token in tokens))

@@ -21,7 +21,7 @@ from token_sparse_attention.evaluation.replay import Replay, chosen_samples, lay
 from token_sparse_attention.evaluation.replay_command import add_commands
 from token_sparse_attention.evaluation.summary import layer_shares
 
-CONFIG = TokenSparseConfig(window_size=8, pool_size=3, min_tokens=8, crossover="off")
+CONFIG = TokenSparseConfig.published(window_size=8, pool_size=3, min_tokens=8, crossover="off")
 PER_HEAD = dataclasses.replace(CONFIG, budget="per_head", fallback="window", fallback_window=16)
 PROFILE = LayerProfile(CONFIG, {1: {"drop_mass": 0.2}})
 RESULTS_HEADER = dataclasses.replace(
@@ -245,7 +245,7 @@ def test_patterns_are_shown_but_not_replayed():
 def test_layers_that_select_no_queries_are_replayed(tmp_path):
     """Counts differ from sample to sample, but what is timed does not depend on them."""
     every = dataclasses.replace(
-        PER_HEAD, select_queries=False, fallback_samples=20, dense_queries=4
+        PER_HEAD, drop_mass=None, select_queries=False, fallback_samples=20, dense_queries=4
     )
     settings = {**RESULTS_HEADER.configurations, "shared": every.to_dict()}
     header = dataclasses.replace(RESULTS_HEADER, configurations=settings)

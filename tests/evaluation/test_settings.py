@@ -22,14 +22,14 @@ MODEL = str(bundled.MODEL)
 
 def test_every_kind_of_value(tmp_path):
     file = tmp_path / "mine.json"
-    file.write_text(TokenSparseConfig(drop_mass=0.1).to_json())
+    file.write_text(TokenSparseConfig.published(drop_mass=0.1).to_json())
     profile = LayerProfile(layers={2: {}})
     given = ["published", f"a={file}", str(file), 'b={"drop_mass": 0.2}', "profile", "c=default"]
     found = read_configurations([*given, f"d={profile.to_json()}"], MODEL)
     assert found == {
         "published": TokenSparseConfig.published(),
-        "a": TokenSparseConfig(drop_mass=0.1),
-        "mine": TokenSparseConfig(drop_mass=0.1),
+        "a": TokenSparseConfig.published(drop_mass=0.1),
+        "mine": TokenSparseConfig.published(drop_mass=0.1),
         "b": TokenSparseConfig(drop_mass=0.2),
         "profile": default_config(MODEL)[0],
         "c": TokenSparseConfig(),
@@ -43,7 +43,7 @@ def test_every_kind_of_value(tmp_path):
 
 def test_patterns_alone_and_with_token_sparsity(tmp_path):
     file = tmp_path / "a+b.json"
-    file.write_text(TokenSparseConfig(drop_mass=0.1).to_json())
+    file.write_text(TokenSparseConfig.published(drop_mass=0.1).to_json())
     found = read_runs(
         [
             "flexprefill",
@@ -59,11 +59,11 @@ def test_patterns_alone_and_with_token_sparsity(tmp_path):
     assert found == {
         "flexprefill": Configuration(None, "flexprefill"),
         "flexprefill+published": Configuration(TokenSparseConfig.published(), "flexprefill"),
-        "minference+a+b": Configuration(TokenSparseConfig(drop_mass=0.1), "minference"),
+        "minference+a+b": Configuration(TokenSparseConfig.published(drop_mass=0.1), "minference"),
         "x": Configuration(TokenSparseConfig(), 'xattention:{"stride":16,"threshold":0.8}'),
         "y": Configuration(None, "streaming"),
         "z": Configuration(TokenSparseConfig(drop_mass=0.3), "streaming"),
-        "a+b": Configuration(TokenSparseConfig(drop_mass=0.1)),
+        "a+b": Configuration(TokenSparseConfig.published(drop_mass=0.1)),
     }
     header = settings_dicts(found)
     assert header["flexprefill"] == {

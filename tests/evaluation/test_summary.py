@@ -54,7 +54,7 @@ def literal_share(scores, config):
 
 
 WINDOW = {"fallback": "window"}
-EVERY_QUERY = {**WINDOW, "select_queries": False}
+EVERY_QUERY = {**WINDOW, "drop_mass": None, "select_queries": False}
 SETTINGS = [
     {},
     WINDOW,
@@ -79,7 +79,7 @@ SETTINGS = [
 @pytest.mark.parametrize("drop_mass", [0.02, 0.3, 0.8])
 def test_work_counts_what_a_literal_mask_allows(settings, drop_mass):
     fields = {"fallback_window": 16, "drop_mass": drop_mass, "pool_size": 1, **settings}
-    config = TokenSparseConfig(window_size=8, min_tokens=4, **fields)
+    config = TokenSparseConfig.published(window_size=8, min_tokens=4, **fields)
     falling = torch.linspace(2.0, 1.0, 192)[None]  # the last are dropped, the first are landmarks
     kept, share = literal_share(falling, config)
     assert 12 < kept < 200 or not config.select_queries
@@ -98,7 +98,9 @@ def test_work_counts_what_a_literal_mask_allows(settings, drop_mass):
 
 
 def test_a_layer_without_far_tokens_is_its_window_alone():
-    config = TokenSparseConfig(fallback="window", fallback_window=10, select_queries=False)
+    config = TokenSparseConfig.published(
+        fallback="window", fallback_window=10, drop_mass=None, select_queries=False
+    )
     sample = dataclasses.replace(SPARSE, kept=[0, None])
     window = (10 * 11 / 2 + 90 * 10) / (100 * 101 / 2)
     assert attention_work(sample, {0: config}) == pytest.approx((window + 1) / 2)
@@ -106,7 +108,7 @@ def test_a_layer_without_far_tokens_is_its_window_alone():
 
 
 def test_work_follows_each_layers_own_settings():
-    base = TokenSparseConfig(window_size=8)
+    base = TokenSparseConfig.published(window_size=8)
     changes = {"fallback": "window", "fallback_window": 10}
     profile = json.loads(LayerProfile(base, {0: {}, 1: changes}).to_json())
     both = {"pattern": {"name": "streaming"}, "settings": profile}

@@ -40,7 +40,7 @@ def test_calibration_shows_each_number_and_the_choice(tmp_path):
 def results(length: int, scores: list[tuple[float, float]], *, sparse: bool) -> EvalResults:
     """A file of one sparse configuration, F: pairs of dense and sparse scores."""
     header = dataclasses.replace(
-        HEADER, configurations={"dense": None, "F": TokenSparseConfig().to_dict()}
+        HEADER, configurations={"dense": None, "F": TokenSparseConfig.published().to_dict()}
     )
     samples = []
     for index, (dense, score) in enumerate(scores):
@@ -84,7 +84,8 @@ def test_samples_without_a_dense_reply_or_a_score_are_no_pairs():
 def test_the_published_rule_goes_by_its_own_name():
     made = results(1024, [(1.0, 0.5)], sparse=True)
     header = dataclasses.replace(
-        made.header, configurations={"dense": None, "published": TokenSparseConfig().to_dict()}
+        made.header,
+        configurations={"dense": None, "published": TokenSparseConfig.published().to_dict()},
     )
     samples = tuple(
         dataclasses.replace(s, configuration="published") if s.configuration == "F" else s

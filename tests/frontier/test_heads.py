@@ -31,9 +31,10 @@ def test_far_attention_is_what_lies_before_the_window():
 def test_every_layer_is_observed_and_the_model_left_as_it_was():
     model, ids = make_model("Llama"), make_ids(300)
     before = model(ids).logits
-    few = TokenSparseConfig(
+    few = TokenSparseConfig.published(
         window_size=4,
         min_tokens=8,
+        drop_mass=None,
         select_queries=False,
         fallback="window",
         fallback_window=16,

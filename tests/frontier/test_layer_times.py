@@ -10,7 +10,7 @@ from integrations.models import make_ids, make_model
 from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.evaluation.settings import Configuration
 
-SPARSE = TokenSparseConfig(
+SPARSE = TokenSparseConfig.published(
     drop_mass=0.4, window_size=4, pool_size=3, min_tokens=8, crossover="off", sparse_layers=(1,)
 )
 STREAMING = 'streaming:{"sink_size": 0, "local_size": 1}'

@@ -19,7 +19,7 @@ def test_the_page_is_up_to_date():
 
 
 def test_whatever_differs_is_said():
-    plain = TokenSparseConfig(fallback="window").to_dict() | {"sparse_layers": None}
+    plain = TokenSparseConfig.published(fallback="window").to_dict() | {"sparse_layers": None}
     texts = {page.describe(plain, {})}
     for field, value in (
         ("sparse_layers", [1, 2, 4]),
@@ -54,8 +54,12 @@ def test_whatever_differs_is_said():
 
 
 def test_a_profile_names_its_layers_by_what_they_run():
-    base = TokenSparseConfig(
-        fallback="window", select_queries=False, fallback_sinks=4, sparse_layers=None
+    base = TokenSparseConfig.published(
+        fallback="window",
+        drop_mass=None,
+        select_queries=False,
+        fallback_sinks=4,
+        sparse_layers=None,
     ).to_dict()
     layers = {
         "0": {"fallback_samples": 4096},
@@ -69,6 +73,9 @@ def test_a_profile_names_its_layers_by_what_they_run():
         "layer 4: 1024 tokens drawn by score; layer 5; "
         "each 4 sinks, selected queries like the others"
     )
-    nothing_shared = {"1": {"select_queries": True, "fallback_sinks": 0}, "2": {}}
+    nothing_shared = {
+        "1": {"drop_mass": 0.005, "select_queries": True, "fallback_sinks": 0},
+        "2": {},
+    }
     label = page.describe({"version": 1, "base": base, "layers": nothing_shared}, {})
     assert label == "layer 1: drop mass 0.005; layer 2: 4 sinks, selected queries like the others"

@@ -11,7 +11,7 @@ from benchmarks.frontier.variants import Variant, attention, landmark_scores, sa
 from token_sparse_attention import TokenSparseConfig, token_sparse_attention
 from token_sparse_attention.attention.dense import attend
 
-CONFIG = TokenSparseConfig(
+CONFIG = TokenSparseConfig.published(
     drop_mass=0.5,
     window_size=8,
     pool_size=3,
@@ -203,6 +203,11 @@ def test_drawing_all_tokens_makes_it_dense(qkv):
 def test_the_library_took_over_what_won(qkv):
     theirs = run(qkv, drawn=60, selected="others", dense_last=9)[0]
     config = replace(
-        CONFIG, budget="shared", select_queries=False, fallback_samples=60, dense_queries=9
+        CONFIG,
+        budget="shared",
+        drop_mass=None,
+        select_queries=False,
+        fallback_samples=60,
+        dense_queries=9,
     )
     torch.testing.assert_close(token_sparse_attention(*qkv, config, scale=0.25), theirs)

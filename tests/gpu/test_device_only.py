@@ -19,7 +19,7 @@ FLASH = [
     ),
     "flash",
 ]
-CONFIG = TokenSparseConfig(drop_mass=0.3, window_size=32, min_tokens=64, crossover="off")
+CONFIG = TokenSparseConfig.published(drop_mass=0.3, window_size=32, min_tokens=64, crossover="off")
 
 
 def half_problem(**shape):

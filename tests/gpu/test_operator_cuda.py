@@ -86,6 +86,7 @@ def given_selection_truth(problem, config, selection):
         {
             "fallback": "window",
             "fallback_samples": 50,
+            "drop_mass": None,
             "select_queries": False,
             "dense_queries": 40,
         },
@@ -174,7 +175,7 @@ def test_ties_keep_the_lower_index():
 
 
 def test_128k_tokens_fit_and_equal_float64_on_sampled_rows():
-    length, config = 131072, TokenSparseConfig(drop_mass=0.3, crossover="off")
+    length, config = 131072, TokenSparseConfig.published(drop_mass=0.3, crossover="off")
     torch.manual_seed(0)
     query = torch.randn(1, 32, length, 128, device=DEVICE, dtype=torch.bfloat16)
     key, value = torch.randn(2, 1, 8, length, 128, device=DEVICE, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ for budget, fallback, query_len in (("shared", "zero", 333), ("per_head", "windo
     key, value = torch.randn(2, 2, 2, 333, 64, device="cuda", dtype=torch.bfloat16)
     mask = torch.ones(2, 333, dtype=torch.bool, device="cuda")
     mask[1, :50] = False
-    config = TokenSparseConfig(
+    config = TokenSparseConfig.published(
         drop_mass=0.3, window_size=16, min_tokens=32, budget=budget, fallback=fallback,
         fallback_window=40, crossover="off",
     )

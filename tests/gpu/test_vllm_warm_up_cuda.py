@@ -16,10 +16,10 @@ from token_sparse_attention.integrations.vllm.warm_up import Layer, warm_up
 
 DEVICE = torch.device("cuda", 0)
 BLOCK, LONG = 16, 70_001
-CONFIG = TokenSparseConfig(drop_mass=0.1)
+CONFIG = TokenSparseConfig.published(drop_mass=0.1)
 WINDOW = dataclasses.replace(CONFIG, fallback="window", fallback_sinks=4, fallback_landmarks=512)
-KEYS_ONLY = TokenSparseConfig(
-    select_queries=False, fallback="window", fallback_sinks=4, fallback_samples=256
+KEYS_ONLY = TokenSparseConfig.published(
+    drop_mass=None, select_queries=False, fallback="window", fallback_sinks=4, fallback_samples=256
 )
 CONFIGS = {
     "default": CONFIG,

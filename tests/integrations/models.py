@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from token_sparse_attention import TokenSparseConfig, reference
 
-CONFIG = TokenSparseConfig(
+CONFIG = TokenSparseConfig.published(
     drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32, crossover="off"
 )
 KEYS_ONLY = dataclasses.replace(
@@ -22,6 +22,7 @@ KEYS_ONLY = dataclasses.replace(
     fallback_window=9,
     fallback_sinks=2,
     fallback_samples=24,
+    drop_mass=None,
     select_queries=False,
     dense_queries=6,
 )

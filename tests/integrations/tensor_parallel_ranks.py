@@ -29,7 +29,11 @@ CASES = {
     "per head": ("Llama", PER_HEAD, False),
     "padded": ("Llama", PER_HEAD, True),
     "normalised": ("Qwen3", CONFIG, False),
-    "samples": ("Llama", dataclasses.replace(KEYS_ONLY, select_queries=True), False),
+    "samples": (
+        "Llama",
+        dataclasses.replace(KEYS_ONLY, drop_mass=CONFIG.drop_mass, select_queries=True),
+        False,
+    ),
     "keys only": ("Llama", KEYS_ONLY, False),
     "keys only, per head, padded": (
         "Qwen3",

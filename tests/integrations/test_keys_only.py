@@ -9,12 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from integrations.models import KEYS_ONLY, LAYERS, make_ids, make_model, oracle
+from integrations.models import CONFIG, KEYS_ONLY, LAYERS, make_ids, make_model, oracle
 from integrations.test_transformers import CLOSE, greedy, paths
 from token_sparse_attention import DenseReason, LayerProfile, crossover
 from token_sparse_attention.integrations.transformers import apply
 
-SAMPLES = dataclasses.replace(KEYS_ONLY, select_queries=True, fallback_sinks=0)
+SAMPLES = dataclasses.replace(
+    KEYS_ONLY, drop_mass=CONFIG.drop_mass, select_queries=True, fallback_sinks=0
+)
 ALL_KINDS = dataclasses.replace(KEYS_ONLY, fallback_landmarks=5, dense_queries=0)
 CONFIGS = {
     "samples": SAMPLES,
@@ -161,7 +163,9 @@ def test_heads_may_draw_different_numbers():
 
 def test_some_layers_select_queries_and_others_do_not():
     model, ids = sharp(), make_ids()
-    profile = LayerProfile(base=SAMPLES, layers={0: {}, 2: {"select_queries": False}})
+    profile = LayerProfile(
+        base=SAMPLES, layers={0: {}, 2: {"drop_mass": None, "select_queries": False}}
+    )
     with apply(model, profile) as report:
         model(ids)
     shares = [record.kept_share for record in report]
@@ -173,7 +177,7 @@ def test_some_layers_select_queries_and_others_do_not():
 
 def test_lengths_alone_decide_where_queries_are_not_selected(monkeypatch):
     model, ids = sharp(), make_ids()
-    config = dataclasses.replace(KEYS_ONLY, crossover="auto", drop_mass=0.0)
+    config = dataclasses.replace(KEYS_ONLY, crossover="auto")
     monkeypatch.setitem(crossover.MIN_KEYS_ONLY, "cpu", 10)
     for constants in (crossover.FALLBACK_TOKENS, crossover.FAR_TOKENS):
         monkeypatch.setitem(constants, "cpu", (0.0, 1.0))

@@ -63,7 +63,7 @@ def test_dense_rules_equal_the_model_alone(family, attention):
     mask = torch.ones_like(ids)
     mask[0, :30] = 0
     dense = model(ids, attention_mask=mask).logits
-    with apply(model, TokenSparseConfig()) as report:  # min_tokens is 1024
+    with apply(model, TokenSparseConfig.published()) as report:  # min_tokens is 1024
         short = model(ids, attention_mask=mask).logits
     assert torch.equal(short, dense)
     assert all(path == ["dense"] for path in paths(report))

@@ -38,11 +38,12 @@ FAR += [
     dataclasses.replace(
         VARIANTS[1],
         fallback_samples=30,
-        select_queries=select,
+        drop_mass=drop_mass,
+        select_queries=drop_mass is not None,
         fallback_sinks=2,
         dense_queries=9,
     )
-    for select in (True, False)
+    for drop_mass in (SMALL.drop_mass, None)
 ]
 
 
@@ -376,7 +377,7 @@ def test_impl_choices(monkeypatch):
 
 def test_reference_agrees_on_defaults():
     """The default window, pooling and minimum, which the small settings above do not have."""
-    config = TokenSparseConfig(drop_mass=0.3, min_tokens=64, crossover="off")
+    config = TokenSparseConfig.published(drop_mass=0.3, min_tokens=64, crossover="off")
     problem = Problem(*(x[:, :2] for x in problem_here(query_len=260, head_dim=16)))
     mine, theirs = (
         token_sparse_attention(

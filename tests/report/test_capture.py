@@ -50,13 +50,19 @@ def positions(mask: str) -> list[int]:
 KINDS = {
     "shared": {},
     "per head": {"budget": "per_head"},
-    "samples": {"select_queries": False, "fallback_samples": 20, "fallback_sinks": 2},
+    "samples": {
+        "drop_mass": None,
+        "select_queries": False,
+        "fallback_samples": 20,
+        "fallback_sinks": 2,
+    },
     "samples, per head": {
+        "drop_mass": None,
         "select_queries": False,
         "fallback_samples": 20,
         "budget": "per_head",
     },
-    "window only": {"select_queries": False},
+    "window only": {"drop_mass": None, "select_queries": False},
 }
 
 
@@ -83,7 +89,13 @@ def test_captured_positions_are_those_that_ran(tokenizer, selections, kind, impl
 @pytest.mark.parametrize("far", [{}, {"fallback_sinks": 2, "fallback_samples": 30}], ids=str)
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
 def test_far_tokens_are_captured_where_no_queries_are_selected(tokenizer, selections, far, budget):
-    far = {"fallback": "window", "fallback_window": 32, "select_queries": False, **far}
+    far = {
+        "fallback": "window",
+        "fallback_window": 32,
+        "drop_mass": None,
+        "select_queries": False,
+        **far,
+    }
     config = dataclasses.replace(CONFIG, budget=budget, sparse_layers=(0, 2), **far)
     kept = capture(make_model(), tokenizer, make_ids(203), config, arguments={}, max_new_tokens=3)
     assert [layer.beside_window for layer in kept.layers] == [True, False, True]

@@ -183,7 +183,9 @@ def test_a_failed_check_shows_no_time():
 def test_kept_shares_without_selected_queries_are_called_what_they_are():
     results = evaluation()
     names = [name for name in results.header.configurations if name != "dense"]
-    every = TokenSparseConfig(fallback="window", select_queries=False).to_dict()
+    every = TokenSparseConfig.published(
+        fallback="window", drop_mass=None, select_queries=False
+    ).to_dict()
     header = dataclasses.replace(
         results.header, configurations={"dense": None, **dict.fromkeys(names, every)}
     )

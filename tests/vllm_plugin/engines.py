@@ -11,7 +11,7 @@ import torch
 from token_sparse_attention import TokenSparseConfig, bundled
 
 # Harsh enough to change what the model says, so that equal replies mean equal selections.
-CONFIG = TokenSparseConfig(
+CONFIG = TokenSparseConfig.published(
     drop_mass=0.6,
     window_size=32,
     min_tokens=64,
@@ -22,6 +22,7 @@ CONFIG = TokenSparseConfig(
 # Only keys and values are compressed; with more of them replies stay as dense.
 KEYS_ONLY = dataclasses.replace(
     CONFIG,
+    drop_mass=None,
     select_queries=False,
     budget="per_head",
     fallback="window",

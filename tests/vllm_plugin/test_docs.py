@@ -36,5 +36,5 @@ def test_the_settings_shown_can_be_read(text, monkeypatch):
     from token_sparse_attention import TokenSparseConfig
     from token_sparse_attention.integrations.vllm import settings
 
-    monkeypatch.setattr(settings, "load_config", lambda _: TokenSparseConfig())
+    monkeypatch.setattr(settings, "load_config", lambda _: TokenSparseConfig.published())
     assert read_settings(json.loads(text)) is not None

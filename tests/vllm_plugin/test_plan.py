@@ -22,7 +22,7 @@ from token_sparse_attention.integrations.vllm.plan import Prefill, list_prefills
 from token_sparse_attention.integrations.vllm.settings import Settings, read_settings
 from token_sparse_attention.selection import TokenSelection
 
-CONFIG = TokenSparseConfig(drop_mass=0.1, window_size=16, min_tokens=64, crossover="off")
+CONFIG = TokenSparseConfig.published(drop_mass=0.1, window_size=16, min_tokens=64, crossover="off")
 
 
 def given(**entries):
@@ -51,7 +51,11 @@ def test_settings_from_values_and_from_files(tmp_path):
         ({"profile": 3}, TypeError, "profile must be a path, got 3"),
         ({"config": []}, TypeError, "config must be an object"),
         ({"config": {}, "prefix_caching": "yes"}, ValueError, "refuse, allow; got 'yes'"),
-        ({"config": {"select_queries": False}}, ValueError, "needs fallback='window'"),
+        (
+            {"config": {"select_queries": False, "fallback": "zero"}},
+            ValueError,
+            "needs fallback='window'",
+        ),
         ({"config": {"dense_queries": -1}}, ValueError, "dense_queries must be at least 0"),
         ({"config": {}, "impl": "cuda"}, ValueError, "impl must be one of"),
         ({"config": {}, "attention_backend": "fa9"}, ValueError, "fa9"),
@@ -142,7 +146,9 @@ class PeakMemory(TorchDispatchMode):
 )
 def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
     heads, kv_len = 8, 8192
-    config = dataclasses.replace(CONFIG, fallback="window", select_queries=False, **changes)
+    config = dataclasses.replace(
+        CONFIG, fallback="window", drop_mass=None, select_queries=False, **changes
+    )
     tokens = real_tokens(None, 1, kv_len, torch.device("cpu"))
     with PeakMemory() as memory:
         scores = torch.rand(1, heads, kv_len - config.window_size)
@@ -150,7 +156,7 @@ def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
         keys_only(scores, far, config, tokens, kv_len, NEVER_DENSE, False, None)
     little = workspace_bytes(config, heads, 1, 1, 1, query_len=1, kv_len=kv_len)
     assert memory.peak <= little <= 2.5 * memory.peak
-    selected = dataclasses.replace(config, select_queries=True)
+    selected = dataclasses.replace(config, drop_mass=0.1, select_queries=True)
     assert workspace_bytes(selected, heads, 1, 1, 1, 1, kv_len) > 2**29
 
 

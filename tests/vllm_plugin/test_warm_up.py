@@ -21,13 +21,20 @@ from token_sparse_attention.integrations.vllm.warm_up import Layer
 CPU = torch.device("cpu")
 BLOCK, DIM = 16, 32
 LONGEST = Prefill(0, 0, 30_000, 30_000)
-CONFIG = TokenSparseConfig(drop_mass=0.05, window_size=32, min_tokens=128)
+CONFIG = TokenSparseConfig.published(
+    drop_mass=0.05, window_size=32, min_tokens=128, crossover="auto"
+)
 KEYS_ONLY = dataclasses.replace(
-    CONFIG, select_queries=False, fallback="window", fallback_samples=64, budget="per_head"
+    CONFIG,
+    drop_mass=None,
+    select_queries=False,
+    fallback="window",
+    fallback_samples=64,
+    budget="per_head",
 )
 CONFIGS = [
     CONFIG,
-    TokenSparseConfig(),
+    TokenSparseConfig.published(crossover="auto"),
     dataclasses.replace(CONFIG, drop_mass=1e-6, min_tokens=9000, pool_size=101),
     dataclasses.replace(CONFIG, fallback="window", fallback_sinks=4, fallback_landmarks=600),
     KEYS_ONLY,

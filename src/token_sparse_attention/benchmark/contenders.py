@@ -77,7 +77,7 @@ def eager_composition(
 def _budget(smoothed: Tensor, config: TokenSparseConfig) -> int:
     mass = smoothed.mean(1)
     mass = mass / (mass.sum(-1, keepdim=True) + 1e-8)
-    below = int((mass.sort(-1).values.cumsum(-1) < config.drop_mass).sum())
+    below = int((mass.sort(-1).values.cumsum(-1) < (config.drop_mass or 0.0)).sum())
     return max(config.min_tokens, smoothed.shape[-1] - (below + 1))
 
 

@@ -28,8 +28,8 @@ from token_sparse_attention.selection import resolve_impl, score_tokens
 
 LENGTHS = (65536, 131072)
 SAMPLES, LANDMARKS, SINKS, DENSE_QUERIES = (1024, 4096, 8192), (4096,), (4096,), (128,)
-_CONFIG = replace(
-    TokenSparseConfig.published(), min_tokens=0, fallback="window", select_queries=False
+_CONFIG = TokenSparseConfig.published(
+    drop_mass=None, select_queries=False, min_tokens=0, fallback="window"
 )
 
 

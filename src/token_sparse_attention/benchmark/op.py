@@ -328,7 +328,7 @@ def _measure_crossover(point: _Point, report: Report) -> Iterator[Record]:
     say = _prefixed(report, point.seq_len)
     for drop_mass in point.options.drop_mass:
         say(f"crossover, drop_mass {drop_mass:g}")
-        config = TokenSparseConfig(drop_mass=drop_mass, crossover="auto")
+        config = TokenSparseConfig.published(drop_mass=drop_mass, crossover="auto")
         dense = partial(causal_attention, *point.inputs, scale=point.inputs.scale)
         out = dense()
         verdict = checks.check_dense(point.inputs, out)

@@ -70,7 +70,7 @@ class _Contender:
     def switched_on(self, model: Any) -> AbstractContextManager[PrefillReport | None]:
         if self.kept is None:
             return nullcontext()
-        config = TokenSparseConfig(sparse_layers=self.layers, crossover="off")
+        config = TokenSparseConfig.published(sparse_layers=self.layers)
         return apply(model, config, kept=self.kept)
 
 

@@ -294,7 +294,7 @@ def head_counts(run: LayerRun, num_heads: int, seq_len: int) -> tuple[int, ...] 
     Recorded heads are repeated or thinned out evenly; one number for all stays one.
 
     Example:
-        >>> head_counts(LayerRun(TokenSparseConfig(), (0.5, 1.0)), 4, 1000)
+        >>> head_counts(LayerRun(TokenSparseConfig.published(), (0.5, 1.0)), 4, 1000)
         (500, 500, 1000, 1000)
     """
     shares = run.shares

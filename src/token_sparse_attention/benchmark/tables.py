@@ -256,7 +256,7 @@ def _fallback(runs: Sequence[Run]) -> Rows:
 
 def _window_floor(run: Run, seq_len: int) -> str:
     """The window's operations, ``4 * S * w * D * H``, at the rate of dense attention."""
-    pairs = min(TokenSparseConfig().fallback_window / seq_len, 0.5)
+    pairs = min(TokenSparseConfig.published().fallback_window / seq_len, 0.5)
     return number(2 * pairs * milliseconds(run.dense(seq_len)))
 
 

@@ -25,11 +25,13 @@ def attended_share(kept: int, prompt_tokens: int, config: TokenSparseConfig | No
         config: the layer's settings; None for a layer that ran dense, with K = S.
 
     Example:
-        >>> window = TokenSparseConfig(fallback="window", fallback_window=10, window_size=4)
+        >>> window = TokenSparseConfig.published(
+        ...     fallback="window", fallback_window=10, window_size=4
+        ... )
         >>> attended_share(20, 100, window)  # (20 * 21 / 2 + 80 * 10) / (100 * 101 / 2)
         0.2
     """
-    config = TokenSparseConfig() if config is None else config
+    config = TokenSparseConfig.published() if config is None else config
     dense = min(config.dense_queries, prompt_tokens)
     others = prompt_tokens - dense
     pairs = _banded_pairs(prompt_tokens, prompt_tokens) - _banded_pairs(others, others)

@@ -185,7 +185,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from token_sparse_attention.calibration import job
 
     name = arguments.model_name(args)
-    base = chosen or _default_base(args.method, run.default_config(name)[0])
+    base = chosen or _default_base(args, run.default_config(name)[0])
     try:
         options = job.CalibrationOptions(
             method=args.method,
@@ -257,10 +257,14 @@ def _read_base(path: str) -> TokenSparseConfig:
     return config.base if isinstance(config, LayerProfile) else config
 
 
-def _default_base(method: str, of_model: TokenSparseConfig | LayerProfile) -> TokenSparseConfig:
-    if method == "drift":
+def _default_base(
+    args: argparse.Namespace, of_model: TokenSparseConfig | LayerProfile
+) -> TokenSparseConfig:
+    if args.method == "drift":
         return TokenSparseConfig.published()
     base = of_model.base if isinstance(of_model, LayerProfile) else of_model
+    if args.drop_mass and not base.select_queries:
+        base = dataclasses.replace(base, select_queries=True, drop_mass=args.drop_mass[0])
     return dataclasses.replace(base, sparse_layers=None)
 
 

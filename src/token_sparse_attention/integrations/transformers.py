@@ -108,9 +108,7 @@ def apply(
         ...     LlamaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=99,
         ...                 num_attention_heads=4, num_key_value_heads=2)
         ... ).eval()
-        >>> config = TokenSparseConfig(
-        ...     drop_mass=0.2, window_size=16, min_tokens=32, crossover="off"
-        ... )
+        >>> config = TokenSparseConfig.published(drop_mass=0.2, window_size=16, min_tokens=32)
         >>> with apply(model, config) as report, torch.no_grad():
         ...     _ = model(torch.arange(90)[None])
         >>> [record.paths for record in report]
