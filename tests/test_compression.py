@@ -143,6 +143,43 @@ def test_bad_decompress_arguments_are_named(change, error, message):
         decompress(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": torch.zeros(1, 4, 0, dtype=torch.int64)}, "must list the tokens, got none"),
+        (
+            {"lengths": torch.ones(1, 3)},
+            r"lengths must have shape \[1, 4\], got \[1, 3\]",
+        ),
+    ],
+)
+def test_selections_that_cannot_be_gathered_are_named(changes, message):
+    problem = make_problem(query_len=100)
+    selection = select(problem)
+    packed = compress(*problem, selection)
+    broken = selection._replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        compress(*problem, broken)
+    with pytest.raises(ValueError, match=message):
+        decompress(packed.query, broken, 100)
+
+
+def test_a_selection_of_a_chunk_needs_kv_len():
+    problem = make_problem(query_len=60, kv_len=100)
+    selection = select(problem)._replace(kv_len=None)
+    with pytest.raises(ValueError, match=r"kv_len must be given .* 100 and 60; got None"):
+        compress(*problem, selection)
+
+
+def test_any_strides_of_the_fallback_are_accepted():
+    problem = make_problem(query_len=100)
+    selection = select(problem)
+    packed = compress(*problem, selection)
+    fallback = torch.randn(1, 4, 16, 100).transpose(2, 3)
+    expected = decompress(packed.query, selection, 100, fallback.contiguous())
+    assert torch.equal(decompress(packed.query, selection, 100, fallback), expected)
+
+
 def test_selection_without_kv_len_means_as_many_slots_as_queries():
     selection = TokenSelection(
         torch.tensor([[[1, 2, -1]]]), torch.tensor([[2]]), torch.tensor([True])

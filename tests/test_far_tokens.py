@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from token_sparse_attention import TokenSparseConfig, reference
 from token_sparse_attention.attention import far_tokens
 from token_sparse_attention.attention.far_tokens import draw, sample_budgets
+from token_sparse_attention.attention.far_tokens import far_tokens as choose_far_tokens
 from token_sparse_attention.inputs import real_tokens
 
 
@@ -76,7 +77,7 @@ def test_padding_and_other_tokens_are_never_drawn(monkeypatch):
     scores[0, :, :20] = torch.nan
     without = torch.tensor([[[30, 31, 90]], [[5, 6, 7]]]).expand(-1, 4, -1)
     tokens = real_tokens(mask, 2, 90, scores.device)
-    slots, counts = draw(scores, 25, tokens, without)
+    slots, counts = draw(scores, 25, tokens, without=without)
     for row in range(2):
         for head in range(4):
             own = slots[row, head][slots[row, head] < 90]
@@ -85,7 +86,7 @@ def test_padding_and_other_tokens_are_never_drawn(monkeypatch):
             assert 24 <= len(own) <= 25
     assert counts.isfinite().all()
     monkeypatch.setattr(far_tokens, "_ENTRIES", 200)  # one head at a time
-    again, again_counts = draw(scores, 25, tokens, without)
+    again, again_counts = draw(scores, 25, tokens, without=without)
     assert torch.equal(again, slots)
     assert torch.equal(again_counts, counts)
 
@@ -108,7 +109,7 @@ def test_heads_that_attend_far_get_more_samples():
     assert 5.0 < budgets[3] < budgets[5]
     others = [head for head in range(8) if head not in (3, 5)]
     assert (budgets[others] == 5.0).all()
-    slots, counts = draw(scores, 20, tokens, None, budgets[None])
+    slots, counts = draw(scores, 20, tokens, budgets=budgets[None])
     assert slots.shape == (1, 8, 80)
     drawn = (slots[0] < 200).sum(-1)
     assert ((drawn - budgets).abs() <= 1).all()
@@ -116,3 +117,46 @@ def test_heads_that_attend_far_get_more_samples():
     even = scores_of(8, 192, 4, 0.1)
     mean = sample_budgets(even, config, tokens, None).mean()
     assert float(mean) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+def test_no_far_token_is_still_in_the_last_querys_window(budget):
+    """Most mass lies there; what is drawn or best would be seen by no query."""
+    config = TokenSparseConfig(
+        window_size=8, budget=budget, fallback_window=50, fallback_sinks=3, fallback_landmarks=9,
+        fallback_samples=20,
+    )  # fmt: skip
+    scores = scores_of(4, 192, 5).expand(2, -1, -1).clone()
+    scores[..., 130:] += 1.0
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[1, 185:] = False
+    scores[1, :, 177:] = 0
+    far = choose_far_tokens(scores, config, real_tokens(mask, 2, 200, scores.device))
+    for row, end in enumerate((200, 185)):
+        own = [slots[slots < 200] for slots in far.slots[row]]
+        assert all(int(slots.max()) < end - 50 for slots in own)
+        assert all(len(slots.unique()) == len(slots) for slots in own)
+        assert sum(len(slots) for slots in own) >= 4 * (3 + 9 + 15)
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+def test_a_prompts_length_does_not_change_how_many_places_far_tokens_have(budget):
+    """Kernels are compiled for that number."""
+    config = TokenSparseConfig(
+        window_size=8, budget=budget, fallback_window=10, fallback_landmarks=90,
+        fallback_samples=70,
+    )  # fmt: skip
+    places = set()
+    for length in (60, 61, 150, 400):
+        tokens = real_tokens(None, 1, length, torch.device("cpu"))
+        far = choose_far_tokens(scores_of(2, length - 8, 6), config, tokens)
+        places.add(far.slots.shape)
+    assert len(places) == 1
+
+
+def test_equal_scores_are_drawn_evenly_from_a_long_row():
+    """Few of very many: probabilities so small that coarse units would round them away."""
+    scores = torch.full((1, 1, 1_000_000), 1e-6)
+    slots, counts = draw(scores, 8, real_tokens(None, 1, 1_000_000, scores.device))
+    assert float(counts.sum()) == pytest.approx(1_000_000, rel=1e-4)
+    assert slots[0, 0].diff().float().std() < 2

@@ -146,6 +146,21 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(config, query_len):
         assert not padded.any(), "padded query rows are zero"
 
 
+def test_a_short_row_of_a_padded_batch_runs_dense_as_it_does_alone(monkeypatch):
+    monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", 200)
+    monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", 1.0)
+    problem = make_problem(batch=2, query_len=300)
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[1, :150] = False
+    auto = dataclasses.replace(SMALL, crossover="auto")
+    out, selection = token_sparse_attention(
+        *problem, auto, padding_mask=mask, return_selection=True
+    )
+    assert selection.ran_sparse.tolist() == [True, False]
+    alone = token_sparse_attention(*(x[1:, :, 150:] for x in problem), auto)
+    torch.testing.assert_close(out[1:, :, 150:], alone)
+
+
 def test_queries_all_in_padding_give_zeros():
     problem = make_problem(batch=2, query_len=30, kv_len=150)
     mask = torch.ones(2, 150, dtype=torch.bool)
@@ -264,6 +279,43 @@ def test_inputs_are_left_alone_and_views_are_accepted():
     views = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in problem]
     torch.testing.assert_close(token_sparse_attention(*views, SMALL), out)
     assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=name_of)
+def test_any_strides_are_accepted(config):
+    problem = make_problem(query_len=150)
+    odd = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in problem]
+    assert all(x.stride(-1) != 1 for x in odd)
+    expected = token_sparse_attention(*problem, config, return_selection=True)
+    out, selection = token_sparse_attention(*odd, config, return_selection=True)
+    assert torch.equal(selection.indices, expected[1].indices)
+    torch.testing.assert_close(out, expected[0])
+
+
+@pytest.mark.parametrize("query_len", [20, 150])
+@pytest.mark.parametrize("backend", ["auto", "math"])
+def test_a_compiled_call_has_the_layout_that_the_compiler_was_told(query_len, backend):
+    """Too short a prompt runs dense, and dense kernels lay their output out as they like."""
+    torch.compiler.reset()
+    compiled = torch.compile(token_sparse_attention, fullgraph=True, backend="inductor")
+    problem = make_problem(query_len=query_len)
+    for layout in ((1, 2), (2, 3)):
+        inputs = [x.transpose(*layout).contiguous().transpose(*layout) for x in problem]
+        out = compiled(*inputs, SMALL, attention_backend=backend)
+        expected = token_sparse_attention(*inputs, SMALL, attention_backend=backend)
+        torch.testing.assert_close(out, expected)
+
+
+def test_double_precision_stays_double_with_far_tokens():
+    problem = make_problem(query_len=150, dtype=torch.float64)
+    config = dataclasses.replace(
+        SMALL, drop_mass=None, select_queries=False, fallback="window", fallback_window=20,
+        fallback_samples=150, dense_queries=0,
+    )  # fmt: skip
+    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    assert selection.ran_sparse.all()
+    dense = causal_attention(*problem, scale=problem.query.shape[-1] ** -0.5)
+    assert relative_error(out, dense) < 1e-12, "every token is seen"
 
 
 def test_extreme_values():

@@ -169,7 +169,7 @@ def _seen_by_all(
         scores[0].scatter_(1, best, torch.inf)
     if variant.drawn:
         tokens = real_tokens(None, 1, length, key.device)
-        slots, counts = draw(scores, variant.drawn, tokens)
+        slots, counts = draw(scores, variant.drawn, tokens, config.fallback_window)
         return slots[0], counts[0]
     slots = scores[0].topk(count, dim=-1).indices
     counts = torch.ones(slots.shape, device=slots.device)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_sparse_attention.inputs import check_attention_inputs
+from token_sparse_attention.inputs import check_attention_inputs, unit_stride
 from token_sparse_attention.selection import TokenSelection, load_kernels, resolve_impl
 
 
@@ -74,6 +74,11 @@ def compress(
         raise ValueError(
             f"selection must index key's {kv_len} slots, but was made for {selection.kv_len}"
         )
+    if selection.kv_len is None and query.shape[2] != kv_len:
+        raise ValueError(
+            f"selection.kv_len must be given where key has more slots than query, {kv_len} and "
+            f"{query.shape[2]}; got None"
+        )
     impl = resolve_impl(impl, query)
     everything = range(query.shape[0] * query.shape[1])
     return compress_sequences(query, key, value, selection, everything, impl=impl)
@@ -106,9 +111,7 @@ def compress_sequences(
     max_length = capacity if max_length is None else min(max_length, capacity)
     if impl == "triton":
         kernels = load_kernels("compression")
-        query, key, value = (
-            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
-        )
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
         indices = selection.indices.contiguous()
         max_queries = min(max_length, query_len)
         rows_q, rows_k = len(sequences) * max_queries, len(sequences) * max_length
@@ -191,7 +194,7 @@ def decompress(
             selection.indices.contiguous(), selection.lengths.contiguous(), first_query, everything
         )
         listed = selection._replace(ran_sparse=torch.ones_like(selection.ran_sparse))
-        full = out.new_empty(shape) if fallback is None else fallback.clone()
+        full = out.new_empty(shape) if fallback is None else unit_stride(fallback).clone()
         decompress_sequences(
             out, listed, offsets, everything, full, zeros=fallback is None, impl="triton"
         )
@@ -225,7 +228,7 @@ def decompress_sequences(
     """
     if impl == "triton":
         load_kernels("compression").scatter(
-            out if out.stride(-1) == 1 else out.contiguous(),
+            unit_stride(out),
             selection.indices.contiguous(),
             offsets,
             sequences,
@@ -286,6 +289,16 @@ def _check_selection(
         raise ValueError(
             f"selection.indices must have shape [{batch_size}, {num_heads}, K], "
             f"got {list(indices.shape)}"
+        )
+    if indices.shape[2] == 0:
+        raise ValueError(
+            "selection.indices must list the tokens, got none: a selection of lengths alone "
+            "cannot be gathered; ask for return_selection=True"
+        )
+    if selection.lengths.shape != indices.shape[:2]:
+        raise ValueError(
+            f"selection.lengths must have shape {list(indices.shape[:2])}, "
+            f"got {list(selection.lengths.shape)}"
         )
     if indices.device != device:
         raise ValueError(f"selection must be on {device} like the rest, got {indices.device}")

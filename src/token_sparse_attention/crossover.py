@@ -40,7 +40,7 @@ class BreakEven(NamedTuple):
     """Where a row runs sparse.
 
     Attributes:
-        min_length: shorter rows run dense without being scored.
+        min_length: shorter rows run dense; a batch of nothing else is not even scored.
         max_work: a row runs dense if the mean square of its heads' kept shares exceeds
             ``max_work - fixed_tokens / effective_length``.
         fixed_tokens: see `max_work`.
@@ -70,6 +70,8 @@ def effective_length(query_len: _Length, kv_len: _Length) -> _Length:
 
     A chunk of few queries has little dense time to save, but all keys to score and gather.
     """
+    if isinstance(query_len, Tensor):
+        query_len = query_len.double()  # a quotient of integers has the default dtype
     return query_len * (2 * kv_len - query_len) / kv_len
 
 
@@ -86,7 +88,6 @@ def break_even(config: TokenSparseConfig, query: Tensor) -> BreakEven:
         if far:
             base, per_token = FAR_TOKENS[device]
             fixed += base + per_token * far
-    if config.select_queries:
-        return BreakEven(MIN_LENGTH[device], 1.0, fixed)
-    # What every query attends to without selection is known beforehand.
-    return BreakEven(max(MIN_KEYS_ONLY[device], fixed), 1.0, fixed)
+    # Below `fixed` nothing could make sparse faster, even if every token were dropped.
+    least = MIN_LENGTH if config.select_queries else MIN_KEYS_ONLY
+    return BreakEven(max(least[device], fixed), 1.0, fixed)

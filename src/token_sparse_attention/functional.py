@@ -48,6 +48,8 @@ from token_sparse_attention.inputs import (
     check_no_gradients,
     real_tokens,
     resolve_scale,
+    single_precision,
+    unit_stride,
 )
 from token_sparse_attention.limits import forces_dense, head_groups, most_tokens
 from token_sparse_attention.selection import (
@@ -127,7 +129,8 @@ def token_sparse_attention(
     elsewhere. For prefill; the result has no gradient.
 
     On CUDA nothing here waits for the device, unless the attention backend is one that
-    reads lengths on the host (cudnn, efficient, math, patterns); so the call can be captured
+    reads lengths on the host (cudnn, efficient, math, patterns), or the code is plain PyTorch
+    (``impl="reference"``, float64, head sizes above 256); so the call can be captured
     in a CUDA graph. It can be compiled as one operator.
 
     Args:
@@ -146,11 +149,13 @@ def token_sparse_attention(
         attention_backend: which kernel attends: ``"auto"``, ``"fa4"`` (flash-attn-4),
             ``"flash"`` (FlashAttention-2), ``"cudnn"``, ``"efficient"`` or ``"math"``. An
             explicit choice never falls back. Or a block-sparse pattern, which then runs in
-            place of dense causal attention, in rows that run dense as well: ``"flexprefill"``,
+            place of dense causal attention, in rows that run dense as well, and where the
+            config selects no queries only in these: ``"flexprefill"``,
             ``"minference"``, ``"xattention"``, ``"streaming"``, or settings such as
             ``FlexPrefillConfig(gamma=0.9)``; see `parse_backend`.
         head_chunk: how many heads of the batch to compress and attend at once, which bounds
-            memory; as many as fit half a GiB if None. The reference takes all.
+            memory; as many as fit half a GiB if None. The reference takes all, and without
+            selected queries there is nothing to compress.
         kept: keep this share of a row's real tokens, in ``(0, 1]``, in place of the budget,
             which is still computed. For benchmarks and ablations: the crossover and the
             rules for short contexts do not apply then.
@@ -164,7 +169,8 @@ def token_sparse_attention(
         return_lse: also return the log-sum-exp.
 
     Returns:
-        The output ``[B, H, S_q, D]`` in query's dtype and memory layout; with one of the
+        The output ``[B, H, S_q, D]`` in query's dtype and, unless all rows run dense, in its
+        memory layout; with one of the
         flags a pair with `TokenSelection` or the log-sum-exp ``[B, H, S_q]`` float32; with
         both a `SparseOutput`.
 
@@ -224,6 +230,8 @@ def run(
     head_group: ProcessGroup | None = None,
 ) -> SparseOutput:
     """`token_sparse_attention` on checked arguments."""
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    call = call._replace(kept=single_precision(call.kept))
     impl = resolve_impl(call.impl, query, query.shape[-1])
     query_len, kv_len = query.shape[2], key.shape[2]
     even = NEVER_DENSE if call.kept is not None else break_even(config, query)
@@ -357,6 +365,7 @@ def _all_dense(
     backend = call.attention_backend
     if tokens is None or not tokens.padded:
         into = attend(query, key, value, scale=call.scale, backend=backend, want_lse=call.want_lse)
+        into = into._replace(lse=None if into.lse is None else into.lse.float())
     else:
         into = new_output(query, call.want_lse)
         rows = torch.ones(len(query), dtype=torch.bool, device=query.device)

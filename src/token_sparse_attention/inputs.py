@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from token_sparse_attention.config import TokenSparseConfig
+
+
+def unit_stride(rows: Tensor) -> Tensor:
+    """Return rows whose numbers lie side by side, as kernels take them; a copy if need be."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:
@@ -38,6 +44,11 @@ def check_kept(kept: float | None, config: TokenSparseConfig) -> None:
         raise TypeError(f"kept must be a number or None, got {kept!r}")
     if not 0 < kept <= 1:
         raise ValueError(f"kept must be in (0, 1], got {kept}")
+
+
+def single_precision(kept: float | None) -> float | None:
+    """Return `kept` as kernels take it, so that host and device round to the same count."""
+    return None if kept is None else float(struct.unpack("f", struct.pack("f", kept))[0])
 
 
 def check_head_chunk(head_chunk: int | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.functional import Call, run
+from token_sparse_attention.inputs import unit_stride
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -66,6 +67,9 @@ def _prefill(
         scale, impl, attention_backend, head_chunk, kept, want_selection, want_indices, want_lse
     )
     output, selection, lse = run(query, key, value, padding_mask, config, call)
+    layout = torch.empty_like(unit_stride(query), device="meta")
+    if output.stride() != layout.stride():  # as dense kernels choose; a compiler was told this
+        output = torch.empty_like(layout, device=query.device).copy_(output)
     lse = _empty(query, torch.float32) if lse is None else lse
     if selection is None:
         none = _empty(query, torch.int64)
@@ -101,4 +105,4 @@ def _fake(query: Tensor, key: Tensor, *arguments: object) -> _Outputs:
             query.new_empty(batch_size, num_heads, dtype=torch.int64) for _ in range(2)
         )
         ran_sparse = query.new_empty(batch_size, dtype=torch.bool)
-    return torch.empty_like(query), lse, indices, lengths, budget, ran_sparse
+    return torch.empty_like(unit_stride(query)), lse, indices, lengths, budget, ran_sparse

@@ -126,18 +126,19 @@ def far_counts(scores: Tensor, config: TokenSparseConfig, kv_len: int) -> Tensor
     """
     counts = scores.new_zeros(scores.shape[0], kv_len, dtype=torch.float64)
     counts[:, : config.fallback_sinks] = 1.0
-    others = scores[:, config.fallback_sinks :]
+    reach = max(kv_len - config.fallback_window, 0)  # where the last query's window begins
+    others = scores[:, config.fallback_sinks : reach]
     best = others.topk(min(config.fallback_landmarks, others.shape[1]), dim=-1).indices
     counts.scatter_(1, best + config.fallback_sinks, 1.0)
     if config.fallback_samples:
         drawn = F.pad(scores.double(), (0, config.window_size))
         budgets = [float(config.fallback_samples)] * len(scores)
         if config.budget == "per_head":
-            beyond = drawn[:, : max(kv_len - config.fallback_window, 0)].sum(1)
+            beyond = drawn[:, :reach].sum(1)
             shares = beyond / beyond.mean().clamp(min=1e-30)
             budgets = (config.fallback_samples * (0.25 + 0.75 * shares).clamp(max=4)).tolist()
         for head, row in enumerate(counts):
-            rest = (row == 0).nonzero()[:, 0]
+            rest = (row[:reach] == 0).nonzero()[:, 0]
             row[rest] = draw(drawn[head, rest], budgets[head])
     return counts
 
@@ -147,7 +148,7 @@ def draw(scores: Tensor, count: float) -> Tensor:
 
     Probabilities grow by half with the score and are by half the same for all, at most 1. One
     token is drawn wherever their sum passes a half, one and a half, and so on; they are
-    rounded to 2^-20.
+    rounded to 2^-32.
     """
     shares = scores / scores.sum().clamp(min=1e-30) + 1 / max(len(scores), 1)
     low, high = 0.0, 1.0
@@ -157,14 +158,14 @@ def draw(scores: Tensor, count: float) -> Tensor:
         middle = (low + high) / 2
         enough = (shares * middle).clamp(max=1).sum() >= min(count, len(scores))
         low, high = (low, middle) if enough else (middle, high)
-    units = ((shares * high).clamp(max=1) * 2**20).round().long().tolist()
+    units = ((shares * high).clamp(max=1) * 2**32).round().long().tolist()
     drawn = torch.zeros(len(scores), dtype=torch.float64)
-    passed, number = 2**19, 0
+    passed, number = 2**31, 0
     for token, unit in enumerate(units):
         passed += unit
-        if passed // 2**20 > number:
-            number = passed // 2**20
-            drawn[token] = 2**20 / unit
+        if passed // 2**32 > number:
+            number = passed // 2**32
+            drawn[token] = 2**32 / unit
     return drawn.to(scores.device)
 
 

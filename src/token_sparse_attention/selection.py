@@ -22,6 +22,8 @@ from token_sparse_attention.inputs import (
     check_no_gradients,
     real_tokens,
     resolve_scale,
+    single_precision,
+    unit_stride,
 )
 
 if TYPE_CHECKING:
@@ -185,7 +187,7 @@ def score_rows(
     window_size, kv_len = config.window_size, key.shape[2]
     if impl == "triton":
         kernels = load_kernels("scoring")
-        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        query, key = unit_stride(query), unit_stride(key)
         scores: Tensor = kernels.score_tokens(
             query, key, tokens.bounds, window_size, scale, padded=tokens.padded
         )
@@ -256,6 +258,7 @@ def select_tokens(
     if not config.select_queries:
         raise ValueError("config must have select_queries=True or a drop_mass, got neither")
     check_kept(kept, config)
+    kept = single_precision(kept)
     head_group = resolve_head_group(head_group)
     impl = resolve_impl(impl, scores)
     batch_size, _, num_scored = scores.shape
@@ -304,6 +307,7 @@ def select_rows(
             kept,
             even.max_work,
             even.fixed_tokens,
+            even.min_length,
         )
         selected = kernels.select_tokens(
             scores.contiguous(), tokens.bounds, kv_len, first_query, rule, head_group
@@ -322,7 +326,7 @@ def select_rows(
         lengths = scores.new_full((scores.shape[1],), row_len) if keep is None else keep.sum(-1)
         budgets.append(lengths.long())
         row_queries = span.end - max(span.start, first_query)
-        if keep is not None and _is_slower(lengths / row_len, row_queries, row_len, even):
+        if keep is not None and _is_slower(lengths.double() / row_len, row_queries, row_len, even):
             keep = None
         rows.append(keep)
     selection = _selection_of_rows(rows, spans, scores.shape[1], kv_len, scores.device)
@@ -344,8 +348,9 @@ def _own_part(
 
 def _is_slower(shares: Tensor, query_len: int, kv_len: int, even: BreakEven) -> bool:
     """Return whether heads that keep these shares of a row would attend slower than dense."""
-    limit = even.max_work - even.fixed_tokens / effective_length(query_len, kv_len)
-    return float(shares.square().mean()) > limit
+    length = effective_length(query_len, kv_len)
+    limit = even.max_work - even.fixed_tokens / length
+    return length < even.min_length or float(shares.square().mean()) > limit
 
 
 def dense_selection(

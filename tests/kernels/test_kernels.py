@@ -326,6 +326,31 @@ def test_crossover(monkeypatch, share_limit, query_len):
         assert mine[1].ran_sparse.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("config", [VARIANTS[0], FAR[-1]])
+def test_any_strides_are_accepted(config):
+    problem = problem_here(query_len=97)
+    odd = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in problem]
+    options = {"impl": "triton", "attention_backend": "math"}
+    expected = token_sparse_attention(*problem, config, **options)
+    torch.testing.assert_close(token_sparse_attention(*odd, config, **options), expected)
+
+
+def test_short_rows_of_a_batch_run_dense(monkeypatch):
+    from token_sparse_attention import crossover
+
+    kind = torch.device(DEVICE).type
+    monkeypatch.setitem(crossover.MIN_LENGTH, kind, 200)
+    monkeypatch.setitem(crossover.OVERHEAD_TOKENS, kind, 1.0)
+    problem = problem_here(batch=2, query_len=300)
+    auto = dataclasses.replace(SMALL, crossover="auto")
+    mask = padding((0, 300), (150, 300), kv_len=300)
+    _, selection = token_sparse_attention(
+        *problem, auto, padding_mask=mask, impl="triton", attention_backend="math",
+        return_selection=True,
+    )  # fmt: skip
+    assert selection.ran_sparse.tolist() == [True, False]
+
+
 def test_a_mask_that_is_not_one_run_gives_nan_in_its_rows():
     problem = problem_here(batch=2, query_len=200)
     mask = padding((0, 200), (0, 200), kv_len=200)

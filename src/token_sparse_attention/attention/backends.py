@@ -82,20 +82,32 @@ def choose_backend(
     params = SDPAParams(probe, key[:, :, :8], key[:, :, :8], mask, 0.0, not masked, False)
     checks = {"flash": can_use_flash_attention, "efficient": can_use_efficient_attention}
     for name, can_use in checks.items():
-        if can_use(params, False):
+        if can_use(params, False) and not (name == "flash" and _flash_obstacle(query)):
             return BackendChoice(name, f"on {device}; passed over: {', '.join(passed_over)}")
         passed_over.append(name)
     return BackendChoice("math", "no fused kernel takes this dtype and head size")
 
 
 def _fa4_obstacle(query: Tensor) -> str | None:
-    if not fa4_installed():
-        return "not installed"
+    return _flash_obstacle(query) if fa4_installed() else "not installed"
+
+
+def _flash_obstacle(query: Tensor) -> str | None:
+    """Why no FlashAttention can run; PyTorch's public functions would pad the head size."""
     if query.dtype not in _HALF:
         return f"no {query.dtype}"
     if query.shape[-1] % 8 or query.shape[-1] > MAX_FLASH_HEAD_DIM:
         return f"no head size {query.shape[-1]}"
     return None
+
+
+def check_flash(query: Tensor) -> None:
+    """Raise ValueError if FlashAttention-2 cannot run CUDA inputs like `query`."""
+    if query.is_cuda and _flash_obstacle(query) is not None:
+        raise ValueError(
+            f"attention_backend 'flash' cannot run {query.dtype} with head size "
+            f"{query.shape[-1]} on {query.device.type}; choose another or 'auto'"
+        )
 
 
 def check_fa4(query: Tensor) -> None:

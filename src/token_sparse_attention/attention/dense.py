@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.attention import flash, sdpa
-from token_sparse_attention.attention.backends import check_fa4, choose_backend, takes_packed
+from token_sparse_attention.attention.backends import (
+    check_fa4,
+    check_flash,
+    choose_backend,
+    takes_packed,
+)
 from token_sparse_attention.inputs import RealTokens
 
 
@@ -111,6 +116,8 @@ def _resolve(backend: str, query: Tensor, key: Tensor) -> str:
     backend = choose_backend(backend, query, key).name
     if backend == "fa4":
         check_fa4(query)
+    if backend == "flash":
+        check_flash(query)
     return backend
 
 

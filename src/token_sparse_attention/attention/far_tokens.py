@@ -3,8 +3,9 @@
 A head's tokens are more than its queries can attend to, so a few stand for all: the first ones
 (sinks), the ones it attends to most (landmarks), and others drawn with a probability that
 grows with their score. A token drawn with probability p counts for 1 / p tokens, so that sums
-over the drawn ones are right on average: of the exponentials, and of the exponentials times
-the values (importance sampling).
+over the drawn ones are right on average over where the drawing starts: of the exponentials, and
+of the exponentials times the values (importance sampling). What even the last query still has
+in its window is left out: no query would see it besides.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from token_sparse_attention.selection import TokenSelection, dense_selection
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_UNITS = 2**20  # of a probability; whole numbers add up to the same sum in any order
+_UNITS = 2**32  # of a probability; whole numbers add up to the same sum in any order
 _ENTRIES = 2**23  # drawn from at once
 _LEAST = 0.25  # of the mean budget, for every head
 _MOST = 4  # times the mean budget, for any head
@@ -69,7 +70,9 @@ def far_tokens(
     budgets = None
     if config.budget == "per_head":
         budgets = sample_budgets(scores, config, tokens, head_group)
-    slots, counts = draw(scores, config.fallback_samples, tokens, own, budgets)
+    slots, counts = draw(
+        scores, config.fallback_samples, tokens, config.fallback_window, own, budgets
+    )
     if own is None:
         return FarTokens(slots, counts)
     slots, order = torch.cat((own, slots), -1).sort(-1)
@@ -84,15 +87,15 @@ def _sinks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Ten
 
 
 def _landmarks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor:
+    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
+    slot = torch.arange(scores.shape[2], device=scores.device)
+    inside = slot >= start + config.fallback_sinks
+    inside = inside & (slot < end - max(config.window_size, config.fallback_window))
     count = min(config.fallback_landmarks, scores.shape[2])
-    if tokens.padded or config.fallback_sinks:
-        start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
-        slot = torch.arange(scores.shape[2], device=scores.device)
-        inside = slot >= start + config.fallback_sinks
-        inside = inside & (slot < end - config.window_size)
-        scores = scores.masked_fill(~inside, -1.0)
-    best, slots = scores.topk(count, dim=-1)
-    return torch.where(best >= 0, slots, tokens.kv_len).sort(-1).values
+    best, slots = scores.masked_fill(~inside, -1.0).topk(count, dim=-1)
+    slots = torch.where(best >= 0, slots, tokens.kv_len).sort(-1).values
+    # As many for every length: kernels are compiled for the number.
+    return F.pad(slots, (0, config.fallback_landmarks - count), value=tokens.kv_len)
 
 
 def sample_budgets(
@@ -110,8 +113,7 @@ def sample_budgets(
     Returns:
         ``[B, H]`` float64, ``fallback_samples`` on average, unless a head has the most allowed.
     """
-    slot = torch.arange(scores.shape[2], device=scores.device)
-    beyond = slot <= tokens.bounds.long()[:, 1:, None] - 1 - config.fallback_window
+    beyond = _left_behind(tokens, config.fallback_window)[:, None, : scores.shape[2]]
     mass = (scores.double().nan_to_num(0.0) * beyond).sum(-1)
     all_mass = mass if head_group is None else gather_heads(mass, head_group)
     shares = all_mass / all_mass.mean(-1, keepdim=True).clamp(min=1e-30)
@@ -119,16 +121,24 @@ def sample_budgets(
     return budgets if head_group is None else own_heads(budgets, mass.shape[1], head_group)
 
 
+def _left_behind(tokens: RealTokens, window: int) -> Tensor:
+    """Which slots ``[B, S_kv]`` the last query's window has left behind."""
+    slot = torch.arange(tokens.kv_len, device=tokens.bounds.device)
+    start, end = tokens.bounds.long()[:, :, None].unbind(1)
+    return (slot >= start) & (slot < end - window)
+
+
 def draw(
     scores: Tensor,
     count: int,
     tokens: RealTokens,
+    window: int = 0,
     without: Tensor | None = None,
     budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw tokens for each head, the more likely the higher they score.
 
-    Half of the probability goes by the scores and half to all real tokens alike; a token whose
+    Half of the probability goes by the scores and half to all these tokens alike; a token whose
     share would exceed one draw is in. The draws are equal steps through the sums of the
     probabilities (systematic sampling), which spreads them over the sequence; nothing is
     random, so the same scores give the same tokens.
@@ -137,6 +147,7 @@ def draw(
         scores: ``[B, H, N]`` float32, by slot, N at most S_kv; further slots have none.
         count: how many tokens.
         tokens: where the real tokens are.
+        window: the last tokens of each row, as many as this, are not drawn.
         without: ``[B, H, M]`` slots that are not drawn, S_kv for none.
         budgets: ``[B, H]`` float64, how many tokens for each head, at most four times `count`;
             None for `count` for all.
@@ -153,23 +164,23 @@ def draw(
     if budgets is None:
         budgets = scores.new_full((batch_size, num_heads), count, dtype=torch.float64)
     else:
-        room = min(_MOST * count, max(tokens.kv_len, count))
+        room = _MOST * count
     slots = scores.new_empty(batch_size, num_heads, room, dtype=torch.int64)
     counts = scores.new_empty(batch_size, num_heads, room)
     at_once = max(_ENTRIES // max(batch_size * tokens.kv_len, 1), 1)
     for first in range(0, num_heads, at_once):
         heads = slice(first, first + at_once)
         own = None if without is None else without[:, heads]
-        shares = _shares(scores[:, heads], tokens, own)
+        shares = _shares(scores[:, heads], _left_behind(tokens, window), own)
         likely = _probabilities(shares, budgets[:, heads, None], room)
         slots[:, heads], counts[:, heads] = _steps(likely, room)
     return slots, counts
 
 
-def _shares(scores: Tensor, tokens: RealTokens, without: Tensor | None) -> Tensor:
+def _shares(scores: Tensor, candidates: Tensor, without: Tensor | None) -> Tensor:
     """What each slot's token has of the probability, ``[B, H, S_kv]`` float64; adds up to 1."""
-    kv_len = tokens.kv_len
-    real = tokens.mask()[:, None]
+    kv_len = candidates.shape[1]
+    real = candidates[:, None]
     if without is not None:
         real = real.expand(-1, scores.shape[1], -1)
         others = torch.ones(*real.shape[:2], kv_len + 1, dtype=torch.bool, device=scores.device)

@@ -43,13 +43,17 @@ def causal_sdpa(
 
 
 def causal_lse(query: Tensor, key: Tensor, scale: float, window: int | None) -> Tensor:
-    """Log-sum-exp of every query's logits, ``[B, H, S_q]`` float32: SDPA does not return it."""
+    """Log-sum-exp of every query's logits ``[B, H, S_q]``, which SDPA does not return.
+
+    In single precision, of float64 inputs in double.
+    """
     group = query.shape[1] // key.shape[1]
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=precision)
     for queries, keys, band in _blocks(query.shape[2], key.shape[2], window, query.device):
         for member in range(group):
-            block = query[:, member::group, queries].float()
-            logits = block @ key[:, :, keys].float().transpose(2, 3) * scale
+            block = query[:, member::group, queries].to(precision)
+            logits = block @ key[:, :, keys].to(precision).transpose(2, 3) * scale
             logits.masked_fill_(~band, -torch.inf)
             lse[:, member::group, queries] = logits.logsumexp(-1)
     return lse

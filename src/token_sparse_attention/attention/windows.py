@@ -50,7 +50,8 @@ def attend_windows(
     """
     lse = into.lse
     if far is not None and lse is None:
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        precision = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=precision)
     attend_rows(
         query,
         key,
@@ -65,8 +66,6 @@ def attend_windows(
     if far is None or lse is None:
         return
     if impl == "triton":
-        if query.stride(-1) != 1:
-            query = query.contiguous()
         load_kernels("far_tokens").add_far_tokens(
             query, key, value, far.slots, tokens.bounds, rows, into.out, lse,
             window=window, scale=scale, counts=far.counts,
@@ -107,23 +106,25 @@ def _add_far(
         scale: factor of the logits.
     """
     group = query.shape[1] // key.shape[1]
+    precision = torch.promote_types(query.dtype, torch.float32)
     end = tokens.bounds.long()[:, 1]
     first_query = key.shape[2] - query.shape[2]
     size = max(_LOGITS // max(len(key) * key.shape[1] * far.shape[2], 1), 1)
     for member in range(group):
         slots = far[:, member::group]
         at = slots.clamp(max=key.shape[2] - 1)[..., None]
-        far_keys = torch.take_along_dim(key, at, 2).float()
+        far_keys = torch.take_along_dim(key, at, 2).to(precision)
         # Where there is no far token, what was gathered may be padding, and hold anything.
         exists = (slots < key.shape[2])[..., None]
-        far_values = torch.take_along_dim(value, at, 2).float().masked_fill(~exists, 0.0)
+        far_values = torch.take_along_dim(value, at, 2).to(precision)
+        far_values = far_values.masked_fill(~exists, 0.0)
         for begin in range(0, query.shape[2], size):
             queries = slice(begin, min(begin + size, query.shape[2]))
             position = torch.arange(queries.start, queries.stop, device=query.device)
             position = (first_query + position)[:, None]
             seen = slots[:, :, None, :] <= position - window
             seen = seen & (position < end[:, None, None, None])
-            block = query[:, member::group, queries].float()
+            block = query[:, member::group, queries].to(precision)
             logits = block @ far_keys.transpose(2, 3) * scale
             logits += counts[:, member::group, None].log()
             logits.masked_fill_(~seen, -torch.inf)

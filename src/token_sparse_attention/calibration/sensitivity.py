@@ -230,7 +230,7 @@ def _read_layer(record: LayerRecord) -> LayerReading:
     if not sparse:
         return LayerReading(1.0, 1.0, False, True, why)
     counts = selection.lengths.flatten().tolist()
-    if min(counts) >= record.kv_len:
+    if min(counts) + selection.config.fallback_window >= record.kv_len:
         return LayerReading(1.0, 1.0, False, False, ALL_KEYS)
     works = [attended_share(n, record.kv_len, selection.config) for n in counts]
     return LayerReading(record.kept_share, math.fsum(works) / len(works), True, False, why)

@@ -40,6 +40,7 @@ class Rule(NamedTuple):
         max_work: a row runs dense if the mean square of its heads' kept shares exceeds
             ``max_work - fixed_tokens / effective_length``, see `crossover.effective_length`.
         fixed_tokens: see `max_work`.
+        min_length: rows of a smaller effective length run dense.
     """
 
     drop_mass: float
@@ -50,6 +51,7 @@ class Rule(NamedTuple):
     kept: float | None
     max_work: float
     fixed_tokens: float
+    min_length: float
 
 
 class Budget(NamedTuple):
@@ -137,7 +139,8 @@ def count_tokens(
     decide_kernel[(batch_size,)](
         droppable, not_finite, bounds, lengths, budget, ran_sparse,
         float(rule.drop_mass), rule.min_tokens, float(rule.kept or 0.0),
-        float(rule.max_work), float(rule.fixed_tokens), first_query, decided_heads,
+        float(rule.max_work), float(rule.fixed_tokens), float(rule.min_length), first_query,
+        decided_heads,
         WINDOW=rule.window_size, PER_HEAD=rule.per_head, GIVEN=rule.kept is not None,
         BLOCK_H=triton.next_power_of_2(decided_heads), num_warps=4,
     )  # fmt: skip
@@ -273,11 +276,11 @@ def count_droppable_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "drop_mass", "min_tokens", "kept", "max_work", "fixed_tokens", "first_query"
+    "drop_mass", "min_tokens", "kept", "max_work", "fixed_tokens", "min_length", "first_query"
 ])  # fmt: skip
 def decide_kernel(
     droppable_ptr, not_finite_ptr, bounds_ptr, lengths_ptr, budget_ptr, ran_sparse_ptr,
-    drop_mass, min_tokens, kept, max_work, fixed_tokens, first_query, num_heads,
+    drop_mass, min_tokens, kept, max_work, fixed_tokens, min_length, first_query, num_heads,
     WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, GIVEN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Each head's number of tokens, and whether the row runs sparse at all."""
@@ -310,5 +313,6 @@ def decide_kernel(
     queries = (end - tl.maximum(start, first_query)).to(tl.float32)
     effective_length = queries * (2 * length - queries) / tl.maximum(length, 1)
     sparse = sparse & (work <= max_work - fixed_tokens / tl.maximum(effective_length, 1.0))
+    sparse = sparse & (effective_length >= min_length)
     tl.store(lengths_ptr + b * num_heads + o_h, tl.where(sparse, b_budget, length), mask=heads)
     tl.store(ran_sparse_ptr + b, sparse)

@@ -111,7 +111,7 @@ def scatter(
     packed_lse, full_lse = lse or (out, out)
     scatter_kernel[(triton.cdiv(query_len, _ROWS), len(sequences))](
         out, offsets[0], ranks, full, ran_sparse, packed_lse, full_lse,
-        *full.stride()[:3], query_len, sequences.start, num_heads, out.stride(0),
+        *full.stride()[:3], query_len, sequences.start, num_heads, len(out), out.stride(0),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ZEROS=zeros,
         WITH_LSE=lse is not None, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
@@ -211,11 +211,11 @@ def rank_kernel(
         tl.store(ranks_ptr + s.to(tl.int64) * query_len + o_slot, o_query, mask=mask)
 
 
-@triton.jit(do_not_specialize=["query_len", "first_sequence"])
+@triton.jit(do_not_specialize=["query_len", "first_sequence", "out_rows"])
 def scatter_kernel(
     out_ptr, offsets_q_ptr, ranks_ptr, full_ptr, ran_sparse_ptr, packed_lse_ptr, full_lse_ptr,
     stride_fb: tl.int64, stride_fh: tl.int64, stride_fs: tl.int64,
-    query_len, first_sequence, num_heads, stride_out: tl.int64,
+    query_len, first_sequence, num_heads, out_rows, stride_out: tl.int64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ZEROS: tl.constexpr,
     WITH_LSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -233,11 +233,12 @@ def scatter_kernel(
         o_d = tl.arange(0, BLOCK_D)
         inside = (o_d < HEAD_DIM)[None, :]
         p_out = out_ptr + o_from[:, None] * stride_out + o_d[None, :]
-        b_out = tl.load(p_out, mask=selected[:, None] & inside, other=0.0)
+        there = selected & (o_from < out_rows)
+        b_out = tl.load(p_out, mask=there[:, None] & inside, other=0.0)
         p_full = full_ptr + b * stride_fb + (sequence % num_heads) * stride_fh
         p_full += o_query.to(tl.int64)[:, None] * stride_fs + o_d[None, :]
         written = exists if ZEROS else selected
         tl.store(p_full, b_out, mask=written[:, None] & inside)
         if WITH_LSE:
-            b_lse = tl.load(packed_lse_ptr + o_from, mask=selected, other=float("-inf"))
+            b_lse = tl.load(packed_lse_ptr + o_from, mask=there, other=float("-inf"))
             tl.store(full_lse_ptr + sequence * query_len + o_query, b_lse, mask=written)

@@ -143,7 +143,7 @@ def _add_portion(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["blocks", "length"])
 def block_mean_kernel(
     tokens_ptr, means_ptr,
     stride_b: tl.int64, stride_h: tl.int64, stride_s: tl.int64,

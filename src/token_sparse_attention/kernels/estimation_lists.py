@@ -49,7 +49,7 @@ def _cover_long(mass: Tensor, share: Tensor, minimum: int, marked: Tensor) -> No
     rows, length = mass.shape
     chunks = triton.cdiv(length, _CHUNK)
     share = share.repeat_interleave(rows // share.numel())
-    grid = (chunks, rows)
+    grid = (rows, chunks)  # rows first: there can be more than a grid takes in its second place
     by_chunk = mass.new_zeros(2, rows, chunks, 16)
     floors = torch.zeros(2, rows, dtype=torch.int32, device=mass.device)
     wanted = torch.zeros(2, rows, device=mass.device)
@@ -178,13 +178,13 @@ def digit_sum_kernel(
     DIGITS: tl.constexpr, MINIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mass and number of a chunk's entries from each value of the next digit on."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     o_n = chunk * BLOCK + tl.arange(0, BLOCK)
     exists = o_n < length
     b_mass = tl.load(mass_ptr + row.to(tl.int64) * length + o_n, mask=exists, other=0.0)
     b_bits = tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
-    p_mass = by_chunk_ptr + (row * tl.num_programs(0) + chunk) * DIGITS
-    p_number = p_mass + rows * tl.num_programs(0) * DIGITS
+    p_mass = by_chunk_ptr + (row * tl.num_programs(1) + chunk) * DIGITS
+    p_number = p_mass + rows * tl.num_programs(1) * DIGITS
     by_mass = tl.load(floors_ptr + row)
     by_number = tl.load(floors_ptr + rows + row)
     for digit in tl.static_range(DIGITS):
@@ -198,15 +198,15 @@ def digit_sum_kernel(
 @triton.jit(do_not_specialize=["length", "rows"])
 def edge_kernel(mass_ptr, floors_ptr, by_chunk_ptr, length, rows, BLOCK: tl.constexpr):
     """Of a chunk: mass above the lightest, number equal to it; number above, number equal."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     o_n = chunk * BLOCK + tl.arange(0, BLOCK)
     exists = o_n < length
     b_mass = tl.load(mass_ptr + row.to(tl.int64) * length + o_n, mask=exists, other=0.0)
     b_bits = tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
     by_mass = tl.load(floors_ptr + row)
     by_number = tl.load(floors_ptr + rows + row)
-    p_mass = by_chunk_ptr + (row * tl.num_programs(0) + chunk) * 16
-    p_number = p_mass + rows * tl.num_programs(0) * 16
+    p_mass = by_chunk_ptr + (row * tl.num_programs(1) + chunk) * 16
+    p_number = p_mass + rows * tl.num_programs(1) * 16
     tl.store(p_mass, tl.sum(tl.where(b_bits > by_mass, b_mass, 0.0), 0))
     tl.store(p_mass + 1, tl.sum((b_bits == by_mass).to(tl.float32), 0))
     tl.store(p_number, tl.sum((b_bits > by_number).to(tl.float32), 0))
@@ -219,7 +219,7 @@ def mark_kernel(
     MINIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mark a chunk's entries above the lightest, and as many equal to it as are missing."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     o_n = chunk * BLOCK + tl.arange(0, BLOCK)
     exists = o_n < length
     place = row.to(tl.int64) * length + o_n
@@ -229,14 +229,14 @@ def mark_kernel(
     lightest = tl.load(floors_ptr + row)
     b_equal = b_bits == lightest
     b_rank = tl.cumsum(b_equal.to(tl.float32), 0)
-    b_rank += tl.load(earlier_ptr + row * tl.num_programs(0) + chunk)
+    b_rank += tl.load(earlier_ptr + row * tl.num_programs(1) + chunk)
     b_marked = (b_bits > lightest) | (b_equal & (b_rank <= tl.load(missing_ptr + row)))
     b_marked = (b_marked & (tl.load(covers_ptr + rows + row) > 0)) | everything
     if MINIMUM:
         lightest = tl.load(floors_ptr + rows + row)
         b_equal = b_bits == lightest
         b_rank = tl.cumsum(b_equal.to(tl.float32), 0)
-        b_rank += tl.load(earlier_ptr + (rows + row) * tl.num_programs(0) + chunk)
+        b_rank += tl.load(earlier_ptr + (rows + row) * tl.num_programs(1) + chunk)
         b_marked = b_marked | (b_bits > lightest)
         b_marked = b_marked | (b_equal & (b_rank <= tl.load(missing_ptr + rows + row)))
     tl.store(marked_ptr + place, b_marked.to(tl.uint8), mask=exists)
@@ -263,7 +263,9 @@ def distance_block_kernel(
         tl.store(p_marked + o_k, (b_beyond > b_nearest).to(tl.uint8), mask=exists)
 
 
-@triton.jit(do_not_specialize=["offset", "kv_blocks", "width"])
+@triton.jit(do_not_specialize=[
+    "stride_b", "stride_h", "stride_q", "offset", "kv_blocks", "width"
+])  # fmt: skip
 def pack_row_kernel(
     kept_ptr, index_ptr, count_ptr, stride_b: tl.int64, stride_h: tl.int64, stride_q: tl.int64,
     num_heads, offset, kv_blocks, width,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BlockGrid
+from token_sparse_attention.inputs import unit_stride
 from token_sparse_attention.selection import load_kernels, resolve_impl
 
 
@@ -111,7 +112,7 @@ def last_query_mass(
         Two tensors ``[B, H, S_kv]`` float32; each sums to 1 over its last dimension.
     """
     if resolve_impl(impl, query, query.shape[-1]) == "triton":
-        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        query, key = unit_stride(query), unit_stride(key)
         masses: tuple[Tensor, Tensor] = load_kernels("estimation").last_query_mass(
             query, key, count, scale
         )
