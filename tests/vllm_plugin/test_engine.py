@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig
 from token_sparse_attention.integrations.transformers import apply
 from token_sparse_attention.integrations.vllm.backend import SparsePrefillBuilder
 from token_sparse_attention.integrations.vllm.counters import COUNTERS
-from token_sparse_attention.integrations.vllm.engine import engine_settings
+from token_sparse_attention.integrations.vllm.engine import engine_settings, most_decode_tokens
 from vllm_plugin.engines import (
     CONFIG,
     KEYS_ONLY,
@@ -334,6 +335,31 @@ def test_bad_settings_are_refused(changes, message):
     config = EngineArgs(**engine_arguments(**changes)).create_engine_config()
     with pytest.raises(ValueError, match=message):
         engine_settings(config)
+
+
+def test_a_connector_that_shares_prefixes_is_refused():
+    from vllm import EngineArgs
+    from vllm.config import KVTransferConfig
+
+    transfer = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    config = EngineArgs(**engine_arguments(kv_transfer_config=transfer)).create_engine_config()
+    with pytest.raises(ValueError, match="kv_transfer_config, got 'ExampleConnector'"):
+        engine_settings(config)
+    config.additional_config["token_sparse_attention"]["prefix_caching"] = "allow"
+    assert engine_settings(config) is not None
+
+
+def test_a_draft_model_stays_dense():
+    """Its layers have numbers of their own, and the settings are for the other model's."""
+    from vllm import EngineArgs
+
+    config = EngineArgs(**engine_arguments()).create_engine_config()
+    assert engine_settings(config) is not None
+    config.speculative_config = SimpleNamespace(
+        draft_model_config=config.model_config, num_speculative_tokens=3
+    )
+    assert engine_settings(config) is None
+    assert most_decode_tokens(config) == 4
 
 
 def test_a_refusal_stops_the_start():

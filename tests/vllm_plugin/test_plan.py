@@ -87,11 +87,11 @@ def test_layer_numbers(name, number):
 
 def test_prefills_of_a_step():
     starts, kv_lens = [0, 1, 151, 451, 459, 460], [900, 150, 1500, 320, 64]
-    assert list_prefills(starts, kv_lens, [False, True, True, False, True]) == [
+    assert list_prefills(starts, kv_lens, [False, True, True, False, True], 9) == [
         Prefill(1, 1, 151, 150),
         Prefill(2, 151, 451, 1500),
     ]
-    whole, chunk = list_prefills(starts, kv_lens, [False, True, True, False, True])
+    whole, chunk = list_prefills(starts, kv_lens, [False, True, True, False, True], 9)
     assert whole.whole
     assert not chunk.whole
     assert chunk.query_len == 300
@@ -99,7 +99,13 @@ def test_prefills_of_a_step():
 
 def test_a_resumed_request_is_a_prefill_again():
     """It goes through its prompt and its reply at once; speculation does not."""
-    assert list_prefills([0, 200, 204], [200, 300], [False, False]) == [Prefill(0, 0, 200, 200)]
+    assert list_prefills([0, 200, 204], [200, 300], [False, False], 4) == [Prefill(0, 0, 200, 200)]
+
+
+def test_a_later_chunk_of_a_resumed_reply_is_a_prefill():
+    """vLLM calls only tokens of the prompt prefilling."""
+    assert list_prefills([0, 512], [1536], [False], 1) == [Prefill(0, 0, 512, 1536)]
+    assert list_prefills([0, 5], [1536], [False], 5) == [], "five tokens of a draft"
 
 
 @pytest.mark.parametrize(
@@ -175,19 +181,39 @@ def test_counters_add_up():
         counters.add_prefill(reason)
     counters.add_layer(selection([30, 50], 100))
     counters.add_layer(selection([60, 60], 60, ran_sparse=False))
+    too_few = selection([70, 70], 70, ran_sparse=False)
+    counters.add_layer(too_few._replace(budget=torch.tensor([[65, 69]])))
+    counters.add_layer(too_few._replace(budget=torch.tensor([[70, 70]])))
     counts = counters.read()
     assert counts == {
         "prefills_sparse": 2,
         "prefills_dense": {"too short": 2, "other": 1},
         "layer_calls_sparse": 1,
-        "layer_calls_dense": 1,
-        "tokens_seen": 320,
-        "tokens_kept": 200,
+        "layer_calls_dense": 3,
+        "layer_calls_slower": 1,
+        "tokens_seen": 600,
+        "tokens_kept": 480,
     }
     assert describe(counts) == (
         "Token sparse attention: 2 prefills sparse, 3 dense (1 other; 2 too short); "
-        "1 of 2 calls of sparse layers dropped tokens, 62.5% of tokens kept"
+        "1 of 4 calls of sparse layers dropped tokens, 80.0% of tokens kept"
     )
+
+
+def test_counts_that_cannot_be_published_are_still_logged(monkeypatch):
+    counters, lines, tries = Counters(), [], []
+
+    def full(counts):
+        tries.append(counts)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(counters, "_publish", full)
+    for _ in range(2):
+        counters.add_prefill(None)
+        counters.report(lambda form, *arguments: lines.append(form % arguments), 0)
+    assert len(tries) == 1, "not tried again"
+    assert [line for line in lines if "OSError: No space left" in line] == [lines[1]]
+    assert lines[2].startswith("Token sparse attention: 2 prefills sparse")
 
 
 def test_reports_wait_for_news_and_for_the_interval(monkeypatch):

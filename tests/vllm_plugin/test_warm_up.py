@@ -48,7 +48,7 @@ def layer(config, heads=4, kv_heads=2, dtype=torch.float32):
 
 @pytest.fixture(autouse=True)
 def cold(monkeypatch):
-    monkeypatch.setattr(warm_up, "_WARM", set())
+    monkeypatch.setattr(warm_up, "_WARM", {})
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # so that caplog sees it
 
 
@@ -73,7 +73,9 @@ def warm(layers, longest=LONGEST, read_cache=read_gpu):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_whole_prompts_and_chunks_run_sparse(calls, config):
-    assert warm([layer(config)]) > 0
+    seconds, failed = warm([layer(config)])
+    assert seconds > 0
+    assert not failed
     assert len(calls) == 4
     assert all(sparse for *_, sparse in calls)
     assert {(query == key, key % 2) for query, key, _ in calls} == {
@@ -103,7 +105,7 @@ def test_each_kind_of_layer_runs_once(calls):
     kinds.append(layer(CONFIG, dtype=torch.bfloat16))
     warm([*kinds, *kinds])
     assert len(calls) == 4 * len(kinds)
-    assert warm(kinds) is None
+    assert warm(kinds) == (None, {})
     assert len(calls) == 4 * len(kinds)
 
 
@@ -116,7 +118,7 @@ def test_each_kind_of_layer_runs_once(calls):
     ],
 )
 def test_what_no_prompt_can_run_is_left_out(calls, config, longest):
-    assert warm([layer(config)], longest) is None
+    assert warm([layer(config)], longest) == (None, {})
     assert not calls
 
 
@@ -127,18 +129,33 @@ def test_nothing_is_counted_and_no_random_numbers_are_drawn():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_error_is_logged_and_the_next_layer_runs(calls, caplog):
+def test_an_error_is_returned_and_the_next_layer_runs(calls):
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    with caplog.at_level(logging.WARNING, logger="vllm.token_sparse_attention"):
-        assert warm([layer(CONFIG), layer(KEYS_ONLY)], read_cache=broken) > 0
+    kinds = [layer(CONFIG), layer(KEYS_ONLY)]
+    seconds, failed = warm(kinds, read_cache=broken)
+    assert seconds > 0
     assert len(calls) == 2
-    assert [record.getMessage().partition(": kernels ")[2] for record in caplog.records] == [
-        "could not be warmed up, and the first long prompt may fail in the same way: "
-        "RuntimeError: no such kernel"
-    ] * 2
-    assert warm([layer(CONFIG)], read_cache=broken) is None, "not tried again"
+    assert failed == dict.fromkeys(kinds, "RuntimeError: no such kernel")
+    again = warm([layer(CONFIG)], read_cache=broken)
+    assert again == (None, {layer(CONFIG): "RuntimeError: no such kernel"}), "not tried again"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attention_backend": "fa4"}, "attention_backend 'fa4' cannot run"),
+        ({"impl": "triton"}, "impl 'triton'"),
+    ],
+)
+def test_code_that_cannot_run_a_layer_is_refused(given, message):
+    warm_up.check_layer(layer(CONFIG), Settings(), CPU)
+    with pytest.raises(ValueError, match=message):
+        warm_up.check_layer(layer(CONFIG, dtype=torch.float64), Settings(**given), CPU)
+
+
+BROKEN = dataclasses.replace(CONFIG, pool_size=9)
 
 
 class StockBuilder:
@@ -163,10 +180,10 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
 
     def recorded(*arguments):
         given.append(arguments)
-        return 1.26
+        return warm_up.WarmUp(1.26, {layer(BROKEN): "RuntimeError: no such kernel"})
 
     settings = Settings(warm_up=wanted)
-    configs = {"layers.0.attn": CONFIG, "layers.1.attn": CONFIG, "layers.2.attn": CONFIG}
+    configs = {"layers.0.attn": CONFIG, "layers.1.attn": BROKEN, "layers.2.attn": CONFIG}
     monkeypatch.setattr(backend, "engine_settings", lambda _: settings)
     monkeypatch.setattr(backend, "head_group", lambda: (None, rank))
     monkeypatch.setattr(backend, "usable_layers", lambda *_: (configs, {}))
@@ -174,6 +191,7 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
         backend, "layer_shapes", lambda chosen, _: [layer(one) for one in chosen.values()]
     )
     monkeypatch.setattr(backend, "warm_up", recorded)
+    monkeypatch.setattr(backend, "check_layer", lambda *_: None)
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=5000),
         scheduler_config=SimpleNamespace(
@@ -182,8 +200,16 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
     )
     with caplog.at_level(logging.INFO, logger="vllm.token_sparse_attention"):
         spec = SimpleNamespace(block_size=BLOCK)
-        Builder(spec, list(configs)[:2], vllm_config, torch.device(device))
-    expected = ([layer(CONFIG)] * 2, Prefill(0, 0, 2000, 5000), settings, read_gpu, BLOCK)
+        builder = Builder(spec, list(configs)[:2], vllm_config, torch.device(device))
+    assert list(builder._configs) == ["layers.0.attn"] + ["layers.1.attn"] * (not runs)
+    assert ("layers.1.attn stay dense: their kernels could not" in caplog.text) == runs
+    expected = (
+        [layer(CONFIG), layer(BROKEN)],
+        Prefill(0, 0, 2000, 5000),
+        settings,
+        read_gpu,
+        BLOCK,
+    )
     assert given == ([(*expected, torch.device(device))] if runs else [])
     logged = "Token sparse attention: kernels warmed up in 1.3 seconds" in caplog.text
     assert logged == (runs and rank == 0)

@@ -95,7 +95,7 @@ def attend(
     """
     if window is not None and window >= key.shape[2]:
         window = None
-    backend = _resolve(backend, query, key)
+    backend = resolve_kernel(backend, query, key)
     if takes_packed(backend, query):
         out, lse = flash.rows_attention(
             backend,
@@ -111,8 +111,12 @@ def attend(
     return Attended(out, sdpa.causal_lse(query, key, scale, window) if want_lse else None)
 
 
-def _resolve(backend: str, query: Tensor, key: Tensor) -> str:
-    """Return the backend to run; the name of a flash kernel only where it can run."""
+def resolve_kernel(backend: str, query: Tensor, key: Tensor) -> str:
+    """Return the dense backend to run; the name of a flash kernel only where it can run.
+
+    Raises:
+        ValueError: if flash-attn-4 or FlashAttention-2 was asked for and cannot run.
+    """
     backend = choose_backend(backend, query, key).name
     if backend == "fa4":
         check_fa4(query)
@@ -151,7 +155,7 @@ def attend_rows(
         window: keys each query sees, itself included; None for all.
         last: how many of each row's last queries attend, the others stay; None for all.
     """
-    backend = _resolve(backend, query, key)
+    backend = resolve_kernel(backend, query, key)
     if not takes_packed(backend, query):
 
         def run(*row: Tensor) -> Attended:
@@ -291,7 +295,7 @@ def attend_packed(
     want_lse: bool = False,
 ) -> Attended:
     """`varlen_causal_attention` with the log-sum-exp ``[T_q]`` float32 if it is wanted."""
-    backend = _resolve(backend, query[None, None], key[None, None])
+    backend = resolve_kernel(backend, query[None, None], key[None, None])
     if takes_packed(backend, query):
         out, lse = flash.varlen_attention(
             backend,

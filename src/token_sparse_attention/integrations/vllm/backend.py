@@ -23,6 +23,7 @@ from token_sparse_attention.integrations.vllm.engine import (
     head_group,
     layer_shapes,
     longest_prefill,
+    most_decode_tokens,
     step_obstacle,
     usable_layers,
 )
@@ -35,7 +36,7 @@ from token_sparse_attention.integrations.vllm.plan import (
     workspace_bytes,
 )
 from token_sparse_attention.integrations.vllm.settings import Settings
-from token_sparse_attention.integrations.vllm.warm_up import warm_up
+from token_sparse_attention.integrations.vllm.warm_up import check_layer, warm_up
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,7 +81,10 @@ class SparsePrefillBuilder:
         self._read_cache = self.cache_reader()
         self._head_group, rank = head_group()
         self._counts = rank == 0
+        self._most_decode_tokens = most_decode_tokens(vllm_config)
         self._configs, obstacles = usable_layers(settings, vllm_config)
+        if not self._configs and self._counts:
+            _LOG.warning("Token sparse attention is on, but no layer can run sparse")
         first = next(iter(self._configs), None)
         self._counts_prefills = self._counts and first in layer_names
         self._configs = {
@@ -89,6 +93,8 @@ class SparsePrefillBuilder:
         if self._counts:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
+        for layer in dict.fromkeys(layer_shapes(self._configs, vllm_config)):
+            check_layer(layer, settings, device)
         if settings.warm_up and device.type == "cuda":  # a CPU has nothing to compile
             self._warm_up(vllm_config, kv_cache_spec.block_size, device)
 
@@ -106,8 +112,9 @@ class SparsePrefillBuilder:
             )
 
     def _warm_up(self, vllm_config: Any, block_size: int, device: torch.device) -> None:
-        seconds = warm_up(
-            layer_shapes(self._configs, vllm_config),
+        layers = layer_shapes(self._configs, vllm_config)
+        seconds, failed = warm_up(
+            layers,
             longest_prefill(vllm_config),
             self._settings,
             self._read_cache,
@@ -116,6 +123,23 @@ class SparsePrefillBuilder:
         )
         if seconds is not None and self._counts:
             _LOG.info("Token sparse attention: kernels warmed up in %.1f seconds", seconds)
+        flags = torch.tensor([layer in failed for layer in layers], dtype=torch.int32)
+        if self._head_group is not None and layers:  # a rank's failure is the others' too
+            flags = flags.to(device)
+            torch.distributed.all_reduce(
+                flags, torch.distributed.ReduceOp.MAX, group=self._head_group
+            )
+        broken = [name for name, flag in zip(self._configs, flags.tolist()) if flag]
+        if broken:
+            why = "; ".join(dict.fromkeys(failed.values())) or "on another rank"
+            _LOG.warning(
+                "Token sparse attention: %s stay dense: their kernels could not be warmed up: %s",
+                ", ".join(broken),
+                why,
+            )
+        self._configs = {
+            name: config for name, config in self._configs.items() if name not in broken
+        }
 
     def cache_reader(self) -> ReadCache | None:
         """Return what reads this device's cache, None if its layout is not understood."""
@@ -131,7 +155,7 @@ class SparsePrefillBuilder:
             return metadata
         if self._counts:
             COUNTERS.report(_LOG.info, self._settings.log_interval)
-        # A draft model's steps are built fast; they are short, and not this model's.
+        # Some draft models' steps are built fast; they are short, and not this model's.
         if common_attn_metadata.max_query_len > 1 and not fast_build:
             splits = self._split(common_attn_metadata)
             if splits:
@@ -151,26 +175,32 @@ class SparsePrefillBuilder:
             common.query_start_loc_cpu.tolist(),
             common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs],
             None if common.is_prefilling is None else common.is_prefilling.tolist(),
+            self._most_decode_tokens,
         )
         obstacle = step_obstacle(common)
         of_config: dict[TokenSparseConfig, Split | None] = {}
         of_rows: dict[tuple[int, ...], Rest | None] = {}
-        for number, config in enumerate(dict.fromkeys(self._configs.values())):
+        reasons_of: list[list[str]] = [[] for _ in prefills]  # by the configs that decline
+        for config in dict.fromkeys(self._configs.values()):
             even = break_even(config, common.seq_lens)
             reasons = [
                 obstacle or self._obstacle(prefill) or prefill.dense_reason(config, even)
                 for prefill in prefills
             ]
             chosen = [one for one, reason in zip(prefills, reasons) if reason is None]
-            if number == 0 and self._counts_prefills:
-                for reason in reasons:
-                    COUNTERS.add_prefill(reason)
+            for declined, reason in zip(reasons_of, reasons):
+                if reason is not None:
+                    declined.append(reason)
             of_config[config] = None
             if chosen:
                 rows = tuple(one.row for one in chosen)
                 if rows not in of_rows:
                     of_rows[rows] = self._rest(common, rows)
                 of_config[config] = Split(config, chosen, of_rows[rows])
+        if self._counts_prefills:
+            for declined in reasons_of:
+                everywhere = len(declined) == len(of_config)
+                COUNTERS.add_prefill(max(declined, key=declined.count) if everywhere else None)
         splits = {name: of_config[config] for name, config in self._configs.items()}
         return {name: split for name, split in splits.items() if split is not None}
 
@@ -190,16 +220,16 @@ class SparsePrefillBuilder:
             return None
         device = common.query_start_loc.device
         spans = [torch.arange(starts[row], starts[row + 1]) for row in others]
-        tokens = torch.cat(spans).to(device)
+        tokens = _to_device(torch.cat(spans), device)
         ends = torch.tensor([0] + [len(span) for span in spans]).cumsum(0).to(torch.int32)
         at = torch.tensor(others)
-        at_device = at.to(device)
+        at_device = _to_device(at, device)
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[at.to(tensor.device)]
 
         part = common.replace(
-            query_start_loc=ends.to(device),
+            query_start_loc=_to_device(ends, device),
             query_start_loc_cpu=ends,
             seq_lens=common.seq_lens[at_device],
             num_reqs=len(others),
@@ -244,6 +274,7 @@ class SparsePrefillImpl:
         **others: Any,
     ) -> None:
         from vllm.config import get_current_vllm_config
+        from vllm.platforms import current_platform
         from vllm.utils.torch_utils import is_quantized_kv_cache
 
         vllm_config = get_current_vllm_config()
@@ -256,8 +287,14 @@ class SparsePrefillImpl:
             shape = (*heads, longest.query_len, longest.kv_len)
             # Which layer this is cannot be known here.
             configs = settings.layer_configs(model.get_total_num_hidden_layers()).values()
+            probe = torch.empty(0, device=current_platform.device_type)
             self.workspace = max(
-                (workspace_bytes(config, *shape) for config in configs), default=0
+                (
+                    workspace_bytes(config, *shape)
+                    for config in configs
+                    if longest.dense_reason(config, break_even(config, probe)) is None
+                ),
+                default=0,
             )
         super().__init__(
             num_heads,  # type: ignore[call-arg]
@@ -285,6 +322,8 @@ class SparsePrefillImpl:
             f"{DenseReason.UNKNOWN_ARGUMENT}: {', '.join(unknown)}": bool(unknown),
         }
         self.obstacle = next((text for text, stands in obstacles.items() if stands), None)
+        if self.obstacle is not None:
+            self.workspace = 0
 
     def forward(
         self,
@@ -359,6 +398,13 @@ class SparsePrefillImpl:
         output.copy_(attended[0].transpose(0, 1))
         if step.counts:
             COUNTERS.add_layer(selection)
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting for the device."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _no_reader(*_: object) -> tuple[Tensor, Tensor]:

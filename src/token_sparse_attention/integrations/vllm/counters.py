@@ -37,11 +37,13 @@ class Counters:
         self._layer_calls = 0
         self._tokens_seen = 0
         self._ran_sparse: Tensor | int = 0
+        self._slower: Tensor | int = 0
         self._tokens_kept: Tensor | int = 0
         self._changed = False
         self._reported_at = -float("inf")
         self._metrics: dict[str, Any] | None = None
         self._published: Counter[tuple[str, str, str]] = Counter()
+        self._publishes = True
 
     def add_prefill(self, dense_reason: str | None) -> None:
         """Count a prompt or a chunk; None means that it runs sparse."""
@@ -53,6 +55,9 @@ class Counters:
         self._layer_calls += 1
         self._tokens_seen += int(selection.kv_len or 0) * selection.lengths.shape[1]
         self._ran_sparse = self._ran_sparse + selection.ran_sparse.sum()
+        if selection.budget is not None:  # that would drop tokens, but not enough to be faster
+            dropped = (selection.budget < int(selection.kv_len or 0)).any(-1)
+            self._slower = self._slower + (dropped & ~selection.ran_sparse).sum()
         self._tokens_kept = self._tokens_kept + selection.lengths.sum()
         self._changed = True
 
@@ -61,9 +66,10 @@ class Counters:
 
         Returns:
             ``prefills_sparse``, ``prefills_dense`` by reason, ``layer_calls_sparse``,
-            ``layer_calls_dense``, ``tokens_seen`` and ``tokens_kept``, the last two summed
-            over heads and layers. Where queries are not selected, the kept tokens are those
-            that every query sees beyond its window.
+            ``layer_calls_dense``, of which ``layer_calls_slower`` for the crossover,
+            ``tokens_seen`` and ``tokens_kept``, the last two summed over heads and layers.
+            Where queries are not selected, the kept tokens are those that every query sees
+            beyond its window.
         """
         sparse = int(self._ran_sparse)
         return {
@@ -73,6 +79,7 @@ class Counters:
             },
             "layer_calls_sparse": sparse,
             "layer_calls_dense": self._layer_calls - sparse,
+            "layer_calls_slower": int(self._slower),
             "tokens_seen": self._tokens_seen,
             "tokens_kept": int(self._tokens_kept),
         }
@@ -91,7 +98,16 @@ class Counters:
         self._reported_at = now
         counts = self.read()
         log("%s", describe(counts))
-        self._publish(counts)
+        if self._publishes:
+            try:
+                self._publish(counts)
+            except Exception as error:  # whatever it is, serving goes on
+                self._publishes = False
+                log(
+                    "Token sparse attention: counts are no longer published to Prometheus: %s: %s",
+                    type(error).__name__,
+                    error,
+                )
 
     def _publish(self, counts: dict[str, Any]) -> None:
         if self._metrics is None:
@@ -111,6 +127,10 @@ class Counters:
                 ("layer_calls", SPARSE, ""): counts["layer_calls_sparse"],
                 ("layer_calls", "dense", str(DenseReason.NOTHING_TO_DROP)): counts[
                     "layer_calls_dense"
+                ]
+                - counts["layer_calls_slower"],
+                ("layer_calls", "dense", str(DenseReason.CROSSOVER_KEPT)): counts[
+                    "layer_calls_slower"
                 ],
                 ("tokens_seen", "", ""): counts["tokens_seen"],
                 ("tokens_kept", "", ""): counts["tokens_kept"],

@@ -19,6 +19,11 @@ from token_sparse_attention.integrations.vllm.paged import ReadCache, read_gpu
 class FlashTokenSparseBackend(FlashAttentionBackend):
     """The stock backend, with long prefills sparse where the settings say so."""
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Say no: a chunk selects for itself, and other requests decide how prompts are cut."""
+        return False
+
     @staticmethod
     def get_impl_cls() -> type[FlashTokenSparseImpl]:
         return FlashTokenSparseImpl

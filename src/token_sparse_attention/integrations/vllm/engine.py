@@ -20,6 +20,8 @@ def engine_settings(vllm_config: Any) -> Settings | None:
         TypeError: if a setting has the wrong type.
         ValueError: if a setting is bad, or the engine's configuration does not go with it.
     """
+    if is_draft(vllm_config):
+        return None
     settings = read_settings(vllm_config.additional_config)
     if settings is None:
         backend = getattr(vllm_config.attention_config.backend, "name", None)
@@ -36,6 +38,14 @@ def engine_settings(vllm_config: Any) -> Settings | None:
             "with --no-enable-prefix-caching (enable_prefix_caching=False), or set "
             f"additional_config[{KEY!r}]['prefix_caching'] to 'allow'"
         )
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    if transfer is not None and settings.prefix_caching == "refuse":
+        raise ValueError(
+            "token sparse attention does not start with a kv_transfer_config, got "
+            f"{getattr(transfer, 'kv_connector', None)!r}: a connector can give a request the "
+            "prefix that another one computed; start without it, or set "
+            f"additional_config[{KEY!r}]['prefix_caching'] to 'allow'"
+        )
     settings.layer_configs(vllm_config.model_config.get_total_num_hidden_layers())
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -43,6 +53,19 @@ def engine_settings(vllm_config: Any) -> Settings | None:
         if size > 1:
             raise ValueError(f"token sparse attention needs {name} 1, got {size}")
     return settings
+
+
+def is_draft(vllm_config: Any) -> bool:
+    """Return whether a configuration is that of a draft model, which stays dense."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return draft is not None and draft is vllm_config.model_config
+
+
+def most_decode_tokens(vllm_config: Any) -> int:
+    """Return how many tokens a request has in a decode step at most: more with speculation."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
 
 
 def head_group() -> tuple[ProcessGroup | None, int]:
@@ -64,11 +87,17 @@ def usable_layers(
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     configs, obstacles = {}, {}
     for name in sorted(layers, key=layer_number):
-        config = by_number.get(layer_number(name))
-        impl = layers[name].impl
-        if config is None or not hasattr(impl, "obstacle"):
+        if name.startswith("draft_model."):
             continue
-        if impl.obstacle is not None:
+        number = layer_number(name)
+        config, impl = by_number.get(number), layers[name].impl
+        if number < 0 and by_number:
+            obstacles[name] = "the name does not say which layer it is"
+        elif config is None:
+            continue
+        elif not hasattr(impl, "obstacle"):
+            obstacles[name] = f"attention is {type(impl).__name__}'s"
+        elif impl.obstacle is not None:
             obstacles[name] = impl.obstacle
         else:
             configs[name] = config

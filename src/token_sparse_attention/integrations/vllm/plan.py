@@ -80,13 +80,14 @@ def workspace_bytes(
 ) -> int:
     """Return what one sparse prefill allocates on a GPU at most, about.
 
-    The chunk's keys and values out of the cache, its output, scores and their order or indices
+    The chunk's keys and values out of the cache, its output (three times: FlashAttention-2 writes
+    one of its own, which is copied with what was there), scores and their order or indices
     per head and token; then either the packed heads, of which half a GiB is held at once, or
     before them the probabilities of the draws, for as many heads at once as have eight million
     tokens. The fallback takes log-sum-exps, and the far tokens' keys and values.
     """
     copied = 2 * num_kv_heads * kv_len * head_dim * itemsize
-    output = 2 * num_heads * query_len * head_dim * itemsize
+    output = 3 * num_heads * query_len * head_dim * itemsize
     scored = num_heads * kv_len
     selection = scored * (2 * 4 + 4 + 8 if config.select_queries else 4 + 8)
     at_once = 2**29 if config.select_queries else 0
@@ -101,21 +102,26 @@ def workspace_bytes(
 
 
 def list_prefills(
-    query_starts: Sequence[int], kv_lens: Sequence[int], is_prefilling: Sequence[bool] | None
+    query_starts: Sequence[int],
+    kv_lens: Sequence[int],
+    is_prefilling: Sequence[bool] | None,
+    most_decode_tokens: int,
 ) -> list[Prefill]:
     """Return the requests that process prompt tokens in a step; decode steps are left out.
+
+    A request that was preempted goes through its generated tokens like a prompt.
 
     Args:
         query_starts: where each request's queries start, and behind the last one's.
         kv_lens: tokens of each request so far, this step's included.
         is_prefilling: whether each request's prompt is still being processed; None means
             every request with more than one query.
+        most_decode_tokens: a request with more queries than these does not decode.
     """
     listed = []
     for row, kv_len in enumerate(kv_lens):
         start, stop = query_starts[row], query_starts[row + 1]
-        # A request that was preempted goes through its generated tokens like a prompt.
         prefilling = is_prefilling is None or is_prefilling[row] or stop - start == kv_len
-        if stop - start > 1 and prefilling:
+        if stop - start > 1 and (prefilling or stop - start > most_decode_tokens):
             listed.append(Prefill(row, start, stop, kv_len))
     return listed

@@ -7,7 +7,6 @@ compiles what a long one runs. Nothing here is counted, and no random numbers ar
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,15 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.attention.dense import resolve_kernel
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import break_even
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.integrations.vllm.paged import ReadCache
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import Settings
-from token_sparse_attention.selection import TokenSelection
+from token_sparse_attention.selection import TokenSelection, resolve_impl
 
-_LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
 _QUERIES = 512  # attention kernels may have variants of their own for a tile or two of queries
 _MIN_TOKENS = 256  # a number at run time, so a smaller one compiles the same
 _LIGHT = -100.0  # a key that no query attends to
@@ -49,7 +49,20 @@ class Layer(NamedTuple):
     scale: float
 
 
-_WARM: set[tuple[Layer, str, str, torch.device]] = set()  # in this process
+# What ran in this process, and what stopped it if anything did.
+_WARM: dict[tuple[Layer, str, str, torch.device], str | None] = {}
+
+
+class WarmUp(NamedTuple):
+    """What became of a warm-up.
+
+    Attributes:
+        seconds: how long it took, None if there was nothing to run.
+        failed: layers whose kernels failed, and how.
+    """
+
+    seconds: float | None
+    failed: dict[Layer, str]
 
 
 def warm_up(
@@ -59,8 +72,8 @@ def warm_up(
     read_cache: ReadCache | None,
     block_size: int,
     device: torch.device,
-) -> float | None:
-    """Run each kind of layer that this process has not run yet; an error is only logged.
+) -> WarmUp:
+    """Run each kind of layer that this process has not run yet; an error is returned.
 
     Ranks do not wait for each other here: an error on one would leave the others waiting.
 
@@ -73,30 +86,42 @@ def warm_up(
         block_size: tokens of a block of the cache.
         device: where to run.
 
-    Returns:
-        The seconds it took, None if there was nothing to run.
     """
     began = time.perf_counter()
-    ran = False
+    ran, failed = False, {}
     for layer in dict.fromkeys(layers):
         known = (layer, settings.impl, settings.attention_backend, device)
         even = break_even(layer.config, torch.empty(0, device=device))
-        if known in _WARM or longest.dense_reason(layer.config, even) is not None:
+        if longest.dense_reason(layer.config, even) is not None:
             continue
-        _WARM.add(known)
-        ran = True
-        try:
-            run_layer(layer, settings, read_cache, block_size, device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except Exception as error:  # whatever it is, the engine starts without
-            _LOG.warning(
-                "Token sparse attention: kernels could not be warmed up, and the first long "
-                "prompt may fail in the same way: %s: %s",
-                type(error).__name__,
-                error,
-            )
-    return time.perf_counter() - began if ran else None
+        if known not in _WARM:
+            ran = True
+            try:
+                run_layer(layer, settings, read_cache, block_size, device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                _WARM[known] = None
+            except Exception as error:  # whatever it is, the engine starts without
+                _WARM[known] = f"{type(error).__name__}: {error}"
+        why = _WARM[known]
+        if why is not None:
+            failed[layer] = why
+    return WarmUp(time.perf_counter() - began if ran else None, failed)
+
+
+def check_layer(layer: Layer, settings: Settings, device: torch.device) -> None:
+    """Check that code which was asked for can run a layer.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    query, key = (
+        torch.empty(1, heads, 1, layer.head_dim, dtype=layer.dtype, device=device)
+        for heads in (layer.num_heads, layer.num_kv_heads)
+    )
+    resolve_impl(settings.impl, query, layer.head_dim)
+    if settings.attention_backend in BACKENDS:
+        resolve_kernel(settings.attention_backend, query, key)
 
 
 def run_layer(
