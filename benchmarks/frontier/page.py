@@ -211,7 +211,9 @@ def _differences(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> lis
         parts.append(f"in each of {variant['segments']} segments")
     if variant.get("union"):
         parts.append("selected queries see their window too")
-    if variant.get("selected") == "others" or settings.get("select_queries") is False:
+    if settings.get("select_queries") is False:
+        parts.append("no queries dropped")
+    elif variant.get("selected") == "others":
         parts.append("selected queries like the others")
     if variant.get("selected") == "dense":
         parts.append("selected queries dense")

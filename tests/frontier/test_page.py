@@ -71,11 +71,11 @@ def test_a_profile_names_its_layers_by_what_they_run():
     assert label == (
         "layers 0, 3: 4096 tokens drawn by score; "
         "layer 4: 1024 tokens drawn by score; layer 5; "
-        "each 4 sinks, selected queries like the others"
+        "each 4 sinks, no queries dropped"
     )
     nothing_shared = {
         "1": {"drop_mass": 0.005, "select_queries": True, "fallback_sinks": 0},
         "2": {},
     }
     label = page.describe({"version": 1, "base": base, "layers": nothing_shared}, {})
-    assert label == "layer 1: drop mass 0.005; layer 2: 4 sinks, selected queries like the others"
+    assert label == "layer 1: drop mass 0.005; layer 2: 4 sinks, no queries dropped"
