@@ -19,12 +19,20 @@ NAMES = {"A2": "three dense layers", "F": "two dense layers"}
 Describe = Callable[[Mapping[str, Any]], str]
 
 
-def calibration(path: Path) -> str:
-    """Return each layer's divergence by its number of samples, as `tsa calibrate` measured it."""
+def calibration(path: Path, drift: Path) -> str:
+    """Return each layer's divergence by its number of samples beside its drift.
+
+    Args:
+        path: what `tsa calibrate --method sensitivity --samples` measured.
+        drift: what ``--method drift`` did.
+    """
+    drifts = json.loads(drift.read_text(encoding="utf-8"))
+    drifting = {row["layer"]: row["drift"] for row in drifts["drift"]}
+    by_drift = {int(layer) for layer in drifts["choices"][0]["profile"]["layers"]}
     content = json.loads(path.read_text(encoding="utf-8"))
     counts = sorted({int(row["setting"]["value"]) for row in content["sensitivity"]})
     chosen = content["choices"][0]["profile"]["layers"]
-    head = ["layer", *(f"{count:,} samples" for count in counts), "chosen"]
+    head = ["layer", *(f"{count:,} samples" for count in counts), "chosen", "drift", "by drift"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     layers: dict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in content["sensitivity"]:
@@ -36,6 +44,7 @@ def calibration(path: Path) -> str:
         ]
         own = chosen.get(str(layer))
         cells.append(f"{own['fallback_samples']:,}" if own else "dense")
+        cells += [f"{drifting[layer]:.1e}", "sparse" if layer in by_drift else "dense"]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

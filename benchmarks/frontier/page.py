@@ -23,6 +23,7 @@ PAGE = ROOT / "docs" / "frontier.md"
 RESULTS = ROOT / "benchmarks" / "results" / "frontier"
 CONFIRMED = RESULTS.parent / "confirm"
 CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
+DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
 FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
 TASKS = {
     "niah_multikey_2": "multikey 2",
@@ -45,7 +46,7 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     built["answers"] = _screening(answers, 131072)
     heads = json.loads((RESULTS / "heads.json").read_text(encoding="utf-8"))
     built["layers"] = _layers(answers, heads)
-    built["calibration"] = confirmation.calibration(CALIBRATED)
+    built["calibration"] = confirmation.calibration(CALIBRATED, DRIFT)
     replay = Replay.load(RESULTS / "replay-profiles.json")
     built["speeds"] = confirmation.speeds(rounds["answers-profiles"], replay, _label)
     confirmed = {path.stem: load_results(path) for path in sorted(CONFIRMED.glob("*.jsonl"))}

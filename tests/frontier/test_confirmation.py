@@ -31,10 +31,16 @@ def test_calibration_shows_each_number_and_the_choice(tmp_path):
     profile = {"layers": {"1": {"fallback_samples": 9}}}
     path = tmp_path / "measured.json"
     path.write_text(json.dumps({"sensitivity": rows, "choices": [{"profile": profile}]}))
-    table = confirmation.calibration(path)
-    assert cells(table, "layer") == ["layer", "0 samples", "9 samples", "chosen"]
-    assert cells(table, "0") == ["0", "1.0e-01 ± 2e-05", "1.0e-02 ± 2e-05", "dense"]
-    assert cells(table, "1") == ["1", "1.0e-02 ± 2e-05", "1.0e-03 ± 2e-05", "9"]
+    drift = tmp_path / "drift.json"
+    drifts = [{"layer": 0, "drift": 0.25}, {"layer": 1, "drift": 0.75}]
+    by_drift = {"profile": {"layers": {"0": {}}}}
+    drift.write_text(json.dumps({"drift": drifts, "choices": [by_drift]}))
+    table = confirmation.calibration(path, drift)
+    head = ["layer", "0 samples", "9 samples", "chosen", "drift", "by drift"]
+    assert cells(table, "layer") == head
+    first = ["0", "1.0e-01 ± 2e-05", "1.0e-02 ± 2e-05", "dense", "2.5e-01", "sparse"]
+    assert cells(table, "0") == first
+    assert cells(table, "1")[-3:] == ["9", "7.5e-01", "dense"]
 
 
 def results(length: int, scores: list[tuple[float, float]], *, sparse: bool) -> EvalResults:
