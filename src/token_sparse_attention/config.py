@@ -36,6 +36,7 @@ class DenseReason(str, Enum):
     ATTENTION_WEIGHTS = "attention weights were asked for"
     MASK = "attention mask is not causal with one run of real tokens per row"
     HEAD_DIM = "value and key head sizes differ"
+    DTYPES = "query, key and value have different dtypes"
     UNKNOWN_ARGUMENT = "layer passes an attention argument the sparse path does not know"
     ALIBI = "layer adds ALiBi to its attention logits"
     SHARED_CACHE = "layer reads another layer's cache"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,7 @@ def test_names_are_unique_and_removed():
     assert registered() == before
     assert model.config._attn_implementation == "sdpa"
     assert not model._forward_hooks
+    assert not model._forward_pre_hooks
 
 
 def test_a_plain_call_lasts_until_removed():
@@ -406,14 +409,94 @@ def test_profiles_survive_the_way_through_json():
 
 
 def test_an_application_does_not_keep_a_dropped_model_alive():
-    import weakref
-
     model = make_model()
-    apply(model, CONFIG)
-    name = model.config._attn_implementation
+    applied = apply(model, CONFIG)
     gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
-    AttentionInterface._global_mapping.pop(name)
-    AttentionMaskInterface._global_mapping.pop(name)
+    applied.remove()
+
+
+def test_a_mask_that_was_changed_in_place_is_read_again():
+    model, ids = make_model(), make_ids()
+    length = ids.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None].clone()
+    apart = mask.clone()
+    apart[..., 90:, :90] = False
+    expected = model(ids, attention_mask=apart, use_cache=False).logits
+    with apply(model, CONFIG) as report:
+        model(ids, attention_mask=mask, use_cache=False)
+        assert paths(report) == [["sparse"]] * LAYERS
+        mask.copy_(apart)
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits, expected)
+
+
+def test_another_threads_mask_is_not_taken():
+    """It may come between the look and the return."""
+    model = make_model()
+    applied = apply(model, CONFIG)
+    masks = [torch.ones(1, 1, 90, 90, dtype=torch.bool).tril() for _ in range(2)]
+    masks[1][..., :20] = False
+    layouts = [applied._read_mask(mask, 90, 90) for mask in masks]
+
+    class Racing(type(applied)):
+        """After each look at the mask, another thread puts its own in its place."""
+
+        @property
+        def _last_mask(self):
+            seen, self.others = self.others, (weakref.ref(masks[1]), (90, 90), layouts[1])
+            return seen
+
+        @_last_mask.setter
+        def _last_mask(self, value):
+            self.others = value
+
+    applied.remove()
+    del applied._last_mask
+    applied.__class__ = Racing
+    applied.others = (weakref.ref(masks[0]), (90, 90), layouts[0])
+    found = applied._read_mask(masks[0], 90, 90)
+    assert found is layouts[0]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_autocast_is_followed(family, use_cache):
+    """Rotation leaves queries and keys in single precision, and values in half."""
+    model, ids = make_model(family), make_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = model(ids, use_cache=use_cache).logits
+        with apply(model, CONFIG, kept=1.0) as report:
+            logits = model(ids, use_cache=use_cache).logits
+    assert paths(report) == [["sparse"]] * LAYERS
+    torch.testing.assert_close(logits, dense, rtol=0.05, atol=0.05)
+
+
+def test_mixed_dtypes_run_dense(monkeypatch):
+    model, ids = make_model(), make_ids()
+    name = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+
+    def half_queries(query, key, *others):
+        query, key = name(query, key, *others)
+        return query.half(), key
+
+    module = transformers.models.llama.modeling_llama
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", half_queries)
+    with apply(model, CONFIG) as report, contextlib.suppress(RuntimeError):
+        model(ids)  # dense attention takes no such inputs either
+    assert reasons(report)[0] == str(DenseReason.DTYPES)
+
+
+def test_an_application_that_is_never_removed_goes_with_its_model():
+    before = registered()
+    model, ids = make_model(), make_ids()
+    reports = weakref.ref(apply(model, CONFIG).report)
+    model(ids)
+    assert reports() is not None, "the model keeps it"
+    assert paths(reports()) == [["sparse"]] * LAYERS
+    del model
+    gc.collect()
+    assert registered() == before
+    assert reports() is None

@@ -100,6 +100,11 @@ def is_packed(arguments: dict[str, Any]) -> bool:
     return arguments.get("write_index") is not None
 
 
+def shares_prefixes(arguments: dict[str, Any]) -> bool:
+    """Return whether requests read prefixes out of the cache that others computed."""
+    return bool(getattr(arguments.get("cache"), "use_prefix_sharing", False))
+
+
 def read_call(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
 ) -> PackedCall:
@@ -170,8 +175,9 @@ class RequestReader:
             RuntimeError: while a CUDA graph is captured, which cannot read lengths.
         """
         windowed = call.window is not None
-        if windowed in self._seen and self._seen[windowed][0]() is call.cu_seqlens_k:
-            return self._seen[windowed][1]
+        seen = self._seen.get(windowed)  # another thread may change it
+        if seen is not None and seen[0]() is call.cu_seqlens_k:
+            return seen[1]
         if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "token sparse attention reads each request's length, which a CUDA graph cannot; "

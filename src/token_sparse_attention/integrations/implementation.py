@@ -268,6 +268,7 @@ def obstacle(
         DenseReason.GRADIENTS: records_gradients,
         DenseReason.ATTENTION_WEIGHTS: bool(wants_weights),
         DenseReason.HEAD_DIM: value.shape != key.shape,
+        DenseReason.DTYPES: len({x.dtype for x in as_autocast((query, key, value))}) > 1,
     }
     for reason, stands in obstacles.items():
         if stands:
@@ -276,6 +277,14 @@ def obstacle(
         if name not in _NEUTRAL_ARGUMENTS and argument is not None and argument is not False:
             return DenseReason.UNKNOWN_ARGUMENT, name
     return None, ""
+
+
+def as_autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return tensors in autocast's dtype where that is on, as PyTorch's attention takes them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def dense_function(name: str, module: nn.Module) -> AttentionFunction:

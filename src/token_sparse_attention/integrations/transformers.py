@@ -41,10 +41,12 @@ from token_sparse_attention.integrations.continuous_batching import (
     consecutive,
     is_packed,
     read_call,
+    shares_prefixes,
 )
 from token_sparse_attention.integrations.implementation import (
     SPARSE_PREFIX,
     AttentionFunction,
+    as_autocast,
     attention_of_every_layer,
     check_model,
     dense_function,
@@ -163,29 +165,35 @@ class AppliedSparsity:
         self._requests = RequestReader()
         self._interface_called = False
         self._bypassed = False
+        self._warned_of_sharing = False
         self._removed = False
 
-        attend: AttentionFunction = self._attend
         if continuous_batching:  # without a mask function: no mask
-            self.name, attend = batched_name(self.name), self._attend_paged
+            self.name = batched_name(self.name)
         else:
             mask_function = ALL_MASK_ATTENTION_FUNCTIONS[self._dense_name]
             AttentionMaskInterface.register(self.name, mask_function)
+        attend = _weakly(self._attend_paged if continuous_batching else self._attend)
         attend = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
         AttentionInterface.register(self.name, attend)
         self._text_config._attn_implementation_internal = self.name
-        self._hook = model.register_forward_hook(self._check_interface_called)
+        # The hooks keep this object as long as the model; the registry outlives both.
+        self._hooks = (
+            model.register_forward_pre_hook(self._forget_mask),
+            model.register_forward_hook(self._check_interface_called),
+        )
+        self._unregister = weakref.finalize(model, _unregister, self.name)
 
     def remove(self) -> None:
         """Give the model back as it was; doing it again changes nothing."""
         if self._removed:
             return
         self._removed = True
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._text_config._attn_implementation == self.name:  # else it was set anew meanwhile
             self._text_config._attn_implementation_internal = self._dense_name
-        AttentionInterface._global_mapping.pop(self.name, None)
-        AttentionMaskInterface._global_mapping.pop(self.name, None)
+        self._unregister()
 
     def __enter__(self) -> PrefillReport:
         if self._removed:
@@ -199,6 +207,10 @@ class AppliedSparsity:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+    def _forget_mask(self, *_: Any) -> None:
+        """Before a forward pass: its mask may be the last one's tensor, with other numbers."""
+        self._last_mask = None
 
     def _check_interface_called(self, module: nn.Module, *_: Any) -> None:
         implementation = self._text_config._attn_implementation
@@ -266,6 +278,14 @@ class AppliedSparsity:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention function of continuous batching: each request is decided for itself."""
+        if not self._warned_of_sharing and shares_prefixes(kwargs):
+            self._warned_of_sharing = True
+            warnings.warn(
+                "requests share the cached prefixes of others, which hold what those requests' "
+                "selections made of them; ContinuousBatchingConfig(allow_block_sharing=False) "
+                "stops it",
+                stacklevel=2,
+            )
         call = read_call(module, query, key, value, kwargs)
         self._interface_called = True
         out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
@@ -343,6 +363,7 @@ class AppliedSparsity:
     ) -> Tensor:
         kv_len, padding_mask = layout
         query_len = query.shape[2]
+        query, key, value = as_autocast((query, key, value))
         output, selection = token_sparse_attention(
             query,
             key[:, :, :kv_len],
@@ -367,9 +388,27 @@ class AppliedSparsity:
         """`read_mask`, done once for the mask that all layers of a forward pass share."""
         if mask is None:
             return read_mask(None, query_len, kv_len)
-        lengths = (query_len, kv_len)
-        if self._last_mask and self._last_mask[0]() is mask and self._last_mask[1] == lengths:
-            return self._last_mask[2]
+        lengths, last = (query_len, kv_len), self._last_mask  # another thread may change it
+        if last is not None and last[0]() is mask and last[1] == lengths:
+            return last[2]
         layout = read_mask(mask, query_len, kv_len)
         self._last_mask = (weakref.ref(mask), lengths, layout)
         return layout
+
+
+def _weakly(method: AttentionFunction) -> AttentionFunction:
+    """Return a bound method as a function that does not keep its object."""
+    reference = weakref.WeakMethod(method)
+
+    def attend(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        bound = reference()
+        if bound is None:
+            raise RuntimeError("the model of this application of token sparse attention is gone")
+        return bound(*arguments, **named)
+
+    return attend
+
+
+def _unregister(name: str) -> None:
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
