@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -174,6 +175,37 @@ def test_shared_prefixes_are_warned_of_once(sharing):
         together(model, prompts()[:2], sharing=sharing)
     texts = [str(one.message) for one in caught if "allow_block_sharing=False" in str(one.message)]
     assert len(texts) == sharing
+
+
+class Raced(dict):
+    """After each look at an entry, another thread puts its own in its place."""
+
+    def __init__(self, mine, others):
+        super().__init__({False: mine})
+        self.others = others
+
+    def get(self, key, default=None):
+        seen = super().get(key, default)
+        self[key] = self.others
+        return seen
+
+    def __getitem__(self, key):
+        return self.get(key)
+
+
+def test_another_threads_requests_are_not_taken():
+    reader = continuous_batching.RequestReader()
+    seen = []
+    for length in (90, 70):
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        tensor = torch.zeros(1, 2, length, 8)
+        call = continuous_batching.PackedCall(
+            tensor, tensor, tensor, ends, ends.clone(), length, length, None, {}
+        )
+        seen.append((call, reader(call)))
+    entries = [(weakref.ref(call.cu_seqlens_k), requests) for call, requests in seen]
+    reader._seen = Raced(*entries)
+    assert reader(seen[0][0]) == seen[0][1] == [(slice(0, 90), slice(0, 90))]
 
 
 def test_an_application_is_for_continuous_batching_or_for_other_calls():

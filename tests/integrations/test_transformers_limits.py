@@ -27,7 +27,8 @@ import token_sparse_attention
 from integrations.models import CONFIG, LAYERS, SHAPE, make_ids, make_image_model, make_model
 from integrations.test_transformers import CLOSE, paths, reasons
 from token_sparse_attention import DenseReason, TokenSparseConfig
-from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.integrations import implementation
+from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="compiles C++ at run time"
@@ -433,32 +434,35 @@ def test_a_mask_that_was_changed_in_place_is_read_again():
     torch.testing.assert_close(logits, expected)
 
 
-def test_another_threads_mask_is_not_taken():
+@pytest.mark.parametrize("looks", [1, 2, 3, 4])
+def test_another_threads_mask_is_not_taken(looks):
     """It may come between the look and the return."""
-    model = make_model()
-    applied = apply(model, CONFIG)
-    masks = [torch.ones(1, 1, 90, 90, dtype=torch.bool).tril() for _ in range(2)]
-    masks[1][..., :20] = False
-    layouts = [applied._read_mask(mask, 90, 90) for mask in masks]
+    mine, others = (torch.ones(1, 1, 90, 90, dtype=torch.bool).tril() for _ in range(2))
+    others[..., :20] = False
+    applied = apply(make_model(), CONFIG)
+    entries = []
+    for mask in (mine, others):
+        applied._read_mask(mask, 90, 90)
+        entries.append(applied._last_mask)
+    applied.remove()
 
-    class Racing(type(applied)):
-        """After each look at the mask, another thread puts its own in its place."""
+    class Raced(type(applied)):
+        """From some look on, the other thread's mask is there."""
+
+        looked = 0
 
         @property
         def _last_mask(self):
-            seen, self.others = self.others, (weakref.ref(masks[1]), (90, 90), layouts[1])
-            return seen
+            Raced.looked += 1
+            return entries[Raced.looked > looks]
 
         @_last_mask.setter
-        def _last_mask(self, value):
-            self.others = value
+        def _last_mask(self, entry):
+            """It is overwritten at once."""
 
-    applied.remove()
     del applied._last_mask
-    applied.__class__ = Racing
-    applied.others = (weakref.ref(masks[0]), (90, 90), layouts[0])
-    found = applied._read_mask(masks[0], 90, 90)
-    assert found is layouts[0]
+    applied.__class__ = Raced
+    assert applied._read_mask(mine, 90, 90).padding_mask is None
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
@@ -474,15 +478,34 @@ def test_autocast_is_followed(family, use_cache):
     torch.testing.assert_close(logits, dense, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("backend", ["math", "flexprefill"])
+def test_dense_layers_follow_autocast(monkeypatch, backend):
+    model, ids = make_model(), make_ids()
+    dtypes = set()
+
+    def spy(*tensors, **options):
+        dtypes.update(tensor.dtype for tensor in tensors)
+        return attend(*tensors, **options)
+
+    attend = implementation.attend
+    monkeypatch.setattr(implementation, "attend", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids, use_cache=False).logits
+        model.set_attn_implementation(register_dense_attention(backend))
+        logits = model(ids, use_cache=False).logits
+    assert dtypes == {torch.bfloat16}
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+
+
 def test_mixed_dtypes_run_dense(monkeypatch):
     model, ids = make_model(), make_ids()
-    name = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    module = transformers.models.llama.modeling_llama
+    rotate = module.apply_rotary_pos_emb
 
     def half_queries(query, key, *others):
-        query, key = name(query, key, *others)
+        query, key = rotate(query, key, *others)
         return query.half(), key
 
-    module = transformers.models.llama.modeling_llama
     monkeypatch.setattr(module, "apply_rotary_pos_emb", half_queries)
     with apply(model, CONFIG) as report, contextlib.suppress(RuntimeError):
         model(ids)  # dense attention takes no such inputs either
@@ -500,3 +523,15 @@ def test_an_application_that_is_never_removed_goes_with_its_model():
     gc.collect()
     assert registered() == before
     assert reports() is None
+
+
+def test_a_model_that_shares_its_config_with_a_dropped_one_still_runs():
+    config = LlamaConfig(**SHAPE)
+    first, second = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    ids = make_ids()
+    dense = second(ids).logits
+    apply(first, CONFIG)
+    del first
+    gc.collect()
+    assert config._attn_implementation == "sdpa"
+    assert torch.equal(second(ids).logits, dense)

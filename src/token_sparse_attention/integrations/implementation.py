@@ -106,7 +106,7 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
                 **kwargs,
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        key, value = key[:, :, :kv_len], value[:, :, :kv_len]
+        query, key, value = as_autocast((query, key[:, :, :kv_len], value[:, :, :kv_len]))
         out = attend(query, key, value, scale=scale, backend=backend_in(module)).out
         return out.transpose(1, 2).contiguous(), None
 
@@ -282,9 +282,10 @@ def obstacle(
 def as_autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return tensors in autocast's dtype where that is on, as PyTorch's attention takes them."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def dense_function(name: str, module: nn.Module) -> AttentionFunction:

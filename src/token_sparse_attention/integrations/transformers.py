@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention.causal import backends_of_layers, parse_backend
@@ -182,7 +187,9 @@ class AppliedSparsity:
             model.register_forward_pre_hook(self._forget_mask),
             model.register_forward_hook(self._check_interface_called),
         )
-        self._unregister = weakref.finalize(model, _unregister, self.name)
+        self._withdraw = weakref.finalize(
+            model, _withdraw, self._text_config, self.name, self._dense_name
+        )
 
     def remove(self) -> None:
         """Give the model back as it was; doing it again changes nothing."""
@@ -191,9 +198,7 @@ class AppliedSparsity:
         self._removed = True
         for hook in self._hooks:
             hook.remove()
-        if self._text_config._attn_implementation == self.name:  # else it was set anew meanwhile
-            self._text_config._attn_implementation_internal = self._dense_name
-        self._unregister()
+        self._withdraw()
 
     def __enter__(self) -> PrefillReport:
         if self._removed:
@@ -363,11 +368,11 @@ class AppliedSparsity:
     ) -> Tensor:
         kv_len, padding_mask = layout
         query_len = query.shape[2]
-        query, key, value = as_autocast((query, key, value))
+        query, key, value = as_autocast((query, key[:, :, :kv_len], value[:, :, :kv_len]))
         output, selection = token_sparse_attention(
             query,
-            key[:, :, :kv_len],
-            value[:, :, :kv_len],
+            key,
+            value,
             config,
             padding_mask=padding_mask,
             scale=scale,
@@ -409,6 +414,9 @@ def _weakly(method: AttentionFunction) -> AttentionFunction:
     return attend
 
 
-def _unregister(name: str) -> None:
+def _withdraw(config: PreTrainedConfig, name: str, dense_name: str) -> None:
+    """Take a name out of the config, which other models may share, and of the registries."""
+    if config._attn_implementation == name:  # else it was set anew meanwhile
+        config._attn_implementation_internal = dense_name
     AttentionInterface._global_mapping.pop(name, None)
     AttentionMaskInterface._global_mapping.pop(name, None)
