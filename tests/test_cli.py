@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -13,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from integrations.models import make_model
-from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention import LayerProfile, TokenSparseConfig, run
 from token_sparse_attention.attention.patterns import PATTERNS
-from token_sparse_attention.cli import main
+from token_sparse_attention.cli import build_parser, main
 from token_sparse_attention.run import (
     PROFILE_FILE,
     FirstTokenClock,
@@ -155,6 +157,77 @@ def test_a_prompt_beyond_the_models_positions_is_warned_about(folder, capsys, tm
     assert "exceed the 2048 positions" in capsys.readouterr().err
 
 
+def leaves(parser):
+    """All commands that do something, and those above them."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from leaves(command)
+
+
+def test_every_help_has_an_example_and_says_what_arguments_and_exit_codes_mean():
+    parsers = list(leaves(build_parser()))
+    assert len(parsers) > 12
+    for parser in parsers:
+        text = parser.format_help()
+        assert "example:\n  tsa " in text, parser.prog
+        assert "exit codes: 0 success, 1 the job failed, 2 bad" in text, parser.prog
+        unexplained = [
+            action.option_strings or action.dest
+            for action in parser._actions
+            if not action.help and not isinstance(action, argparse._SubParsersAction)
+        ]
+        assert unexplained == [], parser.prog
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run --prompt-file a --dtype bf", "--dtype: must be auto or a torch dtype .* got 'bf'"),
+        ("bench op --lengths 8,b", "--lengths: must be a whole number, got 'b'"),
+        ("bench op --kept 0.5,half", "--kept: must be numbers like 0.1,0.5, got '0.5,half'"),
+        ("bench op --heads few", "--heads: must be a whole number, got 'few'"),
+    ],
+)
+def test_arguments_that_are_none_are_named(capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("value", ["published", "default", '{"drop_mass": 0.2}', "FILE"])
+def test_run_takes_the_settings_that_evaluation_takes(folder, capsys, value):
+    value = str(folder / "config.json") if value == "FILE" else value
+    result = run_json(
+        capsys,
+        *(folder / "model", "--prompt-file", folder / "document.txt", "--config", value),
+    )
+    assert result["config_source"] == value
+    expected = {"published": TokenSparseConfig.published(), "default": TokenSparseConfig()}
+    expected['{"drop_mass": 0.2}'] = TokenSparseConfig(drop_mass=0.2)
+    assert result["config"] == expected.get(value, CONFIG).to_dict()
+
+
+def test_a_run_that_was_dense_everywhere_says_so(folder, capsys):
+    asked = ("run", str(folder / "model"), "--prompt-file", str(folder / "document.txt"))
+    assert main([*asked, "--config", "default"]) == 0
+    assert "every layer ran dense: context not longer than" in capsys.readouterr().out
+    assert main([*asked, "--config", str(folder / "config.json")]) == 0
+    assert "ran dense" not in capsys.readouterr().out
+
+
+def test_running_out_of_memory_is_a_failed_job(folder, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    monkeypatch.setattr(run, "answer", full)
+    asked = ("run", str(folder / "model"), "--prompt-file", str(folder / "document.txt"))
+    assert main([*asked, "--config", "published"]) == 1
+    assert "out of memory at 300 prompt tokens, sparse: tried" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -165,8 +238,13 @@ def test_a_prompt_beyond_the_models_positions_is_warned_about(folder, capsys, tm
         ({"--config": "UNKNOWN"}, "unknown entry 'drop'; did you mean 'drop_mass'"),
         ({"--config": "LAYERS"}, "sparse_layers must be below 3"),
         ({"--attention-backend": "cudnn"}, "attention_backend 'cudnn' cannot run"),
-        ({"--dtype": "float17"}, "cannot be loaded"),
         ({"--device": "abacus"}, "cannot be loaded"),
+        pytest.param(
+            {"--device": "cuda"},
+            "cannot be loaded",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        ({"--config": "publshed"}, "did you mean 'published'"),
         ({"model": "no/such-model"}, "no/such-model cannot be loaded"),
         ({"model": "PICKLE"}, "cannot be loaded"),
         ({"model": "REMOTE"}, "cannot be loaded"),

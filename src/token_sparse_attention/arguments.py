@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from token_sparse_attention import bundled
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.record import UsageError
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 from token_sparse_attention.selection import IMPLS
 
 FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
@@ -28,6 +30,18 @@ def _backend(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _dtype(text: str) -> str:
+    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
+        raise argparse.ArgumentTypeError(
+            f"must be auto or a torch dtype such as bfloat16, got {text!r}"
+        )
+    return text
+
+
+DENSE_BACKEND: dict[str, Any] = {
+    "choices": BACKENDS,
+    "help": "which dense kernel attends (default: auto)",
+}
 BACKEND_OR_PATTERN: dict[str, Any] = {
     "type": _backend,
     "metavar": "NAME",
@@ -53,9 +67,16 @@ def add_loading_arguments(
         attention_backend: how that argument is read, if not as the name of a dense kernel.
     """
     add_device_argument(command)
-    command.add_argument("--dtype", default="auto", help="torch dtype (default: the checkpoint's)")
-    command.add_argument("--impl", default="auto", choices=IMPLS)
-    backend = {"choices": BACKENDS} if attention_backend is None else attention_backend
+    command.add_argument(
+        "--dtype", default="auto", type=_dtype, help="torch dtype (default: the checkpoint's)"
+    )
+    command.add_argument(
+        "--impl",
+        default="auto",
+        choices=IMPLS,
+        help="which code scores, selects and moves tokens (default: auto)",
+    )
+    backend = DENSE_BACKEND if attention_backend is None else attention_backend
     command.add_argument("--attention-backend", default="auto", **backend)
     command.add_argument(
         "--trust-remote-code", action="store_true", help="let the checkpoint's own code run"
@@ -100,16 +121,27 @@ def read_text(option: str, path: str | Path) -> str:
     return text
 
 
-def read_config(path: str) -> TokenSparseConfig | LayerProfile:
-    """Return the settings in the file that ``--config`` named.
+CONFIG_HELP = (
+    "the settings: a JSON file of a TokenSparseConfig or a LayerProfile, JSON itself, default, "
+    "published, profile (the model folder's token_sparse_profile.json), or a profile that ships "
+    "here (llama-3.1-8b-instruct, mistral-nemo-instruct-2407)"
+)
+
+
+def read_config(value: str, model: str) -> TokenSparseConfig | LayerProfile:
+    """Return the settings that ``--config`` named, of those that `tsa eval` takes too.
+
+    Args:
+        value: see `CONFIG_HELP`.
+        model: hub id or folder, whose profile ``profile`` is.
 
     Raises:
-        UsageError: if it holds none.
+        UsageError: if it names none.
     """
-    try:
-        return load_config(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--config {path} cannot be used: {error}") from error
+    from token_sparse_attention.evaluation.settings import read_configurations
+
+    named = f"given={value}" if value.startswith("{") else value
+    return read_configurations([named], model).popitem()[1]
 
 
 def require_transformers() -> None:
@@ -138,7 +170,7 @@ def loading(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
         raise UsageError(f"{name} cannot be loaded: {error}") from error
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
@@ -34,6 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tsa",
         description="Token Sparse Attention: faster long-context prefill without training.",
+        epilog=_epilog(
+            "tsa demo\n"
+            '  tsa run --prompt-file report.txt --question "Who signed the contract?" --compare'
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = f"%(prog)s {token_sparse_attention.__version__}"
     parser.add_argument("--version", action="version", version=version)
@@ -50,14 +56,19 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_prompt_arguments(run)
     run.add_argument(
         "--config",
-        metavar="FILE",
-        help="JSON of a TokenSparseConfig or a LayerProfile (default: the model folder's "
-        "token_sparse_profile.json, else the library's defaults)",
+        metavar="VALUE",
+        help=f"{arguments.CONFIG_HELP} (default: profile if there is one, else default)",
     )
     run.add_argument(
         "--compare", action="store_true", help="also answer densely, and show both times"
     )
-    run.add_argument("--max-new-tokens", type=positive, default=64, metavar="N")
+    run.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="most tokens of the answer (default: 64)",
+    )
     arguments.add_loading_arguments(run, attention_backend=arguments.BACKEND_OR_PATTERN)
     run.set_defaults(handler=_run)
 
@@ -80,13 +91,25 @@ def build_parser() -> argparse.ArgumentParser:
     info.set_defaults(handler=_info)
 
     bench = commands.add_parser(
-        "bench", help="measure, and make the documentation of the measurements"
+        "bench",
+        help="measure, and make the documentation of the measurements",
+        description="Measure, and make the documentation of the measurements.",
+        epilog=_epilog("tsa bench op --lengths 8192 --out results.json"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     benchmarks = bench.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     add_benchmarks(benchmarks, _command)
     add_replay(benchmarks, _command)
     bench.set_defaults(handler=_bench)
     return parser
+
+
+def _epilog(example: str) -> str:
+    return (
+        f"example:\n  {example}\n\n"
+        "exit codes: 0 success, 1 the job failed, 2 bad arguments or input, 130 interrupted\n"
+        "Errors are text on stderr, with --json too."
+    )
 
 
 def _command(
@@ -99,7 +122,7 @@ def _command(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
+        epilog=_epilog(example),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -112,12 +135,14 @@ def _working(message: str) -> Status:
 
 def _run(args: argparse.Namespace) -> int:
     document = arguments.read_text("--prompt-file", args.prompt_file)
-    chosen = arguments.read_config(args.config) if args.config else None
     arguments.require_transformers()
     from token_sparse_attention import run
 
     name = arguments.model_name(args)
-    config, source = (chosen, args.config) if chosen else run.default_config(name)
+    if args.config:
+        config, source = arguments.read_config(args.config, name), args.config
+    else:
+        config, source = run.default_config(name)
     with _working(f"loading {name}") as status:
         model, tokenizer = arguments.load_model(args)
         ids = run.encode_prompt(tokenizer, document, args.question)
@@ -145,6 +170,12 @@ def _run(args: argparse.Namespace) -> int:
                 )
             except (ValueError, TypeError) as error:
                 raise UsageError(f"{name} cannot be run {path}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                print(
+                    f"tsa: out of memory at {ids.shape[1]:,} prompt tokens, {path}: {error}",
+                    file=sys.stderr,
+                )
+                return FAILED
     if args.json:
         from token_sparse_attention.info import provenance
 
@@ -178,9 +209,21 @@ def _print_run(name: str, source: str, device: str, answers: dict[str, Answer]) 
             f"{answer.new_tokens} tokens after {answer.total_time:.3f} s (one run)"
         )
         console.print(answer.text, markup=False, highlight=False)
+    why = _dense_everywhere(sparse)
+    if why is not None:
+        console.print(f"[yellow]note[/]: every layer ran dense: {why}", highlight=False)
     if "dense" in answers:
         ratio = answers["dense"].time_to_first_token / sparse.time_to_first_token
         console.print(f"time to first token, dense over sparse: {ratio:.2f} (one run each)")
+
+
+def _dense_everywhere(answer: Answer) -> str | None:
+    """Return why no layer ran sparse, None if one did."""
+    records = answer.report.last_prefill() if answer.report else []
+    if not records or any("sparse" in record.paths for record in records):
+        return None
+    reasons = dict.fromkeys(reason for record in records for reason in record.reasons if reason)
+    return "; ".join(reasons)
 
 
 def _layer_table(records: list[LayerRecord]) -> Table:

@@ -171,6 +171,31 @@ def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, c
     assert CalibrationResult.from_json(capsys.readouterr().out).base == base
 
 
+def test_samples_need_no_settings_where_the_models_own_select_queries(folder, capsys):
+    own = folder / "model" / "token_sparse_profile.json"
+    own.write_text(LayerProfile(TokenSparseConfig.published(), {1: {}}).to_json())
+    cut = ("--text", folder / "a.txt", "--length", 90, "--num-prompts", 1, "--json")
+    goal = ("--method", "sensitivity", "--divergence-budget", 1, "--samples", 8)
+    calibrate(folder / "model", *goal, *cut)
+    own.unlink()
+    assert CalibrationResult.from_json(capsys.readouterr().out).base == TokenSparseConfig()
+
+
+def test_short_texts_and_samples_that_cover_a_prompt_are_warned_of(folder, capsys):
+    short = folder / "short.txt"
+    short.write_text("word1 word2 word3")
+    settings = '{"fallback_window": 40, "min_tokens": 8, "window_size": 8}'
+    calibrate(
+        folder / "model", "--method", "sensitivity", "--divergence-budget", 1,
+        "--samples", "10,50", "--text", short, "--length", 90, "--num-prompts", 1,
+        "--config", settings, "--json",
+    )  # fmt: skip
+    warned = capsys.readouterr().err
+    assert "short.txt has 3 tokens, which are repeated to fill 90" in warned
+    assert "50 samples and the window of 40 cover a prompt of 90 tokens" in warned
+    assert "10 samples and" not in warned
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,6 +14,7 @@ from evaluation.results import DENSE, HEADER, SPARSE, pair, results
 from token_sparse_attention import LayerProfile, TokenSparseConfig, reference
 from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.evaluation.record import EvalResults
+from token_sparse_attention.evaluation.show import ran_dense
 from token_sparse_attention.evaluation.summary import (
     attention_work,
     difference_interval,
@@ -205,3 +206,17 @@ def test_intervals_hold_the_truth_as_often_as_they_say(dense, lost, won):
         below += (lost - won) / dense <= relative_loss_bound(pairs)
     assert inside / rounds > 0.93
     assert below / rounds > 0.93
+
+
+def test_a_configuration_that_left_nothing_out_is_noticed():
+    kept = {"dense": [None, None], "idle": [None, None], "busy": [None, 40]}
+    published = TokenSparseConfig.published().to_dict()
+    configurations = {"dense": None, "idle": published, "busy": published}
+    header = dataclasses.replace(HEADER, configurations=configurations)
+    samples = tuple(
+        dataclasses.replace(SPARSE, configuration=name, kept=layers)
+        for name, layers in kept.items()
+    )
+    rows = summarise(EvalResults(header, samples))
+    noticed = {row.configuration for row in rows if ran_dense(row)}
+    assert noticed == {"idle"}

@@ -84,9 +84,22 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_measuring_arguments(command: argparse.ArgumentParser, budget: float) -> None:
     """Add what all commands that measure take; `budget` is the default one, in seconds."""
     command.add_argument("--device", default="auto", help="torch device (default: auto)")
-    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    command.add_argument("--heads", dest="num_heads", type=positive, default=32, metavar="H")
-    command.add_argument("--kv-heads", dest="num_kv_heads", type=positive, default=8, metavar="H")
+    command.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="of the inputs (default: bfloat16)"
+    )
+    heads = {
+        "num_heads": ("--heads", 32, "query heads"),
+        "num_kv_heads": ("--kv-heads", 8, "KV heads"),
+    }
+    for name, (option, default, what) in heads.items():
+        command.add_argument(
+            option,
+            dest=name,
+            type=positive,
+            default=default,
+            metavar="H",
+            help=f"{what} (default: {default})",
+        )
     command.add_argument(
         "--budget-seconds",
         type=float,
@@ -109,7 +122,9 @@ def _add_op_arguments(command: argparse.ArgumentParser) -> None:
         "drop-mass": (float, op.DROP_MASS, "settings at the crossover lengths"),
     }
     _add_lists(command, lists)
-    command.add_argument("--head-dim", type=positive, default=128, metavar="D")
+    command.add_argument(
+        "--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)"
+    )
     command.add_argument(
         "--backends",
         type=list_of(str),
@@ -135,13 +150,20 @@ def _add_prefill_arguments(command: argparse.ArgumentParser) -> None:
         },
     )
     shape = {
-        "layers": ("num_layers", 32),
-        "hidden": ("hidden_size", 4096),
-        "intermediate": ("intermediate_size", 14336),
-        "vocab": ("vocab_size", 128256),
+        "layers": ("num_layers", 32, "layers"),
+        "hidden": ("hidden_size", 4096, "hidden size"),
+        "intermediate": ("intermediate_size", 14336, "hidden size of the feed-forward part"),
+        "vocab": ("vocab_size", 128256, "tokens of the vocabulary"),
     }
-    for name, (dest, default) in shape.items():
-        command.add_argument(f"--{name}", dest=dest, type=positive, default=default, metavar="N")
+    for name, (dest, default, what) in shape.items():
+        command.add_argument(
+            f"--{name}",
+            dest=dest,
+            type=positive,
+            default=default,
+            metavar="N",
+            help=f"{what} of the model (default: {default})",
+        )
 
 
 def _add_block_arguments(command: argparse.ArgumentParser) -> None:
@@ -157,7 +179,9 @@ def _add_block_arguments(command: argparse.ArgumentParser) -> None:
             ),
         },
     )
-    command.add_argument("--head-dim", type=positive, default=128, metavar="D")
+    command.add_argument(
+        "--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)"
+    )
     command.add_argument(
         "--executors",
         type=list_of(str),
@@ -182,7 +206,9 @@ def _add_far_arguments(command: argparse.ArgumentParser) -> None:
             "dense-queries": (positive, far.DENSE_QUERIES, "numbers of last, dense queries"),
         },
     )
-    command.add_argument("--head-dim", type=positive, default=128, metavar="D")
+    command.add_argument(
+        "--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)"
+    )
     command.add_argument(
         "--dense",
         choices=[name for name in BACKENDS if name != "auto"],
@@ -207,16 +233,23 @@ def _add_lists(
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Return what reads an argument of values between commas."""
+    what = "numbers like 0.1,0.5" if kind is float else "whole numbers like 4096,8192"
 
     def read(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
+        try:
+            return tuple(kind(part) for part in text.split(",") if part.strip())
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from error
 
     return read
 
 
 def positive(text: str) -> int:
     """Read an argument that is a number from 1."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number

@@ -29,6 +29,7 @@ from token_sparse_attention.calibration.show import (
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 
 if TYPE_CHECKING:
+    from token_sparse_attention.calibration.job import CalibrationOptions
     from token_sparse_attention.calibration.prompts import Prompt
 
 DEFAULT_LENGTH, DEFAULT_PROMPTS = 4096, 4
@@ -43,11 +44,17 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "tsa calibrate --method drift --out profile.json\n"
         "  tsa calibrate meta-llama/Llama-3.1-8B-Instruct --method sensitivity \\\n"
         "    --prompts prompts.jsonl --divergence-budget 0.05 --out profile.json --plot plot.svg\n"
-        "  tsa calibrate --method sensitivity --config keys-only.json --samples 256,1024 \\\n"
-        "    --target-speedup 2 --out profile.json",
+        "  tsa calibrate --method sensitivity --samples 256,1024 \\\n"
+        "    --text book.txt --length 32768 --target-speedup 2 --out profile.json",
     )
     arguments.add_model_argument(command)
-    command.add_argument("--method", choices=METHODS, required=True)
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        required=True,
+        help="how far layers move tokens (the paper's), or what each one's sparsity does to the "
+        "model's predictions",
+    )
     _add_prompt_arguments(command)
     _add_choice_arguments(command)
     command.add_argument(
@@ -103,9 +110,9 @@ def _add_prompt_arguments(command: argparse.ArgumentParser) -> None:
 def _add_choice_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config",
-        metavar="FILE",
-        help="JSON of the settings that layers start from; of a profile, its base (default: the "
-        "published ones for drift, else the model folder's profile or the library's defaults)",
+        metavar="VALUE",
+        help=f"{arguments.CONFIG_HELP}; of a profile, its base, which layers start from (default: "
+        "published for drift, else the model folder's profile or the library's defaults)",
     )
     command.add_argument(
         "--drift-quantile",
@@ -174,7 +181,6 @@ def measured_path(profile: Path) -> Path:
 def _calibrate(args: argparse.Namespace) -> int:
     if args.prompts and (args.text or args.length):
         raise UsageError("--prompts are used whole; --text and --length do not go with it")
-    chosen = _read_base(args.config) if args.config else None
     for name, path in (("--out", args.out), ("--plot", args.plot)):
         if path is not None:
             _check_writable(name, path)
@@ -185,6 +191,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from token_sparse_attention.calibration import job
 
     name = arguments.model_name(args)
+    chosen = _read_base(args.config, name) if args.config else None
     base = chosen or _default_base(args, run.default_config(name)[0])
     try:
         options = job.CalibrationOptions(
@@ -203,6 +210,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     with Console(stderr=True).status(f"loading {name}") as status:
         model, prompts = _load(args)
+        _warn_of_covering(options, min(prompt.ids.shape[1] for prompt in prompts))
         try:
             result = job.calibrate(
                 model,
@@ -231,6 +239,14 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[Prompt]]:
         cut = prompts.file_prompts(tokenizer, args.prompts, args.num_prompts)
     else:
         length, count = args.length or DEFAULT_LENGTH, args.num_prompts or DEFAULT_PROMPTS
+        for path, text in zip(paths, texts):
+            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if tokens < length:
+                print(
+                    f"tsa: warning: {path} has {tokens} tokens, which are repeated to fill "
+                    f"{length}",
+                    file=sys.stderr,
+                )
         cut = prompts.text_prompts(tokenizer, texts, length, count)
     longest, limit = max(prompt.ids.shape[1] for prompt in cut), run.context_limit(model)
     if limit is not None and longest > limit:
@@ -240,6 +256,20 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[Prompt]]:
             file=sys.stderr,
         )
     return model, cut
+
+
+def _warn_of_covering(options: CalibrationOptions, shortest: int) -> None:
+    """Say which numbers of samples leave nothing out of the prompts."""
+    for setting in options.settings if options.method != "drift" else ():
+        if setting.name != "fallback_samples":
+            continue
+        if setting.value + options.base.fallback_window >= shortest:
+            print(
+                f"tsa: warning: {setting.value} samples and the window of "
+                f"{options.base.fallback_window} cover a prompt of {shortest} tokens, which then "
+                "counts as dense; take longer prompts",
+                file=sys.stderr,
+            )
 
 
 def _check_writable(name: str, path: Path) -> None:
@@ -252,8 +282,8 @@ def _check_writable(name: str, path: Path) -> None:
         raise UsageError(f"{name} {path} cannot be written")
 
 
-def _read_base(path: str) -> TokenSparseConfig:
-    config = arguments.read_config(path)
+def _read_base(value: str, model: str) -> TokenSparseConfig:
+    config = arguments.read_config(value, model)
     return config.base if isinstance(config, LayerProfile) else config
 
 
@@ -265,6 +295,8 @@ def _default_base(
     base = of_model.base if isinstance(of_model, LayerProfile) else of_model
     if args.drop_mass and not base.select_queries:
         base = dataclasses.replace(base, select_queries=True, drop_mass=args.drop_mass[0])
+    if args.samples and base.select_queries:
+        base = TokenSparseConfig()
     return dataclasses.replace(base, sparse_layers=None)
 
 

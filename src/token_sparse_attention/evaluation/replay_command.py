@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention import arguments
 from token_sparse_attention.benchmark.command import (
     MakeCommand,
     add_measuring_arguments,
@@ -51,7 +51,9 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         help="measure nothing: show accuracy beside the speed-up that these files hold",
     )
     add_measuring_arguments(command, 0.2)
-    command.add_argument("--head-dim", type=positive, default=128, metavar="D")
+    command.add_argument(
+        "--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)"
+    )
     command.add_argument(
         "--own-shape", action="store_true", help="measure at the evaluated model's shape too"
     )
@@ -62,7 +64,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         metavar="LIST",
         help="only these of the lengths in the results (default: all)",
     )
-    command.add_argument("--attention-backend", default="auto", choices=BACKENDS)
+    command.add_argument("--attention-backend", default="auto", **arguments.DENSE_BACKEND)
     command.add_argument(
         "--share-within",
         type=float,

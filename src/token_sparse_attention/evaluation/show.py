@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from token_sparse_attention.evaluation.record import EvalResults
+from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, summarise
 
 _TABLE_WIDTH = 110
@@ -37,12 +37,24 @@ def show(results: EvalResults, path: Path, *, as_json: bool) -> None:
     tasks = results.header.tasks
     for task in tasks if len(tasks) > 1 else ():
         console.print(_table(task, [row for row in rows if row.task == task]))
+    for row in rows:
+        if row.task is None and row.length is not None and ran_dense(row):
+            console.print(
+                f"note: {row.configuration!r} ran dense in every layer of every sample of "
+                f"{row.length:,} tokens: this compares dense with dense",
+                highlight=False,
+            )
     if unscored:
         console.print(
             f"{unscored} replies have no score yet: where lm-eval is installed, run "
             f"tsa eval --score {path} --samples FILE",
             highlight=False,
         )
+
+
+def ran_dense(row: Row) -> bool:
+    """Return whether a configuration other than the dense one left no attention out."""
+    return row.configuration != DENSE and row.work == 1.0 and not row.work_is_bound
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:

@@ -53,7 +53,13 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     capture.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the capture to write"
     )
-    capture.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
+    capture.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="most tokens of the reply (default: 32)",
+    )
     arguments.add_loading_arguments(capture, attention_backend=arguments.BACKEND_OR_PATTERN)
     capture.set_defaults(handler=run_capture)
 
@@ -111,14 +117,11 @@ def run_capture(args: argparse.Namespace) -> int:
 
 def _capture(args: argparse.Namespace, document: str) -> KeptText:
     from token_sparse_attention import run
-    from token_sparse_attention.evaluation.settings import read_configurations
     from token_sparse_attention.report.capture import capture
 
     name = arguments.model_name(args)
     if args.config:
-        source = args.config
-        named = f"given={source}" if source.startswith("{") else source
-        config = read_configurations([named], name).popitem()[1]
+        config, source = arguments.read_config(args.config, name), args.config
     else:
         config, source = run.default_config(name)
     with Console(stderr=True).status(f"loading {name}") as status:
