@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from integrations.models import make_model
-from token_sparse_attention import LayerProfile, TokenSparseConfig, run
+from token_sparse_attention import LayerProfile, TokenSparseConfig, demo, run
+from token_sparse_attention.arguments import within_memory
 from token_sparse_attention.attention.patterns import PATTERNS
+from token_sparse_attention.calibration import job
 from token_sparse_attention.cli import build_parser, main
 from token_sparse_attention.run import (
     PROFILE_FILE,
@@ -174,9 +176,7 @@ def test_every_help_has_an_example_and_says_what_arguments_and_exit_codes_mean()
         assert "example:\n  tsa " in text, parser.prog
         assert "exit codes: 0 success, 1 the job failed, 2 bad" in text, parser.prog
         unexplained = [
-            action.option_strings or action.dest
-            for action in parser._actions
-            if not action.help and not isinstance(action, argparse._SubParsersAction)
+            action.option_strings or action.dest for action in parser._actions if not action.help
         ]
         assert unexplained == [], parser.prog
 
@@ -185,8 +185,13 @@ def test_every_help_has_an_example_and_says_what_arguments_and_exit_codes_mean()
     ("words", "message"),
     [
         ("run --prompt-file a --dtype bf", "--dtype: must be auto or a torch dtype .* got 'bf'"),
-        ("bench op --lengths 8,b", "--lengths: must be a whole number, got 'b'"),
+        ("bench op --lengths 8,b", "--lengths: must be whole numbers like 4096,8192, got '8,b'"),
         ("bench op --kept 0.5,half", "--kept: must be numbers like 0.1,0.5, got '0.5,half'"),
+        ("eval --lengths abc", "--lengths: must be whole numbers like 4096,8192, got 'abc'"),
+        (
+            "calibrate --method drift --reply-tokens x",
+            "--reply-tokens: must be a whole number, got 'x'",
+        ),
         ("bench op --heads few", "--heads: must be a whole number, got 'few'"),
     ],
 )
@@ -213,19 +218,106 @@ def test_run_takes_the_settings_that_evaluation_takes(folder, capsys, value):
 def test_a_run_that_was_dense_everywhere_says_so(folder, capsys):
     asked = ("run", str(folder / "model"), "--prompt-file", str(folder / "document.txt"))
     assert main([*asked, "--config", "default"]) == 0
-    assert "every layer ran dense: context not longer than" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "'sparse' ran dense in every layer (context not longer than" in printed
+    assert "compares dense with dense" not in printed
+    assert main([*asked, "--config", "default", "--compare"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "window_size): this compares dense with dense" in printed
+    note = run_json(capsys, *asked[1:], "--config", "default", "--compare")["note"]
+    assert note.endswith("): this compares dense with dense")
+    assert run_json(capsys, *asked[1:], "--config", folder / "config.json")["note"] is None
+    patterned = (*asked[1:], "--config", "default", "--attention-backend", "streaming")
+    assert run_json(capsys, *patterned)["note"] is None, "the pattern is not dense"
     assert main([*asked, "--config", str(folder / "config.json")]) == 0
     assert "ran dense" not in capsys.readouterr().out
 
 
-def test_running_out_of_memory_is_a_failed_job(folder, capsys, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("tried to allocate 9 GiB")
 
-    monkeypatch.setattr(run, "answer", full)
+
+def no_host_memory(*_, **__):
+    torch.empty(2**57)
+
+
+@pytest.mark.parametrize("full", [no_memory, no_host_memory])
+@pytest.mark.parametrize("step", ["warm_up", "answer"])
+def test_running_out_of_memory_is_a_failed_job(folder, capsys, monkeypatch, step, full):
+    monkeypatch.setattr(run, step, full)
     asked = ("run", str(folder / "model"), "--prompt-file", str(folder / "document.txt"))
+    capsys.readouterr()
     assert main([*asked, "--config", "published"]) == 1
-    assert "out of memory at 300 prompt tokens, sparse: tried" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("tsa: out of memory at 300 prompt tokens, sparse: ")
+    assert "tried to allocate" in error
+    assert error.count("\n") == 1
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="something else"), within_memory(9, "sparse"):
+        raise RuntimeError("something else")
+
+
+def test_calibration_and_the_demo_run_out_of_memory_too(folder, capsys, monkeypatch):
+    monkeypatch.setattr(job, "calibrate", no_memory)
+    asked = ["calibrate", str(folder / "model"), "--method", "drift", "--length", "90"]
+    assert main([*asked, "--text", str(folder / "document.txt")]) == 1
+    assert "out of memory at 90 prompt tokens, calibrating: tried" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "answer", no_memory)
+    assert main(["demo"]) == 1
+    assert re.search("out of memory at .* prompt tokens, dense: tried", capsys.readouterr().err)
+
+
+def test_the_demo_names_a_device_that_cannot_be_used(capsys):
+    for device in ("abacus",) if torch.cuda.is_available() else ("abacus", "cuda"):
+        assert main(["demo", "--device", device]) == 2
+        assert "the bundled model cannot be loaded: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "capture"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("publishd", "publishd cannot be used: there is no file 'publishd'; did you mean"),
+        ('{"drop": 1}', '{"drop": 1} cannot be used: config has an unknown entry'),
+        ("runs/a=b.json", "there is no file 'runs/a=b.json'"),
+        ("dense", "there is no file 'dense'"),
+        ("flexprefill", "a block-sparse pattern holds no settings of token sparsity"),
+        ("profile", "has no token_sparse_profile.json"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(folder, tmp_path, capsys, command, value, message):
+    document = str(folder / "document.txt")
+    given = {
+        "run": ["--prompt-file", document],
+        "capture": ["--prompt-file", document, "--out", str(tmp_path / "kept.json")],
+        "calibrate": ["--method", "drift", "--text", document],
+    }
+    asked = [command, str(folder / "model"), *given[command]]
+    assert main([*asked, "--config", value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tsa: --config ")
+    assert message in error
+
+
+def test_info_loads_no_heavy_packages():
+    code = (
+        "import sys; from token_sparse_attention.cli import main; main(['info', '--json']);"
+        "print([name for name in ('transformers', 'lm_eval') if name in sys.modules],"
+        " file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_reading_settings_loads_no_transformers():
+    code = (
+        "import sys; from token_sparse_attention.arguments import read_config;"
+        "print(read_config('published', 'model').drop_mass, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1] == "False"
 
 
 @pytest.mark.parametrize(

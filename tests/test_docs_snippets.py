@@ -23,7 +23,11 @@ from token_sparse_attention import bundled
 from token_sparse_attention.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SHELLS = ("", "bash", "console", "sh", "shell")
 NOT_RUN = re.compile(r"# Not run: \w+")

@@ -21,6 +21,8 @@ from token_sparse_attention.selection import IMPLS
 
 FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
 BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
+_NO_HOST_MEMORY = "DefaultCPUAllocator: "  # begins what PyTorch says where the host has none
+PROFILE_FILE = "token_sparse_profile.json"  # a model folder may ship its own settings
 
 
 def _backend(text: str) -> str:
@@ -138,10 +140,9 @@ def read_config(value: str, model: str) -> TokenSparseConfig | LayerProfile:
     Raises:
         UsageError: if it names none.
     """
-    from token_sparse_attention.evaluation.settings import read_configurations
+    from token_sparse_attention.evaluation.settings import read_settings
 
-    named = f"given={value}" if value.startswith("{") else value
-    return read_configurations([named], model).popitem()[1]
+    return read_settings(value, model)
 
 
 def require_transformers() -> None:
@@ -172,6 +173,33 @@ def loading(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
         raise UsageError(f"{name} cannot be loaded: {error}") from error
+
+
+class JobFailedError(Exception):
+    """The input could be used, but the job failed; the message says why."""
+
+
+@contextmanager
+def within_memory(prompt_tokens: int, doing: str) -> Iterator[None]:
+    """Turn a lack of memory, on a GPU or not, into one line.
+
+    Args:
+        prompt_tokens: length of the longest prompt.
+        doing: what is run on it, in a word.
+
+    Raises:
+        JobFailedError: if the block runs out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lacking = isinstance(error, torch.OutOfMemoryError) or _NO_HOST_MEMORY in str(error)
+        if not lacking:
+            raise
+        said = str(error).partition("\n")[0]
+        raise JobFailedError(
+            f"out of memory at {prompt_tokens:,} prompt tokens, {doing}: {said}"
+        ) from error
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:

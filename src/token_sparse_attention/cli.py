@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
 import token_sparse_attention
 from token_sparse_attention import arguments
 from token_sparse_attention.arguments import BAD_INPUT, FAILED
+from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.benchmark.command import add_commands as add_benchmarks
 from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.benchmark.record import UsageError
@@ -43,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     version = f"%(prog)s {token_sparse_attention.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="its --help says more"
+    )
 
     run = _command(
         commands,
@@ -97,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_epilog("tsa bench op --lengths 8192 --out results.json"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    benchmarks = bench.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+    benchmarks = bench.add_subparsers(
+        dest="bench_command", required=True, metavar="COMMAND", help="its --help says more"
+    )
     add_benchmarks(benchmarks, _command)
     add_replay(benchmarks, _command)
     bench.set_defaults(handler=_bench)
@@ -153,29 +158,25 @@ def _run(args: argparse.Namespace) -> int:
                 f"exceed the {limit} positions this model was made for",
                 file=sys.stderr,
             )
-        run.warm_up(model, ids)
         answers: dict[str, Answer] = {}
         paths = {"sparse": config} | ({"dense": None} if args.compare else {})
         for path, settings in paths.items():
             status.update(f"{path}: reading {ids.shape[1]:,} tokens")
             try:
-                answers[path] = run.answer(
-                    model,
-                    tokenizer,
-                    ids,
-                    settings,
-                    max_new_tokens=args.max_new_tokens,
-                    impl=args.impl,
-                    attention_backend=args.attention_backend,
-                )
+                with arguments.within_memory(ids.shape[1], path):
+                    if not answers:
+                        run.warm_up(model, ids)
+                    answers[path] = run.answer(
+                        model,
+                        tokenizer,
+                        ids,
+                        settings,
+                        max_new_tokens=args.max_new_tokens,
+                        impl=args.impl,
+                        attention_backend=args.attention_backend,
+                    )
             except (ValueError, TypeError) as error:
                 raise UsageError(f"{name} cannot be run {path}: {error}") from error
-            except torch.OutOfMemoryError as error:
-                print(
-                    f"tsa: out of memory at {ids.shape[1]:,} prompt tokens, {path}: {error}",
-                    file=sys.stderr,
-                )
-                return FAILED
     if args.json:
         from token_sparse_attention.info import provenance
 
@@ -187,19 +188,23 @@ def _run(args: argparse.Namespace) -> int:
                 "config_source": source,
                 "attention_backend": args.attention_backend,
                 **provenance(str(model.device)),
+                "note": _note(answers, args.attention_backend),
                 **{path: answer.to_dict() for path, answer in answers.items()},
             }
         )
         return 0
-    _print_run(name, source, str(model.device), answers)
+    _print_run(name, source, str(model.device), answers, _note(answers, args.attention_backend))
     return 0
 
 
-def _print_run(name: str, source: str, device: str, answers: dict[str, Answer]) -> None:
+def _print_run(
+    name: str, source: str, device: str, answers: dict[str, Answer], note: str | None
+) -> None:
     console = Console()
     sparse = answers["sparse"]
     console.print(
-        f"[bold]{name}[/] on {device}, {sparse.prompt_tokens:,} prompt tokens, settings: {source}"
+        f"[bold]{escape(name)}[/] on {device}, {sparse.prompt_tokens:,} prompt tokens, "
+        f"settings: {escape(source)}"
     )
     if sparse.report:
         console.print(_layer_table(sparse.report.last_prefill()))
@@ -209,12 +214,22 @@ def _print_run(name: str, source: str, device: str, answers: dict[str, Answer]) 
             f"{answer.new_tokens} tokens after {answer.total_time:.3f} s (one run)"
         )
         console.print(answer.text, markup=False, highlight=False)
-    why = _dense_everywhere(sparse)
-    if why is not None:
-        console.print(f"[yellow]note[/]: every layer ran dense: {why}", highlight=False)
+    if note is not None:
+        console.print(f"[yellow]note[/]: {escape(note)}", highlight=False)
     if "dense" in answers:
         ratio = answers["dense"].time_to_first_token / sparse.time_to_first_token
         console.print(f"time to first token, dense over sparse: {ratio:.2f} (one run each)")
+
+
+def _note(answers: dict[str, Answer], attention_backend: str) -> str | None:
+    """Say that no layer ran sparse, by token sparsity or by a pattern; None if one did."""
+    why = None
+    if attention_backend in BACKENDS:
+        why = _dense_everywhere(answers["sparse"])
+    if why is None:
+        return None
+    compared = ": this compares dense with dense" if "dense" in answers else ""
+    return f"'sparse' ran dense in every layer ({why}){compared}"
 
 
 def _dense_everywhere(answer: Answer) -> str | None:
@@ -330,6 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"tsa: {error}", file=sys.stderr)
         return BAD_INPUT
+    except arguments.JobFailedError as error:
+        print(f"tsa: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return 130
     return code

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from token_sparse_attention import bundled
+from token_sparse_attention.arguments import loading, within_memory
 from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.record import LayerRecord
 from token_sparse_attention.run import (
@@ -133,21 +134,29 @@ def run_demo(
     Args:
         device: ``"auto"``, or a torch device.
         on_progress: told what is being done.
+
+    Raises:
+        UsageError: if the model cannot be loaded onto the device.
+        JobFailedError: if the device has too little memory.
     """
     on_progress("loading the bundled model")
     name = str(bundled.MODEL)
-    model, tokenizer = load_model(name, device=device)
+    with loading("the bundled model"):
+        model, tokenizer = load_model(name, device=device)
     config, source = default_config(name)
     document = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
     needles = bundled.demo_needles()
-    findings = []
+    findings: list[Finding] = []
     for number, needle in enumerate(needles, 1):
         ids = encode_prompt(tokenizer, document, needle.question)
-        if number == 1:
-            warm_up(model, ids)
-        answers = []
+        answers: list[Answer] = []
         for path, settings in (("dense", None), ("sparse", config)):
             on_progress(f"question {number} of {len(needles)}, {path}: {ids.shape[1]} tokens")
-            answers.append(answer(model, tokenizer, ids, settings, max_new_tokens=_MAX_NEW_TOKENS))
+            with within_memory(ids.shape[1], path):
+                if not (findings or answers):
+                    warm_up(model, ids)
+                answers.append(
+                    answer(model, tokenizer, ids, settings, max_new_tokens=_MAX_NEW_TOKENS)
+                )
         findings.append(Finding(needle, *answers))
     return DemoResult(findings, source, provenance(str(model.device)))

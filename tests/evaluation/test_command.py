@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -127,6 +128,25 @@ def test_a_pattern_alone_and_composed_in_one_run(model, samples, tmp_path, capsy
         assert any(one.reply != other.reply for one, other in pairs(results, *names)), names
     run_eval(model, "--samples", samples, *configurations, "--out", str(out))
     assert "≤1.000" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_lm_eval")
+@pytest.mark.parametrize(("length", "of"), [(512, " of 512 tokens"), (0, "")])
+def test_configurations_that_left_nothing_out_are_noted(model, tmp_path, capsys, length, of):
+    made = make_samples()
+    samples = [dataclasses.replace(sample, length=length) for sample in made.samples]
+    path = tmp_path / "s.jsonl.gz"
+    dataclasses.replace(made, samples=samples).save(path)
+    small = CONFIG.replace("}", ', "fallback_window": 16, "fallback_samples": 8}')
+    given = (f"wide={CONFIG}", f"small={small}", "idle=default", "patterned=streaming+default")
+    configurations = [word for value in given for word in ("--config", value)]
+    asked = ("--samples", str(path), *configurations, "--out", str(tmp_path / "r.jsonl"))
+    assert run_eval(model, *asked) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert notes == [
+        f"note: {what} in every layer of every sample{of}: this compares dense with dense"
+        for what in ("'wide' left nothing out", "'idle' ran dense")
+    ]
 
 
 def pairs(results, *names):

@@ -234,12 +234,16 @@ def _add_lists(
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Return what reads an argument of values between commas."""
     what = "numbers like 0.1,0.5" if kind is float else "whole numbers like 4096,8192"
+    number = int if kind is positive else kind
 
     def read(text: str) -> tuple[Any, ...]:
+        parts = [part for part in text.split(",") if part.strip()]
         try:
-            return tuple(kind(part) for part in text.split(",") if part.strip())
+            for part in parts:
+                number(part)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from error
+        return tuple(kind(part) for part in parts)
 
     return read
 

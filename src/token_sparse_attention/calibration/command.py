@@ -167,7 +167,10 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _not_negative(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
     return number
@@ -211,15 +214,17 @@ def _calibrate(args: argparse.Namespace) -> int:
     with Console(stderr=True).status(f"loading {name}") as status:
         model, prompts = _load(args)
         _warn_of_covering(options, min(prompt.ids.shape[1] for prompt in prompts))
+        longest = max(prompt.ids.shape[1] for prompt in prompts)
         try:
-            result = job.calibrate(
-                model,
-                prompts,
-                options,
-                name=name,
-                arguments=_asked(args),
-                on_progress=status.update,
-            )
+            with arguments.within_memory(longest, "calibrating"):
+                result = job.calibrate(
+                    model,
+                    prompts,
+                    options,
+                    name=name,
+                    arguments=_asked(args),
+                    on_progress=status.update,
+                )
         except (ValueError, TypeError) as error:
             raise UsageError(f"{name} cannot be calibrated: {error}") from error
     written = _write(result, args.out, args.plot)

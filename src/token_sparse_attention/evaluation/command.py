@@ -17,7 +17,7 @@ from token_sparse_attention import arguments
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
-from token_sparse_attention.benchmark.command import MakeCommand, positive
+from token_sparse_attention.benchmark.command import MakeCommand, list_of, positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import EvalResults, load_results, save_results
@@ -83,7 +83,7 @@ def _add_sample_arguments(command: argparse.ArgumentParser) -> None:
     )
     asked.add_argument(
         "--lengths",
-        type=_numbers,
+        type=list_of(positive),
         metavar="LIST",
         help="prompt lengths in tokens, for tasks made to a length (default: "
         f"{','.join(map(str, _LENGTHS))})",
@@ -108,7 +108,7 @@ def _add_sample_arguments(command: argparse.ArgumentParser) -> None:
     )
     asked.add_argument(
         "--only-lengths",
-        type=_numbers,
+        type=list_of(positive),
         metavar="LIST",
         help="of those in --samples, only these; others may be added to --out later",
     )
@@ -296,7 +296,3 @@ def _prepare(args: argparse.Namespace, tokenizer: Any) -> SampleSet:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in _names(text))

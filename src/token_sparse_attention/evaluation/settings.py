@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from token_sparse_attention.arguments import PROFILE_FILE
 from token_sparse_attention.attention.causal import parse_backend, pattern_config
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
 from token_sparse_attention.evaluation.record import DENSE, PATTERN
-from token_sparse_attention.run import PROFILE_FILE
 
 PROFILES = Path(__file__).parent / "profiles"  # the layers that the paper lists for two models
 _PATTERN = re.compile(rf"({'|'.join(PATTERNS)})(?:$|:|\+)")  # that a value begins with
@@ -65,7 +65,7 @@ def read_configurations(given: Sequence[str], model: str) -> dict[str, Settings]
     Raises:
         UsageError: if a value cannot be used, or a name is taken.
     """
-    return {name: _read(text, value, model) for text, name, value in _named(given, model)}
+    return {name: read_settings(value, model, text) for text, name, value in _named(given, model)}
 
 
 def read_runs(given: Sequence[str], model: str) -> dict[str, Configuration]:
@@ -82,7 +82,7 @@ def read_runs(given: Sequence[str], model: str) -> dict[str, Configuration]:
     found = {}
     for text, name, value in _named(given, model):
         pattern, rest = _split_pattern(text, value)
-        settings = None if pattern and not rest else _read(text, rest, model)
+        settings = None if pattern and not rest else read_settings(rest, model, text)
         found[name] = Configuration(settings, pattern)
     return found
 
@@ -124,11 +124,21 @@ def _split_pattern(text: str, value: str) -> tuple[str | None, str]:
     return pattern, value[end + 1 :]
 
 
-def _read(text: str, value: str, model: str) -> Settings:
+def read_settings(value: str, model: str, given: str | None = None) -> Settings:
+    """Return settings of token sparsity.
+
+    Args:
+        value: one of `keywords`, a JSON file, or JSON itself.
+        model: hub id or folder, whose profile ``profile`` is.
+        given: what errors call the value, if it was part of something longer.
+
+    Raises:
+        UsageError: if the value cannot be used.
+    """
     try:
         return _settings(value, model)
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--config {text} cannot be used: {error}") from error
+        raise UsageError(f"--config {given or value} cannot be used: {error}") from error
 
 
 def _settings(value: str, model: str) -> Settings:
@@ -148,6 +158,8 @@ def _settings(value: str, model: str) -> Settings:
     if not Path(value).is_file():
         near = difflib.get_close_matches(value, [*keywords(), *PATTERNS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(keywords())}"
+        if _PATTERN.match(value):
+            hint = "; a block-sparse pattern holds no settings of token sparsity"
         raise ValueError(f"there is no file {value!r}{hint}")
     return load_config(value)
 

@@ -39,9 +39,12 @@ def show(results: EvalResults, path: Path, *, as_json: bool) -> None:
         console.print(_table(task, [row for row in rows if row.task == task]))
     for row in rows:
         if row.task is None and row.length is not None and ran_dense(row):
+            of_length = f" of {row.length:,} tokens" if row.length else ""
+            how = "ran dense" if _all_dense(results, row) else "left nothing out"
             console.print(
-                f"note: {row.configuration!r} ran dense in every layer of every sample of "
-                f"{row.length:,} tokens: this compares dense with dense",
+                f"note: {row.configuration!r} {how} in every layer of every sample"
+                f"{of_length}: this compares dense with dense",
+                markup=False,
                 highlight=False,
             )
     if unscored:
@@ -55,6 +58,13 @@ def show(results: EvalResults, path: Path, *, as_json: bool) -> None:
 def ran_dense(row: Row) -> bool:
     """Return whether a configuration other than the dense one left no attention out."""
     return row.configuration != DENSE and row.work == 1.0 and not row.work_is_bound
+
+
+def _all_dense(results: EvalResults, row: Row) -> bool:
+    """Return whether no layer took the sparse path in a row's samples."""
+    of_row = (row.configuration, row.length)
+    chosen = [s for s in results.samples if (s.configuration, s.length) == of_row]
+    return all(layer is None for sample in chosen for layer in sample.kept or ())
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
