@@ -313,8 +313,8 @@ def test_info_loads_no_heavy_packages():
 
 def test_reading_settings_loads_no_transformers():
     code = (
-        "import sys; from token_sparse_attention.arguments import read_config;"
-        "print(read_config('published', 'model').drop_mass, 'transformers' in sys.modules)"
+        "import sys; from token_sparse_attention.named_settings import read_settings;"
+        "print(read_settings('published', 'model').drop_mass, 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[1] == "False"

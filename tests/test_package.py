@@ -33,6 +33,7 @@ LEVELS = [
     {"library"},
     {"integrations", "info"},
     {"run", "benchmark"},
+    {"named_settings"},
     {"arguments"},
     {"demo", "calibration", "evaluation"},
     {"report"},

@@ -36,7 +36,8 @@ from token_sparse_attention.evaluation.evaluate import (
 )
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
-from token_sparse_attention.evaluation.settings import Configuration, Settings
+from token_sparse_attention.evaluation.settings import Configuration
+from token_sparse_attention.named_settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

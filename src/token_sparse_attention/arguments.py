@@ -16,13 +16,11 @@ from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.record import UsageError
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 from token_sparse_attention.selection import IMPLS
 
 FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
 BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "  # begins what PyTorch says where the host has none
-PROFILE_FILE = "token_sparse_profile.json"  # a model folder may ship its own settings
 
 
 def _backend(text: str) -> str:
@@ -128,21 +126,6 @@ CONFIG_HELP = (
     "published, profile (the model folder's token_sparse_profile.json), or a profile that ships "
     "here (llama-3.1-8b-instruct, mistral-nemo-instruct-2407)"
 )
-
-
-def read_config(value: str, model: str) -> TokenSparseConfig | LayerProfile:
-    """Return the settings that ``--config`` named, of those that `tsa eval` takes too.
-
-    Args:
-        value: see `CONFIG_HELP`.
-        model: hub id or folder, whose profile ``profile`` is.
-
-    Raises:
-        UsageError: if it names none.
-    """
-    from token_sparse_attention.evaluation.settings import read_settings
-
-    return read_settings(value, model)
 
 
 def require_transformers() -> None:

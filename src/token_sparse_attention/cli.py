@@ -23,6 +23,7 @@ from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands as add_calibration
 from token_sparse_attention.evaluation.command import add_commands as add_evaluation
 from token_sparse_attention.evaluation.replay_command import add_commands as add_replay
+from token_sparse_attention.named_settings import read_settings
 from token_sparse_attention.report.command import add_commands as add_report
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _run(args: argparse.Namespace) -> int:
 
     name = arguments.model_name(args)
     if args.config:
-        config, source = arguments.read_config(args.config, name), args.config
+        config, source = read_settings(args.config, name), args.config
     else:
         config, source = run.default_config(name)
     with _working(f"loading {name}") as status:

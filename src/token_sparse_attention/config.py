@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROFILE_VERSION = 1
+PROFILE_FILE = "token_sparse_profile.json"  # a model folder may ship its own settings
 PUBLISHED_DROP_MASS = 0.005
 
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from token_sparse_attention.arguments import PROFILE_FILE as PROFILE_FILE
 from token_sparse_attention.attention.causal import parse_backend, pattern_config
 from token_sparse_attention.attention.patterns.base import PatternConfig
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
+from token_sparse_attention.config import (
+    PROFILE_FILE,
+    LayerProfile,
+    TokenSparseConfig,
+    load_config,
+)
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 

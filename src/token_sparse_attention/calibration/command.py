@@ -27,6 +27,7 @@ from token_sparse_attention.calibration.show import (
     sentences,
 )
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.named_settings import read_settings
 
 if TYPE_CHECKING:
     from token_sparse_attention.calibration.job import CalibrationOptions
@@ -288,7 +289,7 @@ def _check_writable(name: str, path: Path) -> None:
 
 
 def _read_base(value: str, model: str) -> TokenSparseConfig:
-    config = arguments.read_config(value, model)
+    config = read_settings(value, model)
     return config.base if isinstance(config, LayerProfile) else config
 
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from token_sparse_attention.arguments import PROFILE_FILE
 from token_sparse_attention.attention.causal import parse_backend, pattern_config
-from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.record import UsageError
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, load_config
+from token_sparse_attention.config import PROFILE_FILE
 from token_sparse_attention.evaluation.record import DENSE, PATTERN
-
-PROFILES = Path(__file__).parent / "profiles"  # the layers that the paper lists for two models
-_PATTERN = re.compile(rf"({'|'.join(PATTERNS)})(?:$|:|\+)")  # that a value begins with
-Settings = TokenSparseConfig | LayerProfile
+from token_sparse_attention.named_settings import LEADING_PATTERN, Settings, read_settings
 
 
 @dataclass(frozen=True)
@@ -46,11 +39,6 @@ class Configuration:
         name, config = self.pattern.partition(":")[0], pattern_config(self.pattern)
         fields = {} if config is None else dataclasses.asdict(config)
         return {PATTERN: {"name": name, **fields}, "settings": settings}
-
-
-def keywords() -> list[str]:
-    """Return the values that are names of settings."""
-    return ["default", "published", "profile", *sorted(p.stem for p in PROFILES.glob("*.json"))]
 
 
 def read_configurations(given: Sequence[str], model: str) -> dict[str, Settings]:
@@ -95,7 +83,7 @@ def _named(given: Sequence[str], model: str) -> Iterator[tuple[str, str, str]]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or "{" in name:
-            begins = _PATTERN.match(text)
+            begins = LEADING_PATTERN.match(text)
             pattern = begins[0] if begins else ""
             name = pattern + Path(text.removeprefix(pattern)).name.removesuffix(".json")
             value = text
@@ -109,7 +97,7 @@ def _named(given: Sequence[str], model: str) -> Iterator[tuple[str, str, str]]:
 
 def _split_pattern(text: str, value: str) -> tuple[str | None, str]:
     """Return the pattern at the beginning of a value, in its string form, and the rest."""
-    begins = _PATTERN.match(value)
+    begins = LEADING_PATTERN.match(value)
     if begins is None:
         return None, value
     end = len(begins[1])
@@ -122,54 +110,6 @@ def _split_pattern(text: str, value: str) -> tuple[str | None, str]:
     if end < len(value) and (value[end] != "+" or end + 1 == len(value)):
         raise UsageError(f"--config {text}: expected +VALUE after {value[:end]!r}")
     return pattern, value[end + 1 :]
-
-
-def read_settings(value: str, model: str, given: str | None = None) -> Settings:
-    """Return settings of token sparsity.
-
-    Args:
-        value: one of `keywords`, a JSON file, or JSON itself.
-        model: hub id or folder, whose profile ``profile`` is.
-        given: what errors call the value, if it was part of something longer.
-
-    Raises:
-        UsageError: if the value cannot be used.
-    """
-    try:
-        return _settings(value, model)
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--config {given or value} cannot be used: {error}") from error
-
-
-def _settings(value: str, model: str) -> Settings:
-    if value.startswith("{"):
-        return _parse(value)
-    if value == "default":
-        return TokenSparseConfig()
-    if value == "published":
-        return TokenSparseConfig.published()
-    if value == "profile":
-        path = Path(model) / PROFILE_FILE
-        if not path.is_file():
-            raise ValueError(f"the model {model} has no {PROFILE_FILE}")
-        return load_config(path)
-    if value in keywords():
-        return load_config(PROFILES / f"{value}.json")
-    if not Path(value).is_file():
-        near = difflib.get_close_matches(value, [*keywords(), *PATTERNS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(keywords())}"
-        if _PATTERN.match(value):
-            hint = "; a block-sparse pattern holds no settings of token sparsity"
-        raise ValueError(f"there is no file {value!r}{hint}")
-    return load_config(value)
-
-
-def _parse(text: str) -> Settings:
-    try:
-        is_profile = "version" in json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not valid JSON: {error}") from error
-    return LayerProfile.from_json(text) if is_profile else TokenSparseConfig.from_json(text)
 
 
 def settings_dicts(

@@ -13,6 +13,7 @@ from rich.console import Console
 from token_sparse_attention import arguments
 from token_sparse_attention.benchmark.command import MakeCommand, positive
 from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.named_settings import read_settings
 from token_sparse_attention.report.load import load
 from token_sparse_attention.report.page import TITLE, build_page
 
@@ -121,7 +122,7 @@ def _capture(args: argparse.Namespace, document: str) -> KeptText:
 
     name = arguments.model_name(args)
     if args.config:
-        config, source = arguments.read_config(args.config, name), args.config
+        config, source = read_settings(args.config, name), args.config
     else:
         config, source = run.default_config(name)
     with Console(stderr=True).status(f"loading {name}") as status:
