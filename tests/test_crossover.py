@@ -44,6 +44,16 @@ def test_effective_length_is_the_length_of_a_whole_prompt_and_small_for_a_chunk(
     assert effective_length(1, 1000) < 2
 
 
+def test_effective_length_does_not_depend_on_the_default_dtype():
+    lengths = torch.tensor([131072, 24501])
+    try:
+        torch.set_default_dtype(torch.float16)
+        found = effective_length(lengths, lengths)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.tolist() == [131072, 24501]
+
+
 def test_break_even():
     even = BreakEven(500, 1.0, 190.0)
     assert even.dense_reason(499, 499) is DenseReason.CROSSOVER_LENGTH

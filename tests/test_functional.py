@@ -21,6 +21,7 @@ from token_sparse_attention import (
 )
 from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
 from token_sparse_attention.compression import compress_sequences
+from token_sparse_attention.inputs import single_precision
 from token_sparse_attention.reference import far_counts, window_scores
 
 VARIANTS = [
@@ -401,6 +402,16 @@ def test_a_kept_share_replaces_the_budget():
         out, selection = sparse_run(problem, SMALL, kept=share)
         assert (selection.lengths == int(share * 150)).all()
     torch.testing.assert_close(out, causal_attention(*problem, scale=0.25))
+
+
+def test_a_kept_share_is_rounded_as_kernels_take_it():
+    """0.7 of 205 tokens would be 144 in double precision; host and device must agree."""
+    assert single_precision(0.7) < 0.7
+    problem = make_problem(query_len=205)
+    _, selection = sparse_run(problem, SMALL, kept=0.7)
+    assert set(selection.lengths.flatten().tolist()) == {143}
+    scores = score_tokens(problem.query, problem.key, SMALL)
+    assert set(select_tokens(scores, SMALL, kept=0.7).lengths.flatten().tolist()) == {143}
 
 
 def test_return_selection_is_always_a_pair():

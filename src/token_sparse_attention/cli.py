@@ -224,22 +224,14 @@ def _print_run(
 
 def _note(answers: dict[str, Answer], attention_backend: str) -> str | None:
     """Say that no layer ran sparse, by token sparsity or by a pattern; None if one did."""
-    why = None
-    if attention_backend in BACKENDS:
-        why = _dense_everywhere(answers["sparse"])
-    if why is None:
-        return None
-    compared = ": this compares dense with dense" if "dense" in answers else ""
-    return f"'sparse' ran dense in every layer ({why}){compared}"
-
-
-def _dense_everywhere(answer: Answer) -> str | None:
-    """Return why no layer ran sparse, None if one did."""
-    records = answer.report.last_prefill() if answer.report else []
-    if not records or any("sparse" in record.paths for record in records):
+    report = answers["sparse"].report
+    records = report.last_prefill() if report else []
+    ran_sparse = any("sparse" in record.paths for record in records)
+    if not records or ran_sparse or attention_backend not in BACKENDS:
         return None
     reasons = dict.fromkeys(reason for record in records for reason in record.reasons if reason)
-    return "; ".join(reasons)
+    compared = ": this compares dense with dense" if "dense" in answers else ""
+    return f"'sparse' ran dense in every layer ({'; '.join(reasons)}){compared}"
 
 
 def _layer_table(records: list[LayerRecord]) -> Table:

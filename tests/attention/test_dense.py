@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from support import make_problem, relative_error
-from token_sparse_attention.attention.backends import choose_backend
+from token_sparse_attention.attention.backends import check_flash, choose_backend
 from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
 from token_sparse_attention.reference import masked_attention
 
@@ -104,3 +106,22 @@ def test_keys_and_values_are_never_repeated():
     assert largest <= 1.3 * query.numel() * 4
     names = {event.key for event in profile.key_averages()}
     assert not names & {"aten::repeat", "aten::repeat_interleave"}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "runs"),
+    [(64, torch.float16, True), (20, torch.bfloat16, False), (264, torch.float16, False),
+     (64, torch.float32, False)],
+)  # fmt: skip
+def test_flash_refuses_on_cuda_what_its_kernel_cannot_run(head_dim, dtype, runs):
+    query = SimpleNamespace(
+        is_cuda=True, dtype=dtype, shape=(1, 2, 9, head_dim), device=torch.device("cuda")
+    )
+    check_flash("flash", torch.empty(1, 2, 9, head_dim, dtype=dtype))  # off CUDA another kernel
+    if runs:
+        check_flash("flash", query)
+    else:
+        with pytest.raises(
+            ValueError, match=f"'flash' cannot run {dtype} with head size {head_dim}"
+        ):
+            check_flash("flash", query)

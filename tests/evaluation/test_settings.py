@@ -11,13 +11,17 @@ from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import layer_configs
 from token_sparse_attention.evaluation.settings import (
     Configuration,
-    read_configurations,
     read_runs,
     settings_dicts,
 )
 from token_sparse_attention.run import default_config
 
 MODEL = str(bundled.MODEL)
+
+
+def read_configurations(given, model):
+    """The settings of values that name no pattern."""
+    return {name: found.settings for name, found in read_runs(given, model).items()}
 
 
 def test_every_kind_of_value(tmp_path):

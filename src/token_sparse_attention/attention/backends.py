@@ -101,18 +101,15 @@ def _flash_obstacle(query: Tensor) -> str | None:
     return None
 
 
-def check_flash(query: Tensor) -> None:
-    """Raise ValueError if FlashAttention-2 cannot run CUDA inputs like `query`."""
-    if query.is_cuda and _flash_obstacle(query) is not None:
-        raise ValueError(
-            f"attention_backend 'flash' cannot run {query.dtype} with head size "
-            f"{query.shape[-1]} on {query.device.type}; choose another or 'auto'"
-        )
+def check_flash(backend: str, query: Tensor) -> None:
+    """Raise ValueError if ``"fa4"`` or, on CUDA, ``"flash"`` cannot run inputs like `query`.
 
-
-def check_fa4(query: Tensor) -> None:
-    """Raise ValueError if flash-attn-4 cannot run inputs like `query`."""
-    obstacle = _fa4_obstacle(query) if query.is_cuda else f"not on {query.device.type}"
+    Off CUDA ``"flash"`` is PyTorch's own fused kernel, which says for itself what it cannot run.
+    """
+    if backend == "flash":
+        obstacle = _flash_obstacle(query) if query.is_cuda else None
+    else:
+        obstacle = _fa4_obstacle(query) if query.is_cuda else f"not on {query.device.type}"
     if obstacle == "not installed":
         raise ValueError(
             "attention_backend 'fa4' needs flash-attn-4: "
@@ -120,6 +117,6 @@ def check_fa4(query: Tensor) -> None:
         )
     if obstacle is not None:
         raise ValueError(
-            f"attention_backend 'fa4' cannot run {query.dtype} with head size "
+            f"attention_backend {backend!r} cannot run {query.dtype} with head size "
             f"{query.shape[-1]} on {query.device.type}; choose another or 'auto'"
         )

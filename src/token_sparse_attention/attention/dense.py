@@ -13,7 +13,6 @@ from torch import Tensor
 
 from token_sparse_attention.attention import flash, sdpa
 from token_sparse_attention.attention.backends import (
-    check_fa4,
     check_flash,
     choose_backend,
     takes_packed,
@@ -118,10 +117,8 @@ def resolve_kernel(backend: str, query: Tensor, key: Tensor) -> str:
         ValueError: if flash-attn-4 or FlashAttention-2 was asked for and cannot run.
     """
     backend = choose_backend(backend, query, key).name
-    if backend == "fa4":
-        check_fa4(query)
-    if backend == "flash":
-        check_flash(query)
+    if backend in ("fa4", "flash"):
+        check_flash(backend, query)
     return backend
 
 

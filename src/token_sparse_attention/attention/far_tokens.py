@@ -167,11 +167,12 @@ def draw(
         room = _MOST * count
     slots = scores.new_empty(batch_size, num_heads, room, dtype=torch.int64)
     counts = scores.new_empty(batch_size, num_heads, room)
+    candidates = _left_behind(tokens, window)
     at_once = max(_ENTRIES // max(batch_size * tokens.kv_len, 1), 1)
     for first in range(0, num_heads, at_once):
         heads = slice(first, first + at_once)
         own = None if without is None else without[:, heads]
-        shares = _shares(scores[:, heads], _left_behind(tokens, window), own)
+        shares = _shares(scores[:, heads], candidates, own)
         likely = _probabilities(shares, budgets[:, heads, None], room)
         slots[:, heads], counts[:, heads] = _steps(likely, room)
     return slots, counts

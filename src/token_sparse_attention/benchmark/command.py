@@ -250,12 +250,21 @@ def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 def positive(text: str) -> int:
     """Read an argument that is a number from 1."""
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """Read an argument that is a number from 0."""
+    return _at_least(0, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
     try:
         number = int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    if number < minimum:
+        raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
     return number
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from token_sparse_attention import arguments, bundled
-from token_sparse_attention.benchmark.command import MakeCommand, positive
+from token_sparse_attention.benchmark.command import MakeCommand, list_of, not_negative, positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.record import (
     DROP_MASSES,
@@ -44,7 +44,7 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "measure which layers of a model tolerate sparsity, and write a profile of them",
         "tsa calibrate --method drift --out profile.json\n"
         "  tsa calibrate meta-llama/Llama-3.1-8B-Instruct --method sensitivity \\\n"
-        "    --prompts prompts.jsonl --divergence-budget 0.05 --out profile.json --plot plot.svg\n"
+        "    --prompts prompts.jsonl --target-speedup 4 --out profile.json --plot plot.svg\n"
         "  tsa calibrate --method sensitivity --samples 256,1024 \\\n"
         "    --text book.txt --length 32768 --target-speedup 2 --out profile.json",
     )
@@ -100,7 +100,7 @@ def _add_prompt_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--reply-tokens",
-        type=_not_negative,
+        type=not_negative,
         default=32,
         metavar="N",
         help="measure along this many tokens of the model's own reply, where the prompt brings "
@@ -124,14 +124,14 @@ def _add_choice_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--drop-mass",
-        type=_numbers,
+        type=list_of(float),
         metavar="LIST",
         help="sensitivity: values of drop_mass to try in each layer, where the settings select "
         f"queries (default: {','.join(map(str, DROP_MASSES))})",
     )
     command.add_argument(
         "--samples",
-        type=_whole_numbers,
+        type=list_of(int),
         metavar="LIST",
         help="sensitivity: values of fallback_samples to try in each layer, where the settings "
         f"have select_queries=false (default: {','.join(map(str, SAMPLES))})",
@@ -149,32 +149,6 @@ def _add_choice_arguments(command: argparse.ArgumentParser) -> None:
         metavar="X",
         help="sensitivity: how many times less attention work to aim at",
     )
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers like 0.05,0.1, got {text!r}") from None
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be whole numbers like 1024,4096, got {text!r}"
-        ) from None
-
-
-def _not_negative(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
-    return number
 
 
 def measured_path(profile: Path) -> Path:

@@ -41,28 +41,15 @@ class Configuration:
         return {PATTERN: {"name": name, **fields}, "settings": settings}
 
 
-def read_configurations(given: Sequence[str], model: str) -> dict[str, Settings]:
-    """Return named settings of token sparsity, in order.
-
-    Args:
-        given: ``NAME=VALUE`` or ``VALUE``: a value is one of `keywords`, a JSON file, or JSON
-            itself. A value without a name takes the keyword or the file's name.
-            Without any, the model's own profile, or else the library's defaults.
-        model: hub id or folder, whose profile ``profile`` is.
-
-    Raises:
-        UsageError: if a value cannot be used, or a name is taken.
-    """
-    return {name: read_settings(value, model, text) for text, name, value in _named(given, model)}
-
-
 def read_runs(given: Sequence[str], model: str) -> dict[str, Configuration]:
     """Return named configurations, in order: token sparsity, a block-sparse pattern, or both.
 
     Args:
-        given: as for `read_configurations`, where a value may also be ``PATTERN`` or
-            ``PATTERN+VALUE``. A pattern is a name, and after a colon its settings as JSON.
-        model: as for `read_configurations`.
+        given: ``NAME=VALUE`` or ``VALUE``: a value is what `read_settings` takes, ``PATTERN``
+            or ``PATTERN+VALUE``. A pattern is a name, and after a colon its settings as JSON.
+            A value without a name takes the keyword or the file's name. Without any, the
+            model's own profile, or else the library's defaults.
+        model: hub id or folder, whose profile ``profile`` is.
 
     Raises:
         UsageError: if a value cannot be used, or a name is taken.

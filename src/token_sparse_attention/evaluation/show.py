@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
+from token_sparse_attention.evaluation.replay import chosen_samples
 from token_sparse_attention.evaluation.summary import Row, summarise
 
 _TABLE_WIDTH = 110
@@ -62,8 +63,7 @@ def ran_dense(row: Row) -> bool:
 
 def _all_dense(results: EvalResults, row: Row) -> bool:
     """Return whether no layer took the sparse path in a row's samples."""
-    of_row = (row.configuration, row.length)
-    chosen = [s for s in results.samples if (s.configuration, s.length) == of_row]
+    chosen = chosen_samples(results, row.configuration, row.length or 0)
     return all(layer is None for sample in chosen for layer in sample.kept or ())
 
 

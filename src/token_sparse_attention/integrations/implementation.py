@@ -268,7 +268,7 @@ def obstacle(
         DenseReason.GRADIENTS: records_gradients,
         DenseReason.ATTENTION_WEIGHTS: bool(wants_weights),
         DenseReason.HEAD_DIM: value.shape != key.shape,
-        DenseReason.DTYPES: len({x.dtype for x in as_autocast((query, key, value))}) > 1,
+        DenseReason.DTYPES: len({_autocast_dtype(x) for x in (query, key, value)}) > 1,
     }
     for reason, stands in obstacles.items():
         if stands:
@@ -281,11 +281,14 @@ def obstacle(
 
 def as_autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return tensors in autocast's dtype where that is on, as PyTorch's attention takes them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(tensor.to(_autocast_dtype(tensor)) for tensor in tensors)
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def dense_function(name: str, module: nn.Module) -> AttentionFunction:

@@ -36,7 +36,7 @@ from token_sparse_attention.integrations.vllm.plan import (
     workspace_bytes,
 )
 from token_sparse_attention.integrations.vllm.settings import Settings
-from token_sparse_attention.integrations.vllm.warm_up import check_layer, warm_up
+from token_sparse_attention.integrations.vllm.warm_up import Layer, check_layer, warm_up
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,10 +93,11 @@ class SparsePrefillBuilder:
         if self._counts:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
-        for layer in dict.fromkeys(layer_shapes(self._configs, vllm_config)):
+        layers = layer_shapes(self._configs, vllm_config)
+        for layer in dict.fromkeys(layers):
             check_layer(layer, settings, device)
         if settings.warm_up and device.type == "cuda":  # a CPU has nothing to compile
-            self._warm_up(vllm_config, kv_cache_spec.block_size, device)
+            self._warm_up(layers, longest_prefill(vllm_config), kv_cache_spec.block_size, device)
 
     def _log_layers(self, obstacles: dict[str, str], vllm_config: Any) -> None:
         if self._configs:
@@ -111,15 +112,12 @@ class SparsePrefillBuilder:
                 "on what else the server is doing (see docs/vllm.md)"
             )
 
-    def _warm_up(self, vllm_config: Any, block_size: int, device: torch.device) -> None:
-        layers = layer_shapes(self._configs, vllm_config)
+    def _warm_up(
+        self, layers: list[Layer], longest: Prefill, block_size: int, device: torch.device
+    ) -> None:
+        """Compile the kernels of the layers, and leave those dense whose kernels fail."""
         seconds, failed = warm_up(
-            layers,
-            longest_prefill(vllm_config),
-            self._settings,
-            self._read_cache,
-            block_size,
-            device,
+            layers, longest, self._settings, self._read_cache, block_size, device
         )
         if seconds is not None and self._counts:
             _LOG.info("Token sparse attention: kernels warmed up in %.1f seconds", seconds)

@@ -85,7 +85,6 @@ def warm_up(
         read_cache: see `backend.Step`; None where chunks run dense.
         block_size: tokens of a block of the cache.
         device: where to run.
-
     """
     began = time.perf_counter()
     ran, failed = False, {}
