@@ -77,3 +77,35 @@ def test_some_of_the_samples_can_be_chosen(samples, tmp_path, monkeypatch):
         run_eval(*asked, str(out), "--only-tasks", "abacus")
     with pytest.raises(UsageError, match="choose from --samples"):
         run_eval(model, "--out", str(out), "--only-lengths", "64")
+
+
+def test_dense_replies_can_come_from_other_results(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "installed_version", lambda: None)
+    model = save_model(tmp_path / "model")
+    asked = (model, "--samples", samples, "--dtype", "float32")
+    first, out = tmp_path / "first.jsonl", tmp_path / "out.jsonl"
+    assert run_eval(*asked, "--config", f"a={CONFIG}", "--out", str(first)) == 0
+    lines = first.read_text().splitlines(keepends=True)
+    # A reply that no run would give, and one that is missing.
+    marked = json.loads(lines[1]) | {"reply": "from before"}
+    assert marked["configuration"] == "dense"
+    first.write_text("".join([lines[0], json.dumps(marked) + "\n", *lines[2:-2]]))
+    again = (*asked, "--config", "b=published", "--dense-from", str(first), "--out", str(out))
+    assert run_eval(*again) == 0
+    results = load_results(out)
+    found = {result.key: result for result in results.samples}
+    assert {key[3] for key in found} == {"dense", "b"}
+    assert len(found) == 8
+    assert found[tuple(marked[n] for n in ("task", "length", "index", "configuration"))].reply == (
+        "from before"
+    )
+    source = results.header.arguments["dense_from"]
+    assert source == load_results(first).header.provenance
+    before = out.read_bytes()
+    assert run_eval(*again) == 0
+    assert out.read_bytes() == before
+    other = (model, "--samples", samples, "--dtype", "bfloat16", "--dense-from", str(first))
+    with pytest.raises(UsageError, match="same dtype, 'bfloat16', but is of 'float32'"):
+        run_eval(*other, "--out", str(tmp_path / "other.jsonl"))
+    with pytest.raises(UsageError, match="--dense-from needs --samples"):
+        run_eval(model, "--dense-from", str(first), "--out", str(out))

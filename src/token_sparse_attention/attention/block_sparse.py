@@ -17,6 +17,7 @@ from torch import Tensor
 from token_sparse_attention.attention.backends import BackendChoice, fa4_installed
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
 from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.device import on_its_device
 from token_sparse_attention.inputs import (
     check_attention_inputs,
     check_no_gradients,
@@ -105,6 +106,7 @@ def block_sparse_attention(
     return out if lse is None else (out, lse)
 
 
+@on_its_device
 def attend_blocks(
     query: Tensor,
     key: Tensor,

@@ -17,6 +17,7 @@ from token_sparse_attention.attention.backends import (
     choose_backend,
     takes_packed,
 )
+from token_sparse_attention.device import on_its_device
 from token_sparse_attention.inputs import RealTokens
 
 
@@ -77,6 +78,7 @@ def causal_attention(
     return attend(query, key, value, scale=scale, backend=backend, window=window).out
 
 
+@on_its_device
 def attend(
     query: Tensor,
     key: Tensor,
@@ -278,6 +280,7 @@ def varlen_causal_attention(
     ).out
 
 
+@on_its_device
 def attend_packed(
     query: Tensor,
     key: Tensor,

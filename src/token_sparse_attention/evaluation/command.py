@@ -20,7 +20,12 @@ from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.command import MakeCommand, list_of, positive
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.evaluation import harness
-from token_sparse_attention.evaluation.record import EvalResults, load_results, save_results
+from token_sparse_attention.evaluation.record import (
+    EvalResults,
+    begin_with_dense,
+    load_results,
+    save_results,
+)
 from token_sparse_attention.evaluation.samples import SampleSet
 from token_sparse_attention.evaluation.show import show
 
@@ -66,8 +71,15 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="load the model into N processes that share the device; prefill times are then "
-        "not those of an idle one (default: 1)",
+        help="load the model into N processes, which take turns with all visible GPUs; prefill "
+        "times are then not those of an idle one (default: 1)",
+    )
+    command.add_argument(
+        "--dense-from",
+        type=Path,
+        metavar="RESULT",
+        help="take the dense replies from these results, of the same model, dtype, kernel and "
+        "samples, instead of making them again",
     )
     command.set_defaults(handler=run_eval)
 
@@ -165,6 +177,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     only = args.only_tasks is not None or args.only_lengths is not None
     if only and (args.prepare_only or args.score or not args.samples):
         raise UsageError("--only-tasks and --only-lengths choose from --samples what to run")
+    if args.dense_from and (args.prepare_only or args.score or not args.samples):
+        raise UsageError("--dense-from needs --samples, the file that those results are about")
     if not (args.out or args.prepare_only or args.score):
         raise UsageError("--out FILE is needed, for the results")
 
@@ -221,6 +235,8 @@ def _run(args: argparse.Namespace, runner: Runner, samples: SampleSet) -> EvalRe
 
     scorer = harness.Scorer(samples) if harness.installed_version() else None
     header = make_header(runner, samples, args.model, args.processes)
+    if args.dense_from:
+        header = begin_with_dense(args.out, header, load_results(args.dense_from))
     samples = _only(args, samples)
     source = None
     if args.processes > 1:

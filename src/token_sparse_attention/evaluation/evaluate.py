@@ -150,7 +150,7 @@ def make_header(
         runner: the model and the configurations.
         samples: all of the samples that replies may be to.
         model: what was asked for, None for the bundled model.
-        processes: how many share the device.
+        processes: how many share the devices.
         more: what else tells what was asked for.
     """
     about = provenance(str(runner.model.device))

@@ -1,4 +1,4 @@
-"""Replies from several processes on one device, where decoding waits for the host."""
+"""Replies from several processes: on every GPU, and several on each, since decoding waits."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def spread(
 ) -> Generator[Arrival, None, None]:
     """Yield the replies of worker processes in the order of their arrival.
 
-    Samples are dealt out in turns, so that each worker gets some of every length. However
-    this ends, no worker is left behind.
+    Samples are dealt out in turns, so that each worker gets some of every length, and so are
+    the GPUs. However this ends, no worker is left behind.
 
     Args:
         load: gives a worker its runner; a function that can be pickled.
@@ -96,7 +96,7 @@ def spread(
     try:
         for first in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (load, samples[first::count], set(done), count, theirs)
+            arguments = (load, samples[first::count], set(done), first, count, theirs)
             workers[ours] = context.Process(target=_work, args=arguments, daemon=True)
             workers[ours].start()
             theirs.close()  # the worker has its own end, whose loss is its death
@@ -138,12 +138,15 @@ def _work(
     load: Callable[[], Runner],
     samples: Sequence[Sample],
     done: Collection[Key],
+    number: int,
     count: int,
     connection: Connection,
 ) -> None:
     """Send every reply, then None; or a failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     torch.set_num_threads(max(torch.get_num_threads() // count, 1))
+    if torch.cuda.is_available():  # a model on "cuda" goes to the current device
+        torch.cuda.set_device(number % torch.cuda.device_count())
     try:
         runner = load()
         from token_sparse_attention.evaluation.evaluate import replies

@@ -186,6 +186,35 @@ def open_results(path: Path, header: EvalHeader) -> tuple[list[SampleResult], Te
     return list(found.samples), file
 
 
+def begin_with_dense(path: Path, header: EvalHeader, other: EvalResults) -> EvalHeader:
+    """Let a new result file begin with the dense replies of another one.
+
+    Args:
+        path: the result file; if it holds results already, it is left as it is.
+        header: what is to run.
+        other: results with dense replies to the same samples.
+
+    Returns:
+        The header, whose arguments then say under ``"dense_from"`` where those were made.
+
+    Raises:
+        UsageError: if they are not the dense replies that the run would give.
+    """
+    for name in ("model", "dtype", "attention_backend", "samples_sha256"):
+        there, asked = other.header.arguments.get(name), header.arguments.get(name)
+        if there != asked:
+            raise UsageError(
+                f"--dense-from must be of the same {name}, {asked!r}, but is of {there!r}"
+            )
+    arguments = {**header.arguments, "dense_from": other.header.provenance}
+    header = dataclasses.replace(header, arguments=arguments)
+    results, file = open_results(path, header)
+    with file:
+        if not results:
+            file.writelines(to_line(s) for s in other.samples if s.configuration == DENSE)
+    return header
+
+
 def save_results(path: Path, results: EvalResults) -> None:
     """Write a whole result file; the old one stays until the new one is complete."""
     lines = [to_line(results.header), *map(to_line, results.samples)]

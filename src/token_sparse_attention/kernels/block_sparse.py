@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.device import on_its_device
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -23,6 +25,7 @@ class Tiles(NamedTuple):
     num_stages: int = 3
 
 
+@on_its_device
 def attend_block_lists(
     query: Tensor,
     key: Tensor,

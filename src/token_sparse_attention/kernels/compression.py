@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.device import on_its_device
+
 _ROWS = 64  # rows of D elements per program
 _SLOTS = 1024  # indices per program
 # Attention kernels load whole tiles of values and multiply what lies beyond a sequence's end
@@ -18,6 +20,7 @@ _SLOTS = 1024  # indices per program
 _TAIL = tl.constexpr(256)
 
 
+@on_its_device
 def cumulative_lengths(
     indices: Tensor, lengths: Tensor, first_query: int, sequences: range
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +45,7 @@ def cumulative_lengths(
     return offsets_q, offsets_k
 
 
+@on_its_device
 def gather(
     query: Tensor,
     key: Tensor,
@@ -74,6 +78,7 @@ def gather(
     )  # fmt: skip
 
 
+@on_its_device
 def scatter(
     out: Tensor,
     indices: Tensor,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.scoring import (
     _LOG2_E,
     _MAX_SPLITS,
@@ -26,6 +27,7 @@ from token_sparse_attention.kernels.scoring import (
 _MOST_QUERIES = 64  # at a time; more fill the registers
 
 
+@on_its_device
 def block_means(tokens: Tensor, size: int) -> Tensor:
     """Mean of each block of rows, ``[B, H, S, D]`` to ``[B, H, ceil(S / size), D]`` float32."""
     batch_size, num_heads, length, head_dim = tokens.shape
@@ -60,6 +62,7 @@ def _pick_tiles(dtype: torch.dtype, window_rows: int, head_dim: int) -> tuple[Ti
     )
 
 
+@on_its_device
 def last_query_mass(
     query: Tensor,
     key: Tensor,

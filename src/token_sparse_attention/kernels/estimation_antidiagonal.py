@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from token_sparse_attention.device import on_its_device
+
 _LOG2_E = 1.4426950408889634
 _KEPT_ELEMENTS = 2**27  # log-sum-exps held at once: half a GiB
 _BAND = 8  # rows of tiles that run side by side, so that they share keys in the cache
@@ -46,6 +48,7 @@ def can_run(query: Tensor, stride: int, block_size: tuple[int, int]) -> bool:
     return query.shape[3] % 16 == 0 and powers and max(per_row, per_column) <= 128
 
 
+@on_its_device
 def antidiagonal_scores(
     query: Tensor,
     key: Tensor,

@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.device import on_its_device
+
 _ROW = 8192  # the longest row that one program holds in registers
 _CHUNK = 4096  # entries of a longer row that one program looks at
 _LEVEL_BITS = (27, 23, 19, 15, 11, 7, 3, 0)  # lowest bit of each level's digit
 
 
+@on_its_device
 def smallest_cover(mass: Tensor, share: Tensor | None, minimum: int) -> Tensor:
     """Mark the fewest entries of the last dimension that hold a share of its mass.
 
@@ -79,6 +82,7 @@ def _cover_long(mass: Tensor, share: Tensor, minimum: int, marked: Tensor) -> No
     )  # fmt: skip
 
 
+@on_its_device
 def blocks_at_distances(
     before: Tensor, offset: int, query_len: int, block_size: tuple[int, int]
 ) -> Tensor:
@@ -107,6 +111,7 @@ def blocks_at_distances(
     return marked
 
 
+@on_its_device
 def pack_blocks(
     kept: Tensor, offset: int, block_size: tuple[int, int], index: Tensor, count: Tensor
 ) -> None:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.scoring import _load_rows
 
 _LOG2_E = 1.4426950408889634
@@ -35,6 +36,7 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
     return Tiles(128, 32, 4, 4)  # the fastest of those measured on an H100
 
 
+@on_its_device
 def add_far_tokens(
     query: Tensor,
     key: Tensor,

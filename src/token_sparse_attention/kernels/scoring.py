@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.device import on_its_device
+
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
 
@@ -38,6 +40,7 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> tuple[Tiles, Tiles]:
     return Tiles(256, 64, 8, 3, 264), Tiles(128, 64, 4, 4, 264)
 
 
+@on_its_device
 def score_tokens(
     query: Tensor,
     key: Tensor,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.budget import Rule, bits_of, count_tokens
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Selected(NamedTuple):
     budget: Tensor
 
 
+@on_its_device
 def select_tokens(
     scores: Tensor,
     bounds: Tensor,

@@ -1,0 +1,67 @@
+"""A second CUDA device: kernels run where their tensors are, whichever device is the current."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from integrations.models import CONFIG, LAYERS, make_ids, make_model
+from support import SMALL, make_problem
+from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention.attention.backends import fa4_installed
+from token_sparse_attention.integrations.transformers import apply
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+KEYS_ONLY = TokenSparseConfig(
+    window_size=32,
+    min_tokens=64,
+    dense_queries=40,
+    fallback_window=50,
+    fallback_samples=60,
+    crossover="off",
+)
+FA4 = pytest.param(
+    "fa4", marks=pytest.mark.skipif(not fa4_installed(), reason="flash-attn-4 not installed")
+)
+
+
+@pytest.mark.parametrize("config", [SMALL, KEYS_ONLY], ids=["queries selected", "keys only"])
+@pytest.mark.parametrize(
+    "backend", [FA4, "flash", "cudnn", "flexprefill", "minference", "xattention", "streaming"]
+)
+def test_the_operator_gives_the_same_on_either_device(config, backend):
+    problem = make_problem(
+        device="cuda:0", dtype=torch.bfloat16, heads=8, head_dim=64, query_len=900, batch=2
+    )
+    assert torch.cuda.current_device() == 0
+    expected, there = token_sparse_attention(
+        *problem, config, attention_backend=backend, return_selection=True
+    )
+    assert there.ran_sparse.all()
+    out, selection = token_sparse_attention(
+        *(tensor.to("cuda:1") for tensor in problem),
+        config,
+        attention_backend=backend,
+        return_selection=True,
+    )
+    assert out.device.index == 1
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(selection.lengths.cpu(), there.lengths.cpu())
+    torch.testing.assert_close(out.cpu(), expected.cpu(), rtol=0, atol=1e-2)
+
+
+def test_a_model_split_over_two_devices():
+    from accelerate import dispatch_model
+
+    model, ids = make_model(), make_ids()
+    with apply(model, CONFIG):
+        expected = model(ids).logits
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    device_map |= {f"model.layers.{layer}": 1 for layer in range(1, LAYERS)}
+    device_map |= {"model.norm": 1, "lm_head": 1}
+    model = dispatch_model(model, device_map, main_device=0)
+    with apply(model, CONFIG) as report:
+        logits = model(ids.to("cuda:0")).logits
+    assert all(set(record.paths) == {"sparse"} for record in report)
+    assert len(report) == LAYERS
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-3, atol=1e-4)
