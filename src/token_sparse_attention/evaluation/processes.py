@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,12 +96,17 @@ def spread(
     workers: dict[Connection, Any] = {}
     try:
         for first in range(count):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = (load, samples[first::count], set(done), first, count, theirs)
+            ours, theirs = context.Pipe()
+            arguments = (load, set(done), first, count, theirs)
             workers[ours] = context.Process(target=_work, args=arguments, daemon=True)
             workers[ours].start()
             theirs.close()  # the worker has its own end, whose loss is its death
         report(f"starting {count} processes")
+        # Not among the arguments: these are written before the next worker starts, which takes
+        # as long as the worker's imports where they are many.
+        for first, connection in enumerate(workers):
+            with suppress(BrokenPipeError, ConnectionResetError):  # told below
+                connection.send(samples[first::count])
         working = set(workers)
         while working:
             ready = wait(list(working))
@@ -124,7 +130,7 @@ def spread(
 def _receive(connection: Connection, worker: Any) -> Any:
     try:
         message = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         worker.join()
         raise RuntimeError(
             f"a worker process died with exit code {worker.exitcode} before it was done"
@@ -136,18 +142,18 @@ def _receive(connection: Connection, worker: Any) -> Any:
 
 def _work(
     load: Callable[[], Runner],
-    samples: Sequence[Sample],
     done: Collection[Key],
     number: int,
     count: int,
     connection: Connection,
 ) -> None:
-    """Send every reply, then None; or a failure."""
+    """Receive the samples; send every reply, then None; or a failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     torch.set_num_threads(max(torch.get_num_threads() // count, 1))
     if torch.cuda.is_available():  # a model on "cuda" goes to the current device
         torch.cuda.set_device(number % torch.cuda.device_count())
     try:
+        samples = connection.recv()
         runner = load()
         from token_sparse_attention.evaluation.evaluate import replies
 
