@@ -42,6 +42,7 @@ def layer_times(
     *,
     backend: str = "auto",
     budget: float = 0.1,
+    repeat_heads: int = 1,
 ) -> Times:
     """Return the times of each layer's attention in one prefill, in milliseconds.
 
@@ -51,6 +52,7 @@ def layer_times(
         configurations: what to time beside ``"dense"``.
         backend: the kernel of dense attention.
         budget: seconds to spend on each time.
+        repeat_heads: take each head this many times, as a model with more heads would be.
     """
     num_layers = model.config.num_hidden_layers
     configs = {
@@ -71,6 +73,9 @@ def layer_times(
         if attention_mask is not None:
             raise ValueError("prompts must come one by one, without padding; got a mask")
 
+        answer = attend(query, key, value, scale=scaling, backend=backend).out
+        query, key, value = (one.repeat(1, repeat_heads, 1, 1) for one in (query, key, value))
+
         def dense(by: str = backend) -> Tensor:
             return attend(query, key, value, scale=scaling, backend=by).out
 
@@ -88,7 +93,7 @@ def layer_times(
             times[name].append(
                 {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
             )
-        return dense().transpose(1, 2).contiguous(), None
+        return answer.transpose(1, 2).contiguous(), None
 
     prefill_with(timed, model, ids)
     return dict(times)
@@ -112,6 +117,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--budget-seconds", type=float, default=0.1)
+    parser.add_argument("--repeat-heads", type=int, default=1, help="take each head N times")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     samples = SampleSet.load(args.samples)
@@ -124,11 +130,14 @@ def main() -> None:
             "seed": samples.seed,
             "samples_sha256": samples.digest(),
             "attention_backend": args.attention_backend,
+            "repeat_heads": args.repeat_heads,
             "configurations": {name: one.to_dict() for name, one in configurations.items()},
         },
         "samples": [],
     }
-    for sample in track(_some(samples, args.per_length), console=Console(stderr=True)):
+    for sample in track(
+        some_of_each_length(samples, args.per_length), console=Console(stderr=True)
+    ):
         ids = generate.encode(model, tokenizer, sample.prompt, sample.max_new_tokens)
         times = layer_times(
             model,
@@ -136,6 +145,7 @@ def main() -> None:
             configurations,
             backend=args.attention_backend,
             budget=args.budget_seconds,
+            repeat_heads=args.repeat_heads,
         )
         facts = {"task": sample.task, "length": sample.length, "index": sample.index}
         speed = {name: speed_up(times, name) for name in configurations}
@@ -144,7 +154,7 @@ def main() -> None:
         print(facts, {name: round(value, 2) for name, value in speed.items()}, flush=True)
 
 
-def _some(samples: SampleSet, per_length: int) -> list[Sample]:
+def some_of_each_length(samples: SampleSet, per_length: int) -> list[Sample]:
     """The first samples of each length, the tasks taking turns."""
     chosen: dict[int, list[Sample]] = defaultdict(list)
     for sample in sorted(samples.samples, key=lambda one: (one.index, one.task)):

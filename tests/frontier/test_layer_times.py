@@ -16,14 +16,16 @@ SPARSE = TokenSparseConfig.published(
 STREAMING = 'streaming:{"sink_size": 0, "local_size": 1}'
 
 
-def test_every_layer_is_timed_under_every_setting(monkeypatch):
+@pytest.mark.parametrize("repeat_heads", [1, 3])
+def test_every_layer_is_timed_under_every_setting(monkeypatch, repeat_heads):
     """What runs is what `tsa eval` would run, and the model reads on densely."""
     from benchmarks.frontier import layer_times as module
 
-    ran = []
+    ran, heads = [], set()
 
-    def sparse(query, *_, **given):
+    def sparse(query, key, *_, **given):
         ran.append(given["attention_backend"])
+        heads.add((query.shape[1], key.shape[1]))
         return torch.zeros_like(query)
 
     monkeypatch.setattr(module, "token_sparse_attention", sparse)
@@ -36,13 +38,16 @@ def test_every_layer_is_timed_under_every_setting(monkeypatch):
         "blocks": Configuration(None, STREAMING),
         "both": Configuration(SPARSE, STREAMING),
     }
-    times = layer_times(model, ids, configurations, budget=0.001)
+    times = layer_times(model, ids, configurations, budget=0.001, repeat_heads=repeat_heads)
     hook.remove()
     torch.testing.assert_close(states[0][:, -1], dense[:, -1], rtol=1e-4, atol=1e-4)
     assert {name: len(layers) for name, layers in times.items()} == dict.fromkeys(
         ("dense", *configurations), 3
     )
     assert set(ran) == {"auto", STREAMING}
+    config = model.config
+    usual = (config.num_attention_heads, config.num_key_value_heads)
+    assert heads == {tuple(repeat_heads * number for number in usual)}
     assert all(entry["low_ms"] <= entry["high_ms"] for entry in times["both"])
     assert model.config._attn_implementation == "sdpa"
 

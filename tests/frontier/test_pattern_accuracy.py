@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from benchmarks.block_sparse.accuracy import table
+import dataclasses
+
+import pytest
+import torch
+from benchmarks.block_sparse import accuracy, density
+from benchmarks.block_sparse.accuracy import combined, name_of, table
 
 from evaluation.results import pair, results
+from integrations.models import make_ids, make_model
+from token_sparse_attention.attention.patterns.streaming import StreamingConfig, streaming_mask
+from token_sparse_attention.benchmark.tables import fill
+from token_sparse_attention.evaluation.record import EvalResults
+
+
+def test_the_page_is_up_to_date():
+    text = accuracy.PAGE.read_text(encoding="utf-8")
+    built = accuracy.tables(*accuracy.load())
+    assert fill(text, built) == text, "run python -m benchmarks.block_sparse.accuracy"
 
 
 def test_accuracy_and_the_median_of_the_speed_ups_stand_side_by_side():
@@ -19,3 +34,48 @@ def test_accuracy_and_the_median_of_the_speed_ups_stand_side_by_side():
     assert cells[5] == "2"
     assert cells[-2:] == ["3.00x", "3"]
     assert "| - | 0 |" in table(of, {"samples": []})
+
+
+def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
+    of = results(*pair(1.0, 1.0), *pair(1.0, 0.5, index=1))
+    alone = [s for s in of.samples if s.configuration == "sparse"]
+    both = [dataclasses.replace(s, configuration="sparse+F", score=0.25) for s in alone]
+    header = dataclasses.replace(
+        of.header, configurations={**of.header.configurations, "sparse+F": {}}
+    )
+    of = EvalResults(header, (*of.samples, *both))
+    length = alone[0].length
+    times = {
+        "samples": [
+            {"length": length, "speed_up": {"sparse": 2.0, "sparse+F": ours}}
+            for ours in (3.0, 4.0, 9.0)
+        ]
+    }
+    (row,) = combined(of, times).splitlines()[2:]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[1:5] == ["sparse", "0.750", "0.250", "-0.500"]
+    assert cells[6:] == ["2", "2.00x"]
+
+
+def test_names_are_words():
+    assert name_of("F") == "token sparsity"
+    assert name_of("xattention+F") == "xattention + token sparsity"
+    assert name_of("flexprefill+published") == "flexprefill + published rule"
+
+
+def test_densities_are_those_of_each_layers_own_mask(monkeypatch):
+    def make(query, key, config, scale, block_size):
+        assert scale == pytest.approx(query.shape[-1] ** -0.5)
+        return streaming_mask(query, key, config, scale, block_size)
+
+    half = StreamingConfig(sink_size=0, local_size=128)
+    whole = StreamingConfig(sink_size=0, local_size=10**6)
+    monkeypatch.setattr(density, "MASKS", {"half": (make, half), "whole": (make, whole)})
+    model, ids = make_model("Llama"), make_ids(500)
+    found = density.densities(model, ids)
+    layers = model.config.num_hidden_layers
+    assert found["whole"] == [1.0] * layers
+    query = torch.zeros(1, 1, 500, 8)
+    kept = streaming_mask(query, query, half, 1.0).density().mean()
+    assert 0 < kept < 1
+    assert found["half"] == pytest.approx([float(kept)] * layers)
