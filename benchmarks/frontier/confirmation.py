@@ -9,12 +9,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from token_sparse_attention.evaluation.frontier import FrontierRow, join
+from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.replay import Replay
 from token_sparse_attention.evaluation.summary import difference_interval, relative_loss_bound
 
-NAMES = {"A2": "three dense layers", "F": "two dense layers"}
+NAMES = {
+    "A2": "three dense layers",
+    "F": "two dense layers",
+    "G": "two dense layers, else the defaults",
+}
 """What the page calls the profiles that were confirmed."""
 Describe = Callable[[Mapping[str, Any]], str]
 
@@ -59,7 +63,7 @@ def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:
             label = describe(results.header.configurations[one.configuration] or {})
             score = f"{one.score:.3f} of {one.dense_score:.3f}"
             lines.append(f"| {label} | {score} | {one.pairs} | {_speed(row)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"Speed-up at {target_of([replay])}."]) + "\n"
 
 
 def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Describe) -> str:

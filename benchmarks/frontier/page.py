@@ -47,8 +47,9 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     heads = json.loads((RESULTS / "heads.json").read_text(encoding="utf-8"))
     built["layers"] = _layers(answers, heads)
     built["calibration"] = confirmation.calibration(CALIBRATED, DRIFT)
-    replay = Replay.load(RESULTS / "replay-profiles.json")
-    built["speeds"] = confirmation.speeds(rounds["answers-profiles"], replay, _label)
+    for name, which in (("speeds", "profiles"), ("speeds-mended", "mended")):
+        replay = Replay.load(RESULTS / f"replay-{which}.json")
+        built[name] = confirmation.speeds(rounds[f"answers-{which}"], replay, _label)
     confirmed = {path.stem: load_results(path) for path in sorted(CONFIRMED.glob("*.jsonl"))}
     replays = [Replay.load(path) for path in sorted(CONFIRMED.glob("replay*.json"))]
     built["confirmed"] = confirmation.confirmed(list(confirmed.values()), replays, _label)

@@ -293,3 +293,18 @@ def test_the_documented_prompts_can_be_read(tmp_path, monkeypatch):
 def test_ranges():
     assert ranges([]) == ""
     assert ranges([0, 1, 3, 5, 6, 7]) == "0-1, 3, 5-7"
+
+
+def test_the_bundled_model_goes_by_its_name_wherever_it_lies(monkeypatch):
+    from token_sparse_attention.calibration import job
+
+    named = []
+
+    def stop(*_, name, **__):
+        named.append(name)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(job, "calibrate", stop)
+    with pytest.raises(UsageError, match="enough"):
+        calibrate("--method", "drift", "--length", "64", "--num-prompts", "1")
+    assert named == ["bundled"]

@@ -196,7 +196,7 @@ def _calibrate(args: argparse.Namespace) -> int:
                     model,
                     prompts,
                     options,
-                    name=name,
+                    name=args.model or arguments.BUNDLED,
                     arguments=_asked(args),
                     on_progress=status.update,
                 )
