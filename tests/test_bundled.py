@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from token_sparse_attention import TokenSelection, TokenSparseConfig, bundled, demo
 from token_sparse_attention.cli import main
+from token_sparse_attention.config import PROFILE_FILE, load_config
 from token_sparse_attention.crossover import NEVER_DENSE
 from token_sparse_attention.integrations.record import (
     LayerRecord,
@@ -73,6 +74,23 @@ def test_the_demo_passes(monkeypatch, capsys):
     for finding in result["findings"]:
         assert finding["dense"]["time_to_first_token_s"] > 0
         assert any("sparse" in layer["paths"] for layer in finding["sparse"]["layers"])
+
+
+def test_the_demos_settings_are_the_profiles_in_proportion():
+    """A document of 8K tokens is to its settings what 128K tokens are to the profile's."""
+    profile = load_config(bundled.MODEL / PROFILE_FILE)
+    shrunk, source = demo.demo_settings(str(bundled.MODEL))
+    whole, small = profile.layer_configs(14), shrunk.layer_configs(14)
+    assert set(whole) == set(small) == set(range(14)) - {0, 6}
+    for layer, config in whole.items():
+        assert config == dataclasses.replace(
+            small[layer],
+            fallback_window=16 * small[layer].fallback_window,
+            fallback_samples=16 * small[layer].fallback_samples,
+            crossover="auto",
+        )
+    assert source.startswith(PROFILE_FILE)
+    assert "a sixteenth" in source
 
 
 def make_result(dense_texts, sparse_texts):
@@ -140,7 +158,7 @@ def test_the_command_fails_when_the_demo_does(monkeypatch, capsys):
     def dense(_name):
         return TokenSparseConfig(drop_mass=0.0), "a test"
 
-    monkeypatch.setattr(demo, "default_config", dense)
+    monkeypatch.setattr(demo, "demo_settings", dense)
     monkeypatch.setattr(bundled, "demo_needles", lambda: BUNDLED_NEEDLES[:1])
     assert main(["demo"]) == 1
     assert "FAILED" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from token_sparse_attention import bundled
+from token_sparse_attention.config import PROFILE_FILE
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,7 +107,7 @@ def test_training_makes_a_model_that_loads(data, tmp_path):
 
 
 def test_the_card_is_what_the_results_say(tmp_path):
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", PROFILE_FILE):
         shutil.copy(bundled.MODEL / name, tmp_path)
     run("training.card", "--model", tmp_path)
     assert (tmp_path / "README.md").read_text() == (bundled.MODEL / "README.md").read_text()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from token_sparse_attention import bundled
 from token_sparse_attention.arguments import loading, within_memory
+from token_sparse_attention.config import LayerProfile
 from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.record import LayerRecord
 from token_sparse_attention.run import (
@@ -19,6 +20,7 @@ from token_sparse_attention.run import (
     warm_up,
 )
 
+SHRINK = 16  # 128K tokens, which the model's profile was confirmed at, over the document's
 MIN_CORRECT = 4
 MAX_SEEN = 0.9  # share of a prompt's tokens that at least one layer must not exceed
 _MAX_NEW_TOKENS = 40
@@ -126,6 +128,27 @@ def _summary(record: LayerRecord) -> str:
     return f"the queries of layer {record.layer} saw at most {share}, windows included{others}"
 
 
+def demo_settings(name: str) -> tuple[LayerProfile, str]:
+    """Return the bundled model's profile in proportion to the document, and what that is.
+
+    Windows and samples are `SHRINK` times fewer, the layers are the profile's. The crossover is
+    off: at the profile's own sizes a document this short is attended to densely.
+
+    Args:
+        name: the bundled model's folder.
+    """
+    profile, source = default_config(name)
+    assert isinstance(profile, LayerProfile)
+    samples = "fallback_samples"
+    layers = {
+        layer: {**changes, samples: changes.get(samples, profile.base.fallback_samples) // SHRINK}
+        for layer, changes in profile.layers.items()
+    }
+    window = profile.base.fallback_window // SHRINK
+    base = replace(profile.base, fallback_window=window, crossover="off")
+    return LayerProfile(base, layers), f"{source}, windows and samples a sixteenth of its own"
+
+
 def run_demo(
     *, device: str = "auto", on_progress: Callable[[str], None] = lambda _: None
 ) -> DemoResult:
@@ -143,7 +166,7 @@ def run_demo(
     name = str(bundled.MODEL)
     with loading("the bundled model"):
         model, tokenizer = load_model(name, device=device)
-    config, source = default_config(name)
+    config, source = demo_settings(name)
     document = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
     needles = bundled.demo_needles()
     findings: list[Finding] = []

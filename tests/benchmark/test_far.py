@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -73,7 +74,7 @@ def test_every_setting_and_stage_is_measured(tmp_path, capsys):
     checked = [entry.name for entry in printed.records if entry.passed]
     assert checked == ["far/dense/flash", *(f"far/whole/{name}" for name in whole)]
     run = Run("run", printed)
-    assert all(far_keys(run, 640, name) > 0 for name in SETTINGS)
+    assert all(math.isfinite(far_keys(run, 640, name)) for name in SETTINGS)
 
 
 def test_settings_are_what_their_names_say():
