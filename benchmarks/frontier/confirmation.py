@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from token_sparse_attention.calibration.record import CalibrationResult
+from token_sparse_attention.calibration.sensitivity import choose_from
 from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.replay import Replay
@@ -51,6 +53,35 @@ def calibration(path: Path, drift: Path) -> str:
         cells += [f"{drifting[layer]:.1e}", "sparse" if layer in by_drift else "dense"]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def goals(path: Path, targets: Iterable[float]) -> str:
+    """Return what the same measurements choose for other target speed-ups.
+
+    Args:
+        path: as for `calibration`.
+        targets: how many times less attention work to aim at.
+    """
+    result = CalibrationResult.load(path)
+    counts = sorted({int(row.setting.value) for row in result.sensitivity}, reverse=True)
+    layers = sorted({row.layer for row in result.sensitivity})
+    head = ["attention work", "dense", *(f"{count:,} samples" for count in counts)]
+    head.append("sum of divergences")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for target in targets:
+        choice = choose_from(result.sensitivity, result.base, "target_speedup", target)
+        chosen = choice.profile.layers
+        cells = [f"1/{target:g}", _listed(layer for layer in layers if layer not in chosen)]
+        cells += [
+            _listed(n for n, one in chosen.items() if one["fallback_samples"] == count)
+            for count in counts
+        ]
+        lines.append(f"| {' | '.join(cells)} | {choice.summed_divergence:.1e} |")
+    return "\n".join(lines) + "\n"
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers)) or "-"
 
 
 def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:

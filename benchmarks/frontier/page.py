@@ -47,6 +47,7 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     heads = json.loads((RESULTS / "heads.json").read_text(encoding="utf-8"))
     built["layers"] = _layers(answers, heads)
     built["calibration"] = confirmation.calibration(CALIBRATED, DRIFT)
+    built["goals"] = confirmation.goals(CALIBRATED, (3.5, 4, 4.5, 5, 6))
     for name, which in (("speeds", "profiles"), ("speeds-mended", "mended")):
         replay = Replay.load(RESULTS / f"replay-{which}.json")
         built[name] = confirmation.speeds(rounds[f"answers-{which}"], replay, _label)

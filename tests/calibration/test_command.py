@@ -295,6 +295,63 @@ def test_ranges():
     assert ranges([0, 1, 3, 5, 6, 7]) == "0-1, 3, 5-7"
 
 
+def test_another_goal_is_chosen_from_what_was_measured(folder, tmp_path, capsys):
+    cut = ("--text", folder / "a.txt", "--length", 150, "--num-prompts", 2)
+    first, again = tmp_path / "first.json", tmp_path / "again.json"
+    asked = ("--method", "sensitivity", "--config", folder / "keys.json", "--samples", "8,48")
+    calibrate(folder / "model", *asked, "--divergence-budget", 1e9, *cut, "--out", first)
+    measured = tmp_path / "first.measured.json"
+    before = CalibrationResult.load(measured)
+    capsys.readouterr()
+
+    def choose(*goal):
+        return calibrate("--method", "sensitivity", "--measured", measured, *goal, "--out", again)
+
+    # All that was measured: the same as was chosen by measuring it together.
+    assert choose("--divergence-budget", 1e9) == 0
+    assert LayerProfile.from_json(again.read_text()) == before.profile
+    result = CalibrationResult.load(tmp_path / "again.measured.json")
+    assert result.sensitivity == before.sensitivity
+    assert (result.choices[-1].divergence, result.choices[-1].work) == (None, None)
+    work = sum(
+        min(row.work for row in before.sensitivity if row.layer == layer)
+        for layer in range(LAYERS)
+    )
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"their own work is {work / LAYERS:.3f} of dense; not measured together" in text
+    # For nothing only what costs nothing, a little for a little.
+    assert choose("--divergence-budget", 0) == 0
+    harmless = {row.layer for row in before.sensitivity if row.divergence == 0}
+    assert harmless != set(range(LAYERS))
+    assert set(LayerProfile.from_json(again.read_text()).layers) == harmless
+    assert choose("--target-speedup", 1.1) == 0
+    assert 0 < len(LayerProfile.from_json(again.read_text()).layers) < LAYERS
+    result = CalibrationResult.load(tmp_path / "again.measured.json")
+    assert (result.arguments["target_speedup"], result.arguments["divergence_budget"]) == (
+        1.1,
+        None,
+    )
+    assert choose("--target-speedup", 99) == 1
+    assert "No profile: target speed-up 99 is out of reach" in capsys.readouterr().out
+
+
+def test_bad_uses_of_earlier_measurements(folder, tmp_path):
+    cut = ("--text", folder / "a.txt", "--length", 150, "--num-prompts", 1)
+    out = tmp_path / "drift.json"
+    calibrate(folder / "model", "--method", "drift", *cut, "--out", out)
+    measured = ("--measured", tmp_path / "drift.measured.json", "--target-speedup", 2)
+    for arguments, message in (
+        (("--method", "sensitivity", *measured), "must have been measured, got method 'drift'"),
+        (("--method", "drift", *measured), "need method sensitivity"),
+        (("--method", "sensitivity", *measured, *cut), "text does not go with it"),
+        ((folder / "model", "--method", "sensitivity", *measured), "model does not go with it"),
+        (("--method", "sensitivity", *measured, "--out", out), "--out would replace"),
+        (("--method", "sensitivity", *measured[:2]), "needs one goal"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            calibrate(*arguments)
+
+
 def test_the_bundled_model_goes_by_its_name_wherever_it_lies(monkeypatch):
     from token_sparse_attention.calibration import job
 

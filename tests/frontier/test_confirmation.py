@@ -9,6 +9,11 @@ from benchmarks.frontier import confirmation
 
 from evaluation.results import DENSE, HEADER
 from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention.calibration.record import (
+    CalibrationResult,
+    LayerSetting,
+    Sensitivity,
+)
 from token_sparse_attention.evaluation.record import EvalResults
 
 
@@ -41,6 +46,30 @@ def test_calibration_shows_each_number_and_the_choice(tmp_path):
     first = ["0", "1.0e-01 ± 2e-05", "1.0e-02 ± 2e-05", "dense", "2.5e-01", "sparse"]
     assert cells(table, "0") == first
     assert cells(table, "1")[-3:] == ["9", "7.5e-01", "dense"]
+
+
+def test_goals_list_layers_by_their_samples(tmp_path):
+    rows = [
+        Sensitivity(layer, LayerSetting("fallback_samples", value), cost, None, 0.1, work, 1)
+        for layer, value, cost, work in (
+            (0, 9, 1.0, 0.5),
+            (0, 4, 2.0, 0.25),
+            (1, 9, 0.0, 0.5),
+            (1, 4, 0.5, 0.25),
+        )
+    ]
+    result = CalibrationResult(
+        "sensitivity", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), sensitivity=tuple(rows)
+    )
+    path = tmp_path / "measured.json"
+    path.write_text(result.to_json())
+    table = confirmation.goals(path, (1, 1.3, 2, 2.5, 4))
+    assert cells(table, "attention work")[1:4] == ["dense", "9 samples", "4 samples"]
+    assert cells(table, "1/1")[1:] == ["0, 1", "-", "-", "0.0e+00"]
+    assert cells(table, "1/1.3")[1:] == ["0", "1", "-", "0.0e+00"]
+    assert cells(table, "1/2")[1:] == ["-", "0, 1", "-", "1.0e+00"]
+    assert cells(table, "1/2.5")[1:] == ["-", "0", "1", "1.5e+00"]
+    assert cells(table, "1/4")[1:] == ["-", "-", "0, 1", "2.5e+00"]
 
 
 def results(length: int, scores: list[tuple[float, float]], *, sparse: bool) -> EvalResults:

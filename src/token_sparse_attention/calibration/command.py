@@ -46,7 +46,9 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "  tsa calibrate meta-llama/Llama-3.1-8B-Instruct --method sensitivity \\\n"
         "    --prompts prompts.jsonl --target-speedup 4 --out profile.json --plot plot.svg\n"
         "  tsa calibrate --method sensitivity --samples 256,1024 \\\n"
-        "    --text book.txt --length 32768 --target-speedup 2 --out profile.json",
+        "    --text book.txt --length 32768 --target-speedup 2 --out profile.json\n"
+        "  tsa calibrate --method sensitivity --measured profile.measured.json \\\n"
+        "    --target-speedup 3 --out faster.json    (measures nothing)",
     )
     arguments.add_model_argument(command)
     command.add_argument(
@@ -58,6 +60,12 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
     )
     _add_prompt_arguments(command)
     _add_choice_arguments(command)
+    command.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="choose again, for another goal, from an earlier FILE.measured.json; runs no model",
+    )
     command.add_argument(
         "--out",
         type=Path,
@@ -164,6 +172,8 @@ def _calibrate(args: argparse.Namespace) -> int:
             _check_writable(name, path)
     if args.plot:
         check_plot(args.plot)
+    if args.measured:
+        return _choose_again(args)
     arguments.require_transformers()
     from token_sparse_attention import run
     from token_sparse_attention.calibration import job
@@ -204,6 +214,31 @@ def _calibrate(args: argparse.Namespace) -> int:
             raise UsageError(f"{name} cannot be calibrated: {error}") from error
     written = _write(result, args.out, args.plot)
     _print(result, written, as_json=args.json)
+    return arguments.FAILED if result.failure else 0
+
+
+def _choose_again(args: argparse.Namespace) -> int:
+    """Choose from what was measured before; return the exit code."""
+    fixed = ("model", "text", "prompts", "length", "num_prompts", "config", "drop_mass", "samples")
+    given = [name for name in fixed if getattr(args, name) is not None]
+    if given:
+        raise UsageError(
+            f"--measured says what was measured; {given[0].replace('_', '-')} does not go with it"
+        )
+    if args.out and measured_path(args.out).resolve() == args.measured.resolve():
+        raise UsageError("--out would replace what --measured reads; give another name")
+    arguments.require_transformers()
+    from token_sparse_attention.calibration import job
+
+    before = CalibrationResult.load(args.measured)
+    goal = {name: getattr(args, name) for name in ("divergence_budget", "target_speedup")}
+    try:
+        options = job.CalibrationOptions(args.method, before.base, **goal)
+        result = job.choose_again(before, options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--measured {args.measured}: {error}") from error
+    result = dataclasses.replace(result, arguments={**before.arguments, **goal})
+    _print(result, _write(result, args.out, args.plot), as_json=args.json)
     return arguments.FAILED if result.failure else 0
 
 

@@ -266,3 +266,25 @@ def _by_sensitivity(
     except UnreachableError as error:
         return rows, measured, str(error)
     return rows, [*measured, chosen], ""
+
+
+def choose_again(result: CalibrationResult, options: CalibrationOptions) -> CalibrationResult:
+    """Return earlier measurements with another choice, for another goal.
+
+    Nothing is measured, so what the chosen layers do together is not known.
+
+    Args:
+        result: of method ``"sensitivity"`` or ``"both"``.
+        options: the goal; `base` must be the result's.
+
+    Raises:
+        ValueError: if no sensitivity was measured.
+    """
+    if not result.sensitivity:
+        raise ValueError(f"sensitivity must have been measured, got method {result.method!r}")
+    drift = tuple(choice for choice in result.choices if choice.goal == "drift_quantile")
+    try:
+        chosen = sensitivities.choose_from(result.sensitivity, options.base, *options.goal)
+    except UnreachableError as error:
+        return dataclasses.replace(result, choices=drift, failure=str(error))
+    return dataclasses.replace(result, choices=(*drift, chosen), failure="")

@@ -331,11 +331,7 @@ def choose_profile(
     Raises:
         UnreachableError: if no combination reaches the target speed-up.
     """
-    by_layer: dict[int, list[Option]] = {}
-    for row in rows:
-        option = Option(row.setting, row.divergence, row.work)
-        by_layer.setdefault(row.layer, []).append(option)
-    path = combinations([by_layer[layer] for layer in sorted(by_layer)])
+    path, num_layers = _path(rows), len({row.layer for row in rows})
     readings: dict[int, Reading] = {}
 
     def read(index: int) -> Reading:
@@ -348,7 +344,7 @@ def choose_profile(
         index = back_off(start, lambda i: read(i).divergence <= value)
     elif goal == "target_speedup":
         start = index = reaching_speedup(path, value)
-        while (work := read(index).work(len(by_layer))) * value > 1:
+        while (work := read(index).work(num_layers)) * value > 1:
             if index == len(path) - 1:
                 raise UnreachableError(
                     f"target speed-up {value:g} is out of reach: with every layer at its "
@@ -366,9 +362,47 @@ def choose_profile(
         summed_divergence=summed_divergence(path[index]),
         divergence=reading.divergence,
         standard_error=reading.standard_error,
-        work=reading.work(len(by_layer)),
+        work=reading.work(num_layers),
         steps_moved=abs(index - start),
     )
+
+
+def choose_from(
+    rows: Sequence[Sensitivity], base: TokenSparseConfig, goal: str, value: float
+) -> Choice:
+    """Choose each layer's setting by the layers' own measurements alone.
+
+    Args:
+        rows: from `measure_sensitivity`.
+        base: the settings that they were measured with.
+        goal: see `choose_profile`; here by the sum of the layers' divergences, or the mean of
+            their work.
+        value: see `goal`.
+
+    Returns:
+        The choice, of which nothing is measured together.
+
+    Raises:
+        UnreachableError: if no combination reaches the target speed-up.
+    """
+    path = _path(rows)
+    reach = within_budget if goal == "divergence_budget" else reaching_speedup
+    combination = path[reach(path, value)]
+    return Choice(
+        goal=goal,
+        value=value,
+        profile=_profile(combination, base),
+        summed_divergence=summed_divergence(combination),
+    )
+
+
+def _path(rows: Sequence[Sensitivity]) -> list[Combination]:
+    """The combinations of the measured settings that are worth choosing from."""
+    by_layer: dict[int, list[Option]] = {}
+    for row in rows:
+        option = Option(row.setting, row.divergence, row.work)
+        by_layer.setdefault(row.layer, []).append(option)
+    return combinations([by_layer[layer] for layer in sorted(by_layer)])
 
 
 def _profile(combination: Combination, base: TokenSparseConfig) -> LayerProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from token_sparse_attention.calibration.drift import drift_threshold
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
-    LayerDrift,
     LayerSetting,
     Sensitivity,
 )
@@ -88,7 +88,7 @@ def sentences(result: CalibrationResult) -> list[str]:
             )
     told += _notes(result.sensitivity)
     num_layers = len(result.drift) or len({row.layer for row in result.sensitivity})
-    told += [_sentence(choice, result.drift, num_layers) for choice in result.choices]
+    told += [_sentence(choice, result, num_layers) for choice in result.choices]
     if result.failure:
         told.append(f"No profile: {result.failure}.")
     return told
@@ -118,11 +118,11 @@ def _notes(rows: Sequence[Sensitivity]) -> list[str]:
     return told
 
 
-def _sentence(choice: Choice, drift: Sequence[LayerDrift], num_layers: int) -> str:
+def _sentence(choice: Choice, result: CalibrationResult, num_layers: int) -> str:
     layers = sorted(choice.profile.layers)
     which = f"{len(layers)} of {num_layers} layers sparse ({ranges(layers) or 'none'})"
     if choice.goal == "drift_quantile":
-        threshold, _ = drift_threshold([row.drift for row in drift], choice.value)
+        threshold, _ = drift_threshold([row.drift for row in result.drift], choice.value)
         text = (
             f"By drift: {which}, those at or below the {choice.value:g} quantile, {threshold:.3g}"
         )
@@ -133,10 +133,23 @@ def _sentence(choice: Choice, drift: Sequence[LayerDrift], num_layers: int) -> s
         text += f"; together {together} nats, attention work {choice.work:.3f} of dense"
     if choice.summed_divergence is not None:
         text += f"; the layers' own divergences add up to {choice.summed_divergence:.3g}"
+        if choice.divergence is None:
+            work = _mean_work(choice, result.sensitivity, num_layers)
+            text += f", their own work is {work:.3f} of dense; not measured together"
     if choice.steps_moved:
         way = "back" if choice.goal == "divergence_budget" else "on"
         text += f"; moved {way} by {choice.steps_moved} steps to meet it together"
     return text + "."
+
+
+def _mean_work(choice: Choice, rows: Sequence[Sensitivity], num_layers: int) -> float:
+    """Mean over the layers of the work that each alone was measured to leave."""
+    own = {
+        row.layer: row.work
+        for row in rows
+        if choice.profile.layers.get(row.layer, {}).get(row.setting.name) == row.setting.value
+    }
+    return (math.fsum(own.values()) + num_layers - len(own)) / num_layers
 
 
 def ranges(layers: Sequence[int]) -> str:
