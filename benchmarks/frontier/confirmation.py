@@ -86,14 +86,15 @@ def _listed(layers: Iterable[int]) -> str:
 
 def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:
     """Return profiles' probability of the right answer beside their replayed speed."""
-    head = ["what differs", "probability", "n", "speed-up", "at the model's own shape"]
+    head = ["point", "what differs", "probability", "n", "speed-up", "at the model's own shape"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in join([("", results)], [replay]):
         one = row.accuracy
         if one.configuration != DENSE:
             label = describe(results.header.configurations[one.configuration] or {})
             score = f"{one.score:.3f} of {one.dense_score:.3f}"
-            lines.append(f"| {label} | {score} | {one.pairs} | {_speed(row)} |")
+            cells = [one.configuration, label, score, str(one.pairs), _speed(row)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Speed-up at {target_of([replay])}."]) + "\n"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.frontier import confirmation
 
 from token_sparse_attention.benchmark.tables import fill
+from token_sparse_attention.evaluation.frontier import join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
 from token_sparse_attention.evaluation.replay import Replay
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
@@ -25,6 +26,8 @@ CONFIRMED = RESULTS.parent / "confirm"
 CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
 DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
 FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
+SPEED_FIGURE = FIGURE.with_name("frontier-speed.svg")
+SPEED_ROUNDS = ("profiles", "mended")
 TASKS = {
     "niah_multikey_2": "multikey 2",
     "niah_multikey_3": "multikey 3",
@@ -48,7 +51,7 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     built["layers"] = _layers(answers, heads)
     built["calibration"] = confirmation.calibration(CALIBRATED, DRIFT)
     built["goals"] = confirmation.goals(CALIBRATED, (3.5, 4, 4.5, 5, 6))
-    for name, which in (("speeds", "profiles"), ("speeds-mended", "mended")):
+    for name, which in zip(("speeds", "speeds-mended"), SPEED_ROUNDS):
         replay = Replay.load(RESULTS / f"replay-{which}.json")
         built[name] = confirmation.speeds(rounds[f"answers-{which}"], replay, _label)
     confirmed = {path.stem: load_results(path) for path in sorted(CONFIRMED.glob("*.jsonl"))}
@@ -276,11 +279,43 @@ def draw(rounds: Mapping[str, EvalResults]) -> None:
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
+def draw_speeds(rounds: Mapping[str, EvalResults]) -> None:
+    """Draw profiles' probability of the right answer over their speed, one panel per round."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "frontier-speed"
+    figure, panels = plt.subplots(1, len(SPEED_ROUNDS), figsize=(11, 4.5), sharey=True)
+    for axes, which in zip(panels, SPEED_ROUNDS):
+        replay = Replay.load(RESULTS / f"replay-{which}.json")
+        for row in join([("", rounds[f"answers-{which}"])], [replay]):
+            one = row.accuracy
+            if one.configuration == DENSE or row.times is None or one.difference is None:
+                continue
+            speed = row.times.speed_up
+            axes.plot([speed] * 2, [one.difference_low, one.difference_high], color="tab:gray")
+            axes.plot(speed, one.difference, "o", color="tab:blue")
+            axes.annotate(
+                one.configuration, (speed, one.difference), (4, 4), textcoords="offset points",
+                fontsize=7,
+            )  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axvline(4, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(target_of([replay]), fontsize=8)
+        axes.set_xlabel("speed-up of all layers' attention at 128K tokens")
+    panels[0].set_ylabel("probability of the right answer,\nminus dense, 95% interval")
+    figure.tight_layout()
+    figure.savefig(SPEED_FIGURE, metadata={"Date": None})
+
+
 def main() -> None:
-    """Write the page and the figure."""
+    """Write the page and the figures."""
     rounds = load_all()
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), tables(rounds)), encoding="utf-8")
     draw(rounds)
+    draw_speeds(rounds)
 
 
 if __name__ == "__main__":
