@@ -38,13 +38,15 @@ test: lint
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-compat:
+# The newest transformers and what it needs lie before those of the usual environment.
+compat: $(VENV)/installed
 	grep -v '^transformers==' constraints.txt > .newest-constraints.txt
-	echo 'transformers==$(NEWEST_TRANSFORMERS)' >> .newest-constraints.txt
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt torch
-	.venv-newest/bin/python -m pip install -q -c .newest-constraints.txt -e '.[dev]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
+	rm -rf .venv-newest
+	$(BIN)/python -m pip install -q -c .newest-constraints.txt --target .venv-newest \
+		'transformers==$(NEWEST_TRANSFORMERS)'
+	export PYTHONPATH=$(CURDIR)/.venv-newest OMP_NUM_THREADS=1; \
+	$(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(NEWEST_TRANSFORMERS)", t' && \
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
 		tests/integrations tests/calibration tests/evaluation tests/report/test_capture.py tests/test_bundled.py tests/test_cli.py
 
 wheel-check:

@@ -59,8 +59,8 @@ def test_the_needles_stand_in_the_document(document):
 
 
 def test_the_demo_passes(monkeypatch, capsys):
-    """With the first and the last needle; ``make demo`` asks for all."""
-    needles = [BUNDLED_NEEDLES[0], BUNDLED_NEEDLES[-1]]
+    """With the first needle; ``make demo`` asks for all."""
+    needles = BUNDLED_NEEDLES[:1]
     monkeypatch.setattr(bundled, "demo_needles", lambda: needles)
     monkeypatch.setattr(demo, "MIN_CORRECT", len(needles))
     assert main(["demo", "--json"]) == 0
@@ -155,13 +155,15 @@ def test_the_demo_says_what_was_seen(changes, share, summary):
 
 
 def test_the_command_fails_when_the_demo_does(monkeypatch, capsys):
-    def dense(_name):
-        return TokenSparseConfig(drop_mass=0.0), "a test"
-
-    monkeypatch.setattr(demo, "demo_settings", dense)
-    monkeypatch.setattr(bundled, "demo_needles", lambda: BUNDLED_NEEDLES[:1])
+    """Nothing sparse, and wrong answers."""
+    report = PrefillReport()
+    report.add(LayerRecord(0, 10, 10))
+    monkeypatch.setattr(demo, "answer", lambda *_, **__: Answer("?", 10, 1, 0.1, 0.2, report))
+    monkeypatch.setattr(demo, "warm_up", lambda *_: None)
     assert main(["demo"]) == 1
-    assert "FAILED" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "the sparse run answered 0 questions" in " ".join(out.split())
 
 
 BUNDLED_NEEDLES = bundled.demo_needles()
