@@ -45,11 +45,20 @@ def table(results: EvalResults, times: Mapping[str, Any]) -> str:
     head = ["tokens", "configuration", "score", "difference", "95% interval", "n", "kept"]
     head += ["speed-up of attention", "prompts timed"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in summarise(results):
-        if row.task is None and row.length and row.configuration != DENSE and row.pairs:
-            speeds = speeds_of(times, row.length, row.configuration)
-            lines.append(f"| {' | '.join(_cells(row, speeds))} |")
+    for row in _rows(results):
+        lines.append(
+            f"| {' | '.join(_cells(row, speeds_of(times, row.length or 0, row.configuration)))} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _rows(results: EvalResults) -> list[Row]:
+    """Each length and sparse configuration, all tasks together."""
+    return [
+        row
+        for row in summarise(results)
+        if row.task is None and row.length and row.configuration != DENSE and row.pairs
+    ]
 
 
 def combined(results: EvalResults, times: Mapping[str, Any]) -> str:
@@ -170,24 +179,19 @@ def draw(results: EvalResults, times: Mapping[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "pattern-accuracy"
-    rows = [
-        row
-        for row in summarise(results)
-        if row.task is None and row.length and row.configuration != DENSE and row.pairs
-    ]
+    rows = _rows(results)
     lengths = sorted({row.length for row in rows if row.length})
-    names = [name for name in results.header.configurations if name != DENSE]
     figure, panels = plt.subplots(1, len(lengths), figsize=(13, 4.5), sharey=True, squeeze=False)
     for axes, length in zip(panels[0], lengths):
-        for number, name in enumerate(names):
-            for row in rows:
-                speeds = speeds_of(times, length, name)
-                if row.configuration != name or row.length != length or not speeds:
-                    continue
-                color, speed = f"C{number}", median(speeds)
-                axes.plot([speed] * 2, [row.difference_low, row.difference_high], color=color)
-                marker = "s" if SPARSE in name else "o"
-                axes.plot(speed, row.difference, marker, color=color, label=name_of(name))
+        for number, row in enumerate(one for one in rows if one.length == length):
+            speeds = speeds_of(times, length, row.configuration)
+            if not speeds:
+                continue
+            color, speed = f"C{number}", median(speeds)
+            axes.plot([speed] * 2, [row.difference_low, row.difference_high], color=color)
+            marker = "s" if SPARSE in row.configuration else "o"
+            label = name_of(row.configuration)
+            axes.plot(speed, row.difference, marker, color=color, label=label)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier.layer_times import some_of_each_length
+from benchmarks.frontier.layer_times import new_content, some_of_each_length
 from benchmarks.frontier.observed import prefill_with
 from rich.console import Console
 from rich.progress import track
@@ -31,7 +31,6 @@ from token_sparse_attention.attention.patterns.flexprefill import (
 from token_sparse_attention.attention.patterns.xattention import XAttentionConfig, xattention_mask
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import SampleSet
-from token_sparse_attention.info import provenance
 
 MASKS = {
     "flexprefill": (flexprefill_mask, FlexPrefillConfig()),
@@ -80,16 +79,8 @@ def main() -> None:
     args = parser.parse_args()
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
-    content: dict[str, Any] = {
-        "provenance": provenance(str(model.device)),
-        "arguments": {
-            "model": "bundled" if args.model == str(bundled.MODEL) else args.model,
-            "seed": samples.seed,
-            "samples_sha256": samples.digest(),
-            "settings": {name: vars(config) for name, (_, config) in MASKS.items()},
-        },
-        "samples": [],
-    }
+    settings = {name: vars(config) for name, (_, config) in MASKS.items()}
+    content = new_content(args.model, model, samples, settings=settings)
     lengths = [int(length) for length in args.lengths.split(",")]
     chosen = [s for s in some_of_each_length(samples, args.per_length) if s.length in lengths]
     for sample in track(chosen, console=Console(stderr=True)):

@@ -123,18 +123,14 @@ def main() -> None:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
     configurations = read_runs(args.config, args.model)
-    content: dict[str, Any] = {
-        "provenance": provenance(str(model.device)),
-        "arguments": {
-            "model": "bundled" if args.model == str(bundled.MODEL) else args.model,
-            "seed": samples.seed,
-            "samples_sha256": samples.digest(),
-            "attention_backend": args.attention_backend,
-            "repeat_heads": args.repeat_heads,
-            "configurations": {name: one.to_dict() for name, one in configurations.items()},
-        },
-        "samples": [],
-    }
+    content = new_content(
+        args.model,
+        model,
+        samples,
+        attention_backend=args.attention_backend,
+        repeat_heads=args.repeat_heads,
+        configurations={name: one.to_dict() for name, one in configurations.items()},
+    )
     for sample in track(
         some_of_each_length(samples, args.per_length), console=Console(stderr=True)
     ):
@@ -152,6 +148,27 @@ def main() -> None:
         content["samples"].append({**facts, "speed_up": speed, "layers": times})
         args.out.write_text(json.dumps(content), encoding="utf-8")
         print(facts, {name: round(value, 2) for name, value in speed.items()}, flush=True)
+
+
+def new_content(name: str, model: Any, samples: SampleSet, **asked: Any) -> dict[str, Any]:
+    """Return a result file's content before anything is measured.
+
+    Args:
+        name: what the model was asked for by.
+        model: the model, on its device.
+        samples: where the prompts are from.
+        asked: further arguments to record.
+    """
+    return {
+        "provenance": provenance(str(model.device)),
+        "arguments": {
+            "model": "bundled" if name == str(bundled.MODEL) else name,
+            "seed": samples.seed,
+            "samples_sha256": samples.digest(),
+            **asked,
+        },
+        "samples": [],
+    }
 
 
 def some_of_each_length(samples: SampleSet, per_length: int) -> list[Sample]:

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from token_sparse_attention.device import on_its_device
 from token_sparse_attention.head_group import counts_of_ranks, mean_of_ranks, own_heads
 
 if TYPE_CHECKING:
@@ -73,7 +72,6 @@ class Budget(NamedTuple):
     spare: Tensor
 
 
-@on_its_device
 def count_tokens(
     scores: Tensor,
     bounds: Tensor,
