@@ -106,6 +106,55 @@ def test_training_makes_a_model_that_loads(data, tmp_path):
     assert "512" in scores["right"]["single_1"]
 
 
+def test_two_processes_train_one_model(data, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, {str(ROOT)!r})
+from training import ranks
+from training.train import Options, Trainer
+
+rank, world = ranks.join()
+parameter = torch.nn.Parameter(torch.zeros(2, 3))
+parameter.grad = torch.full((2, 3), 1.0 + rank)
+assert ranks.average([parameter], 10.0 + rank) == 10.5
+assert (parameter.grad == 1.5).all()
+
+options = Options(
+    Path({str(data)!r}), minutes=0.05, stages=((256, 1.0),), micro_batch=1024, accumulate=2,
+    workers=1, layers=1, rank=rank, world=world,
+)
+trainer = Trainer(options, "cpu")
+trainer.run()
+own = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+both = [torch.empty_like(own) for _ in range(world)]
+torch.distributed.all_gather(both, own)
+assert trainer.step >= 1 and trainer.tokens == 2048 * trainer.step
+assert torch.equal(both[0], both[1])
+print(f"rank {{rank}} took {{trainer.step}} steps")
+ranks.leave()
+"""
+    )
+    said = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+    steps = {line.split()[3] for line in said.splitlines() if line.startswith("rank")}
+    assert len(steps) == 1
+
+
+def test_processes_must_share_a_step_evenly(data):
+    sys.path.insert(0, str(ROOT))
+    try:
+        from training.train import Options
+    finally:
+        sys.path.remove(str(ROOT))
+    with pytest.raises(ValueError, match="divisible by the 2 processes.*got 3"):
+        Options(data, accumulate=3, world=2)
+
+
 def test_the_card_is_what_the_results_say(tmp_path):
     for name in ("config.json", "model.safetensors", PROFILE_FILE):
         shutil.copy(bundled.MODEL / name, tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import evaluate
+from . import evaluate, ranks
 from .export import export
 from .network import ARCHITECTURES
 from .train import Options, Trainer
@@ -28,7 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training",
         description="Train the bundled retrieval model from Debian documentation packages.",
-        epilog="example: python -m training --out runs/first",
+        epilog="example: python -m training --out runs/first; on two GPUs:"
+        " torchrun --standalone --nproc-per-node 2 -m training --out runs/first",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the model, its state and its scores")
@@ -52,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(name: str, data: Path, args: argparse.Namespace) -> Options:
+def _options(
+    name: str, data: Path, args: argparse.Namespace, rank: int, world: int
+) -> Options:
     given = {
         field: getattr(args, field)
         for field in ("minutes", "stages", "peak")
@@ -66,20 +69,24 @@ def _options(name: str, data: Path, args: argparse.Namespace) -> Options:
         workers=args.workers,
         architecture=args.architecture,
         layers=args.layers,
+        rank=rank,
+        world=world,
         **given,
     )
 
 
-def _train(name: str, data: Path, device: str, args: argparse.Namespace) -> dict[str, Any]:
+def _train(options: Options, name: str, device: str, args: argparse.Namespace) -> dict[str, Any]:
     """One run: leaves a model folder and a state, returns what to say about it."""
-    trainer = Trainer(_options(name, data, args), device)
+    trainer = Trainer(options, device)
     if args.resume:
         trainer.load(args.resume / "state.pt")
     elif args.start_from:
         trainer.start_from(args.start_from)
     trainer.run()
-    trainer.save(args.out / "state.pt")
-    export(trainer.model, data, args.out / "model")
+    if options.rank == 0:
+        trainer.save(args.out / "state.pt")
+        export(trainer.model, options.data, args.out / "model")
+    ranks.wait()
     return {
         "run": name,
         "steps": trainer.step,
@@ -87,7 +94,8 @@ def _train(name: str, data: Path, device: str, args: argparse.Namespace) -> dict
         "seconds": round(trainer.elapsed),
         "longest_row": trainer.options.stages[-1][0],
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "sources": json.loads((data / "sources.json").read_text("utf-8")),
+        "processes": options.world,
+        "sources": json.loads((options.data / "sources.json").read_text("utf-8")),
     }
 
 
@@ -95,15 +103,20 @@ def main() -> None:
     """Prepare the data if needed, train, export and evaluate."""
     args = _parser().parse_args()
     data = args.data or args.out / "data"
-    if not (data / "prose.npy").exists():
+    rank, world = ranks.join()
+    if rank == 0 and not (data / "prose.npy").exists():
         from .prepare import prepare
 
         prepare(args.packages or args.out / "packages", data, args.start_from)
+    ranks.wait()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = json.loads(args.history.read_text("utf-8"))["runs"] if args.history else []
     for name in RUNS if args.run == "all" else [args.run]:
-        runs.append(_train(name, data, device, args))
+        runs.append(_train(_options(name, data, args, rank, world), name, device, args))
         args.start_from, args.resume = args.out / "model", None
+    ranks.leave()
+    if rank > 0:
+        return
     training = json.dumps({"runs": runs}, indent=2)
     (args.out / "training.json").write_text(training + "\n", "utf-8")
     if args.samples:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from . import ranks
 from .batches import TASKS, Batch, Feed
 from .network import Forward, make_config, make_model
 from .samples import ANSWER, REPEAT, SENTENCE, TEXT
@@ -57,6 +58,15 @@ class Options:
     log_every: int = 50
     architecture: str = "llama"
     layers: int | None = None
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.accumulate % self.world:
+            raise ValueError(
+                f"accumulate must be divisible by the {self.world} processes, so that each does"
+                f" its share of a step; got {self.accumulate}"
+            )
 
     @classmethod
     def base(cls, data: Path) -> Options:
@@ -186,7 +196,7 @@ class Trainer:
         losses, right = self.forward(tokens, move(batch.positions), tokens.roll(-1, 1))
         weights = weights.reshape(-1)
         loss = (losses * weights).sum() / weights.sum()
-        (loss / self.options.accumulate).backward()
+        (loss * self.options.world / self.options.accumulate).backward()
         return losses.detach(), right, classes.reshape(-1)
 
     def run(self) -> None:
@@ -200,7 +210,7 @@ class Trainer:
             options.data,
             options.micro_batch,
             options.workers,
-            1000 * self.step + 77 * options.seed,
+            1000 * self.step + 77 * options.seed + options.rank * options.workers,
             length,
         )
         start = time.monotonic() - self.elapsed
@@ -212,22 +222,23 @@ class Trainer:
                 rate = learning_rate(options, self.step, progress)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                for _ in range(options.accumulate):
+                for _ in range(options.accumulate // options.world):
                     batch = feed.next()
                     losses, right, classes = self._micro(batch)
+                elapsed = ranks.average(self.model.parameters(), time.monotonic() - start)
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 self.tokens += options.micro_batch * options.accumulate
-                if self.step % options.log_every == 0:
+                if self.step % options.log_every == 0 and options.rank == 0:
                     speed = (self.tokens - shown_tokens) / (time.monotonic() - start - shown)
                     print(f"{speed / 1e6:.2f}M tokens/s queue {feed.waiting}", end=" ")
                     self._log(batch, losses, right, classes, float(norm), rate)
                     shown, shown_tokens = time.monotonic() - start, self.tokens
                 elif self.device == "cuda" and self.step % 2 == 0:
                     torch.cuda.synchronize()
-                self.elapsed = time.monotonic() - start
+                self.elapsed = elapsed
         finally:
             feed.close()
 
