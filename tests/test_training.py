@@ -151,7 +151,7 @@ def test_processes_must_share_a_step_evenly(data):
         from training.train import Options
     finally:
         sys.path.remove(str(ROOT))
-    with pytest.raises(ValueError, match="divisible by the 2 processes.*got 3"):
+    with pytest.raises(ValueError, match=r"divisible by the 2 processes.*got 3"):
         Options(data, accumulate=3, world=2)
 
 

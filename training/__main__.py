@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training",
         description="Train the bundled retrieval model from Debian documentation packages.",
         epilog="example: python -m training --out runs/first; on two GPUs:"
-        " torchrun --standalone --nproc-per-node 2 -m training --out runs/first",
+        " torchrun --standalone --nproc-per-node 2 -m -- training --out runs/first",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the model, its state and its scores")
@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(
-    name: str, data: Path, args: argparse.Namespace, rank: int, world: int
-) -> Options:
+def _options(name: str, data: Path, args: argparse.Namespace, rank: int, world: int) -> Options:
     given = {
         field: getattr(args, field)
         for field in ("minutes", "stages", "peak")

@@ -3,14 +3,16 @@
     python -m benchmarks.block_sparse.accuracy
 
 The results are of `tsa eval`, the times of `benchmarks.frontier.layer_times`, with the same names
-of configurations: attention alone, summed over all layers, on the model's own queries and keys.
-The densities are of `benchmarks.block_sparse.density`.
+of configurations: attention alone, summed over all layers, on the model's own queries and keys,
+with its own heads and with each of them four times. The densities are of
+`benchmarks.block_sparse.density`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,9 +24,9 @@ from token_sparse_attention.evaluation.summary import Row, difference_interval, 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pattern-accuracy.md"
 FIGURE = ROOT / "docs" / "figures" / "pattern-accuracy.svg"
-RESULTS = ROOT / "benchmarks" / "results" / "patterns" / "answers.jsonl"
-TIMES = RESULTS.with_name("times.json")
-DENSITIES = RESULTS.with_name("density.json")
+RESULTS = ROOT / "benchmarks" / "results" / "patterns"
+TIMES = {"8 heads": RESULTS / "times.json", "32 heads": RESULTS / "times-32-heads.json"}
+DENSITIES = RESULTS / "density.json"
 SPARSE = "F"
 """The configuration of token sparsity alone, which others add to a pattern."""
 
@@ -35,20 +37,40 @@ def name_of(configuration: str) -> str:
     return " + ".join(words.get(part, part) for part in configuration.split("+"))
 
 
-def table(results: EvalResults, times: Mapping[str, Any]) -> str:
+Times = Mapping[str, Mapping[str, Any]]
+"""Contents of files of `layer_times`, by the number of heads."""
+
+
+def pooled(rounds: Sequence[EvalResults]) -> EvalResults:
+    """Return several results as one, with the header of the first.
+
+    Raises:
+        ValueError: if they are of other configurations or models, or have a reply twice.
+    """
+    first = rounds[0].header
+    for one in rounds[1:]:
+        for field in ("model", "configurations"):
+            if getattr(one.header, field) != getattr(first, field):
+                raise ValueError(f"results to pool must agree in {field}")
+    samples = [sample for one in rounds for sample in one.samples]
+    if len({sample.key for sample in samples}) != len(samples):
+        raise ValueError("results to pool must not have the same sample and configuration twice")
+    return replace(rounds[0], samples=tuple(samples))
+
+
+def table(results: EvalResults, times: Times) -> str:
     """Return one line per length and configuration, all tasks together.
 
     Args:
         results: of `tsa eval`.
-        times: content of a file of `layer_times`.
+        times: what the speed-ups are from, one column for each.
     """
     head = ["tokens", "configuration", "score", "difference", "95% interval", "n", "kept"]
-    head += ["speed-up of attention", "prompts timed"]
+    head += [f"speed-up, {heads}" for heads in times]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in _rows(results):
-        lines.append(
-            f"| {' | '.join(_cells(row, speeds_of(times, row.length or 0, row.configuration)))} |"
-        )
+        speeds = [speeds_of(one, row.length or 0, row.configuration) for one in times.values()]
+        lines.append(f"| {' | '.join([*_cells(row), *map(_median, speeds)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -61,14 +83,26 @@ def _rows(results: EvalResults) -> list[Row]:
     ]
 
 
-def combined(results: EvalResults, times: Mapping[str, Any]) -> str:
+def _median(speeds: Sequence[float]) -> str:
+    """The median, and in brackets of how many prompts."""
+    return f"{median(speeds):.2f}x ({len(speeds)})" if speeds else "-"
+
+
+def combined(results: EvalResults, times: Times) -> str:
     """Return each pattern with token sparsity beside the same pattern alone, by length."""
     head = ["tokens", "pattern", "alone", "with token sparsity", "difference", "95% interval", "n"]
-    head += ["speed-up over the pattern alone"]
+    head += [f"speed-up over the pattern alone, {heads}" for heads in times]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for length, alone, pairs in _combinations(results):
-        both = speeds_of(times, length, f"{alone}+{SPARSE}")
-        ratios = [b / a for a, b in zip(speeds_of(times, length, alone), both)]
+        ratios = [
+            [
+                both / own
+                for own, both in zip(
+                    speeds_of(one, length, alone), speeds_of(one, length, f"{alone}+{SPARSE}")
+                )
+            ]
+            for one in times.values()
+        ]
         low, high = difference_interval(pairs)
         first, second = (fmean(column) for column in zip(*pairs))
         cells = [
@@ -79,7 +113,7 @@ def combined(results: EvalResults, times: Mapping[str, Any]) -> str:
             f"{second - first:+.3f}",
             f"{low:+.3f} to {high:+.3f}",
             str(len(pairs)),
-            f"{median(ratios):.2f}x" if ratios else "-",
+            *map(_median, ratios),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -110,7 +144,7 @@ def speeds_of(times: Mapping[str, Any], length: int, configuration: str) -> list
     ]
 
 
-def _cells(row: Row, speeds: list[float]) -> list[str]:
+def _cells(row: Row) -> list[str]:
     return [
         f"{(row.length or 0) // 1024}K",
         name_of(row.configuration),
@@ -119,18 +153,16 @@ def _cells(row: Row, speeds: list[float]) -> list[str]:
         f"{row.difference_low:+.3f} to {row.difference_high:+.3f}",
         str(row.pairs),
         f"{row.kept_share:.0%}",
-        f"{median(speeds):.2f}x" if speeds else "-",
-        str(len(speeds)),
     ]
 
 
-def runs(results: EvalResults, *files: Mapping[str, Any]) -> str:
-    """Return what the replies, the times and the densities were measured on."""
+def runs(rounds: Sequence[EvalResults], files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what the replies, and the files by their names, were measured on."""
     head = ["what", "device", "commit", "versions", "seed"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    measured = [(results.header.provenance, results.header.arguments)]
-    measured += [(one["provenance"], one["arguments"]) for one in files]
-    for what, (about, asked) in zip(("replies", "times", "densities"), measured):
+    measured = [("replies", one.header.provenance, one.header.arguments) for one in rounds]
+    measured += [(name, one["provenance"], one["arguments"]) for name, one in files.items()]
+    for what, about, asked in measured:
         versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
         cells = [what, about["device"], f"`{about['commit'][:12]}`", versions]
         cells.append(str(asked["seed"]))
@@ -160,19 +192,21 @@ def density(found: Mapping[str, Any]) -> str:
 
 
 def tables(
-    results: EvalResults, times: Mapping[str, Any], densities: Mapping[str, Any]
+    rounds: Sequence[EvalResults], times: Times, densities: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the page's tables as Markdown, by name."""
+    results = pooled(rounds)
+    files = {f"times, {heads}": one for heads, one in times.items()}
     return {
         "accuracy": table(results, times),
         "combined": combined(results, times),
         "density": density(densities),
-        "runs": runs(results, times, densities),
+        "runs": runs(rounds, {**files, "densities": densities}),
     }
 
 
-def draw(results: EvalResults, times: Mapping[str, Any]) -> None:
-    """Draw score differences with their intervals over speed, one panel per length."""
+def draw(results: EvalResults, times: Times) -> None:
+    """Draw score differences with their intervals over speed, by length and number of heads."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -181,41 +215,49 @@ def draw(results: EvalResults, times: Mapping[str, Any]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "pattern-accuracy"
     rows = _rows(results)
     lengths = sorted({row.length for row in rows if row.length})
-    figure, panels = plt.subplots(1, len(lengths), figsize=(13, 4.5), sharey=True, squeeze=False)
-    for axes, length in zip(panels[0], lengths):
-        for number, row in enumerate(one for one in rows if one.length == length):
-            speeds = speeds_of(times, length, row.configuration)
-            if not speeds:
-                continue
-            color, speed = f"C{number}", median(speeds)
-            axes.plot([speed] * 2, [row.difference_low, row.difference_high], color=color)
-            marker = "s" if SPARSE in row.configuration else "o"
-            label = name_of(row.configuration)
-            axes.plot(speed, row.difference, marker, color=color, label=label)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.axvline(1, color="black", linewidth=0.8)
+    figure, panels = plt.subplots(
+        len(times), len(lengths), figsize=(13, 7), sharex=True, sharey=True, squeeze=False
+    )
+    for (heads, timed), line in zip(times.items(), panels):
+        for axes, length in zip(line, lengths):
+            _draw_panel(axes, [row for row in rows if row.length == length], timed)
+            axes.set_title(f"{length // 1024}K tokens, {heads}")
+        line[0].set_ylabel("score minus dense score,\n95% interval")
+    for axes in panels[-1]:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks := [0.125, 0.25, 0.5, 1, 2, 4], [f"{tick:g}x" for tick in ticks])
         axes.set_xlabel("speed-up of attention over dense")
-        axes.set_title(f"{length // 1024}K tokens")
-    panels[0][0].set_ylabel("score minus dense score, 95% interval")
     panels[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
-def load() -> tuple[EvalResults, dict[str, Any], dict[str, Any]]:
+def _draw_panel(axes: Any, rows: Sequence[Row], timed: Mapping[str, Any]) -> None:
+    for number, row in enumerate(rows):
+        speeds = speeds_of(timed, row.length or 0, row.configuration)
+        if not speeds:
+            continue
+        color, speed = f"C{number}", median(speeds)
+        axes.plot([speed] * 2, [row.difference_low, row.difference_high], color=color)
+        marker = "s" if SPARSE in row.configuration else "o"
+        axes.plot(speed, row.difference, marker, color=color, label=name_of(row.configuration))
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8)
+
+
+def load() -> tuple[list[EvalResults], dict[str, Any], dict[str, Any]]:
     """Return the results, the times and the densities that the page is about."""
-    times, densities = (json.loads(path.read_text("utf-8")) for path in (TIMES, DENSITIES))
-    return load_results(RESULTS), times, densities
+    times = {heads: json.loads(path.read_text("utf-8")) for heads, path in TIMES.items()}
+    rounds = [load_results(path) for path in sorted(RESULTS.glob("answers*.jsonl"))]
+    return rounds, times, json.loads(DENSITIES.read_text("utf-8"))
 
 
 def main() -> None:
     """Write the page and the figure."""
-    results, times, densities = load()
+    rounds, times, densities = load()
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(fill(text, tables(results, times, densities)), encoding="utf-8")
-    draw(results, times)
+    PAGE.write_text(fill(text, tables(rounds, times, densities)), encoding="utf-8")
+    draw(pooled(rounds), times)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ from token_sparse_attention.calibration.sensitivity import choose_from
 from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.replay import Replay
-from token_sparse_attention.evaluation.summary import difference_interval, relative_loss_bound
+from token_sparse_attention.evaluation.summary import (
+    difference_interval,
+    relative_loss_bound,
+    summarise,
+)
 
 NAMES = {
     "A2": "three dense layers",
@@ -121,6 +125,24 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
     lines += [f"| all | {_pooled(name, pairs)} | - | - |" for name, pairs in _pairs(rounds)]
     legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
     return "\n".join([*lines, "", *legend]) + "\n"
+
+
+def by_task(results: EvalResults) -> str:
+    """Return each configuration's score on every task and length."""
+    rows = [row for row in summarise(results) if row.task and row.length and row.pairs]
+    tasks = list(dict.fromkeys(row.task for row in rows if row.task))
+    lines = [f"| tokens | settings | {' | '.join(tasks)} |", "|" + "---|" * (len(tasks) + 2)]
+    for length in sorted({row.length for row in rows if row.length}):
+        for configuration in results.header.configurations:
+            scores = {
+                row.task: f"{row.score:.2f} ({row.pairs})"
+                for row in rows
+                if row.length == length and row.configuration == configuration
+            }
+            cells = [f"{length // 1024}K", _name(configuration)]
+            cells += [scores.get(task, "-") for task in tasks]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _speed(row: FrontierRow) -> str:

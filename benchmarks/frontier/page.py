@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "frontier"
 CONFIRMED = RESULTS.parent / "confirm"
 CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
 DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
+SECOND = RESULTS.parent / "qwen3"
 FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
 SPEED_FIGURE = FIGURE.with_name("frontier-speed.svg")
 SPEED_ROUNDS = ("profiles", "mended")
@@ -57,7 +58,14 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     confirmed = {path.stem: load_results(path) for path in sorted(CONFIRMED.glob("*.jsonl"))}
     replays = [Replay.load(path) for path in sorted(CONFIRMED.glob("replay*.json"))]
     built["confirmed"] = confirmation.confirmed(list(confirmed.values()), replays, _label)
-    built["runs"] = _runs({**rounds, **{f"confirmed, {name}": r for name, r in confirmed.items()}})
+    second = load_results(SECOND / "answers.jsonl")
+    built["second"] = confirmation.confirmed([second], [], _label)
+    built["second-tasks"] = confirmation.by_task(second)
+    built["second-layers"] = confirmation.calibration(
+        SECOND / "samples-128k.measured.json", SECOND / "drift-128k.measured.json"
+    )
+    runs = {**rounds, **{f"confirmed, {name}": r for name, r in confirmed.items()}}
+    built["runs"] = _runs({**runs, "second architecture": second})
     return built
 
 

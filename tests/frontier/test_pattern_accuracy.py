@@ -18,7 +18,8 @@ from token_sparse_attention.evaluation.record import EvalResults
 
 def test_the_page_is_up_to_date():
     text = accuracy.PAGE.read_text(encoding="utf-8")
-    built = accuracy.tables(*accuracy.load())
+    rounds, times, densities = accuracy.load()
+    built = accuracy.tables(rounds, times, densities)
     assert fill(text, built) == text, "run python -m benchmarks.block_sparse.accuracy"
 
 
@@ -27,13 +28,13 @@ def test_accuracy_and_the_median_of_the_speed_ups_stand_side_by_side():
     length = of.samples[0].length
     times = {"samples": [{"length": length, "speed_up": {"sparse": x}} for x in (2.0, 3.0, 7.0)]}
     times["samples"].append({"length": length + 1, "speed_up": {"sparse": 99.0}})
-    rows = table(of, times).splitlines()[2:]
+    heading, _, *rows = table(of, {"2 heads": times, "8 heads": {"samples": []}}).splitlines()
+    assert heading.endswith("| speed-up, 2 heads | speed-up, 8 heads |")
     assert len(rows) == 1
     cells = [cell.strip() for cell in rows[0].split("|")[1:-1]]
     assert cells[1:4] == ["sparse", "0.500 of 1.000", "-0.500"]
     assert cells[5] == "2"
-    assert cells[-2:] == ["3.00x", "3"]
-    assert "| - | 0 |" in table(of, {"samples": []})
+    assert cells[-2:] == ["3.00x (3)", "-"]
 
 
 def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
@@ -51,10 +52,22 @@ def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
             for ours in (3.0, 4.0, 9.0)
         ]
     }
-    (row,) = combined(of, times).splitlines()[2:]
+    (row,) = combined(of, {"2 heads": times}).splitlines()[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[1:5] == ["sparse", "0.750", "0.250", "-0.500"]
-    assert cells[6:] == ["2", "2.00x"]
+    assert cells[6:] == ["2", "2.00x (3)"]
+
+
+def test_results_are_pooled_where_they_agree():
+    one, other = results(*pair(1.0, 1.0)), results(*pair(1.0, 0.0, index=1))
+    both = accuracy.pooled([one, other])
+    assert both.header == one.header
+    assert both.samples == (*one.samples, *other.samples)
+    with pytest.raises(ValueError, match="twice"):
+        accuracy.pooled([one, one])
+    header = dataclasses.replace(other.header, configurations={"dense": None})
+    with pytest.raises(ValueError, match="agree in configurations"):
+        accuracy.pooled([one, EvalResults(header, other.samples)])
 
 
 def test_names_are_words():
