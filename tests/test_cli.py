@@ -269,6 +269,24 @@ def test_calibration_and_the_demo_run_out_of_memory_too(folder, capsys, monkeypa
     assert re.search("out of memory at .* prompt tokens, dense: tried", capsys.readouterr().err)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device must be the only one")
+def test_a_device_map_takes_the_place_of_the_device(folder, capsys):
+    asked = (folder / "model", "--prompt-file", folder / "document.txt", "--max-new-tokens", "5")
+    plain = run_json(capsys, *asked)["sparse"]
+    spread = run_json(capsys, *asked, "--device-map", "auto", "--device", "abacus")["sparse"]
+    assert (spread["text"], spread["layers"]) == (plain["text"], plain["layers"])
+
+
+def test_without_accelerate_a_device_map_is_bad_input(folder, capsys, monkeypatch):
+    def no_accelerate(*_, **__):
+        raise ImportError("device_map requires accelerate")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_accelerate)
+    asked = ["run", str(folder / "model"), "--prompt-file", str(folder / "document.txt")]
+    assert main([*asked, "--device-map", "auto"]) == 2
+    assert "cannot be loaded: device_map requires accelerate" in capsys.readouterr().err
+
+
 def test_the_demo_names_a_device_that_cannot_be_used(capsys):
     for device in ("abacus",) if torch.cuda.is_available() else ("abacus", "cuda"):
         assert main(["demo", "--device", device]) == 2

@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from safetensors import safe_open
@@ -18,7 +20,7 @@ from token_sparse_attention.evaluation.summary import Row, summarise
 from token_sparse_attention.run import PROFILE_FILE
 
 RESULTS = Path(__file__).parent / "results"
-CONFIRMED = Path(__file__).parents[1] / "benchmarks" / "results" / "confirm"
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
 PROFILE = "F"  # what those results call the shipped profile
 
 _CARD = """\
@@ -64,10 +66,12 @@ lines of their own, with or without a mark such as `[needle 3]`, or inside a par
 
 ## Measured
 
-RULER as lm-evaluation-harness {lm_eval} makes and scores it, with the seed {seed}; greedy replies
-on one {measured_device}, {dtype}, dense attention. Mean score, and the number of samples in
-brackets, by context length in tokens. Training used neither these seeds nor this code. The
-numbers of samples differ because each length ran for a fixed time.
+RULER as lm-evaluation-harness {lm_eval} makes and scores it; greedy replies, {dtype}, dense
+attention. Mean score, and the number of samples in brackets, by context length in tokens: all
+dense replies of the library's published results, each sample once. Their seeds are {seeds}, the
+device was one {devices}.
+Training used neither these seeds nor this code. The numbers of samples differ because most runs
+lasted for a fixed time.
 
 {table}
 
@@ -88,7 +92,7 @@ docs/frontier.md:
 
 {profile_table}
 
-Other settings of all layers, on the samples of the first table: the numbers are their
+Other settings of all layers, on samples of seed {seed}: the numbers are their
 `drop_mass`, queries are dropped, and what they receive instead is a window of 512 tokens. These
 settings were not chosen for this model, and no layer was left out: at long contexts all of them
 lose answers.
@@ -119,10 +123,22 @@ numbers, UUIDs, needles and questions are generated. The demo document's page
 """
 
 
-def make_card(ruler: Path, training: Path, model: Path, confirmed: Sequence[Path]) -> str:
-    """The card's text, from result files and the model folder."""
+def make_card(
+    ruler: Path, training: Path, model: Path, confirmed: Sequence[Path], others: Sequence[Path]
+) -> str:
+    """The card's text, from result files and the model folder.
+
+    Args:
+        ruler: results of several settings.
+        training: what `python -m training` wrote.
+        model: the folder.
+        confirmed: results with the shipped profile.
+        others: results whose dense replies count too.
+    """
     measured = load_results(ruler)
     header, rows = measured.header, summarise(measured)
+    with_profile = [load_results(path) for path in confirmed]
+    rounds = [measured, *with_profile, *(load_results(path) for path in others)]
     trained = json.loads(training.read_text("utf-8"))
     config = json.loads((model / "config.json").read_text("utf-8"))
     profile = LayerProfile.from_json((model / PROFILE_FILE).read_text("utf-8"))
@@ -137,12 +153,13 @@ def make_card(ruler: Path, training: Path, model: Path, confirmed: Sequence[Path
         device=trained["runs"][-1]["device"],
         longest_row=max(run["longest_row"] for run in trained["runs"]),
         lm_eval=header.provenance["versions"]["lm-eval"],
-        measured_device=header.provenance["device"],
-        table=_dense_table(rows),
+        seeds=_listed(str(one.header.arguments["seed"]) for one in rounds),
+        devices=_listed((one.header.provenance["device"] for one in rounds), "or"),
+        table=_dense_table(rounds),
         profile_file=PROFILE_FILE,
         window=profile.base.fallback_window,
         most_samples=max(samples),
-        profile_table=_profile_table([load_results(path) for path in confirmed], profile),
+        profile_table=_profile_table(with_profile, profile),
         sparse_table=_sparse_table(rows),
         sources=_source_table(trained["runs"]),
     )
@@ -167,15 +184,25 @@ def _source_table(runs: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _dense_table(rows: Sequence[Row]) -> str:
-    dense = {(row.task, row.length): row for row in rows if row.configuration == DENSE}
-    lengths = sorted({length for _, length in dense if length})
+def _listed(words: Iterable[str], last: str = "and") -> str:
+    """Each once, as in "11, 23 and 37"."""
+    *before, end = sorted(set(words))
+    return f"{', '.join(before)} {last} {end}" if before else end
+
+
+def _dense_table(rounds: Sequence[EvalResults]) -> str:
+    """Mean dense score by task and length; a sample is told apart by its seed and number."""
+    scores: dict[tuple[str, int], dict[tuple[int, int], float]] = defaultdict(dict)
+    for results in rounds:
+        seed = results.header.arguments["seed"]
+        for one in results.samples:
+            if one.configuration == DENSE and one.score is not None:
+                scores[one.task, one.length][seed, one.index] = one.score
+    lengths = sorted({length for _, length in scores})
     lines = ["| task | " + " | ".join(map(str, lengths)) + " |", "|---" * (len(lengths) + 1) + "|"]
-    for task in dict.fromkeys(task for task, _ in dense if task):
-        cells = []
-        for length in lengths:
-            row = dense.get((task, length))
-            cells.append("-" if row is None else f"{row.score:.2f} ({row.samples})")
+    for task in sorted({task for task, _ in scores}):
+        found = [scores.get((task, length), {}).values() for length in lengths]
+        cells = [f"{fmean(one):.2f} ({len(one)})" if one else "-" for one in found]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -228,10 +255,14 @@ def main() -> None:
     parser.add_argument(
         "--confirmed", type=Path, nargs="*", help="results with the shipped profile, as F"
     )
+    parser.add_argument(
+        "--others", type=Path, nargs="*", help="results whose dense replies count too"
+    )
     parser.add_argument("--training", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
-    confirmed = args.confirmed or sorted(CONFIRMED.glob("*.jsonl"))
-    card = make_card(args.ruler, args.training, args.model, confirmed)
+    confirmed = args.confirmed or sorted((MEASURED / "confirm").glob("*.jsonl"))
+    others = args.others or sorted((MEASURED / "patterns").glob("answers*.jsonl"))
+    card = make_card(args.ruler, args.training, args.model, confirmed, others)
     (args.model / "README.md").write_text(card, encoding="utf-8")
 
 

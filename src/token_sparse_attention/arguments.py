@@ -19,7 +19,11 @@ from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.selection import IMPLS
 
 FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 BUNDLED = "bundled"  # what results call the bundled model, wherever it lies
+_LOADING_ERRORS = (
+    OSError, ValueError, RuntimeError, AttributeError, AssertionError, ImportError,
+)  # fmt: skip
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "  # begins what PyTorch says where the host has none
 
 
@@ -68,6 +72,12 @@ def add_loading_arguments(
     """
     add_device_argument(command)
     command.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="how accelerate spreads the layers over all visible GPUs, and over the host's memory "
+        "where these are too small; then --device is not read (default: all on --device)",
+    )
+    command.add_argument(
         "--dtype", default="auto", type=_dtype, help="torch dtype (default: the checkpoint's)"
     )
     command.add_argument(
@@ -103,7 +113,8 @@ def model_name(args: argparse.Namespace) -> str:
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what `run.load_model` takes besides the name."""
-    return {name: getattr(args, name) for name in ("device", "dtype", "trust_remote_code")}
+    names = ("device", "device_map", "dtype", "trust_remote_code")
+    return {name: getattr(args, name) for name in names}
 
 
 def read_text(option: str, path: str | Path) -> str:
@@ -154,7 +165,7 @@ def loading(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+    except _LOADING_ERRORS as error:
         raise UsageError(f"{name} cannot be loaded: {error}") from error
 
 

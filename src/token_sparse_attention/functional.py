@@ -28,7 +28,12 @@ from token_sparse_attention.attention.dense import (
     new_output,
     zero_rows,
 )
-from token_sparse_attention.attention.far_tokens import FarTokens, far_tokens, keys_only
+from token_sparse_attention.attention.far_tokens import (
+    FarTokens,
+    far_tokens,
+    list_far_tokens,
+    rows_run_sparse,
+)
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.windows import attend_windows
 from token_sparse_attention.call import Call as Call
@@ -250,20 +255,25 @@ def run(
 
     scores = score_rows(query, key, config, tokens, call.scale, impl)
     far = far_tokens(scores, config, tokens, head_group)
+    selection = None
     if config.select_queries:
         selection = select_rows(
             scores, config, tokens, impl,
             query_len=query_len, kept=call.kept, even=even, head_group=head_group,
         )  # fmt: skip
+        ran_sparse = selection.ran_sparse
     else:
-        selection = keys_only(
-            scores, far, config, tokens, query_len, even, call.want_indices, head_group
-        )
+        ran_sparse = rows_run_sparse(scores, config, tokens, query_len, even, head_group)
     del scores
-    attended = attend_selected(query, key, value, config, selection, far, tokens, even, impl, call)
+    attended = attend_selected(
+        query, key, value, config, ran_sparse, selection, far, tokens, even, impl, call
+    )
     mark_invalid_rows(attended, tokens)
     if not call.want_selection:
         return SparseOutput(attended.out, None, attended.lse)
+    selection = selection or list_far_tokens(
+        far, ran_sparse, tokens, query.shape[1], want_indices=call.want_indices
+    )
     if not call.want_indices:
         selection = selection.without_indices()
     return SparseOutput(attended.out, selection.to_int64(), attended.lse)
@@ -277,38 +287,71 @@ def attend_selected(
     key: Tensor,
     value: Tensor,
     config: TokenSparseConfig,
-    selection: TokenSelection,
+    ran_sparse: Tensor,
+    selection: TokenSelection | None,
     far: FarTokens | None,
     tokens: RealTokens,
     even: BreakEven,
     impl: str,
     call: Call,
 ) -> Attended:
-    """Attend the rows that run dense, the fallback of the others, and the selected tokens."""
+    """Attend the sparse rows' fallback and selected tokens, and what runs dense.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: likewise.
+        config: the settings.
+        ran_sparse: ``[B]`` bool, which rows run sparse.
+        selection: the selected tokens; None where queries are not selected.
+        far: what the fallback's queries see beyond their window; None for nothing.
+        tokens: where the real tokens are.
+        even: the crossover, which bounds the memory of shared budgets.
+        impl: ``"triton"`` or ``"reference"``.
+        call: the other arguments.
+    """
     into = new_output(query, call.want_lse)
     backend = resolve_backend(call.attention_backend, query, key)
     if tokens.padded:
         zero_rows(into, slice(None))
-    attend_rows(
-        query, key, value, ~selection.ran_sparse, tokens, into, scale=call.scale, backend=backend
-    )
     if config.fallback == "window":
         attend_windows(
-            query, key, value, far, selection.ran_sparse, tokens, into,
+            query, key, value, far, ran_sparse, tokens, into,
             window=config.fallback_window, scale=call.scale, impl=impl,
             backend=dense_backend(backend),
         )  # fmt: skip
-    if config.select_queries:
+    if selection is not None:
         zeros = config.fallback == "zero" and not tokens.padded
         _attend_compressed(
             query, key, value, config, selection, even, impl, backend, call, into, zeros=zeros
         )
-    if config.dense_queries:
-        attend_rows(
-            query, key, value, selection.ran_sparse, tokens, into,
-            scale=call.scale, backend=dense_backend(backend), last=config.dense_queries,
-        )  # fmt: skip
+    _attend_dense(query, key, value, config, ran_sparse, tokens, backend, call, into)
     return into
+
+
+def _attend_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TokenSparseConfig,
+    ran_sparse: Tensor,
+    tokens: RealTokens,
+    backend: str,
+    call: Call,
+    into: Attended,
+) -> None:
+    """Attend all queries of the rows that run dense, and the others' last ``dense_queries``."""
+    start, end = tokens.bounds.unbind(-1)
+    last = (end - config.dense_queries).maximum(start)
+    for_last = dense_backend(backend)
+    if for_last == backend:  # one launch for both
+        launches = {backend: torch.where(ran_sparse, last, start)}
+    else:
+        launches = {backend: torch.where(ran_sparse, end, start)}
+        if config.dense_queries:
+            launches[for_last] = torch.where(ran_sparse, last, end)
+    for by, begins in launches.items():
+        attend_rows(query, key, value, begins, tokens, into, scale=call.scale, backend=by)
 
 
 def _attend_compressed(
@@ -368,9 +411,9 @@ def _all_dense(
         into = into._replace(lse=None if into.lse is None else into.lse.float())
     else:
         into = new_output(query, call.want_lse)
-        rows = torch.ones(len(query), dtype=torch.bool, device=query.device)
         zero_rows(into, slice(None))
-        attend_rows(query, key, value, rows, tokens, into, scale=call.scale, backend=backend)
+        begins = tokens.bounds[:, 0]
+        attend_rows(query, key, value, begins, tokens, into, scale=call.scale, backend=backend)
         mark_invalid_rows(into, tokens)
     if not call.want_selection:
         return SparseOutput(into.out, None, into.lse)

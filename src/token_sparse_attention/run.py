@@ -70,21 +70,34 @@ def pick_device(device: str) -> str:
 
 # Models and tokenizers are typed Any: transformers' Auto classes return no usable types.
 def load_model(
-    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    device: str = "auto",
+    device_map: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a checkpoint and its tokenizer; safetensors only.
 
     Args:
         name: hub id or folder.
-        device: ``"auto"``, or a torch device.
+        device: ``"auto"``, or a torch device; not read with a `device_map`.
+        device_map: how accelerate spreads the layers over several devices, as for
+            ``from_pretrained``; None for all on `device`.
         dtype: ``"auto"`` for the checkpoint's own, or a torch dtype's name.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        name,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
     )
-    return model.to(pick_device(device)).eval(), tokenizer
+    if device_map is None:
+        model = model.to(pick_device(device))
+    return model.eval(), tokenizer
 
 
 def default_config(name: str) -> tuple[TokenSparseConfig | LayerProfile, str]:

@@ -46,6 +46,12 @@ def test_two_processes_finish_what_one_began(samples, tmp_path, monkeypatch, cap
         run_eval(*asked, "--out", str(out))
 
 
+def test_one_process_only_spreads_a_model(samples, tmp_path):
+    asked = ("--samples", samples, "--out", str(tmp_path / "out.jsonl"), "--device-map", "auto")
+    with pytest.raises(UsageError, match=r"--processes must be 1 with --device-map, .*got 2"):
+        run_eval("absent", *asked, "--processes", "2")
+
+
 @pytest.mark.parametrize(
     ("load", "error", "message"),
     [

@@ -12,7 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from token_sparse_attention import LayerProfile, TokenSparseConfig
-from token_sparse_attention.attention.far_tokens import far_tokens, keys_only
+from token_sparse_attention.attention.far_tokens import (
+    far_tokens,
+    list_far_tokens,
+    rows_run_sparse,
+)
 from token_sparse_attention.config import DenseReason
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
 from token_sparse_attention.inputs import real_tokens
@@ -159,7 +163,8 @@ def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
     with PeakMemory() as memory:
         scores = torch.rand(1, heads, kv_len - config.window_size)
         far = far_tokens(scores, config, tokens)
-        keys_only(scores, far, config, tokens, kv_len, NEVER_DENSE, False, None)
+        ran_sparse = rows_run_sparse(scores, config, tokens, kv_len, NEVER_DENSE)
+        list_far_tokens(far, ran_sparse, tokens, heads, want_indices=False)
     little = workspace_bytes(config, heads, 1, 1, 1, query_len=1, kv_len=kv_len)
     assert memory.peak <= little <= 2.5 * memory.peak
     selected = dataclasses.replace(config, drop_mass=0.1, select_queries=True)

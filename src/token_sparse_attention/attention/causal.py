@@ -194,26 +194,23 @@ def attend_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor,
+    begins: Tensor,
     tokens: RealTokens,
     into: Attended,
     *,
     scale: float,
     backend: str,
-    last: int | None = None,
 ) -> None:
     """`dense.attend_rows` without a window, by any backend in its string form."""
     config = pattern_config(backend)
     if config is None:
-        dense.attend_rows(
-            query, key, value, rows, tokens, into, scale=scale, backend=backend, last=last
-        )
+        dense.attend_rows(query, key, value, begins, tokens, into, scale=scale, backend=backend)
         return
 
     def run(one_query: Tensor, one_key: Tensor, one_value: Tensor) -> Attended:
         return _run(config, one_query, one_key, one_value, scale, into.lse is not None)
 
-    dense.attend_each_row(query, key, value, rows, tokens, into, run, last)
+    dense.attend_each_row(query, key, value, begins, tokens, into, run)
 
 
 def attend_packed(

@@ -128,31 +128,30 @@ def attend_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor,
+    begins: Tensor,
     tokens: RealTokens,
     into: Attended,
     *,
     scale: float,
     backend: str,
     window: int | None = None,
-    last: int | None = None,
 ) -> None:
-    """Causal attention of some rows' real tokens, written in place; other rows stay.
+    """Causal attention of each row's last queries, written in place; the others stay.
 
-    Kernels that take lengths from the device are launched for every row, with no tokens in
-    those that are not wanted; for the others the host reads which are.
+    Kernels that take lengths from the device are launched for every row, also where none of its
+    queries attends; for the others the host reads where they begin.
 
     Args:
         query: ``[B, H, S_q, D]``.
         key: ``[B, H_kv, S_kv, D]``.
         value: likewise.
-        rows: ``[B]`` bool, the rows wanted.
+        begins: ``[B]`` int32, the slot of the first query that attends, if it is there: the
+            row's start for all of its queries, its end for none.
         tokens: where the real tokens are.
         into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
         scale: factor of the logits.
         backend: one of `BACKENDS`.
         window: keys each query sees, itself included; None for all.
-        last: how many of each row's last queries attend, the others stay; None for all.
     """
     backend = resolve_kernel(backend, query, key)
     if not takes_packed(backend, query):
@@ -166,17 +165,15 @@ def attend_rows(
                 want_lse=into.lse is not None,
             )
 
-        attend_each_row(query, key, value, rows, tokens, into, run, last)
+        attend_each_row(query, key, value, begins, tokens, into, run)
         return
     if tokens.padded and backend == "fa4":  # which multiplies values beyond a row's end by zero
         value = value.masked_fill(~tokens.mask()[:, None, :, None], 0.0)
     first_query = key.shape[2] - query.shape[2]
     query, key, value, out = (x.transpose(1, 2) for x in (query, key, value, into.out))
-    ends = torch.where(rows, tokens.bounds[:, 1], tokens.bounds[:, 0])
-    cu_seqlens_k = torch.stack((tokens.bounds[:, 0], ends), -1)
-    cu_seqlens_q = (cu_seqlens_k - first_query).clamp(min=0)
-    last = query.shape[1] if last is None else min(last, query.shape[1])
-    cu_seqlens_q[:, 0] = cu_seqlens_q[:, 0].maximum(cu_seqlens_q[:, 1] - last)
+    cu_seqlens_q = torch.stack((begins, tokens.bounds[:, 1]), -1)
+    if first_query:
+        cu_seqlens_q = (cu_seqlens_q - first_query).clamp(min=0)
     for row in range(len(query)):
         _, lse = flash.varlen_attention(
             backend,
@@ -184,8 +181,8 @@ def attend_rows(
             key[row],
             value[row],
             cu_seqlens_q[row],
-            cu_seqlens_k[row],
-            max_seqlen_q=last,
+            tokens.bounds[row],
+            max_seqlen_q=query.shape[1],
             max_seqlen_k=key.shape[1],
             scale=scale,
             window=window,
@@ -202,11 +199,10 @@ def attend_each_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor,
+    begins: Tensor,
     tokens: RealTokens,
     into: Attended,
     run: Callable[..., Attended],
-    last: int | None = None,
 ) -> None:
     """`attend_rows`, one row after the other, its real tokens cut out by lengths on the host.
 
@@ -214,17 +210,15 @@ def attend_each_row(
         query: ``[B, H, S_q, D]``.
         key: ``[B, H_kv, S_kv, D]``.
         value: likewise.
-        rows: ``[B]`` bool, the rows wanted.
+        begins: ``[B]`` int32, as for `attend_rows`.
         tokens: where the real tokens are.
         into: what to write.
         run: attends, given query, key and value of one row with a batch dimension.
-        last: how many of each row's last queries attend; None for all.
     """
     first_query = key.shape[2] - query.shape[2]
-    for row, (wanted, span) in enumerate(zip(rows.tolist(), tokens.host_spans())):
-        begin = max(span.start, first_query)
-        begin = begin if last is None else max(begin, span.end - last)
-        if not wanted or begin >= span.end:
+    for row, (begin, span) in enumerate(zip(begins.tolist(), tokens.host_spans())):
+        begin = max(begin, first_query)
+        if begin >= span.end:
             continue
         queries = slice(begin - first_query, span.end - first_query)
         keys = slice(span.start, span.end)

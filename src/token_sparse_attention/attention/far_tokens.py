@@ -19,7 +19,8 @@ from torch import Tensor
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import BreakEven, effective_length
 from token_sparse_attention.head_group import gather_heads, own_heads
-from token_sparse_attention.inputs import RealTokens
+from token_sparse_attention.inputs import RealTokens, Span
+from token_sparse_attention.limits import forces_dense
 from token_sparse_attention.selection import TokenSelection, dense_selection
 
 if TYPE_CHECKING:
@@ -81,8 +82,11 @@ def far_tokens(
 
 
 def _sinks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor:
+    sinks = torch.arange(config.fallback_sinks, device=scores.device)
+    if not tokens.padded:
+        return sinks.clamp_(max=tokens.kv_len).expand(*scores.shape[:2], -1)
     start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
-    sinks = start + torch.arange(config.fallback_sinks, device=scores.device)
+    sinks = start + sinks
     return torch.where(sinks < end, sinks, tokens.kv_len).expand(-1, scores.shape[1], -1)
 
 
@@ -124,6 +128,8 @@ def sample_budgets(
 def _left_behind(tokens: RealTokens, window: int) -> Tensor:
     """Which slots ``[B, S_kv]`` the last query's window has left behind."""
     slot = torch.arange(tokens.kv_len, device=tokens.bounds.device)
+    if not tokens.padded:
+        return (slot < tokens.kv_len - window).expand(len(tokens.bounds), -1)
     start, end = tokens.bounds.long()[:, :, None].unbind(1)
     return (slot >= start) & (slot < end - window)
 
@@ -224,43 +230,65 @@ def _steps(likely: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return slots, (_UNITS / drawn).float()
 
 
-def keys_only(
+def rows_run_sparse(
     scores: Tensor,
-    far: FarTokens | None,
     config: TokenSparseConfig,
     tokens: RealTokens,
     query_len: int,
     even: BreakEven,
-    want_indices: bool,
-    head_group: ProcessGroup | None,
-) -> TokenSelection:
-    """Return what every query sees beyond its window, where queries are not selected.
+    head_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Return which rows ``[B]`` run sparse, bool, where queries are not selected.
 
     Args:
         scores: ``[B, H, N]`` float32; rows whose scores are not finite run dense.
-        far: the tokens, None for none.
         config: the settings.
         tokens: where the real tokens are.
         query_len: S_q.
         even: rows shorter than its ``min_length`` run dense.
-        want_indices: whether to list the tokens, and not only say how many they are.
         head_group: the ranks with the layer's other heads, which run the same rows dense.
     """
-    kv_len = tokens.kv_len
+    finite = scores.sum(-1).isfinite()  # none is below 0, so nothing cancels
+    if head_group is not None:
+        finite = gather_heads(finite.to(torch.int32), head_group).bool()
+    sparse = finite.all(-1)
+    if not tokens.padded:  # lengths alone say the same of every row
+        long_enough = not forces_dense(
+            config, even, Span(0, tokens.kv_len), query_len, tokens.kv_len, None
+        )
+        return sparse if long_enough else torch.zeros_like(sparse)
     start, end = tokens.bounds.long().unbind(-1)
     keys = end - start
-    queries = (end - start.clamp(min=kv_len - query_len)).clamp(min=0)
-    sparse = (queries >= config.window_size) & (keys > config.min_tokens + config.window_size)
-    sparse &= effective_length(queries, keys.clamp(min=1)) >= even.min_length
-    finite = scores.sum(-1).isfinite().to(torch.int32)  # none is below 0, so nothing cancels
-    sparse &= (finite if head_group is None else gather_heads(finite, head_group)).all(-1)
-    dense = dense_selection(tokens, scores.shape[1], want_indices=want_indices)
+    queries = (end - start.clamp(min=tokens.kv_len - query_len)).clamp(min=0)
+    sparse &= (queries >= config.window_size) & (keys > config.min_tokens + config.window_size)
+    return sparse & (effective_length(queries, keys.clamp(min=1)) >= even.min_length)
+
+
+def list_far_tokens(
+    far: FarTokens | None,
+    ran_sparse: Tensor,
+    tokens: RealTokens,
+    num_heads: int,
+    *,
+    want_indices: bool,
+) -> TokenSelection:
+    """Return what every query sees beyond its window, where queries are not selected.
+
+    Args:
+        far: the tokens, None for none.
+        ran_sparse: ``[B]`` bool; of the other rows all tokens are listed.
+        tokens: where the real tokens are.
+        num_heads: H.
+        want_indices: whether to list the tokens, and not only say how many they are.
+    """
+    kv_len = tokens.kv_len
+    dense = dense_selection(tokens, num_heads, want_indices=want_indices)
     slots = dense.indices[..., :0] if far is None else far.slots
-    lengths = torch.where(sparse[:, None], (slots < kv_len).sum(-1), dense.lengths)
-    selection = dense._replace(lengths=lengths, ran_sparse=sparse, budget=lengths)
+    lengths = torch.where(ran_sparse[:, None], (slots < kv_len).sum(-1), dense.lengths)
+    selection = dense._replace(lengths=lengths, ran_sparse=ran_sparse, budget=lengths)
     if not want_indices:
         return selection
     listed = torch.where(slots < kv_len, slots, -1)
     listed = F.pad(listed, (0, max(kv_len - slots.shape[2], 0)), value=-1)
-    indices = torch.where(sparse[:, None, None], listed[..., :kv_len], dense.indices)
+    indices = torch.where(ran_sparse[:, None, None], listed[..., :kv_len], dense.indices)
     return selection._replace(indices=indices)

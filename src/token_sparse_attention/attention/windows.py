@@ -52,11 +52,12 @@ def attend_windows(
     if far is not None and lse is None:
         precision = torch.promote_types(query.dtype, torch.float32)
         lse = query.new_empty(query.shape[:3], dtype=precision)
+    start, end = tokens.bounds.unbind(-1)
     attend_rows(
         query,
         key,
         value,
-        rows,
+        torch.where(rows, start, end),
         tokens,
         Attended(into.out, lse),
         scale=scale,

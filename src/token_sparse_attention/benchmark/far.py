@@ -127,8 +127,8 @@ def _stages(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]
         Contender(
             f"far/dense-queries/{count}",
             partial(
-                attend_rows, query, key, value, rows, real, into,
-                scale=scale, backend=backend, last=count,
+                attend_rows, query, key, value, (real.bounds[:, 1] - count).clamp(min=0), real,
+                into, scale=scale, backend=backend,
             ),
         )
         for count in options.dense_queries

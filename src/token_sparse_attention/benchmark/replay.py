@@ -375,7 +375,7 @@ def run_with(
     del scores
     call = functional.Call(inputs.scale, impl, backend)
     return functional.attend_selected(
-        query, key, value, config, selection, far, tokens, even, impl, call
+        query, key, value, config, selection.ran_sparse, selection, far, tokens, even, impl, call
     ).out
 
 

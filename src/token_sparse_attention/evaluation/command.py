@@ -213,6 +213,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     from token_sparse_attention.evaluation.evaluate import Runner
     from token_sparse_attention.evaluation.settings import read_runs
 
+    if args.device_map and args.processes > 1:
+        raise UsageError(
+            f"--processes must be 1 with --device-map, which has one process use all GPUs; "
+            f"got {args.processes}"
+        )
     name = arguments.model_name(args)
     configurations = read_runs(args.config, name)
     samples = SampleSet.load(args.samples) if args.samples else None

@@ -69,8 +69,8 @@ def add_far_tokens(
         tiles: block sizes, for tuning.
     """
     batch_size, num_heads, query_len, head_dim = query.shape
+    far_key, far_value = _gather(key, value, far.long())
     far = far.to(torch.int32).contiguous()
-    far_key, far_value = (_gather(x, far, num_heads // key.shape[1]) for x in (key, value))
     block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
     far_tokens_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
         query, far, far_key, far_value, None if counts is None else counts.log2().contiguous(),
@@ -85,13 +85,13 @@ def add_far_tokens(
     )  # fmt: skip
 
 
-def _gather(rows: Tensor, slots: Tensor, group: int) -> Tensor:
-    """Rows at each query head's slots ``[B, H, N, D]``, zeros where there is none."""
-    batch = torch.arange(len(rows), device=rows.device)[:, None, None]
-    head = torch.arange(slots.shape[1], device=rows.device)[:, None] // group
-    exists = slots < rows.shape[2]
-    gathered = rows[batch, head, slots.clamp(max=rows.shape[2] - 1).long()]
-    return gathered.masked_fill_(~exists[..., None], 0.0)
+def _gather(key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values at each query head's slots ``[B, H, M, D]``; any where there is none."""
+    batch_size, num_kv_heads, kv_len, _ = key.shape
+    batch = torch.arange(batch_size, device=key.device)[:, None, None]
+    head = torch.arange(slots.shape[1], device=key.device)[:, None]
+    at = (batch, head // (slots.shape[1] // num_kv_heads), slots.clamp(max=kv_len - 1))
+    return key[at], value[at]
 
 
 @triton.jit
