@@ -45,6 +45,11 @@ def test_every_kind_of_value(tmp_path):
     assert settings_dicts(runs)["b"] == found["b"].to_dict()
 
 
+def test_dense_adds_nothing():
+    assert read_runs(["dense"], MODEL) == {}
+    assert list(read_runs(["dense", "published"], MODEL)) == ["published"]
+
+
 def test_patterns_alone_and_with_token_sparsity(tmp_path):
     file = tmp_path / "a+b.json"
     file.write_text(TokenSparseConfig.published(drop_mass=0.1).to_json())

@@ -47,8 +47,9 @@ def read_runs(given: Sequence[str], model: str) -> dict[str, Configuration]:
     Args:
         given: ``NAME=VALUE`` or ``VALUE``: a value is what `read_settings` takes, ``PATTERN``
             or ``PATTERN+VALUE``. A pattern is a name, and after a colon its settings as JSON.
-            A value without a name takes the keyword or the file's name. Without any, the
-            model's own profile, or else the library's defaults.
+            A value without a name takes the keyword or the file's name. ``dense`` adds
+            nothing, as that always runs. Without any, the model's own profile, or else the
+            library's defaults.
         model: hub id or folder, whose profile ``profile`` is.
 
     Raises:
@@ -68,6 +69,8 @@ def _named(given: Sequence[str], model: str) -> Iterator[tuple[str, str, str]]:
         given = ["profile" if (Path(model) / PROFILE_FILE).is_file() else "default"]
     taken = {DENSE}
     for text in given:
+        if text == DENSE:
+            continue
         name, equals, value = text.partition("=")
         if not equals or "{" in name:
             begins = LEADING_PATTERN.match(text)
