@@ -38,7 +38,8 @@ TASKS = {
 
 def load_all() -> dict[str, EvalResults]:
     """Return all rounds' results by their file's name."""
-    return {path.stem: load_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+    paths = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*.jsonl.gz")])
+    return {path.name.partition(".")[0]: load_results(path) for path in paths}
 
 
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
@@ -207,6 +208,8 @@ def _differences(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> lis
         "fallback_landmarks": "{} landmarks",
         "fallback_samples": "{} tokens drawn by score",
         "landmarks": "{} landmarks",
+        "spread": "{} of the scoring queries spread",
+        "neighbours": "{} neighbours on each side selected too",
         "landmarks_by": "chosen by {} spread queries",
         "own_landmarks": "{} of them by the last queries",
         "samples": "{} samples",
@@ -223,6 +226,8 @@ def _differences(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> lis
         parts.append(f"for {variant['pooled_for']} queries only")
     if variant.get("segments", 1) > 1:
         parts.append(f"in each of {variant['segments']} segments")
+    if variant.get("value_norm"):
+        parts.append("scores times the values' norms")
     if variant.get("union"):
         parts.append("selected queries see their window too")
     if settings.get("select_queries") is False:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention import TokenSelection, TokenSparseConfig, compress
@@ -34,6 +35,7 @@ class Variant:
         union: selected queries also attend to the tokens of the fallback's window that were
             not selected, so that no query loses its neighbours.
         value_norm: scores are multiplied by the norm of the value.
+        neighbours: how many tokens on each side of a selected one are selected too.
         spread: how many of the scoring queries lie spread over the whole sequence.
         dense_last: how many of the last queries attend to every key.
         pooled: size of the blocks whose mean key and value stand for the keys that are out of
@@ -59,6 +61,7 @@ class Variant:
 
     union: bool = False
     value_norm: bool = False
+    neighbours: int = 0
     spread: int = 0
     dense_last: int = 0
     pooled: int = 0
@@ -99,6 +102,8 @@ def attention(
     selection = select_tokens(scores, config).to_int64()
     if not bool(selection.ran_sparse.all()):
         return run(query, key, value).out, selection
+    if variant.neighbours:
+        selection = with_neighbours(selection, variant.neighbours)
     out = torch.empty_like(query)
     for begin, end in _segments(query.shape[2], variant.segments):
         rows = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
@@ -117,6 +122,21 @@ def attention(
         last = slice(query.shape[2] - variant.dense_last, None)
         out[:, :, last] = run(query[:, :, last], key, value).out
     return out, selection
+
+
+def with_neighbours(selection: TokenSelection, count: int) -> TokenSelection:
+    """Return a selection of one sequence with `count` tokens more on each side of every one."""
+    heads, kv_len = selection.lengths.shape[1], selection.kv_len
+    chosen = torch.zeros(heads, kv_len, device=selection.lengths.device)
+    for head, slots in enumerate(_slots(selection)):
+        chosen[head, slots] = 1.0
+    chosen = F.max_pool1d(chosen[:, None], 2 * count + 1, stride=1, padding=count)[:, 0] > 0
+    lengths = chosen.sum(-1)[None]
+    slot = torch.arange(kv_len, device=chosen.device)
+    indices = torch.where(chosen, slot, kv_len).sort(-1).values[None, :, : int(lengths.max())]
+    return selection._replace(
+        indices=indices.masked_fill(indices == kv_len, -1), lengths=lengths, budget=lengths
+    )
 
 
 def _segments(length: int, count: int) -> Iterator[tuple[int, int]]:

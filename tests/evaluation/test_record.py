@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 
 import pytest
@@ -124,6 +125,21 @@ def test_wrong_headers_are_named(tmp_path, entries, message):
     path.write_text(changed(to_line(HEADER), **entries))
     with pytest.raises(UsageError, match=message):
         load_results(path)
+
+
+def test_a_finished_file_may_be_compressed(tmp_path):
+    path = write(tmp_path / "r.jsonl", DENSE, SPARSE)
+    packed = tmp_path / "r.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert load_results(packed) == load_results(path)
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_results(packed)
+    packed.write_bytes(b"no gzip")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_results(packed)
+    with pytest.raises(UsageError, match=r"--out must not end in \.gz"):
+        open_results(packed, HEADER)
 
 
 def test_what_is_no_result_file_is_refused(tmp_path):

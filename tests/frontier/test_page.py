@@ -47,10 +47,13 @@ def test_whatever_differs_is_said():
         ("own_landmarks", 5),
         ("samples", 5),
         ("segments", 5),
+        ("spread", 5),
+        ("neighbours", 5),
+        ("value_norm", True),
         ("union", True),
     ):
         texts.add(page.describe(plain, dataclasses.asdict(Variant()) | {field: value}))
-    assert len(texts) == 1 + 13 + 10
+    assert len(texts) == 1 + 13 + 13
 
 
 def test_a_profile_names_its_layers_by_what_they_run():

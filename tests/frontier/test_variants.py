@@ -74,6 +74,28 @@ def test_the_oracles_and_the_last_queries_are_dense(qkv):
     torch.testing.assert_close(out[:, :, :-20], run(qkv)[0][:, :, :-20])
 
 
+def test_neighbours_of_selected_tokens_are_selected_too(qkv):
+    _, plain = run(qkv)
+    out, more = run(qkv, neighbours=2)
+    for head in range(4):
+        slots = plain.indices[0, head, : plain.lengths[0, head]]
+        expected = {
+            near
+            for slot in slots.tolist()
+            for near in range(slot - 2, slot + 3)
+            if 0 <= near < 203
+        }
+        size = int(more.lengths[0, head])
+        assert more.indices[0, head, :size].tolist() == sorted(expected)
+        assert (more.indices[0, head, size:] == -1).all()
+    # Where all keys are alike, a query that may attend to more of them still gets their value.
+    query, key, value = qkv
+    alike = query, key[:, :, :1].expand_as(key), value[:, :, :1].expand_as(value)
+    same, _ = run(alike, neighbours=2)
+    torch.testing.assert_close(same[0, 1], value[0, 0, :1].expand(203, -1), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(out, run(qkv)[0])
+
+
 @pytest.mark.parametrize("size", [4, 64])
 def test_larger_blocks_are_means_weighted_by_their_count(qkv, size):
     query, key, value = qkv

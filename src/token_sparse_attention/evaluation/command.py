@@ -59,7 +59,8 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "token_sparse_profile.json), a profile that ships here (llama-3.1-8b-instruct, "
         "mistral-nemo-instruct-2407), a JSON file, or JSON; or a block-sparse pattern alone "
         f"({', '.join(PATTERNS)}; settings as JSON after a colon); or PATTERN+VALUE for both; "
-        "dense for no sparse one; may be given several times (default: the model's profile, else default)",
+        "dense for no sparse one; may be given several times (default: the model's profile, else "
+        "default)",
     )
     _add_sample_arguments(command)
     backend_help = f"dense kernel: {', '.join(BACKENDS)} (default: auto)"

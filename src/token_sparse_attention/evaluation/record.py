@@ -6,8 +6,10 @@ JSON Lines, so that a run that was cut off loses at most the line it was writing
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +141,7 @@ def to_line(entry: EvalHeader | SampleResult) -> str:
 
 
 def load_results(path: str | Path) -> EvalResults:
-    """Read a result file; a last line that was cut off is left out.
+    """Read a result file, also one that gzip compressed; a cut-off last line is left out.
 
     Raises:
         UsageError: if the file cannot be read or is none; the message names the line.
@@ -168,6 +170,8 @@ def open_results(path: Path, header: EvalHeader) -> tuple[list[SampleResult], Te
     Raises:
         UsageError: if the file belongs to another run; the message says what differs.
     """
+    if path.suffix == ".gz":
+        raise UsageError(f"--out must not end in .gz, as results are appended to it; got {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or "\n" not in _read(path):
@@ -245,8 +249,11 @@ def _check_same_run(path: Path, found: EvalHeader, wanted: EvalHeader) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8", errors="replace")  # a cut-off line may end badly
-    except OSError as error:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8", errors="replace")  # a cut-off line may end badly
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
