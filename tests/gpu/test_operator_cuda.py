@@ -126,17 +126,30 @@ def test_float64_equals_the_oracle():
         assert relative_error(out[0], expected) < 1e-12
 
 
-@pytest.mark.parametrize("fallback", ["zero", "window"])
-def test_padded_batches_equal_their_rows(fallback):
-    config = dataclasses.replace(SMALL, fallback=fallback, budget="per_head", fallback_window=40)
-    problem = make_problem(batch=3, query_len=333, dtype=torch.bfloat16, device=DEVICE)
-    mask = torch.ones(3, 333, dtype=torch.bool, device=DEVICE)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fallback": "zero"},
+        {"fallback": "window", "dense_queries": 40},
+        {"drop_mass": None, "select_queries": False, "dense_queries": 40, "fallback_samples": 50},
+    ],
+    ids=["zero", "window", "keys-only"],
+)
+def test_padded_batches_equal_their_rows(changes):
+    changes = {"fallback": "window", "budget": "per_head", "fallback_window": 40} | changes
+    config = dataclasses.replace(SMALL, **changes)
+    problem = make_problem(batch=4, query_len=333, dtype=torch.bfloat16, device=DEVICE)
+    mask = torch.ones(4, 333, dtype=torch.bool, device=DEVICE)
     mask[1, :77] = False
     mask[2, 250:] = False
+    mask[3, config.window_size - 1 :] = False  # runs dense, as it is too short
     for tensor in problem:
         tensor.masked_fill_(~mask[:, None, :, None], torch.nan)
-    out = token_sparse_attention(*problem, config, padding_mask=mask)
-    for row in range(3):
+    out, selection = token_sparse_attention(
+        *problem, config, padding_mask=mask, return_selection=True
+    )
+    assert selection.ran_sparse.tolist() == [True, True, True, False]
+    for row in range(4):
         real = mask[row].nonzero().flatten()
         alone = Problem(*(tensor[row : row + 1, :, real] for tensor in problem))
         expected = token_sparse_attention(*alone, config)[0]
