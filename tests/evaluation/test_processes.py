@@ -6,6 +6,7 @@ import json
 import multiprocessing
 
 import pytest
+import torch
 
 from evaluation.failing import bad_input, sudden_death, unforeseen
 from evaluation.small import CONFIG, make_samples, run_eval, save_model
@@ -66,6 +67,21 @@ def test_a_worker_that_fails_stops_the_run(load, error, message):
     with pytest.raises(error, match=message):
         list(processes.spread(load, 9, one, set(), lambda _: None))
     assert not multiprocessing.active_children()
+
+
+def test_workers_take_turns_with_the_gpus(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for number in range(5):
+        ours, theirs = multiprocessing.Pipe()
+        ours.send([])
+        processes._work(bad_input, set(), number, 5, theirs)
+        assert ours.recv() == processes.Failure("there is no such model", True)
+    assert chosen == [0, 1, 2, 0, 1]
 
 
 def test_some_of_the_samples_can_be_chosen(samples, tmp_path, monkeypatch):
