@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ NAMES = {
     "G": "two dense layers, else the defaults",
 }
 """What the page calls the profiles that were confirmed."""
+_ANSWERED = 0.5
 Describe = Callable[[Mapping[str, Any]], str]
 
 
@@ -125,6 +127,20 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
     lines += [f"| all | {_pooled(name, pairs)} | - | - |" for name, pairs in _pairs(rounds)]
     legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
     return "\n".join([*lines, "", *legend]) + "\n"
+
+
+def answerable(results: EvalResults) -> EvalResults:
+    """Return the results of the tasks that the dense model answers, at each length.
+
+    A task counts where its mean dense score is at least `_ANSWERED`.
+    """
+    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for one in results.samples:
+        if one.configuration == DENSE and one.score is not None:
+            scores[one.task, one.length].append(one.score)
+    counting = {key for key, found in scores.items() if fmean(found) >= _ANSWERED}
+    samples = tuple(one for one in results.samples if (one.task, one.length) in counting)
+    return replace(results, samples=samples)
 
 
 def by_task(results: EvalResults) -> str:

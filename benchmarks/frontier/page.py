@@ -60,7 +60,7 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     replays = [Replay.load(path) for path in sorted(CONFIRMED.glob("replay*.json"))]
     built["confirmed"] = confirmation.confirmed(list(confirmed.values()), replays, _label)
     second = load_results(SECOND / "answers.jsonl")
-    built["second"] = confirmation.confirmed([second], [], _label)
+    built["second"] = confirmation.confirmed([confirmation.answerable(second)], [], _label)
     built["second-tasks"] = confirmation.by_task(second)
     built["second-layers"] = confirmation.calibration(
         SECOND / "samples-128k.measured.json", SECOND / "drift-128k.measured.json"

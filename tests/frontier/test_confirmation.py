@@ -129,3 +129,24 @@ def test_the_published_rule_goes_by_its_own_name():
     table = confirmation.confirmed([EvalResults(header, samples)], [], lambda _: "x")
     assert "| 1K | published | 0.500 of 1.000 |" in table
     assert table.count("published") == 3, "its row, the pooled one, and what it is"
+
+
+def test_tasks_that_the_dense_model_fails_do_not_count():
+    def reply(task, index, configuration, score):
+        base = DENSE if configuration == "dense" else dataclasses.replace(DENSE, kept=[3])
+        return dataclasses.replace(
+            base, task=task, index=index, configuration=configuration, score=score
+        )
+
+    samples = []
+    for task, scores in {"half": (1.0, 0.0), "hard": (0.4, 0.4)}.items():
+        for index, score in enumerate(scores):
+            samples += [reply(task, index, "dense", score), reply(task, index, "sparse", 1.0)]
+    results = EvalResults(HEADER, tuple(samples))
+    left = confirmation.answerable(results)
+    assert {one.task for one in left.samples} == {"half"}
+    assert len(left.samples) == 4
+    table = confirmation.by_task(results)
+    length = f"{DENSE.length // 1024}K"
+    assert f"| {length} | dense | 0.50 (2) | 0.40 (2) |" in table
+    assert f"| {length} | sparse | 1.00 (2) | 1.00 (2) |" in table
