@@ -261,7 +261,10 @@ def main() -> None:
     parser.add_argument("--training", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
     confirmed = args.confirmed or sorted((MEASURED / "confirm").glob("*.jsonl"))
-    others = args.others or sorted((MEASURED / "patterns").glob("answers*.jsonl"))
+    others = args.others or [
+        *sorted((MEASURED / "patterns").glob("answers*.jsonl")),
+        RESULTS / "cwe-16k.jsonl",
+    ]
     card = make_card(args.ruler, args.training, args.model, confirmed, others)
     (args.model / "README.md").write_text(card, encoding="utf-8")
 
