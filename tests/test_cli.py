@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -235,6 +236,61 @@ def test_a_run_that_was_dense_everywhere_says_so(folder, capsys):
 
 def no_memory(*_, **__):
     raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+
+def loaded(folder):
+    model, tokenizer = load_model(str(folder / "model"))
+    return model, tokenizer, encode_prompt(tokenizer, DOCUMENT, None)
+
+
+@pytest.mark.parametrize("profile", [False, True])
+def test_warming_up_reads_sparsely_at_the_shortest_length(folder, monkeypatch, profile):
+    reports, apply = [], run.apply
+
+    @contextlib.contextmanager
+    def watched(*given, **named):
+        with apply(*given, **named) as report:
+            reports.append(report)
+            yield report
+
+    monkeypatch.setattr(run, "apply", watched)
+    model, _, ids = loaded(folder)
+    config = dataclasses.replace(CONFIG, crossover="auto")
+    run.warm_up(model, ids, LayerProfile(config, {1: {"drop_mass": 0.2}}) if profile else config)
+    (report,) = reports
+    records = report.last_prefill()
+    expected = ["dense", "sparse", "dense"] if profile else ["sparse"] * 3
+    assert [record.paths[0] for record in records] == expected
+    assert all(record.kv_len == 16 + 32 + 1 for record in records)
+    assert model.config._attn_implementation == "sdpa"
+    reports.clear()
+    run.warm_up(model, ids)
+    assert not reports
+
+
+@pytest.mark.parametrize(
+    ("config", "backend", "expected"),
+    [
+        (None, "math", "math"),
+        (CONFIG, "math", "math"),
+        (None, "streaming", "auto"),
+        (CONFIG, "streaming", "streaming"),
+    ],
+)
+def test_dense_and_sparse_runs_share_their_dense_kernel(
+    folder, monkeypatch, config, backend, expected
+):
+    model, tokenizer, ids = loaded(folder)
+    ran_on, every_layer = [], run.attention_of_every_layer
+
+    def watched(model, attention_backend):
+        ran_on.append(attention_backend.partition(":")[0])
+        return every_layer(model, attention_backend)
+
+    monkeypatch.setattr(run, "attention_of_every_layer", watched)
+    answer(model, tokenizer, ids, config, max_new_tokens=1, attention_backend=backend)
+    assert ran_on == [expected]
+    assert model.config._attn_implementation == "sdpa"
 
 
 def no_host_memory(*_, **__):

@@ -166,7 +166,15 @@ def _run(args: argparse.Namespace) -> int:
             try:
                 with arguments.within_memory(ids.shape[1], path):
                     if not answers:
-                        run.warm_up(model, ids)
+                        # On a CPU there is nothing to compile.
+                        on_gpu = model.device.type == "cuda"
+                        run.warm_up(
+                            model,
+                            ids,
+                            config if on_gpu else None,
+                            impl=args.impl,
+                            attention_backend=args.attention_backend,
+                        )
                     answers[path] = run.answer(
                         model,
                         tokenizer,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from token_sparse_attention.attention.causal import parse_backend, pattern_config
+from token_sparse_attention.attention.causal import dense_backend, parse_backend
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import (
     PROFILE_FILE,
     LayerProfile,
     TokenSparseConfig,
+    layer_configs,
     load_config,
 )
 from token_sparse_attention.integrations.record import PrefillReport
@@ -147,11 +150,61 @@ def context_limit(model: Any) -> int | None:
     return limit
 
 
-def warm_up(model: Any, ids: Tensor) -> None:
-    """Run a short prompt, so that one-time costs stay out of the first answer's time."""
-    ids = ids[:, :_WARM_UP_TOKENS].to(model.device)
-    mask = torch.ones_like(ids)
-    model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+def warm_up(
+    model: Any,
+    ids: Tensor,
+    config: TokenSparseConfig | LayerProfile | None = None,
+    *,
+    impl: str = "auto",
+    attention_backend: str | PatternConfig = "auto",
+) -> None:
+    """Read the prompt's beginning, so that one-time costs stay out of the first answer's time.
+
+    Args:
+        model: the model.
+        ids: ``[1, S]`` token ids of the prompt.
+        config: settings to read sparsely with besides, at the shortest length that they allow,
+            which compiles the kernels that they need; None for none.
+        impl: see `token_sparse_attention`.
+        attention_backend: likewise.
+    """
+    lengths: list[tuple[TokenSparseConfig | LayerProfile | None, int]] = [(None, _WARM_UP_TOKENS)]
+    if config is not None:
+        config = _without_crossover(config)
+        layers = layer_configs(config, model.config.get_text_config().num_hidden_layers).values()
+        longest = max((one.min_tokens + one.window_size for one in layers), default=0)
+        lengths.append((config, longest + 1))
+    for settings, length in lengths:
+        begin = ids[:, :length].to(model.device)
+        with _attending(model, settings, impl, attention_backend):
+            mask = torch.ones_like(begin)
+            model.generate(begin, attention_mask=mask, max_new_tokens=2, do_sample=False)
+
+
+def _without_crossover(
+    config: TokenSparseConfig | LayerProfile,
+) -> TokenSparseConfig | LayerProfile:
+    if isinstance(config, TokenSparseConfig):
+        return dataclasses.replace(config, crossover="off")
+    layers = {layer: {**changes, "crossover": "off"} for layer, changes in config.layers.items()}
+    return LayerProfile(config.base, layers)
+
+
+@contextmanager
+def _attending(
+    model: Any,
+    config: TokenSparseConfig | LayerProfile | None,
+    impl: str,
+    attention_backend: str | PatternConfig,
+) -> Iterator[PrefillReport | None]:
+    """Let every layer attend by a backend meanwhile, or densely without settings."""
+    backend = parse_backend(attention_backend)
+    with attention_of_every_layer(model, dense_backend(backend) if config is None else backend):
+        if config is None:
+            yield None
+        else:
+            with apply(model, config, impl=impl, attention_backend=backend) as report:
+                yield report
 
 
 def answer(
@@ -166,6 +219,8 @@ def answer(
 ) -> Answer:
     """Answer a prompt greedily: sparsely under `config`, or densely if it is None.
 
+    Dense attention is by the same kernel in both, in layers that run dense as well.
+
     Args:
         model: the model.
         tokenizer: its tokenizer.
@@ -174,14 +229,9 @@ def answer(
         max_new_tokens: at most this many tokens are generated.
         impl: see `token_sparse_attention`.
         attention_backend: see `token_sparse_attention`; a pattern runs in every layer, the
-            dense ones too. Without settings this is not read.
+            dense ones too. Without settings ``"auto"`` takes a pattern's place.
     """
-    if config is None:
-        return _generate(model, tokenizer, ids, max_new_tokens, None)
-    backend = parse_backend(attention_backend)
-    patterned = pattern_config(backend) is not None
-    every_layer = attention_of_every_layer(model, backend) if patterned else nullcontext()
-    with every_layer, apply(model, config, impl=impl, attention_backend=backend) as report:
+    with _attending(model, config, impl, attention_backend) as report:
         return _generate(model, tokenizer, ids, max_new_tokens, report)
 
 
