@@ -65,12 +65,14 @@ def table(results: EvalResults, times: Times) -> str:
         results: of `tsa eval`.
         times: what the speed-ups are from, one column for each.
     """
-    head = ["tokens", "configuration", "score", "difference", "95% interval", "n", "kept"]
+    head = ["tokens", "configuration", "score", "difference"]
     head += [f"speed-up, {heads}" for heads in times]
+    head += ["95% interval", "n", "kept"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in _rows(results):
         speeds = [speeds_of(one, row.length or 0, row.configuration) for one in times.values()]
-        lines.append(f"| {' | '.join([*_cells(row), *map(_median, speeds)])} |")
+        cells = _cells(row)
+        lines.append(f"| {' | '.join([*cells[:4], *map(_median, speeds), *cells[4:]])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -90,8 +92,9 @@ def _median(speeds: Sequence[float]) -> str:
 
 def combined(results: EvalResults, times: Times) -> str:
     """Return each pattern with token sparsity beside the same pattern alone, by length."""
-    head = ["tokens", "pattern", "alone", "with token sparsity", "difference", "95% interval", "n"]
-    head += [f"speed-up over the pattern alone, {heads}" for heads in times]
+    head = ["tokens", "pattern", "alone", "with token sparsity", "difference"]
+    head += [f"speed-up, {heads}" for heads in times]
+    head += ["95% interval", "n"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for length, alone, pairs in _combinations(results):
         ratios = [
@@ -111,9 +114,9 @@ def combined(results: EvalResults, times: Times) -> str:
             f"{first:.3f}",
             f"{second:.3f}",
             f"{second - first:+.3f}",
+            *map(_median, ratios),
             f"{low:+.3f} to {high:+.3f}",
             str(len(pairs)),
-            *map(_median, ratios),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

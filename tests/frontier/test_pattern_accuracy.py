@@ -29,12 +29,12 @@ def test_accuracy_and_the_median_of_the_speed_ups_stand_side_by_side():
     times = {"samples": [{"length": length, "speed_up": {"sparse": x}} for x in (2.0, 3.0, 7.0)]}
     times["samples"].append({"length": length + 1, "speed_up": {"sparse": 99.0}})
     heading, _, *rows = table(of, {"2 heads": times, "8 heads": {"samples": []}}).splitlines()
-    assert heading.endswith("| speed-up, 2 heads | speed-up, 8 heads |")
+    assert "| speed-up, 2 heads | speed-up, 8 heads |" in heading
     assert len(rows) == 1
     cells = [cell.strip() for cell in rows[0].split("|")[1:-1]]
     assert cells[1:4] == ["sparse", "0.500 of 1.000", "-0.500"]
-    assert cells[5] == "2"
-    assert cells[-2:] == ["3.00x (3)", "-"]
+    assert cells[4:6] == ["3.00x (3)", "-"]
+    assert cells[7] == "2"
 
 
 def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
@@ -55,7 +55,8 @@ def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
     (row,) = combined(of, {"2 heads": times}).splitlines()[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[1:5] == ["sparse", "0.750", "0.250", "-0.500"]
-    assert cells[6:] == ["2", "2.00x (3)"]
+    assert cells[5] == "2.00x (3)"
+    assert cells[7] == "2"
 
 
 def test_results_are_pooled_where_they_agree():
