@@ -254,9 +254,10 @@ def test_warming_up_reads_sparsely_at_the_shortest_length(folder, monkeypatch, p
             yield report
 
     monkeypatch.setattr(run, "apply", watched)
-    model, _, ids = loaded(folder)
+    model, tokenizer, ids = loaded(folder)
     config = dataclasses.replace(CONFIG, crossover="auto")
-    run.warm_up(model, ids, LayerProfile(config, {1: {"drop_mass": 0.2}}) if profile else config)
+    settings = LayerProfile(config, {1: {"drop_mass": 0.2}}) if profile else config
+    run.warm_up(model, tokenizer, ids, settings)
     (report,) = reports
     records = report.last_prefill()
     expected = ["dense", "sparse", "dense"] if profile else ["sparse"] * 3
@@ -264,7 +265,7 @@ def test_warming_up_reads_sparsely_at_the_shortest_length(folder, monkeypatch, p
     assert all(record.kv_len == 16 + 32 + 1 for record in records)
     assert model.config._attn_implementation == "sdpa"
     reports.clear()
-    run.warm_up(model, ids)
+    run.warm_up(model, tokenizer, ids)
     assert not reports
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,20 @@ from token_sparse_attention.config import PROFILE_FILE
 ROOT = Path(__file__).parent.parent
 
 
+@contextmanager
+def training_importable():
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(ROOT))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Prepared data as `training.prepare` writes it, from the demo document alone."""
-    sys.path.insert(0, str(ROOT))
-    try:
+    with training_importable():
         from training.prepare import find_cuts
-    finally:
-        sys.path.remove(str(ROOT))
     folder = tmp_path_factory.mktemp("data")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled.MODEL / name, folder)
@@ -65,11 +72,8 @@ def test_rows_equal_the_tokens_of_their_text(data):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_the_training_pass_is_the_stock_models(architecture):
-    sys.path.insert(0, str(ROOT))
-    try:
+    with training_importable():
         from training.network import Forward, make_config, make_model
-    finally:
-        sys.path.remove(str(ROOT))
     model = make_model(make_config(architecture, layers=2), seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -146,11 +150,8 @@ ranks.leave()
 
 
 def test_processes_must_share_a_step_evenly(data):
-    sys.path.insert(0, str(ROOT))
-    try:
+    with training_importable():
         from training.train import Options
-    finally:
-        sys.path.remove(str(ROOT))
     with pytest.raises(ValueError, match=r"divisible by the 2 processes.*got 3"):
         Options(data, accumulate=3, world=2)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 def join() -> tuple[int, int]:
@@ -46,15 +45,11 @@ def average(parameters: Iterable[torch.nn.Parameter], seconds: float) -> float:
     if not dist.is_initialized():
         return seconds
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients] + [gradients[0].new_tensor([seconds])])
+    clock = gradients[0].new_tensor([seconds])
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [clock])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(_part(flat, start, gradient))
-        start += gradient.numel()
-    return float(flat[-1])
-
-
-def _part(flat: Tensor, start: int, like: Tensor) -> Tensor:
-    return flat[start : start + like.numel()].view_as(like)
+    *parts, clock = flat.split([gradient.numel() for gradient in gradients] + [1])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
+    return float(clock)

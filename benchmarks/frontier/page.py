@@ -38,8 +38,7 @@ TASKS = {
 
 def load_all() -> dict[str, EvalResults]:
     """Return all rounds' results by their file's name."""
-    paths = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*.jsonl.gz")])
-    return {path.name.partition(".")[0]: load_results(path) for path in paths}
+    return {path.stem: load_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
 
 
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:

@@ -20,9 +20,14 @@ from token_sparse_attention import TokenSelection, TokenSparseConfig, compress
 from token_sparse_attention.attention.dense import Attended, attend, attend_packed
 from token_sparse_attention.attention.far_tokens import FarTokens, draw
 from token_sparse_attention.attention.windows import attend_windows
-from token_sparse_attention.inputs import real_tokens
+from token_sparse_attention.inputs import Span, real_tokens
 from token_sparse_attention.integrations import transformers as integration
-from token_sparse_attention.selection import resolve_impl, score_tokens, select_tokens
+from token_sparse_attention.selection import (
+    resolve_impl,
+    score_tokens,
+    select_tokens,
+    selection_of_rows,
+)
 
 _ROWS = 4096  # queries attended by hand at once
 
@@ -114,10 +119,7 @@ def attention(
             rows = run(query, key, value).out
         else:
             rows = _selected(query, key, value, config, variant, selection, scale, backend)
-        chosen = torch.zeros(out.shape[1:3], dtype=torch.bool, device=out.device)
-        for head, slots in enumerate(_slots(selection)):
-            chosen[head, slots] = True
-        out = torch.where(chosen[None, :, :, None], rows.to(out.dtype), out)
+        out = torch.where(_chosen(selection)[None, :, :, None], rows.to(out.dtype), out)
     if variant.dense_last:
         last = slice(query.shape[2] - variant.dense_last, None)
         out[:, :, last] = run(query[:, :, last], key, value).out
@@ -126,17 +128,10 @@ def attention(
 
 def with_neighbours(selection: TokenSelection, count: int) -> TokenSelection:
     """Return a selection of one sequence with `count` tokens more on each side of every one."""
-    heads, kv_len = selection.lengths.shape[1], selection.kv_len
-    chosen = torch.zeros(heads, kv_len, device=selection.lengths.device)
-    for head, slots in enumerate(_slots(selection)):
-        chosen[head, slots] = 1.0
-    chosen = F.max_pool1d(chosen[:, None], 2 * count + 1, stride=1, padding=count)[:, 0] > 0
-    lengths = chosen.sum(-1)[None]
-    slot = torch.arange(kv_len, device=chosen.device)
-    indices = torch.where(chosen, slot, kv_len).sort(-1).values[None, :, : int(lengths.max())]
-    return selection._replace(
-        indices=indices.masked_fill(indices == kv_len, -1), lengths=lengths, budget=lengths
-    )
+    chosen = _chosen(selection)
+    near = F.max_pool1d(chosen[:, None].float(), 2 * count + 1, stride=1, padding=count)[:, 0] > 0
+    heads, kv_len = near.shape
+    return selection_of_rows([near], [Span(0, kv_len)], heads, kv_len, near.device)
 
 
 def _segments(length: int, count: int) -> Iterator[tuple[int, int]]:
@@ -386,6 +381,15 @@ def _slots(selection: TokenSelection) -> Iterator[Tensor]:
     """The selected slots of each head."""
     for head, size in enumerate(selection.lengths[0].tolist()):
         yield selection.indices[0, head, :size]
+
+
+def _chosen(selection: TokenSelection) -> Tensor:
+    """Which slots each head selected, ``[H, S]`` bool."""
+    shape = selection.lengths.shape[1], selection.kv_len
+    chosen = torch.zeros(shape, dtype=torch.bool, device=selection.lengths.device)
+    for head, slots in enumerate(_slots(selection)):
+        chosen[head, slots] = True
+    return chosen
 
 
 def _sequences(selection: TokenSelection) -> Iterator[tuple[int, int]]:

@@ -170,6 +170,7 @@ def _run(args: argparse.Namespace) -> int:
                         on_gpu = model.device.type == "cuda"
                         run.warm_up(
                             model,
+                            tokenizer,
                             ids,
                             config if on_gpu else None,
                             impl=args.impl,

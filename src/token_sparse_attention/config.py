@@ -399,6 +399,19 @@ def layer_configs(
     return dict.fromkeys(layers, layer_config)
 
 
+def without_crossover(
+    config: TokenSparseConfig | LayerProfile,
+) -> TokenSparseConfig | LayerProfile:
+    """Return the settings with ``crossover="off"`` everywhere."""
+    if isinstance(config, TokenSparseConfig):
+        return dataclasses.replace(config, crossover="off")
+    layers = {
+        layer: {name: value for name, value in changes.items() if name != "crossover"}
+        for layer, changes in config.layers.items()
+    }
+    return LayerProfile(dataclasses.replace(config.base, crossover="off"), layers)
+
+
 def load_config(path: str | Path) -> TokenSparseConfig | LayerProfile:
     """Read a config or a profile from a JSON file; a profile is told by its version entry.
 

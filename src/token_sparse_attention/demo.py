@@ -177,7 +177,7 @@ def run_demo(
             on_progress(f"question {number} of {len(needles)}, {path}: {ids.shape[1]} tokens")
             with within_memory(ids.shape[1], path):
                 if not (findings or answers):
-                    warm_up(model, ids)
+                    warm_up(model, tokenizer, ids)
                 answers.append(
                     answer(model, tokenizer, ids, settings, max_new_tokens=_MAX_NEW_TOKENS)
                 )

@@ -137,6 +137,17 @@ class RealTokens(NamedTuple):
         """Return `spans`, reading them off the device if need be."""
         return self.spans or [Span(*pair) for pair in self.bounds.tolist()]
 
+    def limits(self, dims: int) -> tuple[int | Tensor, int | Tensor]:
+        """Return the rows' first slots and ends: two numbers where all slots are real.
+
+        Else they are int64 tensors ``[B, 1, ...]``, with `dims` dimensions of 1.
+        """
+        if not self.padded:
+            return 0, self.kv_len
+        start, end = self.bounds.long().unbind(-1)
+        shape = (-1,) + (1,) * dims
+        return start.view(shape), end.view(shape)
+
     def mask(self) -> Tensor:
         """Return which slots hold a real token, ``[B, S_kv]`` bool, on the device."""
         slot = torch.arange(self.kv_len, device=self.bounds.device)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from token_sparse_attention.config import (
     TokenSparseConfig,
     layer_configs,
     load_config,
+    without_crossover,
 )
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
@@ -152,59 +150,34 @@ def context_limit(model: Any) -> int | None:
 
 def warm_up(
     model: Any,
+    tokenizer: Any,
     ids: Tensor,
     config: TokenSparseConfig | LayerProfile | None = None,
     *,
     impl: str = "auto",
     attention_backend: str | PatternConfig = "auto",
 ) -> None:
-    """Read the prompt's beginning, so that one-time costs stay out of the first answer's time.
+    """Answer the prompt's beginning, so that one-time costs stay out of the first answer's time.
 
     Args:
         model: the model.
+        tokenizer: its tokenizer.
         ids: ``[1, S]`` token ids of the prompt.
-        config: settings to read sparsely with besides, at the shortest length that they allow,
+        config: settings to answer by besides, at the shortest length that they read sparsely,
             which compiles the kernels that they need; None for none.
         impl: see `token_sparse_attention`.
         attention_backend: likewise.
     """
     lengths: list[tuple[TokenSparseConfig | LayerProfile | None, int]] = [(None, _WARM_UP_TOKENS)]
     if config is not None:
-        config = _without_crossover(config)
         layers = layer_configs(config, model.config.get_text_config().num_hidden_layers).values()
         longest = max((one.min_tokens + one.window_size for one in layers), default=0)
-        lengths.append((config, longest + 1))
+        lengths.append((without_crossover(config), longest + 1))
     for settings, length in lengths:
-        begin = ids[:, :length].to(model.device)
-        with _attending(model, settings, impl, attention_backend):
-            mask = torch.ones_like(begin)
-            model.generate(begin, attention_mask=mask, max_new_tokens=2, do_sample=False)
-
-
-def _without_crossover(
-    config: TokenSparseConfig | LayerProfile,
-) -> TokenSparseConfig | LayerProfile:
-    if isinstance(config, TokenSparseConfig):
-        return dataclasses.replace(config, crossover="off")
-    layers = {layer: {**changes, "crossover": "off"} for layer, changes in config.layers.items()}
-    return LayerProfile(config.base, layers)
-
-
-@contextmanager
-def _attending(
-    model: Any,
-    config: TokenSparseConfig | LayerProfile | None,
-    impl: str,
-    attention_backend: str | PatternConfig,
-) -> Iterator[PrefillReport | None]:
-    """Let every layer attend by a backend meanwhile, or densely without settings."""
-    backend = parse_backend(attention_backend)
-    with attention_of_every_layer(model, dense_backend(backend) if config is None else backend):
-        if config is None:
-            yield None
-        else:
-            with apply(model, config, impl=impl, attention_backend=backend) as report:
-                yield report
+        answer(
+            model, tokenizer, ids[:, :length], settings,
+            max_new_tokens=2, impl=impl, attention_backend=attention_backend,
+        )  # fmt: skip
 
 
 def answer(
@@ -231,7 +204,12 @@ def answer(
         attention_backend: see `token_sparse_attention`; a pattern runs in every layer, the
             dense ones too. Without settings ``"auto"`` takes a pattern's place.
     """
-    with _attending(model, config, impl, attention_backend) as report:
+    backend = parse_backend(attention_backend)
+    if config is None:
+        with attention_of_every_layer(model, dense_backend(backend)):
+            return _generate(model, tokenizer, ids, max_new_tokens, None)
+    every_layer = attention_of_every_layer(model, backend)
+    with every_layer, apply(model, config, impl=impl, attention_backend=backend) as report:
         return _generate(model, tokenizer, ids, max_new_tokens, report)
 
 

@@ -329,7 +329,7 @@ def select_rows(
         if keep is not None and _is_slower(lengths.double() / row_len, row_queries, row_len, even):
             keep = None
         rows.append(keep)
-    selection = _selection_of_rows(rows, spans, scores.shape[1], kv_len, scores.device)
+    selection = selection_of_rows(rows, spans, scores.shape[1], kv_len, scores.device)
     selection = selection._replace(budget=torch.stack(budgets))
     return selection if head_group is None else _own_part(selection, num_heads, head_group)
 
@@ -386,7 +386,7 @@ def _keep_row(
     )
 
 
-def _selection_of_rows(
+def selection_of_rows(
     rows: list[Tensor | None],
     spans: list[Span],
     num_heads: int,

@@ -19,8 +19,7 @@ from torch import Tensor
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import BreakEven, effective_length
 from token_sparse_attention.head_group import gather_heads, own_heads
-from token_sparse_attention.inputs import RealTokens, Span
-from token_sparse_attention.limits import forces_dense
+from token_sparse_attention.inputs import RealTokens
 from token_sparse_attention.selection import TokenSelection, dense_selection
 
 if TYPE_CHECKING:
@@ -82,16 +81,13 @@ def far_tokens(
 
 
 def _sinks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor:
-    sinks = torch.arange(config.fallback_sinks, device=scores.device)
-    if not tokens.padded:
-        return sinks.clamp_(max=tokens.kv_len).expand(*scores.shape[:2], -1)
-    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
-    sinks = start + sinks
-    return torch.where(sinks < end, sinks, tokens.kv_len).expand(-1, scores.shape[1], -1)
+    start, end = tokens.limits(2)
+    sinks = start + torch.arange(config.fallback_sinks, device=scores.device)
+    return torch.where(sinks < end, sinks, tokens.kv_len).expand(*scores.shape[:2], -1)
 
 
 def _landmarks(scores: Tensor, config: TokenSparseConfig, tokens: RealTokens) -> Tensor:
-    start, end = tokens.bounds.long()[:, None, :, None].unbind(2)
+    start, end = tokens.limits(2)
     slot = torch.arange(scores.shape[2], device=scores.device)
     inside = slot >= start + config.fallback_sinks
     inside = inside & (slot < end - max(config.window_size, config.fallback_window))
@@ -128,10 +124,8 @@ def sample_budgets(
 def _left_behind(tokens: RealTokens, window: int) -> Tensor:
     """Which slots ``[B, S_kv]`` the last query's window has left behind."""
     slot = torch.arange(tokens.kv_len, device=tokens.bounds.device)
-    if not tokens.padded:
-        return (slot < tokens.kv_len - window).expand(len(tokens.bounds), -1)
-    start, end = tokens.bounds.long()[:, :, None].unbind(1)
-    return (slot >= start) & (slot < end - window)
+    start, end = tokens.limits(1)
+    return ((slot >= start) & (slot < end - window)).expand(len(tokens.bounds), -1)
 
 
 def draw(
@@ -240,6 +234,8 @@ def rows_run_sparse(
 ) -> Tensor:
     """Return which rows ``[B]`` run sparse, bool, where queries are not selected.
 
+    Not all rows are so short that `forces_dense` holds, so unpadded ones are long enough.
+
     Args:
         scores: ``[B, H, N]`` float32; rows whose scores are not finite run dense.
         config: the settings.
@@ -252,11 +248,8 @@ def rows_run_sparse(
     if head_group is not None:
         finite = gather_heads(finite.to(torch.int32), head_group).bool()
     sparse = finite.all(-1)
-    if not tokens.padded:  # lengths alone say the same of every row
-        long_enough = not forces_dense(
-            config, even, Span(0, tokens.kv_len), query_len, tokens.kv_len, None
-        )
-        return sparse if long_enough else torch.zeros_like(sparse)
+    if not tokens.padded:
+        return sparse
     start, end = tokens.bounds.long().unbind(-1)
     keys = end - start
     queries = (end - start.clamp(min=tokens.kv_len - query_len)).clamp(min=0)

@@ -7,7 +7,6 @@ those of the dense model is averaged over the prompt's last position and the rep
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from token_sparse_attention.calibration.choose import (
 from token_sparse_attention.calibration.drift import check_eval, standard_error
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import Choice, LayerSetting, Sensitivity
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.config import LayerProfile, TokenSparseConfig, without_crossover
 from token_sparse_attention.integrations.record import LayerRecord
 from token_sparse_attention.integrations.transformers import apply
 
@@ -234,19 +233,6 @@ def _read_layer(record: LayerRecord) -> LayerReading:
         return LayerReading(1.0, 1.0, False, False, ALL_KEYS)
     works = [attended_share(n, record.kv_len, selection.config) for n in counts]
     return LayerReading(record.kept_share, math.fsum(works) / len(works), True, False, why)
-
-
-def without_crossover(
-    config: TokenSparseConfig | LayerProfile,
-) -> TokenSparseConfig | LayerProfile:
-    """Return the settings with ``crossover="off"`` everywhere."""
-    if isinstance(config, TokenSparseConfig):
-        return dataclasses.replace(config, crossover="off")
-    layers = {
-        layer: {name: value for name, value in changes.items() if name != "crossover"}
-        for layer, changes in config.layers.items()
-    }
-    return LayerProfile(dataclasses.replace(config.base, crossover="off"), layers)
 
 
 def measure_sensitivity(
