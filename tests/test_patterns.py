@@ -10,7 +10,7 @@ import torch
 from attention.by_hand import HEADS, LITTLE, by_hand
 from support import SMALL, Problem, kept_mask, make_problem, relative_error
 from token_sparse_attention import token_sparse_attention
-from token_sparse_attention.attention.causal import parse_backend
+from token_sparse_attention.attention.causal import attend, parse_backend
 from token_sparse_attention.attention.patterns import (
     FlexPrefillConfig,
     MInferenceConfig,
@@ -82,6 +82,21 @@ def test_rows_that_run_dense_go_through_the_pattern(pattern):
     everything = torch.ones(4, 500, dtype=torch.bool)
     expected = by_hand(problem, everything, pattern, out, SCALE)
     assert relative_error(out[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("select", [False, True])
+@pytest.mark.parametrize("pattern", LITTLE.values(), ids=LITTLE)
+def test_last_queries_are_dense_beside_a_pattern(pattern, select):
+    problem = make_problem(query_len=500, kv_len=600)
+    drop = {} if select else {"drop_mass": None, "select_queries": False}
+    settings = dataclasses.replace(SMALL, **WINDOW, **drop)
+    without = token_sparse_attention(*problem, settings, attention_backend=pattern)
+    settings = dataclasses.replace(settings, dense_queries=40)
+    out = token_sparse_attention(*problem, settings, attention_backend=pattern)
+    dense = attend(*problem, scale=SCALE).out
+    assert relative_error(out[:, :, -40:], dense[:, :, -40:]) < 1e-6
+    assert relative_error(without[:, :, -40:], dense[:, :, -40:]) > 1e-2
+    assert torch.equal(out[:, :, :-40], without[:, :, :-40])
 
 
 @pytest.mark.parametrize("settings", [SMALL, dataclasses.replace(PER_HEAD, **WINDOW)])
