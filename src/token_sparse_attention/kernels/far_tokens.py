@@ -68,6 +68,8 @@ def add_far_tokens(
         counts: ``[B, H, M]`` float32, how many tokens each far token stands for; None for one.
         tiles: block sizes, for tuning.
     """
+    if not far.shape[2]:
+        return
     batch_size, num_heads, query_len, head_dim = query.shape
     far_key, far_value = _gather(key, value, far.long())
     far = far.to(torch.int32).contiguous()
