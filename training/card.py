@@ -262,8 +262,8 @@ def main() -> None:
     args = parser.parse_args()
     confirmed = args.confirmed or sorted((MEASURED / "confirm").glob("*.jsonl"))
     others = args.others or [
-        *sorted((MEASURED / "patterns").glob("answers*.jsonl")),
-        RESULTS / "cwe-16k.jsonl",
+        *sorted((MEASURED / "patterns").glob("answers*.jsonl*")),
+        *sorted(RESULTS.glob("cwe-*.jsonl")),
     ]
     card = make_card(args.ruler, args.training, args.model, confirmed, others)
     (args.model / "README.md").write_text(card, encoding="utf-8")

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+
+from benchmarks.pooling import pooled
 
 from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
@@ -39,23 +40,6 @@ def name_of(configuration: str) -> str:
 
 Times = Mapping[str, Mapping[str, Any]]
 """Contents of files of `layer_times`, by the number of heads."""
-
-
-def pooled(rounds: Sequence[EvalResults]) -> EvalResults:
-    """Return several results as one, with the header of the first.
-
-    Raises:
-        ValueError: if they are of other configurations or models, or have a reply twice.
-    """
-    first = rounds[0].header
-    for one in rounds[1:]:
-        for field in ("model", "configurations"):
-            if getattr(one.header, field) != getattr(first, field):
-                raise ValueError(f"results to pool must agree in {field}")
-    samples = [sample for one in rounds for sample in one.samples]
-    if len({sample.key for sample in samples}) != len(samples):
-        raise ValueError("results to pool must not have the same sample and configuration twice")
-    return replace(rounds[0], samples=tuple(samples))
 
 
 def table(results: EvalResults, times: Times) -> str:
@@ -251,7 +235,7 @@ def _draw_panel(axes: Any, rows: Sequence[Row], timed: Mapping[str, Any]) -> Non
 def load() -> tuple[list[EvalResults], dict[str, Any], dict[str, Any]]:
     """Return the results, the times and the densities that the page is about."""
     times = {heads: json.loads(path.read_text("utf-8")) for heads, path in TIMES.items()}
-    rounds = [load_results(path) for path in sorted(RESULTS.glob("answers*.jsonl"))]
+    rounds = [load_results(path) for path in sorted(RESULTS.glob("answers*.jsonl*"))]
     return rounds, times, json.loads(DENSITIES.read_text("utf-8"))
 
 

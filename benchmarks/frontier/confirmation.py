@@ -25,6 +25,8 @@ NAMES = {
     "A2": "three dense layers",
     "F": "two dense layers",
     "G": "two dense layers, else the defaults",
+    "calibrated-4": "calibrated for 1/4",
+    "calibrated-4.75": "calibrated for 1/4.75",
 }
 """What the page calls the profiles that were confirmed."""
 _ANSWERED = 0.5
@@ -105,11 +107,14 @@ def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:
 
 
 def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Describe) -> str:
-    """Return the confirmation's table: every length, then all of them together."""
+    """Return the confirmation's table: every length, then all of them together.
+
+    Scores are of the `answerable` tasks; the counts that were replayed are of all.
+    """
     head = ["tokens", "settings", "score", "difference", "95% interval", "loss", "loss below"]
     head += ["n", "kept", "speed-up", "own shape"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    rows = [row for row in join([("", one) for one in rounds], replays) if row.accuracy.pairs]
+    rows = [row for one in rounds for row in _timed(one, replays)]
     for row in sorted(rows, key=lambda row: row.accuracy.length or 0):
         one = row.accuracy
         if one.configuration != DENSE:
@@ -124,9 +129,21 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
                 f"{one.kept_share:.0%}",
             ]
             lines.append(f"| {' | '.join(where + cells)} | {_speed(row)} |")
-    lines += [f"| all | {_pooled(name, pairs)} | - | - |" for name, pairs in _pairs(rounds)]
+    counting = [answerable(one) for one in rounds]
+    lines += [f"| all | {_pooled(name, pairs)} | - | - |" for name, pairs in _pairs(counting)]
     legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
     return "\n".join([*lines, "", *legend]) + "\n"
+
+
+def _timed(results: EvalResults, replays: list[Replay]) -> Iterator[FrontierRow]:
+    """Yield each configuration's scores on the answerable tasks of a length, with its times."""
+    timed = {
+        (row.accuracy.configuration, row.accuracy.length): row
+        for row in join([("", results)], replays)
+    }
+    for one in summarise(answerable(results)):
+        if one.task is None and one.length and one.pairs:
+            yield replace(timed[one.configuration, one.length], accuracy=one)
 
 
 def answerable(results: EvalResults) -> EvalResults:

@@ -1,4 +1,4 @@
-"""Write the tables and the figure of docs/frontier.md from the result files.
+"""Write the tables and the figures of the study's two pages from the result files.
 
 python -m benchmarks.frontier.page
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.frontier import confirmation
+from benchmarks.frontier import confirmation, questions
+from benchmarks.pooling import beside, pooled
 
 from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.frontier import join, target_of
@@ -21,12 +22,15 @@ from token_sparse_attention.evaluation.summary import Row, difference_interval, 
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "frontier.md"
+ROUNDS = PAGE.with_name("frontier-rounds.md")
+"""What was screened before every question was asked on 200 prompts a length."""
 RESULTS = ROOT / "benchmarks" / "results" / "frontier"
 CONFIRMED = RESULTS.parent / "confirm"
 CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
 DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
 SECOND = RESULTS.parent / "qwen3"
 FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
+QUESTIONS_FIGURE = FIGURE.with_name("frontier-questions.svg")
 SPEED_FIGURE = FIGURE.with_name("frontier-speed.svg")
 SPEED_ROUNDS = ("profiles", "mended")
 TASKS = {
@@ -41,9 +45,16 @@ def load_all() -> dict[str, EvalResults]:
     return {path.stem: load_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
 
 
+def load_questions() -> EvalResults:
+    """Return the answers to every question, from the runs that shared the samples."""
+    return pooled([load_results(path) for path in sorted(RESULTS.glob("questions-*.jsonl.gz"))])
+
+
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
-    """Return the page's tables as Markdown, by name."""
-    built = {}
+    """Return the pages' tables as Markdown, by name."""
+    asked = load_questions()
+    built = {"questions": questions.table(confirmation.answerable(asked), describe)}
+    built["questions-tasks"] = confirmation.by_task(asked)
     for length in (65536, 131072):
         built[f"{length // 1024}k"] = _screening(_scored_by(rounds, answers=False), length)
     answers = _scored_by(rounds, answers=True)
@@ -58,14 +69,17 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     confirmed = {path.stem: load_results(path) for path in sorted(CONFIRMED.glob("*.jsonl"))}
     replays = [Replay.load(path) for path in sorted(CONFIRMED.glob("replay*.json"))]
     built["confirmed"] = confirmation.confirmed(list(confirmed.values()), replays, _label)
-    second = load_results(SECOND / "answers.jsonl")
-    built["second"] = confirmation.confirmed([confirmation.answerable(second)], [], _label)
-    built["second-tasks"] = confirmation.by_task(second)
+    second = {path.stem: load_results(path) for path in sorted(SECOND.glob("answers*.jsonl"))}
+    replayed = [Replay.load(SECOND / "replay-128k.json")]
+    built["second"] = confirmation.confirmed(list(second.values()), replayed, _label)
+    built["second-tasks"] = confirmation.by_task(beside(list(second.values())))
     built["second-layers"] = confirmation.calibration(
         SECOND / "samples-128k.measured.json", SECOND / "drift-128k.measured.json"
     )
-    runs = {**rounds, **{f"confirmed, {name}": r for name, r in confirmed.items()}}
-    built["runs"] = _runs({**runs, "second architecture": second})
+    runs = {"questions": asked, **{f"confirmed, {name}": r for name, r in confirmed.items()}}
+    runs |= {f"second architecture, {name}": r for name, r in second.items()}
+    built["runs"] = _runs(runs)
+    built["rounds"] = _runs(rounds)
     return built
 
 
@@ -323,9 +337,12 @@ def draw_speeds(rounds: Mapping[str, EvalResults]) -> None:
 
 
 def main() -> None:
-    """Write the page and the figures."""
+    """Write the pages and the figures."""
     rounds = load_all()
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), tables(rounds)), encoding="utf-8")
+    built = tables(rounds)
+    for page in (PAGE, ROUNDS):
+        page.write_text(fill(page.read_text(encoding="utf-8"), built), encoding="utf-8")
+    questions.draw(confirmation.answerable(load_questions()), QUESTIONS_FIGURE)
     draw(rounds)
     draw_speeds(rounds)
 

@@ -59,18 +59,6 @@ def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
     assert cells[7] == "2"
 
 
-def test_results_are_pooled_where_they_agree():
-    one, other = results(*pair(1.0, 1.0)), results(*pair(1.0, 0.0, index=1))
-    both = accuracy.pooled([one, other])
-    assert both.header == one.header
-    assert both.samples == (*one.samples, *other.samples)
-    with pytest.raises(ValueError, match="twice"):
-        accuracy.pooled([one, one])
-    header = dataclasses.replace(other.header, configurations={"dense": None})
-    with pytest.raises(ValueError, match="agree in configurations"):
-        accuracy.pooled([one, EvalResults(header, other.samples)])
-
-
 def test_names_are_words():
     assert name_of("F") == "token sparsity"
     assert name_of("xattention+F") == "xattention + token sparsity"

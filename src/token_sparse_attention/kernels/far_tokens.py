@@ -58,7 +58,7 @@ def add_far_tokens(
         query: ``[B, H, S_q, D]``, unit stride over D, as all others.
         key: ``[B, H_kv, S_kv, D]``.
         value: likewise.
-        far: ``[B, H, M]`` integer slots, ascending, S_kv or more for none.
+        far: ``[B, H, M]`` integer slots, ascending, S_kv or more for none; M may be 0.
         bounds: ``[B, 2]`` int32, each row's real slots ``[start, end)``.
         rows: ``[B]`` bool, the rows wanted.
         out: ``[B, H, S_q, D]``, the windowed attention.

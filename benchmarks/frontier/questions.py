@@ -1,0 +1,84 @@
+"""Every question of the study on the same 200 prompts a length: tables and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from token_sparse_attention.evaluation.record import DENSE, EvalResults
+from token_sparse_attention.evaluation.summary import Row, summarise
+
+Describe = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+
+
+def table(results: EvalResults, describe: Describe) -> str:
+    """Return one line per point: its difference from dense at each length, and its work.
+
+    How many prompts it has is told for the longest length; the others have them all.
+
+    Args:
+        results: of `benchmarks.frontier.screen`, of the tasks that count.
+        describe: says in words what settings and a variant do.
+    """
+    rows = _rows(results)
+    lengths = sorted({length for _, length in rows})
+    names = [f"{length // 1024}K" for length in lengths]
+    head = ["point", "what it runs", *names, f"n, {names[-1]}", f"work, {names[-1]}"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    dense = [rows[DENSE, length] for length in lengths]
+    cells = [f"{row.score:.3f} of {row.pairs} prompts" for row in dense]
+    lines.append(f"| dense | its score | {' | '.join(cells)} | {dense[-1].pairs} | 100% |")
+    variants = results.header.arguments.get("variants", {})
+    for name, settings in results.header.configurations.items():
+        if name != DENSE:
+            cells = [name, describe(settings or {}, variants.get(name, {}))]
+            cells += [_difference(rows.get((name, length))) for length in lengths]
+            last = rows.get((name, lengths[-1]))
+            cells += [str(last.pairs), f"{last.work:.0%}"] if last else ["-", "-"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(results: EvalResults) -> dict[tuple[str, int], Row]:
+    """All tasks together, by configuration and length."""
+    return {
+        (row.configuration, row.length): row
+        for row in summarise(results)
+        if row.task is None and row.length and row.pairs
+    }
+
+
+def _difference(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    interval = f"{row.difference_low:+.3f} to {row.difference_high:+.3f}"
+    return f"{row.difference:+.3f} ({interval})"
+
+
+def draw(results: EvalResults, path: Path) -> None:
+    """Draw each point's difference from dense over its attention work, one panel per length."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "frontier-questions"
+    rows = _rows(results)
+    lengths = sorted({length for _, length in rows})
+    figure, panels = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 5), sharey=True)
+    for axes, length in zip(panels, lengths):
+        for (name, where), row in rows.items():
+            if name == DENSE or where != length or row.difference is None:
+                continue
+            axes.plot([row.work] * 2, [row.difference_low, row.difference_high], color="tab:gray")
+            axes.plot(row.work, row.difference, "o", color="tab:blue")
+            axes.annotate(
+                name, (row.work, row.difference), (3, 3), textcoords="offset points", fontsize=6
+            )
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(f"{length // 1024}K tokens")
+        axes.set_xlabel("attention work, share of dense")
+    panels[0].set_ylabel("score minus dense score of the same prompts, 95% interval")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
