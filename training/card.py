@@ -251,7 +251,7 @@ def main() -> None:
         epilog="example: python -m training.card --model src/token_sparse_attention/bundled/model",
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--ruler", type=Path, default=RESULTS / "ruler.jsonl")
+    parser.add_argument("--ruler", type=Path, default=RESULTS / "ruler.jsonl.gz")
     parser.add_argument(
         "--confirmed", type=Path, nargs="*", help="results with the shipped profile, as F"
     )
@@ -260,10 +260,10 @@ def main() -> None:
     )
     parser.add_argument("--training", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
-    confirmed = args.confirmed or sorted((MEASURED / "confirm").glob("*.jsonl"))
+    confirmed = args.confirmed or sorted((MEASURED / "confirm").glob("*.jsonl.gz"))
     others = args.others or [
-        *sorted((MEASURED / "patterns").glob("answers*.jsonl*")),
-        *sorted(RESULTS.glob("cwe-*.jsonl")),
+        *sorted((MEASURED / "patterns").glob("*.jsonl.gz")),
+        *sorted(RESULTS.glob("cwe-*.jsonl.gz")),
     ]
     card = make_card(args.ruler, args.training, args.model, confirmed, others)
     (args.model / "README.md").write_text(card, encoding="utf-8")

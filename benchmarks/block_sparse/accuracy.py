@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.pooling import pooled
+from benchmarks.pooling import load_folder, pooled
 
 from token_sparse_attention.benchmark.tables import fill
-from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
+from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +235,7 @@ def _draw_panel(axes: Any, rows: Sequence[Row], timed: Mapping[str, Any]) -> Non
 def load() -> tuple[list[EvalResults], dict[str, Any], dict[str, Any]]:
     """Return the results, the times and the densities that the page is about."""
     times = {heads: json.loads(path.read_text("utf-8")) for heads, path in TIMES.items()}
-    rounds = [load_results(path) for path in sorted(RESULTS.glob("answers*.jsonl*"))]
+    rounds = list(load_folder(RESULTS).values())
     return rounds, times, json.loads(DENSITIES.read_text("utf-8"))
 
 

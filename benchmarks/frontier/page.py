@@ -12,11 +12,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.frontier import confirmation, questions
-from benchmarks.pooling import beside, pooled
+from benchmarks.pooling import beside, load_folder, pooled
 
 from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.frontier import join, target_of
-from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
+from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.replay import Replay
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 
@@ -25,6 +25,7 @@ PAGE = ROOT / "docs" / "frontier.md"
 ROUNDS = PAGE.with_name("frontier-rounds.md")
 """What was screened before every question was asked on 200 prompts a length."""
 RESULTS = ROOT / "benchmarks" / "results" / "frontier"
+QUESTIONS = RESULTS.parent / "questions"
 CONFIRMED = RESULTS.parent / "confirm"
 CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
 DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
@@ -42,12 +43,12 @@ TASKS = {
 
 def load_all() -> dict[str, EvalResults]:
     """Return all rounds' results by their file's name."""
-    return {path.stem: load_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+    return load_folder(RESULTS)
 
 
 def load_questions() -> EvalResults:
     """Return the answers to every question, from the runs that shared the samples."""
-    return pooled([load_results(path) for path in sorted(RESULTS.glob("questions-*.jsonl.gz"))])
+    return pooled(list(load_folder(QUESTIONS).values()))
 
 
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
@@ -66,10 +67,10 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     for name, which in zip(("speeds", "speeds-mended"), SPEED_ROUNDS):
         replay = Replay.load(RESULTS / f"replay-{which}.json")
         built[name] = confirmation.speeds(rounds[f"answers-{which}"], replay, _label)
-    confirmed = {path.stem: load_results(path) for path in sorted(CONFIRMED.glob("*.jsonl"))}
+    confirmed = load_folder(CONFIRMED)
     replays = [Replay.load(path) for path in sorted(CONFIRMED.glob("replay*.json"))]
     built["confirmed"] = confirmation.confirmed(list(confirmed.values()), replays, _label)
-    second = {path.stem: load_results(path) for path in sorted(SECOND.glob("answers*.jsonl"))}
+    second = load_folder(SECOND)
     replayed = [Replay.load(SECOND / "replay-128k.json")]
     built["second"] = confirmation.confirmed(list(second.values()), replayed, _label)
     built["second-tasks"] = confirmation.by_task(beside(list(second.values())))

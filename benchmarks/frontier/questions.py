@@ -56,6 +56,27 @@ def _difference(row: Row | None) -> str:
     return f"{row.difference:+.3f} ({interval})"
 
 
+FAMILIES = {
+    "keys": ("no queries dropped", "tab:green"),
+    "window": ("window", "tab:blue"),
+    "drop": ("drop mass", "tab:orange"),
+    "published": ("zeros", "tab:red"),
+}
+"""What points are drawn as, by the first word of their names."""
+OTHERS = ("other questions", "tab:gray")
+LABELLED = (
+    "keys-only",
+    "keys-only-all-layers",
+    "window-32",
+    "window-2048",
+    "drop-0.005",
+    "drop-0.6",
+    "published",
+    "published-drift-layers",
+    "all-layers",
+)
+
+
 def draw(results: EvalResults, path: Path) -> None:
     """Draw each point's difference from dense over its attention work, one panel per length."""
     import matplotlib
@@ -66,19 +87,32 @@ def draw(results: EvalResults, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "frontier-questions"
     rows = _rows(results)
     lengths = sorted({length for _, length in rows})
-    figure, panels = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 5), sharey=True)
+    figure, panels = plt.subplots(
+        1, len(lengths), figsize=(5 * len(lengths), 5), sharex=True, sharey=True
+    )
     for axes, length in zip(panels, lengths):
         for (name, where), row in rows.items():
-            if name == DENSE or where != length or row.difference is None:
-                continue
-            axes.plot([row.work] * 2, [row.difference_low, row.difference_high], color="tab:gray")
-            axes.plot(row.work, row.difference, "o", color="tab:blue")
-            axes.annotate(
-                name, (row.work, row.difference), (3, 3), textcoords="offset points", fontsize=6
-            )
+            if name != DENSE and where == length and row.difference is not None:
+                _draw_point(axes, name, row)
         axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xlim(0, 1)
         axes.set_title(f"{length // 1024}K tokens")
         axes.set_xlabel("attention work, share of dense")
     panels[0].set_ylabel("score minus dense score of the same prompts, 95% interval")
+    kinds = dict([*FAMILIES.values(), OTHERS])
+    marks = [plt.Line2D([], [], marker="o", linestyle="", color=c) for c in kinds.values()]
+    panels[0].legend(marks, kinds, loc="lower left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_point(axes: Any, name: str, row: Row) -> None:
+    colour = FAMILIES.get(name.partition("-")[0], OTHERS)[1]
+    axes.plot([row.work] * 2, [row.difference_low, row.difference_high], color=colour, alpha=0.4)
+    axes.plot(row.work, row.difference, "o", color=colour, markersize=5)
+    if name in LABELLED:
+        right = row.work > 0.6
+        axes.annotate(
+            name, (row.work, row.difference), (-6 if right else 6, -3),
+            textcoords="offset points", ha="right" if right else "left", fontsize=7,
+        )  # fmt: skip
