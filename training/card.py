@@ -68,8 +68,8 @@ lines of their own, with or without a mark such as `[needle 3]`, or inside a par
 
 RULER as lm-evaluation-harness {lm_eval} makes and scores it; greedy replies, {dtype}, dense
 attention. Mean score, and the number of samples in brackets, by context length in tokens: all
-dense replies of the library's published results, each sample once. Their seeds are {seeds}, the
-device was one {devices}.
+dense replies in the results of training, confirmation, patterns and screening, each sample once.
+Their seeds are {seeds}, the device was one {devices}.
 Training used neither these seeds nor this code. The numbers of samples differ because most runs
 lasted for a fixed time.
 
@@ -263,6 +263,7 @@ def main() -> None:
     confirmed = args.confirmed or sorted((MEASURED / "confirm").glob("*.jsonl.gz"))
     others = args.others or [
         *sorted((MEASURED / "patterns").glob("*.jsonl.gz")),
+        *sorted((MEASURED / "questions").glob("*.jsonl.gz")),
         *sorted(RESULTS.glob("cwe-*.jsonl.gz")),
     ]
     card = make_card(args.ruler, args.training, args.model, confirmed, others)

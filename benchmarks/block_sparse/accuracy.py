@@ -10,12 +10,14 @@ with its own heads and with each of them four times. The densities are of
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.plotting import figure_file
 from benchmarks.pooling import load_folder, pooled
 
 from token_sparse_attention.benchmark.tables import fill
@@ -194,29 +196,22 @@ def tables(
 
 def draw(results: EvalResults, times: Times) -> None:
     """Draw score differences with their intervals over speed, by length and number of heads."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "pattern-accuracy"
-    rows = _rows(results)
-    lengths = sorted({row.length for row in rows if row.length})
-    figure, panels = plt.subplots(
-        len(times), len(lengths), figsize=(13, 7), sharex=True, sharey=True, squeeze=False
-    )
-    for (heads, timed), line in zip(times.items(), panels):
-        for axes, length in zip(line, lengths):
-            _draw_panel(axes, [row for row in rows if row.length == length], timed)
-            axes.set_title(f"{length // 1024}K tokens, {heads}")
-        line[0].set_ylabel("score minus dense score,\n95% interval")
-    for axes in panels[-1]:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks := [0.125, 0.25, 0.5, 1, 2, 4], [f"{tick:g}x" for tick in ticks])
-        axes.set_xlabel("speed-up of attention over dense")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(FIGURE, metadata={"Date": None})
+    with figure_file(FIGURE) as plt:
+        rows = _rows(results)
+        lengths = sorted({row.length for row in rows if row.length})
+        _, panels = plt.subplots(
+            len(times), len(lengths), figsize=(13, 7), sharex=True, sharey=True, squeeze=False
+        )
+        for (heads, timed), line in zip(times.items(), panels):
+            for axes, length in zip(line, lengths):
+                _draw_panel(axes, [row for row in rows if row.length == length], timed)
+                axes.set_title(f"{length // 1024}K tokens, {heads}")
+            line[0].set_ylabel("score minus dense score,\n95% interval")
+        for axes in panels[-1]:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks := [0.125, 0.25, 0.5, 1, 2, 4], [f"{tick:g}x" for tick in ticks])
+            axes.set_xlabel("speed-up of attention over dense")
+        panels[0][-1].legend(fontsize=7)
 
 
 def _draw_panel(axes: Any, rows: Sequence[Row], timed: Mapping[str, Any]) -> None:
@@ -241,6 +236,9 @@ def load() -> tuple[list[EvalResults], dict[str, Any], dict[str, Any]]:
 
 def main() -> None:
     """Write the page and the figure."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     rounds, times, densities = load()
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(fill(text, tables(rounds, times, densities)), encoding="utf-8")

@@ -5,6 +5,7 @@ python -m benchmarks.frontier.page
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.frontier import confirmation, questions
+from benchmarks.plotting import figure_file
 from benchmarks.pooling import beside, load_folder, pooled
 
 from token_sparse_attention.benchmark.tables import fill
@@ -54,7 +56,9 @@ def load_questions() -> EvalResults:
 def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     """Return the pages' tables as Markdown, by name."""
     asked = load_questions()
-    built = {"questions": questions.table(confirmation.answerable(asked), describe)}
+    counting = confirmation.answerable(asked)
+    built = {"questions": questions.table(counting, describe)}
+    built["questions-compared"] = questions.compared(counting)
     built["questions-tasks"] = confirmation.by_task(asked)
     for length in (65536, 131072):
         built[f"{length // 1024}k"] = _screening(_scored_by(rounds, answers=False), length)
@@ -282,63 +286,52 @@ def _name_layers(layers: list[int]) -> str:
 
 def draw(rounds: Mapping[str, EvalResults]) -> None:
     """Draw each point's difference with its interval, one panel per length."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "frontier"
-    figure, panels = plt.subplots(1, 2, figsize=(13, 9), sharex=True)
-    replies = _scored_by(rounds, answers=False)
-    for axes, length in zip(panels, (65536, 131072)):
-        points = list(_points(replies, length))
-        for at, (_, _, _, pairs) in enumerate(points):
-            low, high = difference_interval(pairs)
-            middle = fmean(sparse - dense for dense, sparse in pairs)
-            axes.plot([low, high], [at, at], color="tab:gray")
-            axes.plot(middle, at, "o", color="tab:blue")
-        axes.set_yticks(range(len(points)), [label for _, label, _, _ in points], fontsize=6)
-        axes.invert_yaxis()
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel("score minus dense score of the same samples, 95% interval")
-        axes.set_title(f"{length // 1024}K tokens")
-    figure.tight_layout()
-    figure.savefig(FIGURE, metadata={"Date": None})
+    with figure_file(FIGURE) as plt:
+        _, panels = plt.subplots(1, 2, figsize=(13, 9), sharex=True)
+        replies = _scored_by(rounds, answers=False)
+        for axes, length in zip(panels, (65536, 131072)):
+            points = list(_points(replies, length))
+            for at, (_, _, _, pairs) in enumerate(points):
+                low, high = difference_interval(pairs)
+                middle = fmean(sparse - dense for dense, sparse in pairs)
+                axes.plot([low, high], [at, at], color="tab:gray")
+                axes.plot(middle, at, "o", color="tab:blue")
+            axes.set_yticks(range(len(points)), [label for _, label, _, _ in points], fontsize=6)
+            axes.invert_yaxis()
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set_xlabel("score minus dense score of the same samples, 95% interval")
+            axes.set_title(f"{length // 1024}K tokens")
 
 
 def draw_speeds(rounds: Mapping[str, EvalResults]) -> None:
     """Draw profiles' probability of the right answer over their speed, one panel per round."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "frontier-speed"
-    figure, panels = plt.subplots(1, len(SPEED_ROUNDS), figsize=(11, 4.5), sharey=True)
-    for axes, which in zip(panels, SPEED_ROUNDS):
-        replay = Replay.load(RESULTS / f"replay-{which}.json")
-        for row in join([("", rounds[f"answers-{which}"])], [replay]):
-            one = row.accuracy
-            if one.configuration == DENSE or row.times is None or one.difference is None:
-                continue
-            speed = row.times.speed_up
-            axes.plot([speed] * 2, [one.difference_low, one.difference_high], color="tab:gray")
-            axes.plot(speed, one.difference, "o", color="tab:blue")
-            axes.annotate(
-                one.configuration, (speed, one.difference), (4, 4), textcoords="offset points",
-                fontsize=7,
-            )  # fmt: skip
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.axvline(4, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title(target_of([replay]), fontsize=8)
-        axes.set_xlabel("speed-up of all layers' attention at 128K tokens")
-    panels[0].set_ylabel("probability of the right answer,\nminus dense, 95% interval")
-    figure.tight_layout()
-    figure.savefig(SPEED_FIGURE, metadata={"Date": None})
+    with figure_file(SPEED_FIGURE) as plt:
+        _, panels = plt.subplots(1, len(SPEED_ROUNDS), figsize=(11, 4.5), sharey=True)
+        for axes, which in zip(panels, SPEED_ROUNDS):
+            replay = Replay.load(RESULTS / f"replay-{which}.json")
+            for row in join([("", rounds[f"answers-{which}"])], [replay]):
+                one = row.accuracy
+                if one.configuration == DENSE or row.times is None or one.difference is None:
+                    continue
+                speed = row.times.speed_up
+                axes.plot([speed] * 2, [one.difference_low, one.difference_high], color="tab:gray")
+                axes.plot(speed, one.difference, "o", color="tab:blue")
+                axes.annotate(
+                    one.configuration, (speed, one.difference), (4, 4), textcoords="offset points",
+                    fontsize=7,
+                )  # fmt: skip
+            axes.axhline(0, color="black", linewidth=0.8)
+            axes.axvline(4, color="black", linewidth=0.8, linestyle=":")
+            axes.set_title(target_of([replay]), fontsize=8)
+            axes.set_xlabel("speed-up of all layers' attention at 128K tokens")
+        panels[0].set_ylabel("probability of the right answer,\nminus dense, 95% interval")
 
 
 def main() -> None:
     """Write the pages and the figures."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     rounds = load_all()
     built = tables(rounds)
     for page in (PAGE, ROUNDS):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from benchmarks.plotting import figure_file
+
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
-from token_sparse_attention.evaluation.summary import Row, summarise
+from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 
 Describe = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 
@@ -56,6 +59,58 @@ def _difference(row: Row | None) -> str:
     return f"{row.difference:+.3f} ({interval})"
 
 
+COMPARISONS = {
+    "layers 0 and 6 dense, of zeros": ("published-sensitive-dense", "published"),
+    "a window of 512 instead of zeros": ("drop-0.005", "published-sensitive-dense"),
+    "window 128 instead of 32": ("window-128", "window-32"),
+    "window 512 instead of 128": ("window-512", "window-128"),
+    "window 2048 instead of 512": ("window-2048", "window-512"),
+    "4 sinks, window 512": ("window-512-sinks", "window-512"),
+    "4 sinks, window 2048": ("window-2048-sinks", "window-2048"),
+    "budgets per head": ("per-head", "window-512"),
+    "scored by 32 queries instead of 128": ("scored-by-32", "window-512"),
+    "scored by 512 queries instead of 128": ("scored-by-512", "window-512"),
+    "half of the scoring queries spread": ("spread-queries", "window-512"),
+    "values' norms": ("value-norms", "window-512"),
+    "8 neighbours on each side": ("neighbours", "window-512"),
+    "drop mass 0.05 instead of 0.2": ("drop-0.05", "drop-0.2"),
+    "all layers, queries dropped": ("all-layers", "window-512"),
+    "all layers, none dropped": ("keys-only-all-layers", "keys-only"),
+    "no queries dropped": ("keys-only", "window-2048-sinks"),
+}
+"""What is asked, and the two points that answer it."""
+
+
+def compared(results: EvalResults) -> str:
+    """Return how two points differ on the prompts that both have, by length.
+
+    Args:
+        results: of `benchmarks.frontier.screen`, of the tasks that count.
+    """
+    scores = {sample.key: sample.score for sample in results.samples}
+    lengths = sorted({key[1] for key in scores})
+    head = ["what is changed", *(f"{length // 1024}K" for length in lengths)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for what, (point, base) in COMPARISONS.items():
+        cells = [what]
+        for length in lengths:
+            pairs = [
+                (score, other)
+                for key, score in scores.items()
+                if key[1] == length and key[3] == base and score is not None
+                if (other := scores.get((*key[:3], point))) is not None
+            ]
+            cells.append(_paired(pairs) if pairs else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _paired(pairs: list[tuple[float, float]]) -> str:
+    low, high = difference_interval(pairs)
+    difference = fmean(other - score for score, other in pairs)
+    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f}; {len(pairs)})"
+
+
 FAMILIES = {
     "keys": ("no queries dropped", "tab:green"),
     "window": ("window", "tab:blue"),
@@ -79,31 +134,24 @@ LABELLED = (
 
 def draw(results: EvalResults, path: Path) -> None:
     """Draw each point's difference from dense over its attention work, one panel per length."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "frontier-questions"
-    rows = _rows(results)
-    lengths = sorted({length for _, length in rows})
-    figure, panels = plt.subplots(
-        1, len(lengths), figsize=(5 * len(lengths), 5), sharex=True, sharey=True
-    )
-    for axes, length in zip(panels, lengths):
-        for (name, where), row in rows.items():
-            if name != DENSE and where == length and row.difference is not None:
-                _draw_point(axes, name, row)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xlim(0, 1)
-        axes.set_title(f"{length // 1024}K tokens")
-        axes.set_xlabel("attention work, share of dense")
-    panels[0].set_ylabel("score minus dense score of the same prompts, 95% interval")
-    kinds = dict([*FAMILIES.values(), OTHERS])
-    marks = [plt.Line2D([], [], marker="o", linestyle="", color=c) for c in kinds.values()]
-    panels[0].legend(marks, kinds, loc="lower left", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with figure_file(path) as plt:
+        rows = _rows(results)
+        lengths = sorted({length for _, length in rows})
+        _, panels = plt.subplots(
+            1, len(lengths), figsize=(5 * len(lengths), 5), sharex=True, sharey=True
+        )
+        for axes, length in zip(panels, lengths):
+            for (name, where), row in rows.items():
+                if name != DENSE and where == length and row.difference is not None:
+                    _draw_point(axes, name, row)
+            axes.axhline(0, color="black", linewidth=0.8)
+            axes.set_xlim(0, 1)
+            axes.set_title(f"{length // 1024}K tokens")
+            axes.set_xlabel("attention work, share of dense")
+        panels[0].set_ylabel("score minus dense score of the same prompts, 95% interval")
+        kinds = dict([*FAMILIES.values(), OTHERS])
+        marks = [plt.Line2D([], [], marker="o", linestyle="", color=c) for c in kinds.values()]
+        panels[0].legend(marks, kinds, loc="lower left", fontsize=8)
 
 
 def _draw_point(axes: Any, name: str, row: Row) -> None:

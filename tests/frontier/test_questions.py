@@ -9,6 +9,8 @@ from benchmarks.frontier import questions
 from evaluation.results import HEADER, pair, results
 from token_sparse_attention.evaluation.record import EvalResults
 
+OTHER = HEADER.configurations["sparse"]
+
 
 def row(table: str, start: str) -> list[str]:
     (line,) = (line for line in table.splitlines() if line.startswith(f"| {start} |"))
@@ -44,11 +46,26 @@ def test_what_a_length_lacks_is_left_open():
     assert row(table, "sparse")[3:] == ["-", "-", "-"]
 
 
+def test_two_points_are_compared_on_the_prompts_of_both():
+    _, first = pair(1.0, 0.25)
+    _, second = pair(1.0, 0.5, index=1)
+    points = {"per-head": OTHER, "window-512": OTHER}
+    header = dataclasses.replace(HEADER, configurations=HEADER.configurations | points)
+    samples = [dataclasses.replace(one, configuration="window-512") for one in (first, second)]
+    samples.append(dataclasses.replace(first, configuration="per-head", score=0.75))
+    table = questions.compared(EvalResults(header, tuple(samples)))
+    assert row(table, "budgets per head")[1].startswith("+0.500 (")
+    assert row(table, "budgets per head")[1].endswith("; 1)")
+    assert row(table, "values' norms")[1] == "-"
+
+
 def test_the_figure_shows_the_results_and_nothing_else(tmp_path):
     some = results(*pair(1.0, 0.5, length=1024), *pair(1.0, 1.0, length=2048))
     other = results(*pair(1.0, 0.75, length=1024), *pair(1.0, 1.0, length=2048))
     drawn = []
     for name, of in (("one", some), ("again", some), ("other", other)):
-        questions.draw(of, tmp_path / f"{name}.svg")
-        drawn.append((tmp_path / f"{name}.svg").read_bytes())
+        path = tmp_path / name / "figure.svg"
+        path.parent.mkdir()
+        questions.draw(of, path)
+        drawn.append(path.read_bytes())
     assert drawn[0] == drawn[1] != drawn[2]
