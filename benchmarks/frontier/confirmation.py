@@ -111,8 +111,8 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
 
     Scores are of the `answerable` tasks; the counts that were replayed are of all.
     """
-    head = ["tokens", "settings", "score", "difference", "95% interval", "loss", "loss below"]
-    head += ["n", "kept", "speed-up", "own shape"]
+    head = ["tokens", "settings", "score", "loss", "loss below", "speed-up", "own shape"]
+    head += ["n", "kept", "difference", "95% interval"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     rows = [row for one in rounds for row in _timed(one, replays)]
     for row in sorted(rows, key=lambda row: row.accuracy.length or 0):
@@ -121,16 +121,17 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
             where = [f"{(one.length or 0) // 1024}K", _name(one.configuration)]
             cells = [
                 f"{one.score:.3f} of {one.dense_score:.3f}",
-                f"{one.difference:+.3f}",
-                f"{one.difference_low:+.3f} to {one.difference_high:+.3f}",
                 f"{one.relative_loss:+.1%}",
                 f"{one.relative_loss_upper:+.1%}",
+                _speed(row),
                 str(one.pairs),
                 f"{one.kept_share:.0%}",
+                f"{one.difference:+.3f}",
+                f"{one.difference_low:+.3f} to {one.difference_high:+.3f}",
             ]
-            lines.append(f"| {' | '.join(where + cells)} | {_speed(row)} |")
+            lines.append(f"| {' | '.join(where + cells)} |")
     counting = [answerable(one) for one in rounds]
-    lines += [f"| all | {_pooled(name, pairs)} | - | - |" for name, pairs in _pairs(counting)]
+    lines += [f"| all | {_pooled(name, pairs)} |" for name, pairs in _pairs(counting)]
     legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
     return "\n".join([*lines, "", *legend]) + "\n"
 
@@ -211,12 +212,14 @@ def _pooled(name: str, pairs: list[_Pair]) -> str:
     cells = [
         _name(name),
         f"{sparse:.3f} of {dense:.3f}",
-        f"{sparse - dense:+.3f}",
-        f"{low:+.3f} to {high:+.3f}",
         f"{1 - sparse / dense:+.1%}",
         f"{relative_loss_bound(scores):+.1%}",
+        "-",
+        "-",
         str(len(pairs)),
         f"sparse in {fmean(pair.ran_sparse for pair in pairs):.0%} of samples",
+        f"{sparse - dense:+.3f}",
+        f"{low:+.3f} to {high:+.3f}",
     ]
     return " | ".join(cells)
 
