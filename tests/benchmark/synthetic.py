@@ -70,6 +70,7 @@ def prefill_result() -> ResultFile:
             (131072, "dense", None, 9000.0),
             (131072, "sparse/all", 0.5, 4500.0),
             (131072, "sparse/half", 0.5, 6000.0),
+            (131072, "samples-4096/all", None, 3000.0),
             (262144, "dense", None, 32000.0),
             (262144, "sparse/all", 0.5, 16000.0),
         )

@@ -49,6 +49,8 @@ def test_every_table_says_what_was_measured():
         ["fast", "1K", "0.005", "100.0%", "0.06", "+10 us (+16.7%)", "-"]
     ]
     assert cells("prefill")[1] == ["model", "128K", "all", "50%", "4,500", "2.00x", "-"]
+    sampled = ["model", "128K", "all", "4,096 samples", "3,000", "3.00x", "-"]
+    assert cells("prefill")[3] == sampled
     device, commit, versions = cells("runs")[0][1:4]
     assert (device, commit, versions) == ("Abacus 9000", "`0123456789ab`", "torch 9.9")
 
@@ -121,6 +123,8 @@ def test_pages_without_known_markers_are_refused(page, message):
 def test_figures_are_the_same_each_time():
     drawn = draw(runs())
     assert set(drawn) == set(plots.FIGURES)
+    for label in ("50% kept, all layers", "4,096 samples, all layers"):
+        assert label in drawn["prefill"]
     assert draw(runs()) == drawn
     for svg in drawn.values():
         assert svg.startswith("<?xml")

@@ -15,6 +15,7 @@ from token_sparse_attention.benchmark.checks import Inputs, check_dense, check_s
 from token_sparse_attention.benchmark.contenders import dense_call, eager_composition
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.cli import main
+from token_sparse_attention.integrations.transformers import apply
 
 CPU = torch.device("cpu")
 CONFIG = TokenSparseConfig.published(window_size=16, min_tokens=32, crossover="off")
@@ -22,7 +23,18 @@ OP = ["bench", "op", "--device", "cpu", "--dtype", "float32", "--budget-seconds"
 OP += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "1280"]
 OP += ["--crossover-lengths", "1280", "--drop-mass", "0.3", "--kept", "0.5"]
 PREFILL = ["bench", "prefill", "--device", "cpu", "--dtype", "float32", "--lengths", "1280"]
-PREFILL += ["--kept", "0.5", "--layers", "2", "--hidden", "64", "--intermediate", "96"]
+PREFILL += [
+    "--kept",
+    "0.5",
+    "--samples",
+    "",
+    "--layers",
+    "2",
+    "--hidden",
+    "64",
+    "--intermediate",
+    "96",
+]
 PREFILL += ["--vocab", "199", "--heads", "4", "--kv-heads", "2", "--budget-seconds", "0.001"]
 
 
@@ -68,6 +80,46 @@ def test_prefill_measures_dense_and_sparse(capsys):
         ("sparse/all", 0.5, True),
     ]
     assert all(r["median_ms"] > 0 for r in result["records"])
+
+
+def test_prefill_measures_samples_where_no_queries_are_dropped(capsys, monkeypatch):
+    switched_on = []
+
+    def watched(model, config, **options):
+        switched_on.append((config, options["kept"]))
+        return apply(model, config, **options)
+
+    monkeypatch.setattr("token_sparse_attention.benchmark.prefill.apply", watched)
+    arguments = [*PREFILL, "--samples", "64", "--kept", "", "--lengths", "1280,2304", "--json"]
+    assert main(arguments) == 0
+    records = json.loads(capsys.readouterr().out)["records"]
+    assert [(r["name"], r["seq_len"], r["kind"]) for r in records] == [
+        ("dense", 1280, "eager"),
+        ("samples-64/half", 1280, "skipped"),
+        ("samples-64/all", 1280, "skipped"),
+        ("dense", 2304, "eager"),
+        ("samples-64/half", 2304, "eager"),
+        ("samples-64/all", 2304, "eager"),
+    ]
+    assert records[1]["note"] == "no longer than the window: 2,048 tokens"
+    assert all(r["passed"] for r in records if r["kind"] == "eager")
+    half, every = (config for config, _ in switched_on[-2:])
+    assert half == TokenSparseConfig(fallback_samples=64, sparse_layers=(1,), crossover="off")
+    assert every.sparse_layers == (0, 1)
+    assert switched_on[0] == (TokenSparseConfig.published(sparse_layers=(0, 1)), 1.0)
+
+
+def test_prefill_checks_samples_by_drawing_every_token(capsys, monkeypatch):
+    def wrong(model, config, **options):
+        if not config.select_queries:
+            config = dataclasses.replace(config, fallback_samples=1)
+        return apply(model, config, **options)
+
+    arguments = [*PREFILL, "--samples", "64", "--kept", "", "--lengths", "2304", "--json"]
+    monkeypatch.setattr("token_sparse_attention.benchmark.prefill.apply", wrong)
+    assert main(arguments) == 1
+    records = json.loads(capsys.readouterr().out)["records"]
+    assert not any(r["passed"] for r in records)
 
 
 @pytest.mark.parametrize("arguments", [OP, PREFILL], ids=["op", "prefill"])

@@ -24,7 +24,8 @@ from token_sparse_attention.info import provenance
 MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands
 _CPU_BACKENDS, _CUDA_BACKENDS = ("flash", "math"), ("fa4", "cudnn", "flash", "flex")
 _ALL_TABLES = {**TABLES, **BLOCK_TABLES, **FAR_TABLES}
-_PREFILL_LENGTHS, _PREFILL_KEPT = (8192, 16384, 32768, 65536, 131072, 262144), (0.5, 0.35)
+_PREFILL_LENGTHS = (8192, 16384, 32768, 65536, 131072, 262144)
+_PREFILL_KEPT, _PREFILL_SAMPLES = (0.5, 0.35), (4096,)
 
 
 def add_commands(commands: Any, make: MakeCommand) -> None:
@@ -147,6 +148,7 @@ def _add_prefill_arguments(command: argparse.ArgumentParser) -> None:
         {
             "lengths": (positive, _PREFILL_LENGTHS, "prompt lengths"),
             "kept": (float, _PREFILL_KEPT, "shares of the tokens to keep"),
+            "samples": (positive, _PREFILL_SAMPLES, "numbers of samples, no queries dropped"),
         },
     )
     shape = {
@@ -337,6 +339,7 @@ def _prefill(args: argparse.Namespace) -> bool:
         dtype=getattr(torch, args.dtype),
         lengths=args.lengths,
         kept=args.kept,
+        samples=args.samples,
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,

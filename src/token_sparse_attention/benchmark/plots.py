@@ -18,7 +18,7 @@ from token_sparse_attention.benchmark.runs import (
     speed_up,
     tokens,
 )
-from token_sparse_attention.benchmark.tables import tflops
+from token_sparse_attention.benchmark.tables import prefill_setting, tflops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,16 +120,17 @@ def _stages(axes: Axes, runs: Sequence[Run]) -> bool:
 def _prefill(axes: Axes, runs: Sequence[Run]) -> bool:
     lines: Lines = {}
     for run in runs:
-        for name in run.names("sparse/"):
-            layers = name.removeprefix("sparse/")
-            for kept in run.shares(name):
+        for name in (*run.names("sparse/"), *run.names("samples-")):
+            shares: list[float | None] = [*run.shares(name)] or [None]
+            for kept in shares:
+                layers, what = prefill_setting(name, kept)
+                label = f"{what}{'' if kept is None else ' kept'}, {layers} layers"
                 for seq_len in run.lengths(name):
-                    label = f"{kept:.0%} kept, {layers} layers"
                     _add(lines, label, seq_len, _over_prefill, run, name, kept)
     return _plot_lines(axes, lines, "speed-up of the time to first token")
 
 
-def _over_prefill(seq_len: int, run: Run, name: str, kept: float) -> float:
+def _over_prefill(seq_len: int, run: Run, name: str, kept: float | None) -> float:
     return speed_up(run.need("dense", seq_len), run.need(name, seq_len, kept))
 
 

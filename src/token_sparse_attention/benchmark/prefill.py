@@ -1,7 +1,7 @@
 """`tsa bench prefill`: time to first token of a whole model, dense and sparse.
 
 The model has the shape of a real one and random weights: what a prefill costs does not depend
-on the weights, as the share of tokens to keep is given.
+on the weights, as the share of tokens to keep is given, or the number of samples.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ Report = Callable[[str], object]
 class PrefillOptions:
     """What to measure; the model has the shape of Llama-3.1-8B unless told otherwise.
 
+    Attributes:
+        kept: shares of the tokens to keep where queries are dropped.
+        samples: numbers of samples where none are, the other settings being the defaults.
+
     Raises:
         UsageError: if a field is out of range.
     """
@@ -39,6 +43,7 @@ class PrefillOptions:
     device: torch.device
     lengths: tuple[int, ...]
     kept: tuple[float, ...]
+    samples: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     num_layers: int = 32
     hidden_size: int = 4096
@@ -63,15 +68,39 @@ class PrefillOptions:
 
 @dataclass(frozen=True)
 class _Contender:
+    """One way to run the model.
+
+    Attributes:
+        name: as in the records.
+        layers: which run sparse.
+        config: settings of those layers; None for a dense model.
+        kept: share of the tokens to keep, None where no queries are dropped.
+    """
+
     name: str
-    layers: tuple[int, ...] = ()  # which run sparse
+    layers: tuple[int, ...] = ()
+    config: TokenSparseConfig | None = None
     kept: float | None = None
 
+    @classmethod
+    def selecting(cls, group: str, layers: tuple[int, ...], kept: float) -> _Contender:
+        config = TokenSparseConfig.published(sparse_layers=layers)
+        return cls(f"sparse/{group}", layers, config, kept)
+
+    @classmethod
+    def sampling(cls, group: str, layers: tuple[int, ...], samples: int) -> _Contender:
+        config = TokenSparseConfig(fallback_samples=samples, sparse_layers=layers, crossover="off")
+        return cls(f"samples-{samples}/{group}", layers, config)
+
     def switched_on(self, model: Any) -> AbstractContextManager[PrefillReport | None]:
-        if self.kept is None:
-            return nullcontext()
-        config = TokenSparseConfig.published(sparse_layers=self.layers)
-        return apply(model, config, kept=self.kept)
+        return nullcontext() if self.config is None else apply(model, self.config, kept=self.kept)
+
+    def too_short(self, seq_len: int) -> str:
+        """Why a prompt has nothing to leave out, empty if it has."""
+        if self.kept is not None or self.config is None:
+            return ""
+        window = self.config.fallback_window
+        return f"no longer than the window: {window:,} tokens" if seq_len <= window else ""
 
 
 @torch.no_grad()
@@ -81,17 +110,19 @@ def measure(options: PrefillOptions, report: Report = lambda _: None) -> Iterato
     model = _build_model(options)
     every = tuple(range(options.num_layers))
     groups = {"half": every[options.num_layers // 2 :], "all": every}
-    contenders = [_Contender("dense")] + [
-        _Contender(f"sparse/{name}", layers, kept)
-        for name, layers in groups.items()
-        for kept in options.kept
-    ]
+    contenders = [_Contender("dense")]
+    for group, layers in groups.items():
+        contenders += [_Contender.selecting(group, layers, kept) for kept in options.kept]
+        contenders += [_Contender.sampling(group, layers, count) for count in options.samples]
     report("checking")
     verdict = _check(model, options, every)
     for seq_len in sorted(options.lengths):
         ids = _random_ids(options, seq_len)
         for contender in contenders:
             report(f"{seq_len:,} tokens: {contender.name}, kept {contender.kept or 1:g}")
+            if note := contender.too_short(seq_len):
+                yield _record(options, seq_len, contender, "skipped", note=note)
+                continue
             try:
                 yield from _measure_one(model, options, ids, contender, verdict)
             except torch.OutOfMemoryError as error:
@@ -132,22 +163,31 @@ def _last_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _check(model: Any, options: PrefillOptions, layers: tuple[int, ...]) -> Verdict:
-    """Compare logits with every token kept in every layer with dense ones.
+    """Compare logits with every token kept or drawn in every layer with dense ones.
 
     What two dense kernels differ by, twice, is the bound.
     """
-    ids = _random_ids(options, min(options.lengths))
+    shortest = min(options.lengths)
+    ids = _random_ids(options, shortest)
     implementation = model.config._attn_implementation
     dense = _last_logits(model, ids).double()
     model.set_attn_implementation("sdpa")
     other_dense = _last_logits(model, ids).double()
     model.set_attn_implementation(implementation)
-    with _Contender("sparse/all", layers, kept=1.0).switched_on(model) as report:
-        sparse = _last_logits(model, ids).double()
     bound = 2 * float((other_dense - dense).norm() / dense.norm())
     bound += 4 * torch.finfo(options.dtype).eps
-    error = float((sparse - dense).norm() / dense.norm())
-    return judge(error, bound, _ran_dense(report, layers))
+    error, notes = 0.0, []
+    contenders = [_Contender.selecting("all", layers, 1.0)]
+    if options.samples:
+        contenders.append(_Contender.sampling("all", layers, shortest))
+    for contender in contenders:
+        if contender.too_short(shortest):
+            continue
+        with contender.switched_on(model) as report:
+            sparse = _last_logits(model, ids).double()
+        error = max(error, float((sparse - dense).norm() / dense.norm()))
+        notes += _ran_dense(report, layers)
+    return judge(error, bound, notes)
 
 
 def _ran_dense(report: PrefillReport | None, layers: tuple[int, ...]) -> list[str]:

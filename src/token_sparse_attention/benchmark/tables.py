@@ -337,13 +337,20 @@ def _prefill(runs: Sequence[Run]) -> Rows:
         for record in run.result.records:
             if record.suite != "prefill":
                 continue
-            layers = record.name.removeprefix("sparse/")
-            kept = NONE if record.kept is None else f"{record.kept:.0%}"
+            layers, kept = prefill_setting(record.name, record.kept)
             time = record.note.split(":")[0] if record.kind == "skipped" else _ms(record)
             yield (
                 *(run.name, tokens(record.seq_len), "none" if layers == "dense" else layers),
                 *(kept, time, figure_or(_prefill_speed_up, run, record), _mib(record)),
             )
+
+
+def prefill_setting(name: str, kept: float | None) -> tuple[str, str]:
+    """Return which layers of a prefill were sparse, and what they kept, in words."""
+    setting, _, layers = name.rpartition("/")
+    if setting.startswith("samples-"):
+        return layers, f"{int(setting.removeprefix('samples-')):,} samples"
+    return layers, NONE if kept is None else f"{kept:.0%}"
 
 
 def _prefill_speed_up(run: Run, record: Record) -> str:
