@@ -136,6 +136,37 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
     return "\n".join([*lines, "", *legend]) + "\n"
 
 
+def glance(models: Mapping[str, tuple[list[EvalResults], list[Replay]]], length: int) -> str:
+    """Return the README's table: what was confirmed at one length, the slowest settings first.
+
+    Args:
+        models: by name, its results and replays; what was not replayed is left out.
+        length: in tokens.
+    """
+    head = ["model", "settings", "score, dense", "loss", "loss below", "speed-up", "prompts"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for model, (rounds, replays) in models.items():
+        timed = [
+            (row.times.speed_up, row.accuracy)
+            for results in rounds
+            for row in _timed(results, replays)
+            if row.times and row.accuracy.length == length
+        ]
+        for speed_up, one in sorted(timed, key=lambda entry: entry[0]):
+            if one.configuration != DENSE:
+                cells = [
+                    model,
+                    _name(one.configuration),
+                    f"{one.score:.3f}, {one.dense_score:.3f}",
+                    f"{one.relative_loss:.1%}",
+                    f"{one.relative_loss_upper:.1%}",
+                    f"{speed_up:.2f}x",
+                    str(one.pairs),
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _timed(results: EvalResults, replays: list[Replay]) -> Iterator[FrontierRow]:
     """Yield each configuration's scores on the answerable tasks of a length, with its times."""
     timed = {

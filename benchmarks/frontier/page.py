@@ -1,4 +1,4 @@
-"""Write the tables and the figures of the study's two pages from the result files.
+"""Write the tables and the figures of the study's pages and the README from the result files.
 
 python -m benchmarks.frontier.page
 """
@@ -25,7 +25,8 @@ from token_sparse_attention.evaluation.summary import Row, difference_interval, 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "frontier.md"
 ROUNDS = PAGE.with_name("frontier-rounds.md")
-"""What was screened before every question was asked on 200 prompts a length."""
+"""What was screened before every question was asked on the same prompts."""
+README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "frontier"
 QUESTIONS = RESULTS.parent / "questions"
 CONFIRMED = RESULTS.parent / "confirm"
@@ -77,6 +78,11 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     second = load_folder(SECOND)
     replayed = [Replay.load(SECOND / "replay-128k.json")]
     built["second"] = confirmation.confirmed(list(second.values()), replayed, _label)
+    models = {
+        "bundled, 11.8M": (list(confirmed.values()), replays),
+        "Qwen3, 23.6M": (list(second.values()), replayed),
+    }
+    built["glance"] = confirmation.glance(models, 131072)
     built["second-tasks"] = confirmation.by_task(beside(list(second.values())))
     built["second-layers"] = confirmation.calibration(
         SECOND / "samples-128k.measured.json", SECOND / "drift-128k.measured.json"
@@ -334,7 +340,7 @@ def main() -> None:
     ).parse_args()
     rounds = load_all()
     built = tables(rounds)
-    for page in (PAGE, ROUNDS):
+    for page in (PAGE, ROUNDS, README):
         page.write_text(fill(page.read_text(encoding="utf-8"), built), encoding="utf-8")
     questions.draw(confirmation.answerable(load_questions()), QUESTIONS_FIGURE)
     draw(rounds)

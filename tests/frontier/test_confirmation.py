@@ -14,7 +14,9 @@ from token_sparse_attention.calibration.record import (
     LayerSetting,
     Sensitivity,
 )
+from token_sparse_attention.evaluation.frontier import join
 from token_sparse_attention.evaluation.record import EvalResults
+from token_sparse_attention.evaluation.replay import Times
 
 
 def cells(table: str, start: str) -> list[str]:
@@ -103,6 +105,29 @@ def test_lengths_are_pooled_and_say_where_nothing_ran_sparse():
     low, high = (float(edge) for edge in rows[2][10].rstrip(" |").split(" to "))
     assert low < -0.0625 < high
     assert f"- {name}: tau 0.005" in table
+
+
+def test_at_a_glance_stands_what_was_timed(monkeypatch):
+    made = {
+        "one": results(1024, [(1.0, 0.5), (1.0, 1.0)], sparse=True),
+        "other": results(1024, [(1.0, 1.0)], sparse=True),
+        "longer": results(2048, [(1.0, 1.0)], sparse=True),
+        "not timed": results(1024, [(1.0, 1.0)], sparse=True),
+    }
+
+    def timed(evaluations, replays):
+        return [dataclasses.replace(row, times=replays[0]) for row in join(evaluations, [])]
+
+    monkeypatch.setattr(confirmation, "join", timed)
+    times = {"one": Times(6.0, 2.0), "other": Times(6.0, 4.0), "longer": Times(1.0, 1.0)}
+    models = {name: ([one], [times.get(name)]) for name, one in made.items()}
+    table = confirmation.glance(models, 1024)
+    name = confirmation.NAMES["F"]
+    assert [line.split(" | ")[:5] for line in table.splitlines()[2:]] == [
+        ["| one", name, "0.750, 1.000", "25.0%", cells(table, "one")[4]],
+        ["| other", name, "1.000, 1.000", "0.0%", cells(table, "other")[4]],
+    ]
+    assert [cells(table, one)[5:] for one in ("one", "other")] == [["3.00x", "2"], ["1.50x", "1"]]
 
 
 def test_samples_without_a_dense_reply_or_a_score_are_no_pairs():
