@@ -25,6 +25,8 @@ NAMES = {
     "A2": "three dense layers",
     "F": "two dense layers",
     "G": "two dense layers, else the defaults",
+    "default": "the defaults in all layers",
+    "published-drift": "published, drift's layers",
     "calibrated-4": "calibrated for 1/4",
     "calibrated-4.75": "calibrated for 1/4.75",
 }
