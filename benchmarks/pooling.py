@@ -1,4 +1,4 @@
-"""Result files of `tsa eval`: a folder of them, and several as one."""
+"""Result files of `tsa eval`: a folder of them, several as one, and scores side by side."""
 
 from __future__ import annotations
 
@@ -59,3 +59,16 @@ def beside(rounds: Sequence[EvalResults]) -> EvalResults:
 
 def _samples_of(results: EvalResults) -> object:
     return results.header.arguments["samples_sha256"]
+
+
+def paired_scores(
+    results: EvalResults, length: int, base: str, other: str
+) -> list[tuple[float, float]]:
+    """Return two configurations' scores of every sample of a length that has both."""
+    scores = {sample.key: sample.score for sample in results.samples}
+    return [
+        (score, its)
+        for key, score in scores.items()
+        if key[1] == length and key[3] == base and score is not None
+        if (its := scores.get((*key[:3], other))) is not None
+    ]

@@ -18,7 +18,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.plotting import figure_file
-from benchmarks.pooling import load_folder, pooled
+from benchmarks.pooling import load_folder, paired_scores, pooled
 
 from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
@@ -110,16 +110,9 @@ def combined(results: EvalResults, times: Times) -> str:
 
 def _combinations(results: EvalResults) -> Iterator[tuple[int, str, list[tuple[float, float]]]]:
     """Yield length, pattern, and the scores of the pattern alone and with token sparsity."""
-    names = results.header.configurations
-    scores = {sample.key: sample.score for sample in results.samples}
     for length in sorted({sample.length for sample in results.samples}):
-        for alone in names:
-            pairs = [
-                (score, both)
-                for key, score in scores.items()
-                if key[1] == length and key[3] == alone and score is not None
-                if (both := scores.get((*key[:3], f"{alone}+{SPARSE}"))) is not None
-            ]
+        for alone in results.header.configurations:
+            pairs = paired_scores(results, length, alone, f"{alone}+{SPARSE}")
             if pairs:
                 yield length, alone, pairs
 

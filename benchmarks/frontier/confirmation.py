@@ -185,11 +185,11 @@ def answerable(results: EvalResults) -> EvalResults:
 
     A task counts where its mean dense score is at least `_ANSWERED`.
     """
-    counting = {
-        (row.task, row.length)
-        for row in summarise(results)
-        if row.configuration == DENSE and row.score is not None and row.score >= _ANSWERED
-    }
+    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for one in results.samples:
+        if one.configuration == DENSE and one.score is not None:
+            scores[one.task, one.length].append(one.score)
+    counting = {where for where, of in scores.items() if fmean(of) >= _ANSWERED}
     samples = tuple(one for one in results.samples if (one.task, one.length) in counting)
     return replace(results, samples=samples)
 

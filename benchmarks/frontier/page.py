@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.frontier import confirmation, questions
 from benchmarks.plotting import figure_file
-from benchmarks.pooling import beside, load_folder, pooled
+from benchmarks.pooling import beside, load_folder, paired_scores, pooled
 
 from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.frontier import join, target_of
@@ -144,7 +144,6 @@ def _points(
     """Yield round, label, rows by task and pairs of scores (dense, sparse) of each point."""
     for name, results in rounds.items():
         summary = summarise(results)
-        dense = {s.key[:3]: s for s in results.samples if s.configuration == DENSE}
         for configuration, settings in results.header.configurations.items():
             if configuration == DENSE or _single_layer(settings or {}) is not None:
                 continue
@@ -153,12 +152,7 @@ def _points(
                 for row in summary
                 if row.configuration == configuration and row.length == length and row.task
             }
-            pairs = [
-                (dense[s.key[:3]].score, s.score)
-                for s in results.samples
-                if s.configuration == configuration and s.length == length
-                if s.key[:3] in dense
-            ]
+            pairs = paired_scores(results, length, DENSE, configuration)
             if pairs:
                 variants = results.header.arguments.get("variants", {})
                 label = describe(settings or {}, variants.get(configuration, {}))

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.plotting import figure_file
+from benchmarks.pooling import paired_scores
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
@@ -87,19 +88,13 @@ def compared(results: EvalResults) -> str:
     Args:
         results: of `benchmarks.frontier.screen`, of the tasks that count.
     """
-    scores = {sample.key: sample.score for sample in results.samples}
-    lengths = sorted({key[1] for key in scores})
+    lengths = sorted({sample.length for sample in results.samples})
     head = ["what is changed", *(f"{length // 1024}K" for length in lengths)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for what, (point, base) in COMPARISONS.items():
         cells = [what]
         for length in lengths:
-            pairs = [
-                (score, other)
-                for key, score in scores.items()
-                if key[1] == length and key[3] == base and score is not None
-                if (other := scores.get((*key[:3], point))) is not None
-            ]
+            pairs = paired_scores(results, length, base, point)
             cells.append(_paired(pairs) if pairs else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -23,18 +23,8 @@ OP = ["bench", "op", "--device", "cpu", "--dtype", "float32", "--budget-seconds"
 OP += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "1280"]
 OP += ["--crossover-lengths", "1280", "--drop-mass", "0.3", "--kept", "0.5"]
 PREFILL = ["bench", "prefill", "--device", "cpu", "--dtype", "float32", "--lengths", "1280"]
-PREFILL += [
-    "--kept",
-    "0.5",
-    "--samples",
-    "",
-    "--layers",
-    "2",
-    "--hidden",
-    "64",
-    "--intermediate",
-    "96",
-]
+PREFILL += ["--kept", "0.5", "--layers", "2", "--hidden", "64", "--intermediate", "96"]
+PREFILL += ["--samples", ""]
 PREFILL += ["--vocab", "199", "--heads", "4", "--kv-heads", "2", "--budget-seconds", "0.001"]
 
 

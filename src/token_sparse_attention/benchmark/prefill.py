@@ -119,7 +119,8 @@ def measure(options: PrefillOptions, report: Report = lambda _: None) -> Iterato
     for seq_len in sorted(options.lengths):
         ids = _random_ids(options, seq_len)
         for contender in contenders:
-            report(f"{seq_len:,} tokens: {contender.name}, kept {contender.kept or 1:g}")
+            kept = "" if contender.kept is None else f", kept {contender.kept:g}"
+            report(f"{seq_len:,} tokens: {contender.name}{kept}")
             if note := contender.too_short(seq_len):
                 yield _record(options, seq_len, contender, "skipped", note=note)
                 continue

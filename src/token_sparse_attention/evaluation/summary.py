@@ -13,6 +13,7 @@ from token_sparse_attention.evaluation.record import (
     DENSE,
     PATTERN,
     EvalResults,
+    Key,
     LayerKept,
     SampleResult,
 )
@@ -89,12 +90,15 @@ def summarise(results: EvalResults) -> tuple[Row, ...]:
     """
     dense = {s.key[:3]: s for s in results.samples if s.configuration == DENSE}
     configs = {name: results.header.layer_configs(name) for name in results.header.configurations}
+    # Once for each sample, which is in four groups.
+    shares = {s.key: kept_share(s) for s in results.samples}
+    works = {s.key: attention_work(s, configs[s.configuration]) for s in results.samples}
     rows = []
     for task, length, members in _groups(results.samples):
         for name, settings in results.header.configurations.items():
             chosen = [s for s in members if s.configuration == name]
             if chosen:
-                row = _row(task, length, name, chosen, dense, configs[name])
+                row = _row(task, length, name, chosen, dense, shares, works)
                 rows.append(replace(row, work_is_bound=PATTERN in (settings or {})))
     return tuple(rows)
 
@@ -193,7 +197,8 @@ def _row(
     configuration: str,
     samples: Sequence[SampleResult],
     dense: Mapping[tuple[str, int, int], SampleResult],
-    configs: Mapping[int, TokenSparseConfig],
+    shares: Mapping[Key, float],
+    works: Mapping[Key, float],
 ) -> Row:
     pairs = []
     for sample in samples:
@@ -221,7 +226,7 @@ def _row(
         difference_high=high,
         relative_loss=loss,
         relative_loss_upper=bound,
-        kept_share=fmean(map(kept_share, samples)),
-        work=fmean(attention_work(sample, configs) for sample in samples),
+        kept_share=fmean(shares[sample.key] for sample in samples),
+        work=fmean(works[sample.key] for sample in samples),
         seconds=fmean(sample.seconds for sample in samples),
     )
