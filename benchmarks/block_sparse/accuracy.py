@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.markdown import markdown_table
 from benchmarks.plotting import figure_file
 from benchmarks.pooling import load_folder, paired_scores, pooled
 
@@ -54,12 +55,12 @@ def table(results: EvalResults, times: Times) -> str:
     head = ["tokens", "configuration", "score", "difference"]
     head += [f"speed-up, {heads}" for heads in times]
     head += ["95% interval", "n", "kept"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for row in _rows(results):
         speeds = [speeds_of(one, row.length or 0, row.configuration) for one in times.values()]
         cells = _cells(row)
-        lines.append(f"| {' | '.join([*cells[:4], *map(_median, speeds), *cells[4:]])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells[:4], *map(_median, speeds), *cells[4:]])
+    return markdown_table(lines)
 
 
 def _rows(results: EvalResults) -> list[Row]:
@@ -81,7 +82,7 @@ def combined(results: EvalResults, times: Times) -> str:
     head = ["tokens", "pattern", "alone", "with token sparsity", "difference"]
     head += [f"speed-up, {heads}" for heads in times]
     head += ["95% interval", "n"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for length, alone, pairs in _combinations(results):
         ratios = [
             [
@@ -104,8 +105,8 @@ def combined(results: EvalResults, times: Times) -> str:
             f"{low:+.3f} to {high:+.3f}",
             str(len(pairs)),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def _combinations(results: EvalResults) -> Iterator[tuple[int, str, list[tuple[float, float]]]]:
@@ -141,15 +142,15 @@ def _cells(row: Row) -> list[str]:
 def runs(rounds: Sequence[EvalResults], files: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what the replies, and the files by their names, were measured on."""
     head = ["what", "device", "commit", "versions", "seed"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     measured = [("replies", one.header.provenance, one.header.arguments) for one in rounds]
     measured += [(name, one["provenance"], one["arguments"]) for name, one in files.items()]
     for what, about, asked in measured:
         versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
         cells = [what, about["device"], f"`{about['commit'][:12]}`", versions]
         cells.append(str(asked["seed"]))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def density(found: Mapping[str, Any]) -> str:
@@ -163,14 +164,14 @@ def density(found: Mapping[str, Any]) -> str:
     patterns = list(samples[0]["density"])
     columns = [(length, pattern) for length in lengths for pattern in patterns]
     head = ["layer", *(f"{pattern}, {length // 1024}K" for length, pattern in columns)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for layer in range(len(samples[0]["density"][patterns[0]])):
         cells = [
             fmean(s["density"][pattern][layer] for s in samples if s["length"] == length)
             for length, pattern in columns
         ]
-        lines.append(f"| {layer} | {' | '.join(f'{cell:.0%}' for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(layer), *(f"{cell:.0%}" for cell in cells)])
+    return markdown_table(lines)
 
 
 def tables(

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from benchmarks.markdown import markdown_table
+
 from token_sparse_attention.calibration.record import CalibrationResult
 from token_sparse_attention.calibration.sensitivity import choose_from
 from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
@@ -49,7 +51,7 @@ def calibration(path: Path, drift: Path) -> str:
     counts = sorted({int(row["setting"]["value"]) for row in content["sensitivity"]})
     chosen = content["choices"][0]["profile"]["layers"]
     head = ["layer", *(f"{count:,} samples" for count in counts), "chosen", "drift", "by drift"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     layers: dict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in content["sensitivity"]:
         layers[row["layer"]][int(row["setting"]["value"])] = row
@@ -61,8 +63,8 @@ def calibration(path: Path, drift: Path) -> str:
         own = chosen.get(str(layer))
         cells.append(f"{own['fallback_samples']:,}" if own else "dense")
         cells += [f"{drifting[layer]:.1e}", "sparse" if layer in by_drift else "dense"]
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(layer), *cells])
+    return markdown_table(lines)
 
 
 def goals(path: Path, targets: Iterable[float]) -> str:
@@ -77,7 +79,7 @@ def goals(path: Path, targets: Iterable[float]) -> str:
     layers = sorted({row.layer for row in result.sensitivity})
     head = ["attention work", "dense", *(f"{count:,} samples" for count in counts)]
     head.append("sum of divergences")
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for target in targets:
         choice = choose_from(result.sensitivity, result.base, "target_speedup", target)
         chosen = choice.profile.layers
@@ -86,8 +88,8 @@ def goals(path: Path, targets: Iterable[float]) -> str:
             _listed(n for n, one in chosen.items() if one["fallback_samples"] == count)
             for count in counts
         ]
-        lines.append(f"| {' | '.join(cells)} | {choice.summed_divergence:.1e} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, f"{choice.summed_divergence:.1e}"])
+    return markdown_table(lines)
 
 
 def _listed(layers: Iterable[int]) -> str:
@@ -97,15 +99,15 @@ def _listed(layers: Iterable[int]) -> str:
 def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:
     """Return profiles' probability of the right answer beside their replayed speed."""
     head = ["point", "what differs", "probability", "n", "speed-up", "at the model's own shape"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for row in join([("", results)], [replay]):
         one = row.accuracy
         if one.configuration != DENSE:
             label = describe(results.header.configurations[one.configuration] or {})
             score = f"{one.score:.3f} of {one.dense_score:.3f}"
-            cells = [one.configuration, label, score, str(one.pairs), _speed(row)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Speed-up at {target_of([replay])}."]) + "\n"
+            cells = [one.configuration, label, score, str(one.pairs), *_speeds(row)]
+            lines.append(cells)
+    return markdown_table(lines) + f"\nSpeed-up at {target_of([replay])}.\n"
 
 
 def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Describe) -> str:
@@ -115,7 +117,7 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
     """
     head = ["tokens", "settings", "score", "loss", "loss below", "speed-up", "own shape"]
     head += ["n", "kept", "difference", "95% interval"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     rows = [row for one in rounds for row in _timed(one, replays)]
     for row in sorted(rows, key=lambda row: row.accuracy.length or 0):
         one = row.accuracy
@@ -125,17 +127,17 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
                 f"{one.score:.3f} of {one.dense_score:.3f}",
                 f"{one.relative_loss:+.1%}",
                 f"{one.relative_loss_upper:+.1%}",
-                _speed(row),
+                *_speeds(row),
                 str(one.pairs),
                 f"{one.kept_share:.0%}",
                 f"{one.difference:+.3f}",
                 f"{one.difference_low:+.3f} to {one.difference_high:+.3f}",
             ]
-            lines.append(f"| {' | '.join(where + cells)} |")
+            lines.append(where + cells)
     counting = [answerable(one) for one in rounds]
-    lines += [f"| all | {_pooled(name, pairs)} |" for name, pairs in _pairs(counting)]
+    lines += [["all", *_pooled(name, pairs)] for name, pairs in _pairs(counting)]
     legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
-    return "\n".join([*lines, "", *legend]) + "\n"
+    return markdown_table(lines) + "\n".join(["", *legend]) + "\n"
 
 
 def glance(models: Mapping[str, tuple[list[EvalResults], list[Replay]]], length: int) -> str:
@@ -146,7 +148,7 @@ def glance(models: Mapping[str, tuple[list[EvalResults], list[Replay]]], length:
         length: in tokens.
     """
     head = ["model", "settings", "score, dense", "loss", "loss below", "speed-up", "prompts"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for model, (rounds, replays) in models.items():
         timed = [
             (row.times.speed_up, row.accuracy)
@@ -165,8 +167,8 @@ def glance(models: Mapping[str, tuple[list[EvalResults], list[Replay]]], length:
                     f"{speed_up:.2f}x",
                     str(one.pairs),
                 ]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+                lines.append(cells)
+    return markdown_table(lines)
 
 
 def _timed(results: EvalResults, replays: list[Replay]) -> Iterator[FrontierRow]:
@@ -198,7 +200,7 @@ def by_task(results: EvalResults) -> str:
     """Return each configuration's score on every task and length."""
     rows = [row for row in summarise(results) if row.task and row.length and row.pairs]
     tasks = list(dict.fromkeys(row.task for row in rows if row.task))
-    lines = [f"| tokens | settings | {' | '.join(tasks)} |", "|" + "---|" * (len(tasks) + 2)]
+    lines = [["tokens", "settings", *tasks]]
     for length in sorted({row.length for row in rows if row.length}):
         for configuration in results.header.configurations:
             scores = {
@@ -208,13 +210,12 @@ def by_task(results: EvalResults) -> str:
             }
             cells = [f"{length // 1024}K", _name(configuration)]
             cells += [scores.get(task, "-") for task in tasks]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append(cells)
+    return markdown_table(lines)
 
 
-def _speed(row: FrontierRow) -> str:
-    cells = [f"{t.speed_up:.2f}x" if t else "-" for t in (row.times, row.own_times)]
-    return " | ".join(cells)
+def _speeds(row: FrontierRow) -> list[str]:
+    return [f"{t.speed_up:.2f}x" if t else "-" for t in (row.times, row.own_times)]
 
 
 class _Pair(NamedTuple):
@@ -238,11 +239,11 @@ def _pairs(rounds: list[EvalResults]) -> Iterator[tuple[str, list[_Pair]]]:
     yield from pairs.items()
 
 
-def _pooled(name: str, pairs: list[_Pair]) -> str:
+def _pooled(name: str, pairs: list[_Pair]) -> list[str]:
     scores = [(pair.dense, pair.sparse) for pair in pairs]
     dense, sparse = (fmean(column) for column in zip(*scores))
     low, high = difference_interval(scores)
-    cells = [
+    return [
         _name(name),
         f"{sparse:.3f} of {dense:.3f}",
         f"{1 - sparse / dense:+.1%}",
@@ -254,7 +255,6 @@ def _pooled(name: str, pairs: list[_Pair]) -> str:
         f"{sparse - dense:+.3f}",
         f"{low:+.3f} to {high:+.3f}",
     ]
-    return " | ".join(cells)
 
 
 def _name(configuration: str) -> str:

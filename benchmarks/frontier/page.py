@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.frontier import confirmation, questions
+from benchmarks.markdown import markdown_table
 from benchmarks.plotting import figure_file
 from benchmarks.pooling import beside, load_folder, paired_scores, pooled
 
@@ -108,21 +109,19 @@ def _scored_by(rounds: Mapping[str, EvalResults], *, answers: bool) -> dict[str,
 
 
 def _runs(rounds: Mapping[str, EvalResults]) -> str:
-    lines = ["| round | device | commit | versions | seed |", "|---|---|---|---|---|"]
+    lines = [["round", "device", "commit", "versions", "seed"]]
     for name, results in rounds.items():
         about = results.header.provenance
         wanted = ("torch", "transformers", "triton", "flash-attn-4", "lm-eval")
         versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if k in wanted)
-        seed = results.header.arguments["seed"]
-        lines.append(
-            f"| {name} | {about['device']} | `{about['commit'][:12]}` | {versions} | {seed} |"
-        )
-    return "\n".join(lines) + "\n"
+        seed = str(results.header.arguments["seed"])
+        lines.append([name, about["device"], f"`{about['commit'][:12]}`", versions, seed])
+    return markdown_table(lines)
 
 
 def _screening(rounds: Mapping[str, EvalResults], length: int) -> str:
     head = ["round", "what differs", *TASKS.values(), "difference", "95% interval", "n", "kept"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for name, label, rows, pairs in _points(rounds, length):
         low, high = difference_interval(pairs)
         cells = [
@@ -134,8 +133,8 @@ def _screening(rounds: Mapping[str, EvalResults], length: int) -> str:
         difference = fmean(sparse - dense for dense, sparse in pairs)
         share = fmean(row.kept_share for row in rows.values())
         cells += [f"{difference:+.2f}", f"{low:+.2f} to {high:+.2f}", str(len(pairs))]
-        lines.append(f"| {name} | {label} | {' | '.join(cells)} | {share:.0%} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, label, *cells, f"{share:.0%}"])
+    return markdown_table(lines)
 
 
 def _points(
@@ -182,7 +181,7 @@ def _layers(rounds: Mapping[str, EvalResults], heads: Mapping[str, Any]) -> str:
     head = ["layer"]
     for task in tasks:
         head += [f"{TASKS[task]}, nats", "far", "among", "error"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for layer in sorted(costs[tasks[0]]):
         cells = [str(layer)]
         for task in tasks:
@@ -195,8 +194,8 @@ def _layers(rounds: Mapping[str, EvalResults], heads: Mapping[str, Any]) -> str:
                 f"{min(looking):.0f}" if looking else "-",
                 f"{max(found['error']):.2f}",
             ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def describe(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> str:

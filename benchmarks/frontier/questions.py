@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.markdown import markdown_table
 from benchmarks.plotting import figure_file
 from benchmarks.pooling import paired_scores
 
@@ -29,10 +30,10 @@ def table(results: EvalResults, describe: Describe) -> str:
     lengths = sorted({length for _, length in rows})
     names = [f"{length // 1024}K" for length in lengths]
     head = ["point", "what it runs", *names, f"n, {names[-1]}", f"work, {names[-1]}"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     dense = [rows[DENSE, length] for length in lengths]
     cells = [f"{row.score:.3f} of {row.pairs} prompts" for row in dense]
-    lines.append(f"| dense | its score | {' | '.join(cells)} | {dense[-1].pairs} | 100% |")
+    lines.append(["dense", "its score", *cells, str(dense[-1].pairs), "100%"])
     variants = results.header.arguments.get("variants", {})
     for name, settings in results.header.configurations.items():
         if name != DENSE:
@@ -40,8 +41,8 @@ def table(results: EvalResults, describe: Describe) -> str:
             cells += [_difference(rows.get((name, length))) for length in lengths]
             last = rows.get((name, lengths[-1]))
             cells += [str(last.pairs), f"{last.work:.0%}"] if last else ["-", "-"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append(cells)
+    return markdown_table(lines)
 
 
 def _rows(results: EvalResults) -> dict[tuple[str, int], Row]:
@@ -90,14 +91,14 @@ def compared(results: EvalResults) -> str:
     """
     lengths = sorted({sample.length for sample in results.samples})
     head = ["what is changed", *(f"{length // 1024}K" for length in lengths)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [head]
     for what, (point, base) in COMPARISONS.items():
         cells = [what]
         for length in lengths:
             pairs = paired_scores(results, length, base, point)
             cells.append(_paired(pairs) if pairs else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def _paired(pairs: list[tuple[float, float]]) -> str:
