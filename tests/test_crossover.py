@@ -22,6 +22,7 @@ from token_sparse_attention.crossover import (
     OVERHEAD_TOKENS,
     BreakEven,
     break_even,
+    break_even_of,
     effective_length,
 )
 
@@ -61,28 +62,28 @@ def test_break_even():
     assert even.max_share(1000, 1000) == pytest.approx(0.9)
     assert even.max_share(190, 190) == 0
     assert even.max_share(100, 1000) == 0
-    query = torch.zeros(1)
-    off = break_even(TokenSparseConfig.published(crossover="off"), query)
+    query = torch.zeros(1, 8, 1, 64)
+    off = break_even_of(TokenSparseConfig.published(crossover="off"), query)
     assert off.dense_reason(1, 1) is None
     assert off.max_share(1, 1) == 1
     auto = TokenSparseConfig.published(crossover="auto")
-    zero = break_even(auto, query)
-    window = break_even(replace(auto, fallback="window"), query)
+    zero = break_even_of(auto, query)
+    window = break_even_of(replace(auto, fallback="window"), query)
     assert window.fixed_tokens > zero.fixed_tokens
     fixed = [
-        break_even(replace(auto, fallback="window", **far), query).fixed_tokens
+        break_even_of(replace(auto, fallback="window", **far), query).fixed_tokens
         for far in ({"fallback_sinks": 4}, {"fallback_sinks": 4, "fallback_landmarks": 100})
     ]
     assert window.fixed_tokens < fixed[0] < fixed[1]
-    assert break_even(replace(auto, fallback_landmarks=100), query) == zero
+    assert break_even_of(replace(auto, fallback_landmarks=100), query) == zero
 
 
 def test_without_selected_queries_lengths_decide():
     """No scoring is in vain, so shorter rows may run sparse than with selected queries."""
-    query = torch.zeros(1)
+    query = torch.zeros(1, 8, 1, 64)
     few, many = (TokenSparseConfig(fallback_samples=samples) for samples in (0, 100_000))
-    assert break_even(few, query).min_length == MIN_KEYS_ONLY["cpu"]
-    even = break_even(many, query)
+    assert break_even_of(few, query).min_length == MIN_KEYS_ONLY["cpu"]
+    even = break_even_of(many, query)
     assert even.min_length == even.fixed_tokens > MIN_KEYS_ONLY["cpu"]
     assert MIN_KEYS_ONLY["cuda"] < MIN_LENGTH["cuda"]
 
@@ -133,7 +134,51 @@ def test_constants_cover_the_measured_far_tokens_and_dense_queries():
         assert 0.7 < max(shares.values()) <= 1, shares
         for name in run.names("far/dense-queries/"):
             each = dense_query_keys(run, length, int(name.rpartition("/")[2]))
-            assert 0.7 * DENSE_QUERY_TOKENS["cuda"] < each <= DENSE_QUERY_TOKENS["cuda"]
+            assert 0.7 < 32 * each / DENSE_QUERY_TOKENS["cuda"] <= 1
+
+
+@pytest.mark.parametrize("num_heads", [8, 32])
+def test_dense_queries_cost_by_the_number_of_heads(num_heads):
+    run = Run.load(RESULTS / f"far-h100-{num_heads}-heads.json")
+    lengths = [n for n in run.lengths("far/score") if n >= MIN_KEYS_ONLY["cuda"]]
+    assert len(lengths) == 3
+    for length in lengths:
+        each = dense_query_keys(run, length, 128)
+        assert 0.8 < num_heads * each / DENSE_QUERY_TOKENS["cuda"] <= 1
+
+
+def test_fewer_heads_need_longer_prompts():
+    """While the host starts the sparse kernels, dense attention of few heads is done."""
+    cuda = torch.device("cuda")
+    config = TokenSparseConfig(fallback_samples=1024)
+    least = [break_even(config, cuda, heads, 128).min_length for heads in (64, 32, 16, 8, 4, 1)]
+    assert least == sorted(least)
+    assert least[:2] == [MIN_KEYS_ONLY["cuda"]] * 2
+    assert least[3] == break_even(config, cuda, 16, 64).min_length
+    assert least[5] == pytest.approx(2 * least[4])
+    selecting = TokenSparseConfig.published(crossover="auto")
+    assert break_even(selecting, cuda, 1, 128).min_length > MIN_LENGTH["cuda"]
+    cpu = torch.device("cpu")
+    assert break_even(config, cpu, 1, 64) == break_even(config, cpu, 64, 128)
+
+
+@pytest.mark.parametrize("num_heads", [4, 8, 16, 32])
+@pytest.mark.parametrize("samples", [1024, 4096])
+def test_whole_prefills_get_faster_from_the_crossover_on_and_hardly_below(num_heads, samples):
+    measured = times(f"prefill-h100-{num_heads}-heads.json", "eager")
+    config = TokenSparseConfig(fallback_samples=samples)
+    least = break_even(config, torch.device("cuda"), num_heads, 128).min_length
+    speed_ups = {
+        length: measured["dense", length, None] / time
+        for (name, length, _), time in measured.items()
+        if name == f"samples-{samples}/all"
+    }
+    assert min(speed_ups) < least < max(speed_ups) or num_heads == 32
+    for length, speed_up in speed_ups.items():
+        if length >= least:
+            assert speed_up > 1.05, (length, speed_up)
+        else:
+            assert speed_up < 1.35, (length, speed_up)
 
 
 def test_where_the_method_decides_dense_it_costs_under_two_percent():

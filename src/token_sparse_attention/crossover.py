@@ -3,8 +3,9 @@
 Dense attention over S tokens costs time in proportion to S^2. Sparse attention that keeps a
 share k of them costs k^2 of that, plus overhead in proportion to S: the time that dense
 attention spends per query on some fixed number of keys, `BreakEven.fixed_tokens`. So sparse
-wins where ``k^2 < 1 - fixed_tokens / S``. The constants come from `tsa bench op`; see
-docs/benchmarks.md.
+wins where ``k^2 < 1 - fixed_tokens / S``. And starting its kernels takes the host a while, in
+which dense attention of a short prompt, or of few heads, is done. The constants come from
+`tsa bench`; see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
@@ -29,9 +31,12 @@ FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
 # evenly spread ones take. On a CPU the measurement was rough: an upper end.
 FAR_TOKENS = {"cuda": (1500.0, 4.2), "cpu": (4000.0, 20.0)}
 
-# And for each of the last queries that attend to every key: as many multiprocessors are at work
-# as there are heads. On a CPU by the number of operations, not measured.
-DENSE_QUERY_TOKENS = {"cuda": 7.0, "cpu": 2.0}
+# And for each of the last queries that attend to every key, if there were one head: as many
+# multiprocessors are at work as there are heads. And by the number of operations, at least.
+DENSE_QUERY_TOKENS = {"cuda": 240.0, "cpu": 0.0}
+LEAST_DENSE_QUERY_TOKENS = 2.0
+# Dense attention's work, S^2 times heads times head size, while the host starts sparse kernels.
+HOST_WORK = {"cuda": 1.5e12, "cpu": 0.0}
 
 _Length = TypeVar("_Length", float, Tensor)
 
@@ -75,19 +80,35 @@ def effective_length(query_len: _Length, kv_len: _Length) -> _Length:
     return query_len * (2 * kv_len - query_len) / kv_len
 
 
-def break_even(config: TokenSparseConfig, query: Tensor) -> BreakEven:
-    """Return the break-even for `config` on the device of `query`."""
-    device = "cuda" if query.is_cuda else "cpu"
+def break_even_of(config: TokenSparseConfig, query: Tensor) -> BreakEven:
+    """Return the break-even of a layer, given its queries ``[B, H, S_q, D]``."""
+    return break_even(config, query.device, query.shape[1], query.shape[3])
+
+
+def break_even(
+    config: TokenSparseConfig, device: torch.device, num_heads: int, head_dim: int
+) -> BreakEven:
+    """Return the break-even for `config`.
+
+    Args:
+        config: the settings.
+        device: where a layer attends.
+        num_heads: its query heads there, H.
+        head_dim: D.
+    """
     if config.crossover == "off":
         return NEVER_DENSE
-    fixed = OVERHEAD_TOKENS[device] + DENSE_QUERY_TOKENS[device] * config.dense_queries
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    dense_query = max(DENSE_QUERY_TOKENS[kind] / num_heads, LEAST_DENSE_QUERY_TOKENS)
+    fixed = OVERHEAD_TOKENS[kind] + dense_query * config.dense_queries
     if config.fallback == "window":
-        base, per_token = FALLBACK_TOKENS[device]
+        base, per_token = FALLBACK_TOKENS[kind]
         fixed += base + per_token * config.fallback_window
         far = config.fallback_sinks + config.fallback_landmarks + config.fallback_samples
         if far:
-            base, per_token = FAR_TOKENS[device]
+            base, per_token = FAR_TOKENS[kind]
             fixed += base + per_token * far
     # Below `fixed` nothing could make sparse faster, even if every token were dropped.
     least = MIN_LENGTH if config.select_queries else MIN_KEYS_ONLY
-    return BreakEven(max(least[device], fixed), 1.0, fixed)
+    starting = math.sqrt(HOST_WORK[kind] / (num_heads * head_dim))
+    return BreakEven(max(least[kind], starting, fixed), 1.0, fixed)

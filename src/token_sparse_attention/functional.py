@@ -41,7 +41,7 @@ from token_sparse_attention.call import SparseOutput as SparseOutput
 from token_sparse_attention.call import call_operator
 from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even_of
 from token_sparse_attention.head_group import resolve_head_group
 from token_sparse_attention.inputs import (
     RealTokens,
@@ -239,7 +239,7 @@ def run(
     call = call._replace(kept=single_precision(call.kept))
     impl = resolve_impl(call.impl, query, query.shape[-1])
     query_len, kv_len = query.shape[2], key.shape[2]
-    even = NEVER_DENSE if call.kept is not None else break_even(config, query)
+    even = NEVER_DENSE if call.kept is not None else break_even_of(config, query)
     longest = Span(0, kv_len)
     if padding_mask is None and forces_dense(config, even, longest, query_len, kv_len, call.kept):
         return _all_dense(query, key, value, None, call)

@@ -28,7 +28,7 @@ from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
 from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even_of
 from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.selection import (
     TokenSelection,
@@ -196,7 +196,7 @@ class Replayer:
     def _is_dense_unscored(self, config: TokenSparseConfig) -> bool:
         """Whether lengths make a layer that ran dense run so; scores cannot without selection."""
         lengths = (self.seq_len, self.seq_len)
-        even = break_even(config, self.inputs.query)
+        even = break_even_of(config, self.inputs.query)
         reason = config.dense_reason(*lengths) or even.dense_reason(*lengths)
         return reason is not None or not config.select_queries
 
@@ -253,7 +253,7 @@ class Replayer:
 
     def _break_even(self, config: TokenSparseConfig, kept: tuple[int, ...] | None) -> BreakEven:
         """The operator's own, which bounds its memory, unless more was kept elsewhere."""
-        even = break_even(config, self.inputs.query)
+        even = break_even_of(config, self.inputs.query)
         fitting = int(even.max_share(self.seq_len, self.seq_len) * self.seq_len)
         return NEVER_DENSE if kept is not None and max(kept) > fitting else even
 

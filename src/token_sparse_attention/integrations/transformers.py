@@ -33,7 +33,7 @@ from token_sparse_attention.config import (
     TokenSparseConfig,
     layer_configs,
 )
-from token_sparse_attention.crossover import NEVER_DENSE, break_even
+from token_sparse_attention.crossover import NEVER_DENSE, break_even_of
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.inputs import check_kept
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
@@ -352,7 +352,7 @@ class AppliedSparsity:
         if reason is None and config is not None and self._kept is None:
             lengths = (query.shape[2], key.shape[2])
             reason = config.dense_reason(*lengths)
-            reason = reason or break_even(config, query).dense_reason(*lengths)
+            reason = reason or break_even_of(config, query).dense_reason(*lengths)
         return reason, detail
 
     def _attend_sparse(
@@ -382,7 +382,7 @@ class AppliedSparsity:
             head_group=self._head_group,
             return_selection="lengths",
         )
-        even = break_even(config, query) if self._kept is None else NEVER_DENSE
+        even = break_even_of(config, query) if self._kept is None else NEVER_DENSE
         selected = SelectionRecord.of(selection, config, even, query_len, kv_len, padding_mask)
         self.report.add(
             LayerRecord(layer, query_len, kv_len, selection=selected, sequence=sequence)

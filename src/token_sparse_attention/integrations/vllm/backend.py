@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
-from token_sparse_attention.crossover import break_even
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import (
@@ -94,6 +94,10 @@ class SparsePrefillBuilder:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
         layers = layer_shapes(self._configs, vllm_config)
+        self._break_evens: dict[TokenSparseConfig, BreakEven] = {}
+        for layer in layers:  # of those that share settings, the one that begins last
+            other = self._break_evens.get(layer.config, NEVER_DENSE)
+            self._break_evens[layer.config] = max(other, layer.break_even(device))
         for layer in dict.fromkeys(layers):
             check_layer(layer, settings, device)
         if settings.warm_up and device.type == "cuda":  # a CPU has nothing to compile
@@ -180,7 +184,7 @@ class SparsePrefillBuilder:
         of_rows: dict[tuple[int, ...], Rest | None] = {}
         reasons_of: list[list[str]] = [[] for _ in prefills]  # by the configs that decline
         for config in dict.fromkeys(self._configs.values()):
-            even = break_even(config, common.seq_lens)
+            even = self._break_evens[config]
             reasons = [
                 obstacle or self._obstacle(prefill) or prefill.dense_reason(config, even)
                 for prefill in prefills
@@ -285,12 +289,15 @@ class SparsePrefillImpl:
             shape = (*heads, longest.query_len, longest.kv_len)
             # Which layer this is cannot be known here.
             configs = settings.layer_configs(model.get_total_num_hidden_layers()).values()
-            probe = torch.empty(0, device=current_platform.device_type)
+            device = torch.device(current_platform.device_type)
             self.workspace = max(
                 (
                     workspace_bytes(config, *shape)
                     for config in configs
-                    if longest.dense_reason(config, break_even(config, probe)) is None
+                    if longest.dense_reason(
+                        config, break_even(config, device, num_heads, head_size)
+                    )
+                    is None
                 ),
                 default=0,
             )
