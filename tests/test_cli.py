@@ -269,6 +269,21 @@ def test_warming_up_reads_sparsely_at_the_shortest_length(folder, monkeypatch, p
     assert not reports
 
 
+@pytest.mark.parametrize(("whole", "expected"), [(False, 256), (True, 300)])
+def test_warming_up_may_read_the_whole_prompt(folder, monkeypatch, whole, expected):
+    model, tokenizer, ids = loaded(folder)
+    assert ids.shape[1] == 300
+    lengths, generate = [], model.generate
+
+    def watched(ids, **options):
+        lengths.append(ids.shape[1])
+        return generate(ids, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    run.warm_up(model, tokenizer, ids, whole=whole)
+    assert lengths == [expected]
+
+
 @pytest.mark.parametrize(
     ("config", "backend", "expected"),
     [

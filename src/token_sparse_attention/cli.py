@@ -166,7 +166,7 @@ def _run(args: argparse.Namespace) -> int:
             try:
                 with arguments.within_memory(ids.shape[1], path):
                     if not answers:
-                        # On a CPU there is nothing to compile.
+                        # On a CPU there is nothing to compile, and memory is no matter.
                         on_gpu = model.device.type == "cuda"
                         run.warm_up(
                             model,
@@ -175,6 +175,7 @@ def _run(args: argparse.Namespace) -> int:
                             config if on_gpu else None,
                             impl=args.impl,
                             attention_backend=args.attention_backend,
+                            whole=on_gpu and args.compare,
                         )
                     answers[path] = run.answer(
                         model,

@@ -156,6 +156,7 @@ def warm_up(
     *,
     impl: str = "auto",
     attention_backend: str | PatternConfig = "auto",
+    whole: bool = False,
 ) -> None:
     """Answer the prompt's beginning, so that one-time costs stay out of the first answer's time.
 
@@ -167,8 +168,11 @@ def warm_up(
             which compiles the kernels that they need; None for none.
         impl: see `token_sparse_attention`.
         attention_backend: likewise.
+        whole: read the whole prompt densely, not only its beginning, so that the first of two
+            answers does not pay for the memory of both.
     """
-    lengths: list[tuple[TokenSparseConfig | LayerProfile | None, int]] = [(None, _WARM_UP_TOKENS)]
+    most = ids.shape[1] if whole else _WARM_UP_TOKENS
+    lengths: list[tuple[TokenSparseConfig | LayerProfile | None, int]] = [(None, most)]
     if config is not None:
         layers = layer_configs(config, model.config.get_text_config().num_hidden_layers).values()
         longest = max((one.min_tokens + one.window_size for one in layers), default=0)

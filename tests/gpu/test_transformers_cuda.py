@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
-from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 
 DEVICE = "cuda"
 
@@ -44,6 +45,35 @@ def test_generate(cache):
     assert out.tolist() == expected.tolist()
     assert sparse_everywhere(report)
     assert len(report.prefills()) == 1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_decode_steps_of_the_dense_kernels_stay_off_cudnn(padded):
+    """PyTorch may choose it for a single query on Hopper, and would plan at every step."""
+    model, ids = make_model().to(DEVICE, torch.bfloat16), make_ids(batch=2).to(DEVICE)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :40] = 0
+    model.set_attn_implementation(register_dense_attention())
+    cache = model(ids, attention_mask=mask).past_key_values
+    mask = torch.cat((mask, mask[:, -1:]), -1)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    calls = {event.key for event in profiled.key_averages()}
+    assert "aten::scaled_dot_product_attention" in calls
+    assert not {call for call in calls if "cudnn" in call}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_on_the_dense_kernels(cache):
+    model, ids = make_model(), make_ids()
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    model.to(DEVICE)
+    model.set_attn_implementation(register_dense_attention())
+    out = model.generate(
+        ids.to(DEVICE), max_new_tokens=6, do_sample=False, cache_implementation=cache
+    )
+    assert out.tolist() == expected.tolist()
 
 
 def test_models_split_over_devices():

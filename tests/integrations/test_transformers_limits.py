@@ -497,6 +497,43 @@ def test_dense_layers_follow_autocast(monkeypatch, backend):
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("backend", "enabled", "expected"),
+    [
+        ("auto", (True, True), (True, False)),
+        ("flexprefill", (True, True), (True, False)),
+        ("auto", (False, True), (False, False)),
+        ("auto", (True, False), (True, True)),  # there is nothing else to run on
+        ("cudnn", (True, True), (True, True)),
+    ],
+)
+def test_single_queries_stay_off_cudnn(monkeypatch, backend, enabled, expected):
+    """Which would plan anew for every number of keys; a prompt with padding may run on it."""
+    kernels, seen, sdpa = torch.backends.cuda, {}, AttentionInterface._global_mapping["sdpa"]
+
+    def spy(module, query, *others, **options):
+        seen[query.shape[2] == 1] = kernels.cudnn_sdp_enabled()
+        return sdpa(module, query, *others, **options)
+
+    model, ids = make_model(), make_ids()
+    padding = torch.ones_like(ids)
+    padding[:, 0] = 0
+    expected_ids = model.generate(ids, attention_mask=padding, max_new_tokens=3, do_sample=False)
+    model.set_attn_implementation(register_dense_attention(backend))
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", spy)
+    was = kernels.cudnn_sdp_enabled(), kernels.math_sdp_enabled()
+    try:
+        kernels.enable_cudnn_sdp(enabled[0])
+        kernels.enable_math_sdp(enabled[1])
+        out = model.generate(ids, attention_mask=padding, max_new_tokens=3, do_sample=False)
+        assert (kernels.cudnn_sdp_enabled(), kernels.math_sdp_enabled()) == enabled
+    finally:
+        kernels.enable_cudnn_sdp(was[0])
+        kernels.enable_math_sdp(was[1])
+    assert (seen[False], seen[True]) == expected
+    assert torch.equal(out, expected_ids)
+
+
 def test_mixed_dtypes_run_dense(monkeypatch):
     model, ids = make_model(), make_ids()
     module = transformers.models.llama.modeling_llama

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import cudnn_sdp_enabled, enable_cudnn_sdp, math_sdp_enabled
+from torch.compiler import is_compiling
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -59,7 +61,9 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
 
     Causal prefills without a mask run on `attention_backend`; whatever else a model asks for
     goes to transformers' ``"sdpa"``. With flash-attn-4 that makes dense layers of long
-    prompts faster too. With a block-sparse pattern every layer runs that pattern, under a
+    prompts faster too. Single queries, as in decode steps, stay off cuDNN unless that is the
+    backend, also where PyTorch would take it: it plans anew for every number of keys. With a
+    block-sparse pattern every layer runs that pattern, under a
     mask that is merely causal too (chunks of a prompt), but not under one with padding.
     `apply` can be used on top.
 
@@ -95,16 +99,10 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
         reason, _ = dense_reason(module, query, key, value, config, dropout, kwargs)
         kv_len = None if reason else unpadded_len(attention_mask, query.shape[2], key.shape[2])
         if kv_len is None:
-            return dense_function("sdpa", module)(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                scaling=scaling,
-                dropout=dropout,
-                **kwargs,
-            )
+            sdpa = partial(dense_function("sdpa", module), module, query, key, value)
+            one_query = query.shape[2] == 1 and backend != "cudnn"
+            with _off_cudnn() if one_query and not is_compiling() else nullcontext():
+                return sdpa(attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = as_autocast((query, key[:, :, :kv_len], value[:, :, :kv_len]))
         out = attend(query, key, value, scale=scale, backend=backend_in(module)).out
@@ -150,6 +148,20 @@ def attention_of_every_layer(
         yield
     finally:
         config._attn_implementation_internal = before
+
+
+@contextmanager
+def _off_cudnn() -> Iterator[None]:
+    """Keep PyTorch's attention off cuDNN meanwhile, unless it may run on nothing else."""
+    others = math_sdp_enabled()  # type: ignore[no-untyped-call]
+    if not (others and cudnn_sdp_enabled()):  # type: ignore[no-untyped-call]
+        yield
+        return
+    enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        enable_cudnn_sdp(True)
 
 
 def _no_mask(mask: Tensor | None, query_len: int, kv_len: int) -> int | None:
