@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,20 +14,25 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 _NAME = "observed_attention"
 
 
-def prefill_with(attention: Callable[..., tuple[Tensor, None]], model: Any, ids: Tensor) -> None:
-    """Run a model's prefill, its layers attending by `attention`; restore it afterwards.
+@contextmanager
+def attending(attention: Callable[..., tuple[Tensor, None]], model: Any) -> Iterator[None]:
+    """Let a model's layers attend by `attention` meanwhile.
 
     Args:
         attention: on transformers' attention interface.
         model: a causal language model on that interface.
-        ids: ``[1, S]`` token ids.
     """
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        with torch.no_grad():
-            model(ids.to(model.device), use_cache=False, logits_to_keep=1)
+        yield
     finally:
         model.set_attn_implementation(before)
+
+
+def prefill_with(attention: Callable[..., tuple[Tensor, None]], model: Any, ids: Tensor) -> None:
+    """Run a model's prefill of ``[1, S]`` token ids, its layers attending by `attention`."""
+    with attending(attention, model), torch.no_grad():
+        model(ids.to(model.device), use_cache=False, logits_to_keep=1)
