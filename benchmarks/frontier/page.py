@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.frontier import confirmation, questions
+from benchmarks.frontier import confirmation, position_tables, questions
 from benchmarks.markdown import markdown_table
 from benchmarks.plotting import figure_file
 from benchmarks.pooling import beside, load_folder, paired_scores, pooled
@@ -30,6 +30,7 @@ ROUNDS = PAGE.with_name("frontier-rounds.md")
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "frontier"
 QUESTIONS = RESULTS.parent / "questions"
+POSITIONS = RESULTS.parent / "positions"
 CONFIRMED = RESULTS.parent / "confirm"
 CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
 DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
@@ -43,6 +44,7 @@ TASKS = {
     "niah_multikey_3": "multikey 3",
     "ruler_vt": "variable tracking",
 }
+EXAMINED = {task: TASKS[task] for task in ("niah_multikey_3", "ruler_vt")}
 
 
 def load_all() -> dict[str, EvalResults]:
@@ -68,6 +70,12 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     built["answers"] = _screening(answers, 131072)
     heads = json.loads((RESULTS / "heads.json").read_text(encoding="utf-8"))
     built["layers"] = _layers(answers, heads)
+    examined = position_tables.load_rows(POSITIONS / "places")
+    single = position_tables.load_rows(POSITIONS / "heads")
+    built["places"] = position_tables.by_place(examined, TASKS)
+    built["same-token"] = position_tables.by_layer(examined, EXAMINED)
+    built["heads-multikey-3"] = position_tables.by_head(examined, "niah_multikey_3", "6")
+    built["heads-tracking"] = position_tables.by_head(single, "ruler_vt", "0")
     built["calibration"] = confirmation.calibration(CALIBRATED, DRIFT)
     built["goals"] = confirmation.goals(CALIBRATED, (3.5, 4, 4.5, 5, 6))
     for name, which in zip(("speeds", "speeds-mended"), SPEED_ROUNDS):
