@@ -60,6 +60,7 @@ def call_operator(
         config.budget,
         config.select_queries,
         config.dense_queries,
+        config.dense_heads,
         config.fallback,
         config.fallback_window,
         config.fallback_sinks,

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -60,6 +60,18 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
+def _numbers(name: str, given: object, what: str) -> tuple[int, ...]:
+    """Return the numbers of layers or heads in order, each once."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be {what} numbers, got {given!r}")
+    numbers = tuple(given)
+    for number in numbers:
+        _check_int(name, number, 0)
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"{name} must not repeat a {what}, got {numbers}")
+    return tuple(sorted(numbers))
+
+
 def _check_keys(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
@@ -100,6 +112,8 @@ class TokenSparseConfig:
             means if ``drop_mass`` is given. If not, only keys and values are compressed: every
             query gets what the windowed fallback gives, and ``pool_size`` has no effect.
         dense_queries: how many of the last queries attend to every key, whatever is selected.
+        dense_heads: query heads of the layer whose queries all attend to every key. Only where
+            queries are not selected.
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
         fallback_window: width of that sliding window in tokens, the query itself included.
@@ -129,6 +143,7 @@ class TokenSparseConfig:
     budget: str = "shared"
     select_queries: bool | None = None
     dense_queries: int = 128
+    dense_heads: tuple[int, ...] = ()
     fallback: str = "window"
     fallback_window: int = 2048
     fallback_sinks: int = 4
@@ -156,20 +171,15 @@ class TokenSparseConfig:
                 f"select_queries=False needs fallback='window', got {self.fallback!r}"
             )
         _check_choice("crossover", self.crossover, ("off", "auto"))
+        object.__setattr__(self, "dense_heads", _numbers("dense_heads", self.dense_heads, "head"))
+        if self.dense_heads and self.select_queries:
+            raise ValueError(
+                "dense_heads needs queries that are not selected: drop_mass None, got "
+                f"{self.drop_mass}"
+            )
         if self.sparse_layers is not None:
-            if isinstance(self.sparse_layers, str):
-                raise TypeError(f"sparse_layers must be layer numbers, got {self.sparse_layers!r}")
-            try:
-                layers = tuple(self.sparse_layers)
-            except TypeError:
-                raise TypeError(
-                    f"sparse_layers must be layer numbers or None, got {self.sparse_layers!r}"
-                ) from None
-            for layer in layers:
-                _check_int("sparse_layers", layer, 0)
-            if len(set(layers)) != len(layers):
-                raise ValueError(f"sparse_layers must not repeat a layer, got {layers}")
-            object.__setattr__(self, "sparse_layers", tuple(sorted(layers)))
+            layers = _numbers("sparse_layers", self.sparse_layers, "layer")
+            object.__setattr__(self, "sparse_layers", layers)
 
     def _settle_selection(self) -> None:
         """Check `drop_mass` and `select_queries`, and give each what follows from the other."""
@@ -240,6 +250,7 @@ class TokenSparseConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         fields = dataclasses.asdict(self)
+        fields["dense_heads"] = list(self.dense_heads)
         if self.sparse_layers is not None:
             fields["sparse_layers"] = list(self.sparse_layers)
         return fields

@@ -110,5 +110,8 @@ def break_even(
             fixed += base + per_token * far
     # Below `fixed` nothing could make sparse faster, even if every token were dropped.
     least = MIN_LENGTH if config.select_queries else MIN_KEYS_ONLY
+    # Of a layer whose heads are spread over devices, one may have all of its dense heads.
+    sparse_share = max(1 - len(config.dense_heads) / num_heads, 0.0)
+    shortest = fixed / sparse_share if sparse_share else math.inf
     starting = math.sqrt(HOST_WORK[kind] / (num_heads * head_dim))
-    return BreakEven(max(least[kind], starting, fixed), 1.0, fixed)
+    return BreakEven(max(least[kind], starting, shortest), 1.0, fixed)

@@ -8,6 +8,7 @@ select gets the fallback there. Nothing is evicted: each call chooses again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -42,12 +43,13 @@ from token_sparse_attention.call import call_operator
 from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even_of
-from token_sparse_attention.head_group import resolve_head_group
+from token_sparse_attention.head_group import own_numbers, resolve_head_group
 from token_sparse_attention.inputs import (
     RealTokens,
     Span,
     check_attention_inputs,
     check_config,
+    check_dense_heads,
     check_head_chunk,
     check_kept,
     check_no_gradients,
@@ -207,6 +209,8 @@ def token_sparse_attention(
     check_kept(kept, config)
     check_return_selection(return_selection)
     head_group = resolve_head_group(head_group)
+    ranks = 1 if head_group is None else head_group.size()
+    check_dense_heads(config, ranks * query.shape[1])
     scale = resolve_scale(scale, query.shape[-1])
     wants = (return_selection is not False, return_selection is True, return_lse)
     call = Call(scale, impl, backend, head_chunk, kept, *wants)
@@ -268,11 +272,13 @@ def run(
     attended = attend_selected(
         query, key, value, config, ran_sparse, selection, far, tokens, even, impl, call
     )
+    dense_heads = own_numbers(config.dense_heads, query.shape[1], head_group)
+    _attend_dense_heads(query, key, value, dense_heads, ran_sparse, tokens, call, attended)
     mark_invalid_rows(attended, tokens)
     if not call.want_selection:
         return SparseOutput(attended.out, None, attended.lse)
     selection = selection or list_far_tokens(
-        far, ran_sparse, tokens, query.shape[1], want_indices=call.want_indices
+        far, ran_sparse, tokens, query.shape[1], dense_heads, want_indices=call.want_indices
     )
     if not call.want_indices:
         selection = selection.without_indices()
@@ -352,6 +358,42 @@ def _attend_dense(
             launches[for_last] = torch.where(ran_sparse, last, end)
     for by, begins in launches.items():
         attend_rows(query, key, value, begins, tokens, into, scale=call.scale, backend=by)
+
+
+def _attend_dense_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Sequence[int],
+    ran_sparse: Tensor,
+    tokens: RealTokens,
+    call: Call,
+    into: Attended,
+) -> None:
+    """Attend all queries of some heads in the rows that run sparse, over what was there."""
+    if not heads:
+        return
+    start, end = tokens.bounds.unbind(-1)
+    begins = torch.where(ran_sparse, start, end)
+    backend = dense_backend(resolve_backend(call.attention_backend, query, key))
+    for run_of_heads, kv_head in _runs_of_heads(heads, query.shape[1] // key.shape[1]):
+        lse = None if into.lse is None else into.lse[:, run_of_heads]
+        attend_rows(
+            query[:, run_of_heads], key[:, kv_head], value[:, kv_head],
+            begins, tokens, Attended(into.out[:, run_of_heads], lse),
+            scale=call.scale, backend=backend,
+        )  # fmt: skip
+
+
+def _runs_of_heads(heads: Sequence[int], group: int) -> Iterator[tuple[slice, slice]]:
+    """Yield heads that follow each other and share a KV head, and that head: views, no copies."""
+    begin = 0
+    for place, head in enumerate(heads):
+        following = heads[place + 1] if place + 1 < len(heads) else None
+        if following != head + 1 or following // group != head // group:
+            kv_head = head // group
+            yield slice(heads[begin], head + 1), slice(kv_head, kv_head + 1)
+            begin = place + 1
 
 
 def _attend_compressed(

@@ -8,6 +8,7 @@ depends on shapes and settings alone, never on data, so that no rank waits for a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,20 @@ def gather_heads(local: Tensor, head_group: ProcessGroup) -> Tensor:
 def own_heads(heads: Tensor, num_heads: int, head_group: ProcessGroup) -> Tensor:
     """Return this rank's part ``[B, H, ...]`` of what `gather_heads` returned."""
     return heads.narrow(1, head_group.rank() * num_heads, num_heads).contiguous()
+
+
+def own_numbers(
+    heads: Sequence[int], num_heads: int, head_group: ProcessGroup | None
+) -> tuple[int, ...]:
+    """Return which of some heads of a layer this rank has, by its own numbers.
+
+    Args:
+        heads: by the layer's numbers.
+        num_heads: how many heads each rank has.
+        head_group: the ranks; None for one that has all heads.
+    """
+    first = 0 if head_group is None else head_group.rank() * num_heads
+    return tuple(head - first for head in heads if first <= head < first + num_heads)
 
 
 def mean_of_ranks(

@@ -34,6 +34,15 @@ def check_config(config: TokenSparseConfig) -> None:
         raise TypeError(f"config must be a TokenSparseConfig, got {type(config).__name__}")
 
 
+def check_dense_heads(config: TokenSparseConfig, num_heads: int) -> None:
+    """Raise ValueError unless a layer with `num_heads` query heads has the dense ones."""
+    if config.dense_heads and config.dense_heads[-1] >= num_heads:
+        raise ValueError(
+            f"dense_heads must be below the layer's {num_heads} query heads, got "
+            f"{config.dense_heads}"
+        )
+
+
 def check_kept(kept: float | None, config: TokenSparseConfig) -> None:
     """Raise TypeError or ValueError unless `kept` is a share of tokens, or None."""
     if kept is None:

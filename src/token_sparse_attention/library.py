@@ -6,6 +6,8 @@ every slot, so that no shape depends on data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,7 @@ def _prefill(
     budget: str,
     select_queries: bool,
     dense_queries: int,
+    dense_heads: Sequence[int],
     fallback: str,
     fallback_window: int,
     fallback_sinks: int,
@@ -56,6 +59,7 @@ def _prefill(
         budget,
         select_queries,
         dense_queries,
+        tuple(dense_heads),
         fallback,
         fallback_window,
         fallback_sinks,

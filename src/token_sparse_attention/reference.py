@@ -135,7 +135,9 @@ def far_counts(scores: Tensor, config: TokenSparseConfig, kv_len: int) -> Tensor
         budgets = [float(config.fallback_samples)] * len(scores)
         if config.budget == "per_head":
             beyond = drawn[:, :reach].sum(1)
-            shares = beyond / beyond.mean().clamp(min=1e-30)
+            beyond[list(config.dense_heads)] = 0.0
+            sampling = max(len(beyond) - len(config.dense_heads), 1)
+            shares = beyond * sampling / beyond.sum().clamp(min=1e-30)
             budgets = (config.fallback_samples * (0.25 + 0.75 * shares).clamp(max=4)).tolist()
         for head, row in enumerate(counts):
             rest = (row[:reach] == 0).nonzero()[:, 0]
@@ -199,6 +201,10 @@ def token_sparse_attention(
     if config.dense_queries:
         dense = masked_attention(query, key, value, causal, scale)
         rest[:, -config.dense_queries :] = dense[:, -config.dense_queries :]
+    if config.dense_heads:
+        heads = list(config.dense_heads)
+        rest[heads] = masked_attention(query, key, value, causal, scale)[heads]
+        keep[heads] = True
     if not config.select_queries:
         return rest, keep
     # Queries that a head dropped get a row here too, which is not used.

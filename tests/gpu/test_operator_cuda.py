@@ -65,6 +65,9 @@ def given_selection_truth(problem, config, selection):
         rest[:, -config.dense_queries :] = masked_attention(*exact, causal[None], scale)[
             :, -config.dense_queries :
         ]
+    if config.dense_heads:
+        heads = list(config.dense_heads)
+        rest[heads] = masked_attention(*exact, causal[None], scale)[heads]
     if not config.select_queries:
         return rest
     keep = keep & (slot < kv_len - config.dense_queries)
@@ -89,6 +92,13 @@ def given_selection_truth(problem, config, selection):
             "drop_mass": None,
             "select_queries": False,
             "dense_queries": 40,
+        },
+        {
+            "fallback": "window",
+            "fallback_samples": 50,
+            "drop_mass": None,
+            "select_queries": False,
+            "dense_heads": (1,),
         },
     ],
     ids=lambda fallback: "-".join(map(str, fallback.values())),
@@ -132,8 +142,9 @@ def test_float64_equals_the_oracle():
         {"fallback": "zero"},
         {"fallback": "window", "dense_queries": 40},
         {"drop_mass": None, "select_queries": False, "dense_queries": 40, "fallback_samples": 50},
+        {"drop_mass": None, "select_queries": False, "dense_heads": (0, 1, 3)},
     ],
-    ids=["zero", "window", "keys-only"],
+    ids=["zero", "window", "keys-only", "dense-heads"],
 )
 def test_padded_batches_equal_their_rows(changes):
     changes = {"fallback": "window", "budget": "per_head", "fallback_window": 40} | changes

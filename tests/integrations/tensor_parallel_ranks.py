@@ -40,6 +40,11 @@ CASES = {
         dataclasses.replace(KEYS_ONLY, budget="per_head"),
         True,
     ),
+    "dense heads, per head": (
+        "Llama",
+        dataclasses.replace(KEYS_ONLY, budget="per_head", dense_heads=(1, 2)),
+        False,
+    ),
     "gathered": ("Olmo2", CONFIG, False),
 }
 

@@ -22,6 +22,7 @@ CONFIGS = {
     "samples": SAMPLES,
     "keys only": KEYS_ONLY,
     "all kinds": ALL_KINDS,
+    "dense heads": dataclasses.replace(KEYS_ONLY, dense_heads=(0, 3)),
     "per head": dataclasses.replace(KEYS_ONLY, budget="per_head", fallback_window=120),
 }
 

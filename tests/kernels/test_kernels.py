@@ -45,6 +45,7 @@ FAR += [
     )
     for drop_mass in (SMALL.drop_mass, None)
 ]
+FAR.append(dataclasses.replace(FAR[-1], dense_heads=(1,), budget="per_head"))
 
 
 def problem_here(**shape):

@@ -188,7 +188,7 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
     monkeypatch.setattr(backend, "head_group", lambda: (None, rank))
     monkeypatch.setattr(backend, "usable_layers", lambda *_: (configs, {}))
     monkeypatch.setattr(
-        backend, "layer_shapes", lambda chosen, _: [layer(one) for one in chosen.values()]
+        backend, "layer_shapes", lambda chosen, *_: [layer(one) for one in chosen.values()]
     )
     monkeypatch.setattr(backend, "warm_up", recorded)
     monkeypatch.setattr(backend, "check_layer", lambda *_: None)
@@ -227,7 +227,7 @@ def test_the_shapes_are_those_of_the_engines_layers(engines):
     model = vllm_config.model_config.hf_config
     heads = (model.num_attention_heads, model.num_key_value_heads)
     dim = model.head_dim
-    assert layer_shapes({name: CONFIG}, vllm_config) == [
+    assert layer_shapes({name: CONFIG}, vllm_config, None) == [
         Layer(CONFIG, *heads, dim, torch.float32, module.impl.scale)
     ]
     assert longest_prefill(vllm_config) == Prefill(0, 0, 4096, 4096)

@@ -10,6 +10,7 @@ in its window is left out: no query would see it besides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -116,7 +117,10 @@ def sample_budgets(
     beyond = _left_behind(tokens, config.fallback_window)[:, None, : scores.shape[2]]
     mass = (scores.double().nan_to_num(0.0) * beyond).sum(-1)
     all_mass = mass if head_group is None else gather_heads(mass, head_group)
-    shares = all_mass / all_mass.mean(-1, keepdim=True).clamp(min=1e-30)
+    for head in config.dense_heads:  # which need none
+        all_mass[:, head] = 0.0
+    sampling = max(all_mass.shape[1] - len(config.dense_heads), 1)
+    shares = all_mass * sampling / all_mass.sum(-1, keepdim=True).clamp(min=1e-30)
     budgets = config.fallback_samples * (_LEAST + (1 - _LEAST) * shares).clamp(max=_MOST)
     return budgets if head_group is None else own_heads(budgets, mass.shape[1], head_group)
 
@@ -262,6 +266,7 @@ def list_far_tokens(
     ran_sparse: Tensor,
     tokens: RealTokens,
     num_heads: int,
+    dense_heads: Sequence[int],
     *,
     want_indices: bool,
 ) -> TokenSelection:
@@ -272,16 +277,21 @@ def list_far_tokens(
         ran_sparse: ``[B]`` bool; of the other rows all tokens are listed.
         tokens: where the real tokens are.
         num_heads: H.
+        dense_heads: heads whose queries see all tokens.
         want_indices: whether to list the tokens, and not only say how many they are.
     """
     kv_len = tokens.kv_len
     dense = dense_selection(tokens, num_heads, want_indices=want_indices)
     slots = dense.indices[..., :0] if far is None else far.slots
     lengths = torch.where(ran_sparse[:, None], (slots < kv_len).sum(-1), dense.lengths)
+    for head in dense_heads:
+        lengths[:, head] = dense.lengths[:, head]
     selection = dense._replace(lengths=lengths, ran_sparse=ran_sparse, budget=lengths)
     if not want_indices:
         return selection
     listed = torch.where(slots < kv_len, slots, -1)
     listed = F.pad(listed, (0, max(kv_len - slots.shape[2], 0)), value=-1)
     indices = torch.where(ran_sparse[:, None, None], listed[..., :kv_len], dense.indices)
+    for head in dense_heads:
+        indices[:, head] = dense.indices[:, head]
     return selection._replace(indices=indices)

@@ -123,6 +123,11 @@ def check_sparse(
         chosen = selection.indices[0, head, : int(selection.lengths[0, head])].long()
         if not bool((chosen.diff() > 0).all()):
             problems.append(f"head {head}: slots do not ascend")
+        if head in config.dense_heads:
+            positions = _sample(slots)
+            exact = _exact_rows(inputs, head, positions, slots)
+            errors.append(_row_error(out[0, head, positions], exact))
+            continue
         dropped = torch.ones(num_slots, dtype=torch.bool, device=out.device)
         if config.dense_queries:
             positions = _sample(slots[-config.dense_queries :])

@@ -173,7 +173,7 @@ class Replayer:
         """
         if run is None or (not run.shares and self._is_dense_unscored(run.config)):
             return self.dense
-        config = run.config
+        config = replace(run.config, dense_heads=_dense_heads(run, self.shape.num_heads))
         if self.seq_len <= config.window_size:
             raise UsageError(
                 f"lengths must exceed the settings' window_size {config.window_size}, "
@@ -304,6 +304,14 @@ def head_counts(run: LayerRun, num_heads: int, seq_len: int) -> tuple[int, ...] 
         shares = tuple(shares[head * len(shares) // num_heads] for head in range(num_heads))
     lowest = run.config.window_size
     return tuple(min(max(round(share * seq_len), lowest), seq_len) for share in shares)
+
+
+def _dense_heads(run: LayerRun, num_heads: int) -> tuple[int, ...]:
+    """The dense ones of `num_heads` heads, repeated or thinned out as by `head_counts`."""
+    recorded = len(run.shares)
+    return tuple(
+        head for head in range(num_heads) if head * recorded // num_heads in run.config.dense_heads
+    )
 
 
 def make_selection(

@@ -28,6 +28,7 @@ from token_sparse_attention.evaluation.record import (
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration, settings_dicts
 from token_sparse_attention.info import provenance
+from token_sparse_attention.inputs import check_dense_heads
 from token_sparse_attention.integrations.transformers import register_dense_attention
 
 Arrival = tuple[Sample, str, Reply]  # a configuration's reply to a sample
@@ -78,7 +79,8 @@ class Runner:
             if run.settings is None:
                 continue
             try:
-                layer_configs(run.settings, self.facts()["num_layers"])
+                for config in layer_configs(run.settings, self.facts()["num_layers"]).values():
+                    check_dense_heads(config, self.facts()["num_heads"])
             except ValueError as error:
                 raise UsageError(f"--config {name} does not fit the model: {error}") from error
         if self.on_cuda:

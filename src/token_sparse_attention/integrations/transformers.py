@@ -35,7 +35,7 @@ from token_sparse_attention.config import (
 )
 from token_sparse_attention.crossover import NEVER_DENSE, break_even_of
 from token_sparse_attention.functional import token_sparse_attention
-from token_sparse_attention.inputs import check_kept
+from token_sparse_attention.inputs import check_dense_heads, check_kept
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
 from token_sparse_attention.integrations.continuous_batching import (
     PackedCall,
@@ -129,6 +129,7 @@ def apply(
     configs = layer_configs(config, text_config.num_hidden_layers)
     for layer_config in configs.values():
         check_kept(kept, layer_config)
+        check_dense_heads(layer_config, text_config.num_attention_heads)
     backends = backends_of_layers(
         backend, text_config.num_hidden_layers, text_config.num_attention_heads
     )

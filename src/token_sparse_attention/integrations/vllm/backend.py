@@ -93,11 +93,12 @@ class SparsePrefillBuilder:
         if self._counts:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
-        layers = layer_shapes(self._configs, vllm_config)
+        layers = layer_shapes(self._configs, vllm_config, self._head_group)
         self._break_evens: dict[TokenSparseConfig, BreakEven] = {}
-        for layer in layers:  # of those that share settings, the one that begins last
-            other = self._break_evens.get(layer.config, NEVER_DENSE)
-            self._break_evens[layer.config] = max(other, layer.break_even(device))
+        for layer, config in zip(layers, self._configs.values()):
+            even = break_even(config, device, layer.num_heads, layer.head_dim)
+            other = self._break_evens.get(config, NEVER_DENSE)  # the last to begin decides
+            self._break_evens[config] = max(other, even)
         for layer in dict.fromkeys(layers):
             check_layer(layer, settings, device)
         if settings.warm_up and device.type == "cuda":  # a CPU has nothing to compile

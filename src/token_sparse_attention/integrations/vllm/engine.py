@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
+from token_sparse_attention.head_group import own_numbers
+from token_sparse_attention.inputs import check_dense_heads
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import KEY, Settings, read_settings
 from token_sparse_attention.integrations.vllm.warm_up import Layer
@@ -104,18 +107,31 @@ def usable_layers(
     return configs, obstacles
 
 
-def layer_shapes(configs: dict[str, TokenSparseConfig], vllm_config: Any) -> list[Layer]:
-    """Return what the kernels of some layers are compiled for, given their configs by name."""
+def layer_shapes(
+    configs: dict[str, TokenSparseConfig], vllm_config: Any, group: ProcessGroup | None
+) -> list[Layer]:
+    """Return what the kernels of some layers are compiled for, given their configs by name.
+
+    Args:
+        configs: of the layers, by their names.
+        vllm_config: of the engine.
+        group: the ranks that hold the layers' other heads, None without them.
+
+    Raises:
+        ValueError: if a layer has no such dense heads.
+    """
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     dtype = vllm_config.model_config.dtype
-    impls = {name: layers[name].impl for name in configs}
-    return [
-        Layer(config, one.num_heads, one.num_kv_heads, one.head_size, dtype, one.scale)
-        for config, one in zip(configs.values(), impls.values())
-    ]
+    shapes = []
+    for name, config in configs.items():
+        one = layers[name].impl
+        check_dense_heads(config, one.num_heads * (1 if group is None else group.size()))
+        own = replace(config, dense_heads=own_numbers(config.dense_heads, one.num_heads, group))
+        shapes.append(Layer(own, one.num_heads, one.num_kv_heads, one.head_size, dtype, one.scale))
+    return shapes
 
 
 def longest_prefill(vllm_config: Any) -> Prefill:

@@ -17,7 +17,7 @@ from torch import Tensor
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.dense import resolve_kernel
 from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.crossover import BreakEven, break_even
+from token_sparse_attention.crossover import break_even
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.integrations.vllm.paged import ReadCache
 from token_sparse_attention.integrations.vllm.plan import Prefill
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
     """What the kernels of a layer are compiled for.
 
     Attributes:
-        config: its settings.
+        config: its settings, its dense heads by this rank's numbers.
         num_heads: query heads on this rank.
         num_kv_heads: likewise.
         head_dim: D.
@@ -47,10 +47,6 @@ class Layer(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     scale: float
-
-    def break_even(self, device: torch.device) -> BreakEven:
-        """Return where the layer runs sparse on a device."""
-        return break_even(self.config, device, self.num_heads, self.head_dim)
 
 
 # What ran in this process, and what stopped it if anything did.
@@ -94,7 +90,8 @@ def warm_up(
     ran, failed = False, {}
     for layer in dict.fromkeys(layers):
         known = (layer, settings.impl, settings.attention_backend, device)
-        if longest.dense_reason(layer.config, layer.break_even(device)) is not None:
+        even = break_even(layer.config, device, layer.num_heads, layer.head_dim)
+        if longest.dense_reason(layer.config, even) is not None:
             continue
         if known not in _WARM:
             ran = True
