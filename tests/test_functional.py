@@ -21,8 +21,9 @@ from token_sparse_attention import (
     token_sparse_attention,
 )
 from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
+from token_sparse_attention.attention.far_tokens import sample_budgets
 from token_sparse_attention.compression import compress_sequences
-from token_sparse_attention.inputs import single_precision
+from token_sparse_attention.inputs import real_tokens, single_precision
 from token_sparse_attention.reference import far_counts, window_scores
 
 VARIANTS = [
@@ -343,17 +344,14 @@ def test_dense_heads_are_dense_and_the_others_as_without(backend):
 
 
 def test_dense_heads_leave_their_samples_to_the_others():
-    """Which share all of them out by need where budgets are per head."""
-    problem = make_problem(heads=4, kv_heads=2, query_len=400, sharpness=3.0)
-    config = dataclasses.replace(
-        VARIANTS[-1], dense_heads=(1, 2), fallback_samples=30, dense_queries=0
-    )
-    _, selection = sparse_run(problem, config)
-    _, plain = sparse_run(problem, dataclasses.replace(config, dense_heads=()))
-    others = [0, 3]
-    drawn = selection.lengths[0, others].sum()
-    assert drawn == pytest.approx(60, abs=2)
-    assert drawn != plain.lengths[0, others].sum()
+    """Which share them out by need where budgets are per head."""
+    config = dataclasses.replace(VARIANTS[-1], dense_heads=(1, 2), fallback_samples=30)
+    tokens = real_tokens(None, 1, 200, torch.device("cpu"), on_device=False)
+    need = torch.tensor([0.2, 0.9, 0.9, 0.4])
+    scores = (need / 180)[None, :, None].expand(1, 4, 180)
+    budgets = sample_budgets(scores, config, tokens, None)[0]
+    expected = [30 * (0.25 + 0.75 * share) for share in (2 / 3, 0, 0, 4 / 3)]
+    torch.testing.assert_close(budgets, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_heads_that_a_layer_does_not_have_are_refused():
