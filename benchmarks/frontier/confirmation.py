@@ -54,7 +54,8 @@ def calibration(path: Path, drift: Path) -> str:
     lines = [head]
     layers: dict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in content["sensitivity"]:
-        layers[row["layer"]][int(row["setting"]["value"])] = row
+        if not row["setting"].get("dense_heads"):
+            layers[row["layer"]][int(row["setting"]["value"])] = row
     for layer, rows in layers.items():
         cells = [
             f"{rows[count]['divergence']:.1e} ± {rows[count]['standard_error']:.0e}"

@@ -141,6 +141,26 @@ def test_numbers_of_samples_are_tried_and_the_profile_runs_with_them(folder, tmp
     assert result.choices[0].work <= 0.5
 
 
+def test_heads_are_measured_where_asked_for(folder, tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    assert calibrate(
+        folder / "model", "--method", "sensitivity", "--text", folder / "a.txt", "--length", 120,
+        "--num-prompts", 1, "--config", folder / "keys.json", "--samples", "6", "--heads-of", 1,
+        "--target-speedup", 1.5, "--reply-tokens", 2, "--out", out, "--json",
+    ) == 0  # fmt: skip
+    result = CalibrationResult.from_json(capsys.readouterr().out)
+    assert len(result.heads) == 4
+    assert [len(row.setting.dense_heads) for row in result.sensitivity] == [0] * LAYERS + [1, 2]
+    assert result.arguments["heads_of"] == 1
+    assert LayerProfile.from_json(out.read_text()) == result.profile
+    measured = tmp_path / "profile.measured.json"
+    with pytest.raises(UsageError, match="heads-of does not go with it"):
+        calibrate(
+            "--method", "sensitivity", "--measured", measured, "--heads-of", 1,
+            "--target-speedup", 2,
+        )  # fmt: skip
+
+
 def test_a_goal_out_of_reach_fails_and_keeps_the_measurements(folder, tmp_path, capsys):
     out = tmp_path / "profile.json"
     assert calibrate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
+    HeadSensitivity,
     LayerDrift,
     LayerSetting,
     PromptLength,
@@ -31,6 +33,7 @@ RESULT = CalibrationResult(
         Sensitivity(0, LayerSetting("drop_mass", 0.1), 1e-4, None, 0.8, 0.7, 2, "too short"),
         Sensitivity(1, LayerSetting("fallback_samples", 512), 1e-4, None, 0.8, 0.7, 2),
     ),
+    heads=(HeadSensitivity(1, 3, LayerSetting("fallback_samples", 512, (0, 2)), 1e-4, None),),
     choices=(
         Choice("drift_quantile", 0.5, PROFILE),
         Choice("divergence_budget", 0.01, PROFILE, 0.008, 0.009, 0.001, 0.6, 2),
@@ -49,7 +52,7 @@ def test_results_survive_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=1), "this file must have version 2, got 1"),
+        (lambda c: c.update(version=1), "this file must have version 3, got 1"),
         (lambda c: c.pop("drift"), "must be an object with arguments, base"),
         (lambda c: c.update(extra=1), "must be an object with"),
         (lambda c: c.update(method="guess"), "method must be one of drift"),
@@ -73,6 +76,14 @@ def test_results_survive_the_file(tmp_path):
             r"\[1\].setting.value must be int, got 0.5",
         ),
         (lambda c: c["sensitivity"][0]["setting"].pop("name"), r"setting has missing .* name"),
+        (
+            lambda c: c["heads"][0]["setting"].update(dense_heads=[0.5]),
+            r"heads\[0\].setting.dense_heads must be int, got 0.5",
+        ),
+        (
+            lambda c: c["heads"][0]["setting"].update(dense_heads=3),
+            r"heads\[0\].setting.dense_heads must be list, got 3",
+        ),
         (lambda c: c["choices"][0].update(goal="x"), r"choices\[0\].goal must be one of"),
         (lambda c: c["choices"][1]["profile"].update(version=9), "profile: profile version"),
     ],
@@ -82,6 +93,16 @@ def test_anything_else_is_refused_by_name(change, message):
     change(content)
     with pytest.raises(UsageError, match=message):
         CalibrationResult.from_json(json.dumps(content), "this file")
+
+
+def test_the_version_before_heads_is_read():
+    content = json.loads(RESULT.to_json())
+    content["version"] = 2
+    del content["heads"]
+    for row in content["sensitivity"]:
+        del row["setting"]["dense_heads"]
+    before = CalibrationResult.from_json(json.dumps(content))
+    assert before == dataclasses.replace(RESULT, heads=())
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -47,6 +47,8 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "    --prompts prompts.jsonl --target-speedup 4 --out profile.json --plot plot.svg\n"
         "  tsa calibrate --method sensitivity --samples 256,1024 \\\n"
         "    --text book.txt --length 32768 --target-speedup 2 --out profile.json\n"
+        "  tsa calibrate --method sensitivity --samples 1024,4096 --heads-of 2 \\\n"
+        "    --prompts prompts.jsonl --target-speedup 4 --out profile.json\n"
         "  tsa calibrate --method sensitivity --measured profile.measured.json \\\n"
         "    --target-speedup 3 --out faster.json    (measures nothing)",
     )
@@ -144,6 +146,14 @@ def _add_choice_arguments(command: argparse.ArgumentParser) -> None:
         help="sensitivity: values of fallback_samples to try in each layer, where the settings "
         f"have select_queries=false (default: {','.join(map(str, SAMPLES))})",
     )
+    command.add_argument(
+        "--heads-of",
+        type=not_negative,
+        metavar="N",
+        help="sensitivity: measure the N costliest layers head by head too, and leave single "
+        "heads of theirs dense where that is worth it, where the settings have "
+        "select_queries=false (default: 0)",
+    )
     goal = command.add_mutually_exclusive_group()
     goal.add_argument(
         "--divergence-budget",
@@ -188,6 +198,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             drift_quantile=args.drift_quantile,
             drop_masses=args.drop_mass,
             samples=args.samples,
+            heads_of=args.heads_of or 0,
             divergence_budget=args.divergence_budget,
             target_speedup=args.target_speedup,
             max_reply=args.reply_tokens,
@@ -219,8 +230,11 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _choose_again(args: argparse.Namespace) -> int:
     """Choose from what was measured before; return the exit code."""
-    fixed = ("model", "text", "prompts", "length", "num_prompts", "config", "drop_mass", "samples")
-    given = [name for name in fixed if getattr(args, name) is not None]
+    fixed = {
+        "model", "text", "prompts", "length", "num_prompts", "config", "drop_mass", "samples",
+        "heads_of",
+    }  # fmt: skip
+    given = [name for name in vars(args) if name in fixed and getattr(args, name) is not None]
     if given:
         raise UsageError(
             f"--measured says what was measured; {given[0].replace('_', '-')} does not go with it"

@@ -12,6 +12,7 @@ from token_sparse_attention.attention.backends import check_backend
 from token_sparse_attention.calibration import drift as drifts
 from token_sparse_attention.calibration import sensitivity as sensitivities
 from token_sparse_attention.calibration.choose import UnreachableError
+from token_sparse_attention.calibration.heads import measure_heads
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import (
     DROP_MASSES,
@@ -19,6 +20,7 @@ from token_sparse_attention.calibration.record import (
     SAMPLES,
     CalibrationResult,
     Choice,
+    HeadSensitivity,
     LayerDrift,
     LayerSetting,
     PromptLength,
@@ -43,6 +45,8 @@ class CalibrationOptions:
             for 0.05, 0.1, 0.2 and 0.4.
         samples: the numbers of ``fallback_samples`` that it tries where `base` selects none;
             None for 1024, 4096 and 16384.
+        heads_of: how many of the costliest layers are measured head by head as well, to leave
+            single heads of theirs dense; only where `base` selects no queries.
         divergence_budget: nats that the chosen layers may cost together; or
         target_speedup: how many times less attention work they should leave.
         max_reply: tokens of the model's own reply along which divergence is measured, where a
@@ -61,6 +65,7 @@ class CalibrationOptions:
     drift_quantile: float = 0.5
     drop_masses: tuple[float, ...] | None = None
     samples: tuple[int, ...] | None = None
+    heads_of: int = 0
     divergence_budget: float | None = None
     target_speedup: float | None = None
     max_reply: int = 32
@@ -86,6 +91,7 @@ class CalibrationOptions:
                 "target_speedup": self.target_speedup,
                 "drop_masses": self.drop_masses,
                 "samples": self.samples,
+                "heads_of": self.heads_of or None,
             }
             given = [name for name, value in unused.items() if value is not None]
             if given:
@@ -129,6 +135,13 @@ class CalibrationOptions:
                 raise ValueError(f"samples must hold whole numbers from 0, got {samples}")
             if len(set(samples)) != len(samples):
                 raise ValueError(f"samples must not repeat a number, got {samples}")
+        if self.heads_of < 0:
+            raise ValueError(f"heads_of must be at least 0, got {self.heads_of}")
+        if self.heads_of and self.base.select_queries:
+            raise ValueError(
+                "heads_of must be left out where the base settings have select_queries=True, "
+                f"which cannot leave heads dense; got {self.heads_of}"
+            )
 
     @property
     def settings(self) -> tuple[LayerSetting, ...]:
@@ -181,6 +194,7 @@ def calibrate(
     layers: list[LayerDrift] = []
     choices: list[Choice] = []
     rows: list[Sensitivity] = []
+    heads: list[HeadSensitivity] = []
     failure = ""
     if options.method != "sensitivity":
         measured = drifts.measure_drift(model, [p.ids for p in prompts], on_progress)
@@ -192,7 +206,9 @@ def calibrate(
             on_progress(f"dense reply, prompt {number} of {len(prompts)}")
             references.append(sensitivities.dense_reference(model, prompt, options.max_reply))
         lengths = [PromptLength(r.ids.shape[1], r.continuation.shape[1]) for r in references]
-        rows, choices, failure = _by_sensitivity(model, references, choices, options, on_progress)
+        rows, heads, choices, failure = _by_sensitivity(
+            model, references, choices, options, on_progress
+        )
     fields = dataclasses.asdict(options)
     fields = {n: list(v) if isinstance(v, tuple) else v for n, v in fields.items() if n != "base"}
     return CalibrationResult(
@@ -205,6 +221,7 @@ def calibrate(
         prompts=tuple(lengths),
         drift=tuple(layers),
         sensitivity=tuple(rows),
+        heads=tuple(heads),
         choices=tuple(choices),
         failure=failure,
     )
@@ -235,7 +252,7 @@ def _by_sensitivity(
     choices: list[Choice],
     options: CalibrationOptions,
     on_progress: Progress,
-) -> tuple[list[Sensitivity], list[Choice], str]:
+) -> tuple[list[Sensitivity], list[HeadSensitivity], list[Choice], str]:
     """The measurements, the choices (drift's measured too), and why there is none."""
     code = {"impl": options.impl, "attention_backend": options.attention_backend}
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -260,12 +277,16 @@ def _by_sensitivity(
         )
     if not any(row.sparse_prompts for row in rows):
         reasons = "; ".join(dict.fromkeys(row.note for row in rows))
-        return rows, measured, f"no layer ran sparse under any setting: {reasons}"
+        return rows, [], measured, f"no layer ran sparse under any setting: {reasons}"
+    heads, with_heads = measure_heads(
+        model, references, options.base, rows, options.heads_of, on_progress=on_progress, **code
+    )
+    rows += with_heads
     try:
         chosen = sensitivities.choose_profile(rows, options.base, *options.goal, measure)
     except UnreachableError as error:
-        return rows, measured, str(error)
-    return rows, [*measured, chosen], ""
+        return rows, heads, measured, str(error)
+    return rows, heads, [*measured, chosen], ""
 
 
 def choose_again(result: CalibrationResult, options: CalibrationOptions) -> CalibrationResult:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from token_sparse_attention.benchmark.record import UsageError, check_choice, check_type
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 2 knew no heads
 METHODS = ("drift", "sensitivity", "both")
 GOALS = ("drift_quantile", "divergence_budget", "target_speedup")
 DROP_MASSES = (0.05, 0.1, 0.2, 0.4)  # tried by default where queries are selected
@@ -62,17 +62,26 @@ class LayerSetting:
         name: the field of `TokenSparseConfig`: ``"drop_mass"``, or ``"fallback_samples"`` where
             the base settings select no queries.
         value: of that field; a whole number for samples.
+        dense_heads: heads that it leaves dense besides.
 
     Example:
-        >>> str(LayerSetting("fallback_samples", 1024))
-        'fallback_samples 1024'
+        >>> str(LayerSetting("fallback_samples", 1024, (3,)))
+        'fallback_samples 1024, dense heads 3'
     """
 
     name: str
     value: float
+    dense_heads: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name} {self.value}"
+        dense = ", ".join(map(str, self.dense_heads))
+        return f"{self.name} {self.value}" + (f", dense heads {dense}" if dense else "")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The overrides of a `LayerProfile`."""
+        heads = {"dense_heads": list(self.dense_heads)} if self.dense_heads else {}
+        return {self.name: self.value, **heads}
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,25 @@ class Sensitivity:
     work: float
     sparse_prompts: int
     note: str = ""
+
+
+@dataclass(frozen=True)
+class HeadSensitivity:
+    """What one head does to the model when it alone is sparse.
+
+    Attributes:
+        layer: layer number.
+        head: head number.
+        setting: what its layer changed of the base settings.
+        divergence: as in `Sensitivity`.
+        standard_error: of `divergence` over prompts; None with one prompt.
+    """
+
+    layer: int
+    head: int
+    setting: LayerSetting
+    divergence: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +173,9 @@ class CalibrationResult:
         base: the settings that every layer starts from.
         prompts: their lengths.
         drift: one entry per layer, none if not measured.
-        sensitivity: one entry per layer and setting, none if not measured.
+        sensitivity: one entry per layer and setting, none if not measured; those of layers
+            some of whose heads are dense come last.
+        heads: one entry per head of the layers that were measured head by head.
         choices: drift's and then sensitivity's; the last is the result. None if the goal is
             out of reach.
         failure: why there is no choice; empty if there is.
@@ -161,6 +191,7 @@ class CalibrationResult:
     prompts: tuple[PromptLength, ...]
     drift: tuple[LayerDrift, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    heads: tuple[HeadSensitivity, ...] = ()
     choices: tuple[Choice, ...] = ()
     failure: str = ""
     version: int = SCHEMA_VERSION
@@ -173,7 +204,7 @@ class CalibrationResult:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("prompts", "drift", "sensitivity"):
+        for name in ("prompts", "drift", "sensitivity", "heads"):
             content[name] = [dataclasses.asdict(row) for row in content[name]]
         content["choices"] = [
             {**_fields(choice), "profile": json.loads(choice.profile.to_json())}
@@ -200,6 +231,8 @@ class CalibrationResult:
             content = json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"{source} is not valid JSON: {error}") from error
+        if isinstance(content, dict) and content.get("version") == 2:
+            content |= {"version": SCHEMA_VERSION, "heads": []}
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or set(content) != names:
             raise UsageError(f"{source} must be an object with {', '.join(sorted(names))}")
@@ -216,6 +249,7 @@ class CalibrationResult:
             "prompts": PromptLength,
             "drift": LayerDrift,
             "sensitivity": Sensitivity,
+            "heads": HeadSensitivity,
             "choices": Choice,
         }
         for name, kind in rows.items():
@@ -251,6 +285,8 @@ def _fields(row: Any) -> dict[str, Any]:
 def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
     hints = get_type_hints(kind)
     check_type(fields, (dict,), where)
+    if kind is LayerSetting:
+        fields = {"dense_heads": [], **fields}
     if set(fields) != set(hints):
         wrong = ", ".join(sorted(set(fields) ^ set(hints)))
         raise UsageError(f"{where} has missing or unknown entries: {wrong}")
@@ -262,7 +298,15 @@ def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
             raise UsageError(f"{where}.profile: {error}") from error
     if "setting" in values:
         values["setting"] = _read_row(LayerSetting, values["setting"], f"{where}.setting")
+    if kind is LayerSetting:
+        check_type(values["dense_heads"], (list,), f"{where}.dense_heads")
+        for head in values["dense_heads"]:
+            check_type(head, (int,), f"{where}.dense_heads")
+        values["dense_heads"] = tuple(values["dense_heads"])
+        hints = {name: hint for name, hint in hints.items() if name != "dense_heads"}
     for name, value in values.items():
+        if name not in hints:
+            continue
         check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
     if "goal" in values:
         check_choice(values["goal"], GOALS, f"{where}.goal")

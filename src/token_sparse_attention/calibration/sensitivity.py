@@ -267,12 +267,12 @@ def measure_sensitivity(
         for setting in settings:
             on_progress(f"sensitivity, layer {layer} of {num_layers - 1}, {setting}")
             if last is None or not _known(last[1].of_layer(layer), last[0], setting):
-                profile = LayerProfile(base, {layer: {setting.name: setting.value}})
+                profile = LayerProfile(base, {layer: setting.changes})
                 reading = measure(
                     model, references, profile, impl=impl, attention_backend=attention_backend
                 )
                 last = setting, reading
-            rows.append(_summary(layer, setting, last[1]))
+            rows.append(layer_row(layer, setting, last[1]))
     return rows
 
 
@@ -282,7 +282,8 @@ def _known(own: Sequence[LayerReading], read_at: LayerSetting, setting: LayerSet
     return all(r.undecided or (r.why_dense == ALL_KEYS and more) for r in own)
 
 
-def _summary(layer: int, setting: LayerSetting, reading: Reading) -> Sensitivity:
+def layer_row(layer: int, setting: LayerSetting, reading: Reading) -> Sensitivity:
+    """Return what a layer did, alone sparse, as a row of the results."""
     own = reading.of_layer(layer)
     return Sensitivity(
         layer=layer,
@@ -393,7 +394,7 @@ def _path(rows: Sequence[Sensitivity]) -> list[Combination]:
 
 def _profile(combination: Combination, base: TokenSparseConfig) -> LayerProfile:
     layers = {
-        layer: {option.setting.name: option.setting.value}
+        layer: option.setting.changes
         for layer, option in enumerate(combination)
         if option.setting is not None
     }

@@ -29,7 +29,8 @@ _SIZE = (6.4, 3.4)
 
 def layer_table(result: CalibrationResult) -> Table:
     """Return one row per layer: its drift, its sensitivity, and its setting in each choice."""
-    settings = list(dict.fromkeys(row.setting for row in result.sensitivity))
+    rows = of_whole_layers(result.sensitivity)
+    settings = list(dict.fromkeys(row.setting for row in rows))
     table = Table("layer")
     if result.drift:
         table.add_column("drift")
@@ -38,13 +39,18 @@ def layer_table(result: CalibrationResult) -> Table:
         table.add_column(f"KL, kept\nat {value}" if selects else f"KL, share\nat {value} samples")
     for choice in result.choices:
         table.add_column("by drift" if choice.goal == "drift_quantile" else "by KL")
-    for layer in range(len(result.drift) or len(result.sensitivity) // max(len(settings), 1)):
+    for layer in range(len(result.drift) or len(rows) // max(len(settings), 1)):
         cells = [str(layer)]
         if result.drift:
             cells.append(f"{result.drift[layer].drift:.3g}")
-        cells += [_cell(row) for row in result.sensitivity if row.layer == layer]
+        cells += [_cell(row) for row in rows if row.layer == layer]
         table.add_row(*cells, *(_setting(choice, layer) for choice in result.choices))
     return table
+
+
+def of_whole_layers(rows: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """Return the measurements of layers all of whose heads are sparse."""
+    return [row for row in rows if not row.setting.dense_heads]
 
 
 def plus_minus(value: float, error: float | None) -> str:
@@ -64,7 +70,9 @@ def _setting(choice: Choice, layer: int) -> str:
         return "dense"
     base = choice.profile.base
     name = "drop_mass" if base.select_queries else "fallback_samples"
-    return str(changes.get(name, getattr(base, name)))
+    dense = changes.get("dense_heads", ())
+    heads = f", dense heads {ranges(dense)}" if dense else ""
+    return f"{changes.get(name, getattr(base, name))}{heads}"
 
 
 def sentences(result: CalibrationResult) -> list[str]:
@@ -86,7 +94,13 @@ def sentences(result: CalibrationResult) -> list[str]:
                 "No queries are selected: drop_mass has no effect, and shares are of the tokens "
                 "that every query sees besides its window."
             )
-    told += _notes(result.sensitivity)
+    told += _notes(of_whole_layers(result.sensitivity))
+    for layer in dict.fromkeys(one.layer for one in result.heads):
+        own = [one for one in result.heads if one.layer == layer]
+        costs = ", ".join(f"{one.head}: {one.divergence:.1e}" for one in own)
+        told.append(
+            f"Heads of layer {layer}, one sparse at a time at {own[0].setting}, nats: {costs}."
+        )
     num_layers = len(result.drift) or len({row.layer for row in result.sensitivity})
     told += [_sentence(choice, result, num_layers) for choice in result.choices]
     if result.failure:
@@ -147,7 +161,7 @@ def _mean_work(choice: Choice, rows: Sequence[Sensitivity], num_layers: int) -> 
     own = {
         row.layer: row.work
         for row in rows
-        if choice.profile.layers.get(row.layer, {}).get(row.setting.name) == row.setting.value
+        if choice.profile.layers.get(row.layer) == row.setting.changes
     }
     return (math.fsum(own.values()) + num_layers - len(own)) / num_layers
 
@@ -201,7 +215,7 @@ def draw(result: CalibrationResult, suffix: str) -> bytes:
         if result.drift:
             _draw_drift(axes[0], result)
         if result.sensitivity:
-            _draw_sensitivity(axes[-1], result.sensitivity)
+            _draw_sensitivity(axes[-1], of_whole_layers(result.sensitivity))
         buffer = io.BytesIO()
         form = suffix.removeprefix(".")
         about = {"Date": None, "Creator": None} if form == "svg" else {}
