@@ -20,8 +20,9 @@ def test_opcheck(wants, padded):
     mask = torch.ones(2, 120, dtype=torch.bool)
     mask[1, :20] = False
     arguments = (
-        *problem, mask if padded else None, 0.3, 16, 5, 24, "shared", True, 11, (), "window", 40, 3,
-        4, 9, "off", 0.25, "auto", "auto", None, None, bool(wants[0]), wants[0] is True, wants[1],
+        *problem, mask if padded else None, 0.3, 16, 5, 24, "shared", True, 11, (), "window", 40,
+        3, 4, 9, "off", 0.25, "auto", "auto", None, None,
+        bool(wants[0]), wants[0] is True, wants[1],
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
@@ -35,6 +36,7 @@ HEADS = dataclasses.replace(
 @pytest.mark.parametrize("config", [SMALL, HEADS], ids=["selected", "dense heads"])
 @pytest.mark.parametrize("wants", WANTS)
 def test_traced_into_one_graph_it_gives_the_same(wants, config):
+    torch.compiler.reset()
     problem = make_problem(query_len=120)
     options = {"return_selection": wants[0], "return_lse": wants[1]}
 
