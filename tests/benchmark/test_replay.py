@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import check_sparse, random_inputs
 from token_sparse_attention.benchmark.record import UsageError
@@ -127,6 +127,20 @@ def test_dense_layers_cost_scoring_where_they_were_scored():
 def test_more_than_the_crossover_allows_is_still_replayed():
     config = dataclasses.replace(CONFIG, crossover="auto")  # nothing so short would run sparse
     assert Replayer(OPTIONS, SHAPE, 600).point(LayerRun(config, (0.9,))).passed
+
+
+def test_dense_heads_are_repeated_to_fit_and_checked(monkeypatch):
+    config = dataclasses.replace(EVERY_QUERY, dense_heads=(1,))
+    replayer = Replayer(OPTIONS, Shape(8, 2, 16), 257)
+    point = replayer.point(LayerRun(config, (0.2, 1.0, 0.2, 0.2)))
+    assert point.passed
+    assert point.settings["dense_heads"] == [2, 3]
+    assert [count == 257 for count in point.kept] == [head in (2, 3) for head in range(8)]
+    few = Replayer(OPTIONS, Shape(2, 1, 16), 257).point(LayerRun(config, (0.2, 1.0, 0.2, 0.2)))
+    assert few.settings["dense_heads"] == [], "thinned out"
+    monkeypatch.setattr(functional, "_attend_dense_heads", lambda *_: None)
+    wrong = Replayer(OPTIONS, Shape(8, 2, 16), 257).point(LayerRun(config, (0.2, 1.0, 0.2, 0.2)))
+    assert not wrong.passed, "heads that are not dense do not pass for it"
 
 
 def test_wrong_results_and_lack_of_memory_are_recorded(monkeypatch):

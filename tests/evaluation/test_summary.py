@@ -108,6 +108,14 @@ def test_a_layer_without_far_tokens_is_its_window_alone():
     assert kept_share(sample) == 0.5
 
 
+def test_dense_heads_do_all_the_work_of_theirs():
+    config = TokenSparseConfig(fallback_window=10, dense_queries=0, dense_heads=(1, 2))
+    sample = dataclasses.replace(SPARSE, kept=[[5, 100, 100, 5], None])
+    sparse = attended_share(5, 100, config)
+    assert sparse < 0.3
+    assert attention_work(sample, {0: config}) == pytest.approx(((2 + 2 * sparse) / 4 + 1) / 2)
+
+
 def test_work_follows_each_layers_own_settings():
     base = TokenSparseConfig.published(window_size=8)
     changes = {"fallback": "window", "fallback_window": 10}

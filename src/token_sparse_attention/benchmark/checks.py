@@ -119,7 +119,7 @@ def check_sparse(
     problems, errors = [], []
     num_slots = inputs.key.shape[2]
     slots = torch.arange(num_slots, device=out.device)
-    for head in _sampled_heads(inputs):
+    for head in sorted({*_sampled_heads(inputs), *config.dense_heads[:1]}):
         chosen = selection.indices[0, head, : int(selection.lengths[0, head])].long()
         if not bool((chosen.diff() > 0).all()):
             problems.append(f"head {head}: slots do not ascend")
