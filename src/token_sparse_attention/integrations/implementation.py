@@ -53,6 +53,8 @@ _NEUTRAL_ARGUMENTS = frozenset(
     }
 )
 
+_ANY_LENGTH = TokenSparseConfig(min_tokens=0, window_size=1)
+
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -95,8 +97,7 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        config = TokenSparseConfig(min_tokens=0, window_size=1)
-        reason, _ = dense_reason(module, query, key, value, config, dropout, kwargs)
+        reason, _ = dense_reason(module, query, key, value, _ANY_LENGTH, dropout, kwargs)
         kv_len = None if reason else unpadded_len(attention_mask, query.shape[2], key.shape[2])
         if kv_len is None:
             sdpa = partial(dense_function("sdpa", module), module, query, key, value)
