@@ -69,13 +69,13 @@ def test_a_profile_names_its_layers_by_what_they_run():
     layers = {
         "0": {"fallback_samples": 4096},
         "3": {"fallback_samples": 4096},
-        "4": {"fallback_samples": 1024},
+        "4": {"fallback_samples": 1024, "dense_heads": [5]},
         "5": {},
     }
     label = page.describe({"version": 1, "base": base, "layers": layers}, {})
     assert label == (
         "layers 0, 3: 4096 tokens drawn by score; "
-        "layer 4: 1024 tokens drawn by score; layer 5; "
+        "layer 4: 1024 tokens drawn by score, head 5 dense; layer 5; "
         "each 4 sinks, no queries dropped"
     )
     nothing_shared = {
