@@ -32,6 +32,7 @@ KEYS_ONLY = dataclasses.replace(
     dense_queries=2,
     sparse_layers=tuple(range(14)),
 )
+HEADS = dataclasses.replace(KEYS_ONLY, budget="shared", dense_heads=(1, 5))
 NEW_TOKENS = 32
 
 
