@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import token_sparse_attention
 from token_sparse_attention import TokenSparseConfig, crossover
@@ -16,6 +17,7 @@ from token_sparse_attention.attention.patterns import PATTERNS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+CHOOSING = DOCS / "choosing-a-configuration.md"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 CARD = ROOT / "src" / "token_sparse_attention" / "bundled" / "model" / "README.md"
@@ -83,6 +85,17 @@ def test_the_crossovers_lengths_are_the_codes():
     for page in (README, DOCS / "choosing-a-configuration.md"):
         for length in (*crossover.MIN_LENGTH.values(), *crossover.MIN_KEYS_ONLY.values()):
             assert re.search(rf"\b{length // 1024}K\b", read(page)), (page, length)
+
+
+def test_from_where_on_prompts_run_sparse_is_the_codes():
+    """By default, and with few heads of 128 on a GPU; in thousands of tokens."""
+    wanted = {("cuda", 32): (README, CHOOSING), ("cpu", 32): (README, CHOOSING)}
+    wanted |= {("cuda", 8): (README, CHOOSING), ("cuda", 4): (CHOOSING,)}
+    for (device, heads), pages in wanted.items():
+        even = crossover.break_even(TokenSparseConfig(), torch.device(device), heads, 128)
+        for page in pages:
+            length = f"{even.min_length / 1000:.0f}K"
+            assert re.search(rf"\b{length}\b", read(page)), (page, device, heads, length)
 
 
 def test_the_patterns_are_all_there_are():

@@ -14,23 +14,20 @@ are looked at, each head's by itself:
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.frontier.observed import prefill_with
+from benchmarks.frontier.observed import header, make_parser, prefill_with, probabilities
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from token_sparse_attention import TokenSparseConfig, bundled, run, token_sparse_attention
+from token_sparse_attention import TokenSparseConfig, run, token_sparse_attention
 from token_sparse_attention.attention.causal import attend
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import SampleSet
-from token_sparse_attention.info import provenance
 
 _QUERIES = 128
 
@@ -50,14 +47,10 @@ def far_attention(
     Returns:
         Two ``[H]`` tensors, float32.
     """
-    heads, groups = query.shape[0], query.shape[0] // key.shape[0]
-    place = torch.arange(key.shape[1], device=key.device)
-    hidden = place > positions[:, None]
-    near = place > positions[:, None] - window
+    near = torch.arange(key.shape[1], device=key.device) > positions[:, None] - window
     shares, numbers = [], []
-    for head in range(heads):
-        logits = (query[head] @ key[head // groups].T).float() * scale
-        p = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(near, 0.0)
+    for shown in probabilities(query, key, positions, scale):
+        p = shown.masked_fill(near, 0.0)
         far = p.sum(-1)
         number = far.square() / p.square().sum(-1).clamp_min(1e-30)
         shares.append(far.mean())
@@ -104,15 +97,8 @@ def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str
 
 def main() -> None:
     """Observe the samples that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=str(bundled.MODEL))
-    parser.add_argument("--samples", type=Path, required=True)
+    parser = make_parser(__doc__, fallback_samples=2048)
     parser.add_argument("--per-task", type=int, default=2, help="samples of each task and length")
-    parser.add_argument("--fallback-samples", type=int, default=2048)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
@@ -123,15 +109,7 @@ def main() -> None:
         fallback_samples=args.fallback_samples,
         crossover="off",
     )
-    content: dict[str, Any] = {
-        "kind": "frontier-heads",
-        "provenance": provenance(str(model.device)),
-        "model": "bundled" if args.model == str(bundled.MODEL) else args.model,
-        "seed": samples.seed,
-        "samples_sha256": samples.digest(),
-        "config": config.to_dict(),
-        "rows": [],
-    }
+    content = header("frontier-heads", model, args.model, samples, config) | {"rows": []}
     taken: Counter[tuple[str, int]] = Counter()
     for sample in track(samples.samples, console=Console(stderr=True)):
         kind = (sample.task, sample.length)

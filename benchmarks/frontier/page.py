@@ -9,11 +9,11 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from benchmarks.frontier import confirmation, position_tables, questions
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import markdown_table, mean_cell
 from benchmarks.plotting import figure_file
 from benchmarks.pooling import beside, load_folder, paired_scores, pooled
 
@@ -195,9 +195,8 @@ def _layers(rounds: Mapping[str, EvalResults], heads: Mapping[str, Any]) -> str:
         for task in tasks:
             more, found = costs[task][layer], observed[task][layer]
             looking = [n for n, far in zip(found["among"], found["far"]) if far >= 0.5]
-            spread = stdev(more) / len(more) ** 0.5
             cells += [
-                f"{fmean(more):+.2f} ± {spread:.2f} ({len(more)})",
+                mean_cell(more),
                 f"{max(found['far']):.2f}",
                 f"{min(looking):.0f}" if looking else "-",
                 f"{max(found['error']):.2f}",

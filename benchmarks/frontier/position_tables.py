@@ -6,10 +6,10 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import markdown_table, mean_cell
 
 _PLACES = {
     "everywhere": "everywhere",
@@ -85,5 +85,4 @@ def _most(looks: Sequence[Mapping[str, Sequence[float]]], kind: str) -> float:
 
 def _more(rows: Rows, layer: str, variant: str) -> str:
     """By how much less likely the answer becomes, with its standard error."""
-    more = [row["layers"][layer][variant] - row["dense"] for row in rows]
-    return f"{fmean(more):+.2f} ± {stdev(more) / len(more) ** 0.5:.2f} ({len(more)})"
+    return mean_cell([row["layers"][layer][variant] - row["dense"] for row in rows])

@@ -15,26 +15,23 @@ of their attention:
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.frontier.answers import likelihood
-from benchmarks.frontier.observed import attending
+from benchmarks.frontier.observed import attending, header, make_parser, probabilities
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from token_sparse_attention import TokenSparseConfig, bundled, run, token_sparse_attention
+from token_sparse_attention import TokenSparseConfig, run, token_sparse_attention
 from token_sparse_attention.attention.causal import attend
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
-from token_sparse_attention.info import provenance
 
 # Sentences that may hold an answer, which is one of their groups.
 _SENTENCES = {
@@ -127,20 +124,19 @@ def look(
         scale: of the logits.
         window: how many keys, the query's own included, are near.
     """
-    queries = places["sentence"].to(ids.device).nonzero()[:, 0]
+    sentence = places["sentence"].to(ids.device)
+    queries = sentence.nonzero()[:, 0]
     place = torch.arange(len(ids), device=ids.device)
     # The sentence of a query: the run of marked tokens that it is in.
-    number = (places["sentence"].to(ids.device).int().diff(prepend=ids.new_zeros(1)) > 0).cumsum(0)
-    own = places["sentence"].to(ids.device) & (number == number[queries][:, None])
+    number = (sentence.int().diff(prepend=ids.new_zeros(1)) > 0).cumsum(0)
+    own = sentence & (number == number[queries][:, None])
     same = (ids == ids[queries][:, None]) & ~own
     after = same.roll(1, -1) & ~own
     after[:, 0] = False
     near = (place > queries[:, None] - window) & ~own
     kinds = {"own": own, "near": near, "far": ~near & ~own, "same": same, "after": after}
     shares: dict[str, list[float]] = {name: [] for name in kinds}
-    for head in range(len(query)):
-        logits = (query[head, queries] @ key[head // (len(query) // len(key))].T).float() * scale
-        p = logits.masked_fill(place > queries[:, None], -torch.inf).softmax(-1)
+    for p in probabilities(query[:, queries], key, queries, scale):
         for name, tokens in kinds.items():
             shares[name].append(float((p * tokens).sum(-1).mean()))
     return shares
@@ -194,35 +190,21 @@ def examine(
 
 def main() -> None:
     """Examine the samples that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=str(bundled.MODEL))
-    parser.add_argument("--samples", type=Path, required=True)
+    parser = make_parser(__doc__, fallback_samples=4096)
     parser.add_argument("--task", choices=_SENTENCES, default="niah_multikey_3")
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--layer", type=int, action="append", required=True, help="one or more")
     parser.add_argument("--every-head", action="store_true", help="one head at a time besides")
-    parser.add_argument("--fallback-samples", type=int, default=4096)
     parser.add_argument("--part", default="0/1", help="I/N: every N-th sample, from the I-th on")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
     config = TokenSparseConfig(fallback_samples=args.fallback_samples, crossover="off")
-    header = {
-        "kind": "frontier-positions",
-        "provenance": provenance(str(model.device)),
-        "model": "bundled" if args.model == str(bundled.MODEL) else args.model,
-        "seed": samples.seed,
-        "samples_sha256": samples.digest(),
-        "config": config.to_dict(),
-    }
+    about = header("frontier-positions", model, args.model, samples, config)
     first, step = map(int, args.part.split("/"))
     chosen = [one for one in samples.samples if (one.task, one.length) == (args.task, args.length)]
     with args.out.open("w", encoding="utf-8") as file:
-        print(json.dumps(header), file=file, flush=True)
+        print(json.dumps(about), file=file, flush=True)
         for sample in track(chosen[first::step], console=Console(stderr=True)):
             row = examine(model, tokenizer, sample, args.layer, config, every_head=args.every_head)
             print(json.dumps(row), file=file, flush=True)

@@ -198,12 +198,11 @@ def token_sparse_attention(
         rest = masked_attention(query, key, value, counts * causal, scale)
     else:
         rest = torch.zeros_like(query)
-    if config.dense_queries:
+    if config.dense_queries or config.dense_heads:
         dense = masked_attention(query, key, value, causal, scale)
-        rest[:, -config.dense_queries :] = dense[:, -config.dense_queries :]
-    if config.dense_heads:
-        heads = list(config.dense_heads)
-        rest[heads] = masked_attention(query, key, value, causal, scale)[heads]
+        last, heads = max(query_len - config.dense_queries, 0), list(config.dense_heads)
+        rest[:, last:] = dense[:, last:]
+        rest[heads] = dense[heads]
         keep[heads] = True
     if not config.select_queries:
         return rest, keep

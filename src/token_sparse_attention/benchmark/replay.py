@@ -301,17 +301,20 @@ def head_counts(run: LayerRun, num_heads: int, seq_len: int) -> tuple[int, ...] 
     if not shares:
         return None
     if len(shares) > 1:
-        shares = tuple(shares[head * len(shares) // num_heads] for head in range(num_heads))
+        shares = tuple(shares[head] for head in _recorded_heads(len(shares), num_heads))
     lowest = run.config.window_size
     return tuple(min(max(round(share * seq_len), lowest), seq_len) for share in shares)
 
 
 def _dense_heads(run: LayerRun, num_heads: int) -> tuple[int, ...]:
-    """The dense ones of `num_heads` heads, repeated or thinned out as by `head_counts`."""
-    recorded = len(run.shares)
-    return tuple(
-        head for head in range(num_heads) if head * recorded // num_heads in run.config.dense_heads
-    )
+    """The dense ones of `num_heads` heads, given what a layer's own heads did."""
+    recorded = _recorded_heads(len(run.shares), num_heads)
+    return tuple(head for head, own in enumerate(recorded) if own in run.config.dense_heads)
+
+
+def _recorded_heads(recorded: int, num_heads: int) -> list[int]:
+    """Which of the recorded heads each of `num_heads` stands for, repeated or thinned evenly."""
+    return [head * recorded // num_heads for head in range(num_heads)]
 
 
 def make_selection(

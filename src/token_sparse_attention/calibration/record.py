@@ -285,11 +285,7 @@ def _fields(row: Any) -> dict[str, Any]:
 def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
     hints = get_type_hints(kind)
     check_type(fields, (dict,), where)
-    if kind is LayerSetting:
-        fields = {"dense_heads": [], **fields}
-    if set(fields) != set(hints):
-        wrong = ", ".join(sorted(set(fields) ^ set(hints)))
-        raise UsageError(f"{where} has missing or unknown entries: {wrong}")
+    _check_names(fields, hints, where)
     values = dict(fields)
     if "profile" in values:
         try:
@@ -297,21 +293,29 @@ def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
         except (ValueError, TypeError) as error:
             raise UsageError(f"{where}.profile: {error}") from error
     if "setting" in values:
-        values["setting"] = _read_row(LayerSetting, values["setting"], f"{where}.setting")
-    if kind is LayerSetting:
-        check_type(values["dense_heads"], (list,), f"{where}.dense_heads")
-        for head in values["dense_heads"]:
-            check_type(head, (int,), f"{where}.dense_heads")
-        values["dense_heads"] = tuple(values["dense_heads"])
-        hints = {name: hint for name, hint in hints.items() if name != "dense_heads"}
+        values["setting"] = _read_setting(values["setting"], f"{where}.setting")
     for name, value in values.items():
-        if name not in hints:
-            continue
         check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
     if "goal" in values:
         check_choice(values["goal"], GOALS, f"{where}.goal")
-    if kind is LayerSetting:
-        check_choice(values["name"], SETTINGS, f"{where}.name")
-        if values["name"] == "fallback_samples":
-            check_type(values["value"], (int,), f"{where}.value")
     return kind(**values)
+
+
+def _read_setting(fields: Any, where: str) -> LayerSetting:
+    check_type(fields, (dict,), where)
+    values = {"dense_heads": [], **fields}
+    _check_names(values, get_type_hints(LayerSetting), where)
+    name, value, heads = values["name"], values["value"], values["dense_heads"]
+    check_type(name, (str,), f"{where}.name")
+    check_choice(name, SETTINGS, f"{where}.name")
+    check_type(value, (int if name == "fallback_samples" else float,), f"{where}.value")
+    check_type(heads, (list,), f"{where}.dense_heads")
+    for head in heads:
+        check_type(head, (int,), f"{where}.dense_heads")
+    return LayerSetting(name, value, tuple(heads))
+
+
+def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    if set(given) != set(known):
+        wrong = ", ".join(sorted(set(given) ^ set(known)))
+        raise UsageError(f"{where} has missing or unknown entries: {wrong}")

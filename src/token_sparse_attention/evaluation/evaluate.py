@@ -75,12 +75,13 @@ class Runner:
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
+        facts = self.facts()
         for name, run in self.configurations.items():
             if run.settings is None:
                 continue
             try:
-                for config in layer_configs(run.settings, self.facts()["num_layers"]).values():
-                    check_dense_heads(config, self.facts()["num_heads"])
+                for config in layer_configs(run.settings, facts["num_layers"]).values():
+                    check_dense_heads(config, facts["num_heads"])
             except ValueError as error:
                 raise UsageError(f"--config {name} does not fit the model: {error}") from error
         if self.on_cuda:
