@@ -162,6 +162,18 @@ def test_fewer_heads_need_longer_prompts():
     assert break_even(config, cpu, 1, 64) == break_even(config, cpu, 64, 128)
 
 
+def test_dense_heads_leave_less_to_gain():
+    cuda = torch.device("cuda")
+    config = TokenSparseConfig()
+    without = break_even(config, cuda, 32, 128)
+    quarter, all_of_them = (
+        break_even(replace(config, dense_heads=tuple(range(count))), cuda, 32, 128)
+        for count in (8, 32)
+    )
+    assert quarter.min_length == pytest.approx(without.min_length / 0.75)
+    assert all_of_them.dense_reason(10**7, 10**7) is DenseReason.CROSSOVER_LENGTH
+
+
 @pytest.mark.parametrize("num_heads", [4, 8, 16, 32])
 @pytest.mark.parametrize("samples", [1024, 4096])
 def test_whole_prefills_get_faster_from_the_crossover_on_and_hardly_below(num_heads, samples):

@@ -187,6 +187,10 @@ def test_samples_come_back_from_their_file(tmp_path):
             ["--samples", "S", "--out", "r", "--config", "llama-3.1-8b-instruct"],
             "below 14, the model's number of layers",
         ),
+        (
+            ["--samples", "S", "--out", "r", "--config", 'a={"dense_heads": [8]}'],
+            "--config a does not fit the model: dense_heads must be below the layer's 8 query",
+        ),
         (["--apply-chat-template", "--out", "r"], "needs a tokenizer with a chat template"),
     ],
 )

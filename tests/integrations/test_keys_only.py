@@ -81,6 +81,11 @@ def test_chunks_and_turns_equal_their_definition(name):
     assert all(record.paths == ["sparse"] for record in report)
 
 
+def test_heads_that_the_model_does_not_have_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"below the layer's 4 query heads, got \(4,\)"):
+        apply(make_model(), dataclasses.replace(KEYS_ONLY, dense_heads=(4,)))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_changes_nothing(name, side):
