@@ -83,6 +83,29 @@ def test_operator_equals_the_oracle(config, heads, kv_heads, query_len, kv_len):
     assert relative_error(out[0], expected) < (1e-5 if config.fallback_samples else 1e-6)
 
 
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("padded", [False, True])
+def test_last_queries_attended_apart_change_nothing(monkeypatch, finite, padded):
+    config = dataclasses.replace(VARIANTS[-1], dense_queries=21, dense_heads=())
+    problem = make_problem(batch=2, query_len=190)
+    if not finite:
+        problem.query[0, 0, -3] = torch.nan  # that row runs dense
+    mask = torch.ones(2, 190, dtype=torch.bool) if padded else None
+    if mask is not None:
+        mask[0, :20] = False
+    run = functools.partial(
+        token_sparse_attention, *problem, config, padding_mask=mask, return_lse=True
+    )
+    together, apart, lasts = run(), [], functional.attend_last
+    monkeypatch.setattr(functional, "leaves_gpu_idle", lambda *_: True)
+    monkeypatch.setattr(
+        functional, "attend_last", lambda *of, **by: apart.append(of[3]) or lasts(*of, **by)
+    )
+    for one, other in zip(run(), together):
+        torch.testing.assert_close(one, other, equal_nan=True)
+    assert apart == ([] if padded else [21])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_close_as_eager(dtype):
     problem = make_problem(query_len=257, head_dim=64, dtype=dtype)

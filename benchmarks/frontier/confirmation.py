@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import fsum
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks.markdown import markdown_table
 
-from token_sparse_attention.calibration.record import CalibrationResult
+from token_sparse_attention.calibration.record import CalibrationResult, HeadSensitivity
 from token_sparse_attention.calibration.sensitivity import choose_from
 from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
@@ -58,8 +59,7 @@ def calibration(path: Path, drift: Path) -> str:
             layers[row["layer"]][int(row["setting"]["value"])] = row
     for layer, rows in layers.items():
         cells = [
-            f"{rows[count]['divergence']:.1e} ± {rows[count]['standard_error']:.0e}"
-            for count in counts
+            _cost(rows[count]["divergence"], rows[count]["standard_error"]) for count in counts
         ]
         own = chosen.get(str(layer))
         cells.append(f"{own['fallback_samples']:,}" if own else "dense")
@@ -84,17 +84,54 @@ def goals(path: Path, targets: Iterable[float]) -> str:
     for target in targets:
         choice = choose_from(result.sensitivity, result.base, "target_speedup", target)
         chosen = choice.profile.layers
-        cells = [f"1/{target:g}", _listed(layer for layer in layers if layer not in chosen)]
+        cells = [f"1/{target:g}", _listed(str(layer) for layer in layers if layer not in chosen)]
         cells += [
-            _listed(n for n, one in chosen.items() if one["fallback_samples"] == count)
+            _listed(
+                _layer(n, one) for n, one in chosen.items() if one["fallback_samples"] == count
+            )
             for count in counts
         ]
         lines.append([*cells, f"{choice.summed_divergence:.1e}"])
     return markdown_table(lines)
 
 
-def _listed(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, layers)) or "-"
+def _listed(layers: Iterable[str]) -> str:
+    return ", ".join(layers) or "-"
+
+
+def _layer(number: int, changes: Mapping[str, Any]) -> str:
+    heads = changes.get("dense_heads", ())
+    return f"{number} ({named_heads(heads)} dense)" if heads else str(number)
+
+
+def named_heads(heads: Sequence[int]) -> str:
+    """Return heads by their numbers, as in "heads 0, 5"."""
+    return f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
+
+
+def single_heads(path: Path, most: int = 3) -> str:
+    """Return what the costliest heads of the layers cost that were measured head by head.
+
+    Args:
+        path: as for `goals`.
+        most: how many heads of a layer to name; the others' costs are added up.
+    """
+    result = CalibrationResult.load(path)
+    layers: dict[int, list[HeadSensitivity]] = defaultdict(list)
+    for one in result.heads:
+        layers[one.layer].append(one)
+    lines = [["layer", "samples", "costliest heads", "all others"]]
+    for layer, heads in layers.items():
+        heads.sort(key=lambda one: -one.divergence)
+        named = [f"{one.head}: {_cost(one.divergence, one.standard_error)}" for one in heads]
+        others = fsum(one.divergence for one in heads[most:])
+        samples = f"{int(heads[0].setting.value):,}"
+        lines.append([str(layer), samples, "; ".join(named[:most]), f"{others:.1e}"])
+    return markdown_table(lines)
+
+
+def _cost(divergence: float, error: float | None) -> str:
+    return f"{divergence:.1e}" if error is None else f"{divergence:.1e} ± {error:.0e}"
 
 
 def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:

@@ -247,7 +247,7 @@ def _differences(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> lis
         if value and (field, value) != ("pool_size", 7):
             parts.append(text.format(value))
     if heads := settings.get("dense_heads"):
-        parts.append(f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))} dense")
+        parts.append(f"{confirmation.named_heads(heads)} dense")
     if variant.get("pooled") and variant["pooled_for"] != "both":
         parts.append(f"for {variant['pooled_for']} queries only")
     if variant.get("segments", 1) > 1:

@@ -11,6 +11,12 @@ import torch
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA device has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def on_its_device(function: _Function) -> _Function:
     """Return a function that runs with the device of its first argument, a tensor, as the current.
 

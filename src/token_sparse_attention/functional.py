@@ -25,6 +25,8 @@ from token_sparse_attention.attention.causal import (
 )
 from token_sparse_attention.attention.dense import (
     Attended,
+    attend_last,
+    leaves_gpu_idle,
     mark_invalid_rows,
     new_output,
     zero_rows,
@@ -349,13 +351,15 @@ def _attend_dense(
     """Attend all queries of the rows that run dense, and the others' last ``dense_queries``."""
     start, end = tokens.bounds.unbind(-1)
     last = (end - config.dense_queries).maximum(start)
+    launches = {backend: torch.where(ran_sparse, end, start)}
     for_last = dense_backend(backend)
-    if for_last == backend:  # one launch for both
+    few = config.dense_queries
+    if not tokens.padded and leaves_gpu_idle(for_last, query, key, few):
+        attend_last(query, key, value, few, into, scale=call.scale)
+    elif for_last == backend:  # one launch for both
         launches = {backend: torch.where(ran_sparse, last, start)}
-    else:
-        launches = {backend: torch.where(ran_sparse, end, start)}
-        if config.dense_queries:
-            launches[for_last] = torch.where(ran_sparse, last, end)
+    elif config.dense_queries:
+        launches[for_last] = torch.where(ran_sparse, last, end)
     for by, begins in launches.items():
         attend_rows(query, key, value, begins, tokens, into, scale=call.scale, backend=by)
 

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from support import make_problem, relative_error
-from token_sparse_attention.attention.backends import check_flash, choose_backend
-from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
+from token_sparse_attention.attention import dense
+from token_sparse_attention.attention.backends import BackendChoice, check_flash, choose_backend
+from token_sparse_attention.attention.dense import (
+    Attended,
+    attend_last,
+    causal_attention,
+    leaves_gpu_idle,
+    varlen_causal_attention,
+)
 from token_sparse_attention.reference import masked_attention
 
 SCALE = 0.25
@@ -125,3 +132,38 @@ def test_flash_refuses_on_cuda_what_its_kernel_cannot_run(head_dim, dtype, runs)
             ValueError, match=f"'flash' cannot run {dtype} with head size {head_dim}"
         ):
             check_flash("flash", query)
+
+
+@pytest.mark.parametrize(
+    ("backend", "batch", "heads", "count", "idle"),
+    [("fa4", 1, 8, 128, True), ("fa4", 1, 44, 128, True), ("fa4", 1, 45, 128, False),
+     ("fa4", 1, 22, 129, True), ("fa4", 1, 23, 129, False), ("fa4", 2, 23, 128, False),
+     ("fa4", 1, 8, 0, False), ("fa4", 1, 1, 2999, True), ("fa4", 1, 1, 3000, False),
+     ("flash", 1, 8, 128, False)],
+)  # fmt: skip
+def test_few_queries_of_few_heads_leave_a_gpu_idle(
+    monkeypatch, backend, batch, heads, count, idle
+):
+    monkeypatch.setattr(dense, "choose_backend", lambda *_: BackendChoice(backend, ""))
+    monkeypatch.setattr(dense, "multiprocessors", lambda _: 132)
+    query = SimpleNamespace(is_cuda=True, shape=(batch, heads, 3000, 64), device=None)
+    assert leaves_gpu_idle("auto", query, query, count) == idle
+
+
+def test_nothing_is_idle_off_cuda():
+    problem = make_problem(query_len=300)
+    assert not leaves_gpu_idle("auto", problem.query, problem.key, 20)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_last_queries_are_attended_in_place(with_lse):
+    problem = make_problem(batch=2, query_len=60, kv_len=90)
+    lse = torch.full(problem.query.shape[:3], 7.0) if with_lse else None
+    into = Attended(torch.full_like(problem.query, 7.0), lse)
+    attend_last(*problem, 20, into, scale=SCALE)
+    assert relative_error(into.out[:, :, 40:], expected(problem)[:, :, 40:]) < 1e-6
+    assert (into.out[:, :, :40] == 7).all()
+    if lse is not None:
+        assert (lse[:, :, :40] == 7).all()
+        whole = dense.attend(*problem, scale=SCALE, want_lse=True).lse
+        torch.testing.assert_close(lse[:, :, 40:], whole[:, :, 40:])

@@ -238,8 +238,8 @@ def test_more_than_two_to_the_31_elements():
 def test_opcheck(wants):
     problem = half_problem(query_len=200)
     arguments = (
-        *problem, None, 0.3, 16, 5, 24, "shared", True, 20, "window", 40, 3, 2, 9, "off", 0.125,
-        "auto", "flash", None, None, wants, wants, wants,
+        *problem, None, 0.3, 16, 5, 24, "shared", True, 20, [1], "window", 40, 3, 2, 9, "off",
+        0.125, "auto", "flash", None, None, wants, wants, wants,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 

@@ -23,6 +23,8 @@ from token_sparse_attention import (
     select_tokens,
     token_sparse_attention,
 )
+from token_sparse_attention.attention import flash
+from token_sparse_attention.attention.backends import choose_backend
 from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.reference import far_counts, masked_attention
 
@@ -124,6 +126,41 @@ def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback)
     eager = masked_attention(*(tensor[0] for tensor in problem), causal, scale)
     eager_error = relative_error(eager, masked_attention(*exact, causal, scale))
     assert relative_error(out[0], truth) <= 2 * eager_error + torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize(("heads", "splits"), [(8, True), (64, False)])
+def test_few_last_queries_split_their_keys(heads, splits, monkeypatch):
+    problem = make_problem(
+        heads=heads, query_len=3000, head_dim=64, dtype=torch.bfloat16, device=DEVICE
+    )
+    if choose_backend("auto", problem.query, problem.key).name != "fa4":
+        pytest.skip("flash-attn-4 on Hopper alone leaves multiprocessors idle")
+    used, real = [], flash.rows_attention
+
+    def spy(backend, query, *rest, **named):
+        used.append((backend, query.shape[1]))
+        return real(backend, query, *rest, **named)
+
+    monkeypatch.setattr(flash, "rows_attention", spy)
+    config = TokenSparseConfig(fallback_window=256, fallback_samples=64, crossover="off")
+    out, lse = token_sparse_attention(*problem, config, return_lse=True)
+    assert used == ([("flash", 128)] if splits else [])
+    group = heads // problem.key.shape[1]
+    exact = [problem.query[0].double()]
+    exact += [tensor[0].repeat_interleave(group, 0).double() for tensor in problem[1:]]
+    logits = exact[0][:, -128:] @ exact[1].transpose(1, 2) / 8
+    logits.masked_fill_(~torch.ones_like(logits, dtype=torch.bool).tril(3000 - 128), -torch.inf)
+    assert relative_error(out[0, :, -128:], logits.softmax(-1) @ exact[2]) < 1e-2
+    torch.testing.assert_close(lse[0, :, -128:].double(), logits.logsumexp(-1), rtol=0, atol=1e-3)
+
+
+def test_rows_without_finite_scores_run_dense_to_their_last_query():
+    problem = make_problem(query_len=3000, head_dim=64, dtype=torch.bfloat16, device=DEVICE)
+    problem.query[0, 0, -5, 0] = torch.nan
+    config = TokenSparseConfig(fallback_window=256, fallback_samples=64, crossover="off")
+    out = token_sparse_attention(*problem, config)
+    dense = causal_attention(*problem, scale=0.125)
+    torch.testing.assert_close(out, dense, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 def test_float64_equals_the_oracle():

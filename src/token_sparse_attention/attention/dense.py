@@ -5,6 +5,7 @@ Causal always means aligned at the end: the last query sees every key. GQA is na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +18,11 @@ from token_sparse_attention.attention.backends import (
     choose_backend,
     takes_packed,
 )
-from token_sparse_attention.device import on_its_device
+from token_sparse_attention.device import multiprocessors, on_its_device
 from token_sparse_attention.inputs import RealTokens
+
+_TILE = 128  # queries of a head that flash-attn-4 gives to one multiprocessor
+_SPLITTING_GAIN = 3  # how much slower FlashAttention-2 is where there is enough to do, with room
 
 
 class Attended(NamedTuple):
@@ -193,6 +197,47 @@ def attend_rows(
             slot = torch.arange(query.shape[1], device=query.device)
             inside = (slot >= cu_seqlens_q[row, 0]) & (slot < cu_seqlens_q[row, 1])
             into.lse[row] = torch.where(inside, lse, into.lse[row])
+
+
+def leaves_gpu_idle(backend: str, query: Tensor, key: Tensor, count: int) -> bool:
+    """Return whether a few queries of each head give flash-attn-4 too little to do.
+
+    On Hopper it gives all keys of a tile of queries to one multiprocessor, however long they are;
+    FlashAttention-2 splits them.
+
+    Args:
+        backend: one of `BACKENDS`.
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``.
+        count: how many queries of each head attend.
+    """
+    if not 0 < count < query.shape[2] or not query.is_cuda:
+        return False
+    if choose_backend(backend, query, key).name != "fa4":
+        return False
+    tiles = query.shape[0] * query.shape[1] * math.ceil(count / _TILE)
+    return _SPLITTING_GAIN * tiles <= multiprocessors(query.device)
+
+
+def attend_last(
+    query: Tensor, key: Tensor, value: Tensor, count: int, into: Attended, *, scale: float
+) -> None:
+    """Causal attention of each row's last queries, written in place, by FlashAttention-2.
+
+    Args:
+        query: ``[B, H, S_q, D]``, rows without padding.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: likewise.
+        count: how many queries.
+        into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
+        scale: factor of the logits.
+    """
+    last = slice(query.shape[2] - count, None)
+    want_lse = into.lse is not None
+    one = attend(query[:, :, last], key, value, scale=scale, backend="flash", want_lse=want_lse)
+    into.out[:, :, last] = one.out
+    if into.lse is not None and one.lse is not None:
+        into.lse[:, :, last] = one.lse
 
 
 def attend_each_row(
