@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import fsum
 from pathlib import Path
@@ -20,6 +20,7 @@ from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.replay import Replay
 from token_sparse_attention.evaluation.summary import (
     difference_interval,
+    kept_share,
     relative_loss_bound,
     summarise,
 )
@@ -28,10 +29,15 @@ NAMES = {
     "A2": "three dense layers",
     "F": "two dense layers",
     "G": "two dense layers, else the defaults",
+    "H1": "a dense layer, a dense head",
+    "H2": "two dense heads, more samples in layer 3",
+    "H3": "two dense heads",
+    "K": "two dense heads, else the defaults",
     "default": "the defaults in all layers",
     "published-drift": "published, drift's layers",
-    "calibrated-4": "calibrated for 1/4",
     "calibrated-4.75": "calibrated for 1/4.75",
+    "calibrated-8": "calibrated for 1/8",
+    "calibrated-12": "calibrated for 1/12",
 }
 """What the page calls the profiles that were confirmed."""
 _ANSWERED = 0.5
@@ -156,68 +162,117 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
     head = ["tokens", "settings", "score", "loss", "loss below", "speed-up", "own shape"]
     head += ["n", "kept", "difference", "95% interval"]
     lines = [head]
-    rows = [row for one in rounds for row in _timed(one, replays)]
-    for row in sorted(rows, key=lambda row: row.accuracy.length or 0):
-        one = row.accuracy
-        if one.configuration != DENSE:
-            where = [f"{(one.length or 0) // 1024}K", _name(one.configuration)]
-            cells = [
-                f"{one.score:.3f} of {one.dense_score:.3f}",
-                f"{one.relative_loss:+.1%}",
-                f"{one.relative_loss_upper:+.1%}",
-                *_speeds(row),
-                str(one.pairs),
-                f"{one.kept_share:.0%}",
-                f"{one.difference:+.3f}",
-                f"{one.difference_low:+.3f} to {one.difference_high:+.3f}",
-            ]
-            lines.append(where + cells)
-    counting = [answerable(one) for one in rounds]
-    lines += [["all", *_pooled(name, pairs)] for name, pairs in _pairs(counting)]
+    points = _points(rounds, replays)
+    for point in points:
+        kept = f"{fmean(pair.kept for pair in point.pairs):.0%}"
+        lines.append([f"{point.length // 1024}K", *_cells(point, kept)])
+    for name in dict.fromkeys(point.configuration for point in points):
+        pairs = [pair for point in points if point.configuration == name for pair in point.pairs]
+        ran = f"sparse in {fmean(pair.ran_sparse for pair in pairs):.0%} of samples"
+        lines.append(["all", *_cells(_Point(name, 0, pairs, None), ran)])
     legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
     return markdown_table(lines) + "\n".join(["", *legend]) + "\n"
 
 
-def glance(models: Mapping[str, tuple[list[EvalResults], list[Replay]]], length: int) -> str:
-    """Return the README's table: what was confirmed at one length, the slowest settings first.
+class Shown(NamedTuple):
+    """A model in `glance`: its results, their replays, the configurations in order."""
+
+    rounds: list[EvalResults]
+    replays: list[Replay]
+    configurations: Sequence[str]
+
+
+def glance(models: Mapping[str, Shown], length: int) -> str:
+    """Return the README's table: what was confirmed at one length; "-" where nothing was timed.
 
     Args:
-        models: by name, its results and replays; what was not replayed is left out.
+        models: by name.
         length: in tokens.
     """
     head = ["model", "settings", "score, dense", "loss", "loss below", "speed-up", "prompts"]
     lines = [head]
-    for model, (rounds, replays) in models.items():
-        timed = [
-            (row.times.speed_up, row.accuracy)
-            for results in rounds
-            for row in _timed(results, replays)
-            if row.times and row.accuracy.length == length
-        ]
-        for speed_up, one in sorted(timed, key=lambda entry: entry[0]):
-            if one.configuration != DENSE:
-                cells = [
-                    model,
-                    _name(one.configuration),
-                    f"{one.score:.3f}, {one.dense_score:.3f}",
-                    f"{one.relative_loss:.1%}",
-                    f"{one.relative_loss_upper:.1%}",
-                    f"{speed_up:.2f}x",
-                    str(one.pairs),
-                ]
-                lines.append(cells)
+    for model, shown in models.items():
+        points = {
+            point.configuration: point
+            for point in _points(shown.rounds, shown.replays)
+            if point.length == length
+        }
+        for point in (points[name] for name in shown.configurations):
+            scores = [pair[:2] for pair in point.pairs]
+            dense, sparse = (fmean(column) for column in zip(*scores))
+            times = point.times and point.times.times
+            cells = [
+                model,
+                _name(point.configuration),
+                f"{sparse:.3f}, {dense:.3f}",
+                f"{1 - sparse / dense:.1%}",
+                f"{relative_loss_bound(scores):.1%}",
+                f"{times.speed_up:.2f}x" if times else "-",
+                str(len(scores)),
+            ]
+            lines.append(cells)
     return markdown_table(lines)
 
 
-def _timed(results: EvalResults, replays: list[Replay]) -> Iterator[FrontierRow]:
-    """Yield each configuration's scores on the answerable tasks of a length, with its times."""
-    timed = {
-        (row.accuracy.configuration, row.accuracy.length): row
-        for row in join([("", results)], replays)
-    }
-    for one in summarise(answerable(results)):
-        if one.task is None and one.length and one.pairs:
-            yield replace(timed[one.configuration, one.length], accuracy=one)
+class _Pair(NamedTuple):
+    """Scores of the same sample, the share it kept, and whether any layer ran sparse."""
+
+    dense: float
+    sparse: float
+    kept: float
+    ran_sparse: bool
+
+
+class _Point(NamedTuple):
+    """A configuration at one length, from all files that have it; `times` of one replayed."""
+
+    configuration: str
+    length: int
+    pairs: list[_Pair]
+    times: FrontierRow | None
+
+
+def _points(rounds: list[EvalResults], replays: list[Replay]) -> list[_Point]:
+    """Return what was confirmed on the answerable tasks, by length."""
+    pairs: dict[tuple[int, str], list[_Pair]] = defaultdict(list)
+    timed: dict[tuple[int | None, str], FrontierRow] = {}
+    for results in rounds:
+        for row in join([("", results)], replays):
+            if row.times:
+                timed.setdefault((row.accuracy.length, row.accuracy.configuration), row)
+        samples = answerable(results).samples
+        dense = {s.key[:3]: s.score for s in samples if s.configuration == DENSE}
+        for name in results.header.configurations:
+            for sample in samples:
+                base = dense.get(sample.key[:3])
+                if sample.configuration != name or name == DENSE or sample.score is None:
+                    continue
+                if base is not None:
+                    ran_sparse = any(kept is not None for kept in sample.kept or [])
+                    pair = _Pair(base, sample.score, kept_share(sample), ran_sparse)
+                    pairs[sample.length, name].append(pair)
+    points = [
+        _Point(name, length, those, timed.get((length, name)))
+        for (length, name), those in pairs.items()
+    ]
+    return sorted(points, key=lambda point: point.length)
+
+
+def _cells(point: _Point, kept: str) -> list[str]:
+    scores = [pair[:2] for pair in point.pairs]
+    dense, sparse = (fmean(column) for column in zip(*scores))
+    low, high = difference_interval(scores)
+    return [
+        _name(point.configuration),
+        f"{sparse:.3f} of {dense:.3f}",
+        f"{1 - sparse / dense:+.1%}",
+        f"{relative_loss_bound(scores):+.1%}",
+        *(_speeds(point.times) if point.times else ["-", "-"]),
+        str(len(scores)),
+        kept,
+        f"{sparse - dense:+.3f}",
+        f"{low:+.3f} to {high:+.3f}",
+    ]
 
 
 def answerable(results: EvalResults) -> EvalResults:
@@ -254,45 +309,6 @@ def by_task(results: EvalResults) -> str:
 
 def _speeds(row: FrontierRow) -> list[str]:
     return [f"{t.speed_up:.2f}x" if t else "-" for t in (row.times, row.own_times)]
-
-
-class _Pair(NamedTuple):
-    """Scores of the same sample, and whether any layer ran sparse."""
-
-    dense: float
-    sparse: float
-    ran_sparse: bool
-
-
-def _pairs(rounds: list[EvalResults]) -> Iterator[tuple[str, list[_Pair]]]:
-    """Yield each configuration's pairs of all lengths."""
-    pairs: dict[str, list[_Pair]] = defaultdict(list)
-    for results in rounds:
-        dense = {s.key[:3]: s.score for s in results.samples if s.configuration == DENSE}
-        for sample in results.samples:
-            base = dense.get(sample.key[:3])
-            if sample.configuration != DENSE and base is not None and sample.score is not None:
-                ran_sparse = any(kept is not None for kept in sample.kept or [])
-                pairs[sample.configuration].append(_Pair(base, sample.score, ran_sparse))
-    yield from pairs.items()
-
-
-def _pooled(name: str, pairs: list[_Pair]) -> list[str]:
-    scores = [(pair.dense, pair.sparse) for pair in pairs]
-    dense, sparse = (fmean(column) for column in zip(*scores))
-    low, high = difference_interval(scores)
-    return [
-        _name(name),
-        f"{sparse:.3f} of {dense:.3f}",
-        f"{1 - sparse / dense:+.1%}",
-        f"{relative_loss_bound(scores):+.1%}",
-        "-",
-        "-",
-        str(len(pairs)),
-        f"sparse in {fmean(pair.ran_sparse for pair in pairs):.0%} of samples",
-        f"{sparse - dense:+.3f}",
-        f"{low:+.3f} to {high:+.3f}",
-    ]
 
 
 def _name(configuration: str) -> str:

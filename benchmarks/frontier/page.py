@@ -33,6 +33,7 @@ QUESTIONS = RESULTS.parent / "questions"
 POSITIONS = RESULTS.parent / "positions"
 CONFIRMED = RESULTS.parent / "confirm"
 CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
+HEADS = CALIBRATED.with_name("heads-128k.measured.json")
 DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
 SECOND = RESULTS.parent / "qwen3"
 FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
@@ -78,6 +79,8 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     built["heads-tracking"] = position_tables.by_head(single, "ruler_vt", "0")
     built["calibration"] = confirmation.calibration(CALIBRATED, DRIFT)
     built["goals"] = confirmation.goals(CALIBRATED, (3.5, 4, 4.5, 5, 6))
+    built["calibrated-heads"] = confirmation.single_heads(HEADS)
+    built["goals-heads"] = confirmation.goals(HEADS, (5, 6, 8, 10, 12, 14, 16))
     for name, which in zip(("speeds", "speeds-mended"), SPEED_ROUNDS):
         replay = Replay.load(RESULTS / f"replay-{which}.json")
         built[name] = confirmation.speeds(rounds[f"answers-{which}"], replay, _label)
@@ -88,14 +91,20 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     replayed = [Replay.load(SECOND / "replay-128k.json")]
     built["second"] = confirmation.confirmed(list(second.values()), replayed, _label)
     models = {
-        "bundled, 11.8M": (list(confirmed.values()), replays),
-        "Qwen3, 23.6M": (list(second.values()), replayed),
+        "bundled, 11.8M": (confirmed, replays, ("published", "F", "H3", "calibrated-12")),
+        "Qwen3, 23.6M": (second, replayed, ("published", "calibrated-8", "calibrated-12")),
     }
-    built["glance"] = confirmation.glance(models, 131072)
+    shown = {
+        model: confirmation.Shown(list(of.values()), timed, names)
+        for model, (of, timed, names) in models.items()
+    }
+    built["glance"] = confirmation.glance(shown, 131072)
     built["second-tasks"] = confirmation.by_task(beside(list(second.values())))
-    built["second-layers"] = confirmation.calibration(
-        SECOND / "samples-128k.measured.json", SECOND / "drift-128k.measured.json"
-    )
+    measured = SECOND / "heads-128k.measured.json"
+    drift = SECOND / "drift-128k.measured.json"
+    built["second-layers"] = confirmation.calibration(measured, drift)
+    built["second-heads"] = confirmation.single_heads(measured)
+    built["second-goals"] = confirmation.goals(measured, (4.75, 8, 12))
     runs = {"questions": asked, **{f"confirmed, {name}": r for name, r in confirmed.items()}}
     runs |= {f"second architecture, {name}": r for name, r in second.items()}
     built["runs"] = _runs(runs)

@@ -155,8 +155,9 @@ def token_sparse_attention(
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
         impl: which code scores, selects and moves tokens: ``"auto"``, ``"triton"`` or
             ``"reference"``.
-        attention_backend: which kernel attends: ``"auto"``, ``"fa4"`` (flash-attn-4),
-            ``"flash"`` (FlashAttention-2), ``"cudnn"``, ``"efficient"`` or ``"math"``. An
+        attention_backend: which kernel attends: ``"auto"``, ``"fa4"`` (flash-attn-4, and
+            FlashAttention-2 for the last queries of few heads), ``"flash"``
+            (FlashAttention-2), ``"cudnn"``, ``"efficient"`` or ``"math"``. An
             explicit choice never falls back. Or a block-sparse pattern, which then runs in
             place of dense causal attention, in rows that run dense as well, and where the
             config selects no queries only in these: ``"flexprefill"``,

@@ -11,6 +11,7 @@ from evaluation.results import DENSE, HEADER
 from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
+    HeadSensitivity,
     LayerSetting,
     Sensitivity,
 )
@@ -107,7 +108,7 @@ def test_lengths_are_pooled_and_say_where_nothing_ran_sparse():
     assert f"- {name}: tau 0.005" in table
 
 
-def test_at_a_glance_stands_what_was_timed(monkeypatch):
+def test_at_a_glance_stands_what_was_asked_for(monkeypatch):
     made = {
         "one": results(1024, [(1.0, 0.5), (1.0, 1.0)], sparse=True),
         "other": results(1024, [(1.0, 1.0)], sparse=True),
@@ -120,14 +121,63 @@ def test_at_a_glance_stands_what_was_timed(monkeypatch):
 
     monkeypatch.setattr(confirmation, "join", timed)
     times = {"one": Times(6.0, 2.0), "other": Times(6.0, 4.0), "longer": Times(1.0, 1.0)}
-    models = {name: ([one], [times.get(name)]) for name, one in made.items()}
+    models = {
+        name: confirmation.Shown([one], [times.get(name)], () if name == "longer" else ("F",))
+        for name, one in made.items()
+    }
     table = confirmation.glance(models, 1024)
     name = confirmation.NAMES["F"]
     assert [line.split(" | ")[:5] for line in table.splitlines()[2:]] == [
         ["| one", name, "0.750, 1.000", "25.0%", cells(table, "one")[4]],
         ["| other", name, "1.000, 1.000", "0.0%", cells(table, "other")[4]],
+        ["| not timed", name, "1.000, 1.000", "0.0%", cells(table, "not timed")[4]],
     ]
-    assert [cells(table, one)[5:] for one in ("one", "other")] == [["3.00x", "2"], ["1.50x", "1"]]
+    assert [cells(table, one)[5:] for one in ("one", "other", "not timed")] == [
+        ["3.00x", "2"],
+        ["1.50x", "1"],
+        ["-", "1"],
+    ]
+
+
+def test_files_of_other_samples_are_one_row():
+    """Two seeds' samples of one length; only the first was replayed."""
+    rounds = [
+        results(1024, [(1.0, 0.5), (1.0, 1.0)], sparse=True),
+        results(1024, [(0.5, 0.5)] * 2, sparse=True),
+    ]
+    table = confirmation.confirmed(rounds, [], lambda _: "x")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| 1K")]
+    assert [(row[2], row[7]) for row in rows] == [("0.625 of 0.750", "4")]
+
+
+def test_single_heads_are_named_by_cost(tmp_path):
+    setting = LayerSetting("fallback_samples", 4096)
+    costs = {2: 0.1, 0: 0.4, 1: 0.2, 3: 0.05, 4: 0.03}
+    heads = tuple(HeadSensitivity(6, head, setting, cost, 0.01) for head, cost in costs.items())
+    result = CalibrationResult(
+        "sensitivity", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), heads=heads,
+        sensitivity=(Sensitivity(6, setting, 0.7, None, 0.1, 0.5, 1),),
+    )  # fmt: skip
+    path = tmp_path / "measured.json"
+    path.write_text(result.to_json())
+    named = "0: 4.0e-01 ± 1e-02; 1: 2.0e-01 ± 1e-02; 2: 1.0e-01 ± 1e-02"
+    assert cells(confirmation.single_heads(path), "6") == ["6", "4,096", named, "8.0e-02"]
+
+
+def test_goals_name_dense_heads(tmp_path):
+    rows = [
+        Sensitivity(0, LayerSetting("fallback_samples", 9, heads), cost, None, 0.1, work, 1)
+        for heads, cost, work in (((), 1.0, 0.1), ((2,), 0.5, 0.3), ((0, 2), 0.1, 0.5))
+    ]
+    result = CalibrationResult(
+        "sensitivity", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), sensitivity=tuple(rows)
+    )
+    path = tmp_path / "measured.json"
+    path.write_text(result.to_json())
+    table = confirmation.goals(path, (2, 3, 10))
+    assert cells(table, "1/2")[1:3] == ["-", "0 (heads 0, 2 dense)"]
+    assert cells(table, "1/3")[1:3] == ["-", "0 (head 2 dense)"]
+    assert cells(table, "1/10")[1:3] == ["-", "0"]
 
 
 def test_samples_without_a_dense_reply_or_a_score_are_no_pairs():
