@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from token_sparse_attention import TokenSelection, TokenSparseConfig, bundled, demo
+from token_sparse_attention import TokenSelection, TokenSparseConfig, bundled, cli, demo
 from token_sparse_attention.cli import main
 from token_sparse_attention.config import PROFILE_FILE, load_config
 from token_sparse_attention.crossover import NEVER_DENSE
@@ -105,6 +105,28 @@ def make_result(dense_texts, sparse_texts):
     return demo.DemoResult(
         [demo.Finding(*row) for row in zip(needles, dense, sparse)], "a test", "cpu"
     )
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "slower"),
+    [([1.0, 2.0, 9.0], [3.0, 3.0, 3.0], True), ([3.0, 3.0, 3.0], [1.0, 2.0, 9.0], False)],
+)
+def test_the_demo_says_why_it_was_slower(dense, sparse, slower, capsys):
+    made = make_result(["{}"] * 3, ["{}"] * 3)
+    findings = [
+        dataclasses.replace(
+            finding,
+            dense=dataclasses.replace(finding.dense, time_to_first_token=dense[index]),
+            sparse=dataclasses.replace(finding.sparse, time_to_first_token=sparse[index]),
+        )
+        for index, finding in enumerate(made.findings)
+    ]
+    result = demo.DemoResult(findings, "a test", {})
+    assert ("gains no time" in str(result.to_dict()["note"])) == slower
+    cli._print_demo(result)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("note: so short a document" in printed) == slower
+    assert f"dense: first token after {dense[1]:.2f} s ({dense[0]:.2f} to" in printed
 
 
 def test_the_demo_fails_on_wrong_answers_and_without_sparsity():

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -284,12 +285,13 @@ def _print_demo(result: DemoResult) -> None:
         console.print(f"Last question, {last.sparse.prompt_tokens:,} prompt tokens:")
         console.print(_layer_table(last.sparse.report.last_prefill()))
     for path in ("dense", "sparse"):
-        answers: list[Answer] = [getattr(finding, path) for finding in result.findings]
-        times = sorted(answer.time_to_first_token for answer in answers)
+        times = result.times(path)
         console.print(
-            f"{path}: first token after {times[len(times) // 2]:.2f} s "
+            f"{path}: first token after {median(times):.2f} s "
             f"({times[0]:.2f} to {times[-1]:.2f}, {len(times)} prompts)"
         )
+    if result.note is not None:
+        console.print(f"[yellow]note[/]: {result.note}", highlight=False)
     for failure in result.failures:
         console.print(f"[red]FAILED[/]: {failure}")
     if not result.failures:
