@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,11 @@ from typing import Any, NamedTuple
 
 from benchmarks.markdown import markdown_table
 
-from token_sparse_attention.calibration.record import CalibrationResult, HeadSensitivity
+from token_sparse_attention.calibration.record import (
+    CalibrationResult,
+    HeadSensitivity,
+    Sensitivity,
+)
 from token_sparse_attention.calibration.sensitivity import choose_from
 from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
@@ -51,27 +54,29 @@ def calibration(path: Path, drift: Path) -> str:
         path: what `tsa calibrate --method sensitivity --samples` measured.
         drift: what ``--method drift`` did.
     """
-    drifts = json.loads(drift.read_text(encoding="utf-8"))
-    drifting = {row["layer"]: row["drift"] for row in drifts["drift"]}
-    by_drift = {int(layer) for layer in drifts["choices"][0]["profile"]["layers"]}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    counts = sorted({int(row["setting"]["value"]) for row in content["sensitivity"]})
-    chosen = content["choices"][0]["profile"]["layers"]
+    result, drifts = CalibrationResult.load(path), CalibrationResult.load(drift)
+    drifting = {one.layer: one.drift for one in drifts.drift}
+    by_drift = drifts.choices[0].profile.layers
+    chosen = result.choices[0].profile.layers
+    whole = [row for row in result.sensitivity if not row.setting.dense_heads]
+    counts = sorted({int(row.setting.value) for row in whole})
     head = ["layer", *(f"{count:,} samples" for count in counts), "chosen", "drift", "by drift"]
     lines = [head]
-    layers: dict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
-    for row in content["sensitivity"]:
-        if not row["setting"].get("dense_heads"):
-            layers[row["layer"]][int(row["setting"]["value"])] = row
+    layers: dict[int, dict[int, Sensitivity]] = defaultdict(dict)
+    for row in whole:
+        layers[row.layer][int(row.setting.value)] = row
     for layer, rows in layers.items():
-        cells = [
-            _cost(rows[count]["divergence"], rows[count]["standard_error"]) for count in counts
-        ]
-        own = chosen.get(str(layer))
-        cells.append(f"{own['fallback_samples']:,}" if own else "dense")
+        cells = [_cost(rows[count].divergence, rows[count].standard_error) for count in counts]
+        cells.append(_chosen(chosen[layer]) if layer in chosen else "dense")
         cells += [f"{drifting[layer]:.1e}", "sparse" if layer in by_drift else "dense"]
         lines.append([str(layer), *cells])
     return markdown_table(lines)
+
+
+def _chosen(changes: Mapping[str, Any]) -> str:
+    heads = changes.get("dense_heads", ())
+    dense = f", {named_heads(heads)} dense" if heads else ""
+    return f"{changes['fallback_samples']:,}{dense}"
 
 
 def goals(path: Path, targets: Iterable[float]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 from benchmarks.frontier import confirmation
 
 from evaluation.results import DENSE, HEADER
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import LayerProfile, TokenSparseConfig
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
+    Choice,
     HeadSensitivity,
+    LayerDrift,
     LayerSetting,
     Sensitivity,
 )
@@ -25,30 +26,38 @@ def cells(table: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def calibrated(**fields) -> CalibrationResult:
+    """What a calibration measured and chose."""
+    return CalibrationResult("both", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), **fields)
+
+
 def test_calibration_shows_each_number_and_the_choice(tmp_path):
     rows = [
-        {
-            "layer": layer,
-            "setting": {"name": "fallback_samples", "value": value},
-            "divergence": 10.0 ** -(layer + 1) / (1 + value),
-            "standard_error": 2e-5,
-        }
-        for layer in (0, 1)
+        Sensitivity(
+            layer, LayerSetting("fallback_samples", value, heads),
+            10.0 ** -(layer + 1) / (1 + value), 2e-5, 0.1, 0.2, 1,
+        )
+        for heads in ((), (5,))
+        for layer in (0, 1, 2)
         for value in (0, 9)
+    ]  # fmt: skip
+    layers = {1: {"fallback_samples": 9}, 2: {"fallback_samples": 0, "dense_heads": (3, 5)}}
+    choice = Choice("target_speedup", 2.0, LayerProfile(TokenSparseConfig(), layers))
+    path, drift = tmp_path / "measured.json", tmp_path / "drift.json"
+    path.write_text(calibrated(sensitivity=tuple(rows), choices=(choice,)).to_json())
+    drifts = [
+        LayerDrift(layer, 1.0, value, None, layer == 0)
+        for layer, value in enumerate((0.2, 0.7, 0.1))
     ]
-    profile = {"layers": {"1": {"fallback_samples": 9}}}
-    path = tmp_path / "measured.json"
-    path.write_text(json.dumps({"sensitivity": rows, "choices": [{"profile": profile}]}))
-    drift = tmp_path / "drift.json"
-    drifts = [{"layer": 0, "drift": 0.25}, {"layer": 1, "drift": 0.75}]
-    by_drift = {"profile": {"layers": {"0": {}}}}
-    drift.write_text(json.dumps({"drift": drifts, "choices": [by_drift]}))
+    choice = Choice("drift_quantile", 0.5, LayerProfile(TokenSparseConfig(), {0: {}}))
+    drift.write_text(calibrated(drift=tuple(drifts), choices=(choice,)).to_json())
     table = confirmation.calibration(path, drift)
     head = ["layer", "0 samples", "9 samples", "chosen", "drift", "by drift"]
     assert cells(table, "layer") == head
-    first = ["0", "1.0e-01 ± 2e-05", "1.0e-02 ± 2e-05", "dense", "2.5e-01", "sparse"]
+    first = ["0", "1.0e-01 ± 2e-05", "1.0e-02 ± 2e-05", "dense", "2.0e-01", "sparse"]
     assert cells(table, "0") == first
-    assert cells(table, "1")[-3:] == ["9", "7.5e-01", "dense"]
+    assert cells(table, "1")[-3:] == ["9", "7.0e-01", "dense"]
+    assert cells(table, "2")[-3:] == ["0, heads 3, 5 dense", "1.0e-01", "dense"]
 
 
 def test_goals_list_layers_by_their_samples(tmp_path):
@@ -61,9 +70,7 @@ def test_goals_list_layers_by_their_samples(tmp_path):
             (1, 4, 0.5, 0.25),
         )
     ]
-    result = CalibrationResult(
-        "sensitivity", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), sensitivity=tuple(rows)
-    )
+    result = calibrated(sensitivity=tuple(rows))
     path = tmp_path / "measured.json"
     path.write_text(result.to_json())
     table = confirmation.goals(path, (1, 1.3, 2, 2.5, 4))
@@ -154,10 +161,8 @@ def test_single_heads_are_named_by_cost(tmp_path):
     setting = LayerSetting("fallback_samples", 4096)
     costs = {2: 0.1, 0: 0.4, 1: 0.2, 3: 0.05, 4: 0.03}
     heads = tuple(HeadSensitivity(6, head, setting, cost, 0.01) for head, cost in costs.items())
-    result = CalibrationResult(
-        "sensitivity", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), heads=heads,
-        sensitivity=(Sensitivity(6, setting, 0.7, None, 0.1, 0.5, 1),),
-    )  # fmt: skip
+    whole = Sensitivity(6, setting, 0.7, None, 0.1, 0.5, 1)
+    result = calibrated(heads=heads, sensitivity=(whole,))
     path = tmp_path / "measured.json"
     path.write_text(result.to_json())
     named = "0: 4.0e-01 ± 1e-02; 1: 2.0e-01 ± 1e-02; 2: 1.0e-01 ± 1e-02"
@@ -169,9 +174,7 @@ def test_goals_name_dense_heads(tmp_path):
         Sensitivity(0, LayerSetting("fallback_samples", 9, heads), cost, None, 0.1, work, 1)
         for heads, cost, work in (((), 1.0, 0.1), ((2,), 0.5, 0.3), ((0, 2), 0.1, 0.5))
     ]
-    result = CalibrationResult(
-        "sensitivity", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), sensitivity=tuple(rows)
-    )
+    result = calibrated(sensitivity=tuple(rows))
     path = tmp_path / "measured.json"
     path.write_text(result.to_json())
     table = confirmation.goals(path, (2, 3, 10))
