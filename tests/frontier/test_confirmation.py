@@ -35,7 +35,7 @@ def test_calibration_shows_each_number_and_the_choice(tmp_path):
     rows = [
         Sensitivity(
             layer, LayerSetting("fallback_samples", value, heads),
-            10.0 ** -(layer + 1) / (1 + value), 2e-5, 0.1, 0.2, 1,
+            10.0 ** -(layer + 1) / (1 + value + 5 * len(heads)), 2e-5, 0.1, 0.2, 1,
         )
         for heads in ((), (5,))
         for layer in (0, 1, 2)
