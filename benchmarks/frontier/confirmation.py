@@ -18,6 +18,7 @@ from token_sparse_attention.calibration.record import (
     Sensitivity,
 )
 from token_sparse_attention.calibration.sensitivity import choose_from
+from token_sparse_attention.calibration.show import of_whole_layers
 from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.replay import Replay
@@ -58,7 +59,7 @@ def calibration(path: Path, drift: Path) -> str:
     drifting = {one.layer: one.drift for one in drifts.drift}
     by_drift = drifts.choices[0].profile.layers
     chosen = result.choices[0].profile.layers
-    whole = [row for row in result.sensitivity if not row.setting.dense_heads]
+    whole = of_whole_layers(result.sensitivity)
     counts = sorted({int(row.setting.value) for row in whole})
     head = ["layer", *(f"{count:,} samples" for count in counts), "chosen", "drift", "by drift"]
     lines = [head]
@@ -67,16 +68,12 @@ def calibration(path: Path, drift: Path) -> str:
         layers[row.layer][int(row.setting.value)] = row
     for layer, rows in layers.items():
         cells = [_cost(rows[count].divergence, rows[count].standard_error) for count in counts]
-        cells.append(_chosen(chosen[layer]) if layer in chosen else "dense")
+        own = chosen.get(layer)
+        listed = [f"{own['fallback_samples']:,}", *dense_heads(own)] if own else ["dense"]
+        cells.append(", ".join(listed))
         cells += [f"{drifting[layer]:.1e}", "sparse" if layer in by_drift else "dense"]
         lines.append([str(layer), *cells])
     return markdown_table(lines)
-
-
-def _chosen(changes: Mapping[str, Any]) -> str:
-    heads = changes.get("dense_heads", ())
-    dense = f", {named_heads(heads)} dense" if heads else ""
-    return f"{changes['fallback_samples']:,}{dense}"
 
 
 def goals(path: Path, targets: Iterable[float]) -> str:
@@ -111,13 +108,14 @@ def _listed(layers: Iterable[str]) -> str:
 
 
 def _layer(number: int, changes: Mapping[str, Any]) -> str:
-    heads = changes.get("dense_heads", ())
-    return f"{number} ({named_heads(heads)} dense)" if heads else str(number)
+    return " ".join([str(number), *(f"({heads})" for heads in dense_heads(changes))])
 
 
-def named_heads(heads: Sequence[int]) -> str:
-    """Return heads by their numbers, as in "heads 0, 5"."""
-    return f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
+def dense_heads(settings: Mapping[str, Any]) -> list[str]:
+    """Say which heads the settings leave dense, as in "heads 0, 5 dense"; nothing if none."""
+    heads = settings.get("dense_heads") or ()
+    noun = "heads" if len(heads) > 1 else "head"
+    return [f"{noun} {', '.join(map(str, heads))} dense"] if heads else []
 
 
 def single_heads(path: Path, most: int = 3) -> str:
@@ -172,9 +170,10 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
         kept = f"{fmean(pair.kept for pair in point.pairs):.0%}"
         lines.append([f"{point.length // 1024}K", *_cells(point, kept)])
     for name in dict.fromkeys(point.configuration for point in points):
-        pairs = [pair for point in points if point.configuration == name for pair in point.pairs]
-        ran = f"sparse in {fmean(pair.ran_sparse for pair in pairs):.0%} of samples"
-        lines.append(["all", *_cells(_Point(name, 0, pairs, None), ran)])
+        of_name = [point for point in points if point.configuration == name]
+        together = _Point(name, 0, [pair for point in of_name for pair in point.pairs], None)
+        ran = f"sparse in {fmean(pair.ran_sparse for pair in together.pairs):.0%} of samples"
+        lines.append(["all", *_cells(together, ran)])
     legend = [f"- {name}: {label}" for name, label in _labels(rounds, describe).items()]
     return markdown_table(lines) + "\n".join(["", *legend]) + "\n"
 
@@ -203,17 +202,14 @@ def glance(models: Mapping[str, Shown], length: int) -> str:
             if point.length == length
         }
         for point in (points[name] for name in shown.configurations):
-            scores = [pair[:2] for pair in point.pairs]
-            dense, sparse = (fmean(column) for column in zip(*scores))
-            times = point.times and point.times.times
             cells = [
                 model,
                 _name(point.configuration),
-                f"{sparse:.3f}, {dense:.3f}",
-                f"{1 - sparse / dense:.1%}",
-                f"{relative_loss_bound(scores):.1%}",
-                f"{times.speed_up:.2f}x" if times else "-",
-                str(len(scores)),
+                f"{point.sparse:.3f}, {point.dense:.3f}",
+                f"{point.loss:.1%}",
+                f"{relative_loss_bound(point.scores):.1%}",
+                _speeds(point.times)[0],
+                str(len(point.pairs)),
             ]
             lines.append(cells)
     return markdown_table(lines)
@@ -229,53 +225,70 @@ class _Pair(NamedTuple):
 
 
 class _Point(NamedTuple):
-    """A configuration at one length, from all files that have it; `times` of one replayed."""
+    """A configuration at one length, or at all; `times` of one of its files that was replayed."""
 
     configuration: str
     length: int
     pairs: list[_Pair]
     times: FrontierRow | None
 
+    @property
+    def scores(self) -> list[tuple[float, float]]:
+        """Dense and sparse, of each sample."""
+        return [pair[:2] for pair in self.pairs]
+
+    @property
+    def dense(self) -> float:
+        """Mean dense score."""
+        return fmean(pair.dense for pair in self.pairs)
+
+    @property
+    def sparse(self) -> float:
+        """Mean sparse score."""
+        return fmean(pair.sparse for pair in self.pairs)
+
+    @property
+    def loss(self) -> float:
+        """Relative to the dense score."""
+        return 1 - self.sparse / self.dense
+
 
 def _points(rounds: list[EvalResults], replays: list[Replay]) -> list[_Point]:
     """Return what was confirmed on the answerable tasks, by length."""
     pairs: dict[tuple[int, str], list[_Pair]] = defaultdict(list)
     timed: dict[tuple[int | None, str], FrontierRow] = {}
+    names: dict[str, None] = {}
     for results in rounds:
+        names |= dict.fromkeys(results.header.configurations)
         for row in join([("", results)], replays):
             if row.times:
                 timed.setdefault((row.accuracy.length, row.accuracy.configuration), row)
         samples = answerable(results).samples
         dense = {s.key[:3]: s.score for s in samples if s.configuration == DENSE}
-        for name in results.header.configurations:
-            for sample in samples:
-                base = dense.get(sample.key[:3])
-                if sample.configuration != name or name == DENSE or sample.score is None:
-                    continue
-                if base is not None:
-                    ran_sparse = any(kept is not None for kept in sample.kept or [])
-                    pair = _Pair(base, sample.score, kept_share(sample), ran_sparse)
-                    pairs[sample.length, name].append(pair)
-    points = [
-        _Point(name, length, those, timed.get((length, name)))
-        for (length, name), those in pairs.items()
+        for sample in samples:
+            base = dense.get(sample.key[:3])
+            if sample.configuration != DENSE and base is not None and sample.score is not None:
+                ran_sparse = any(kept is not None for kept in sample.kept or [])
+                pair = _Pair(base, sample.score, kept_share(sample), ran_sparse)
+                pairs[sample.length, sample.configuration].append(pair)
+    order = list(names)
+    return [
+        _Point(name, length, pairs[length, name], timed.get((length, name)))
+        for length, name in sorted(pairs, key=lambda one: (one[0], order.index(one[1])))
     ]
-    return sorted(points, key=lambda point: point.length)
 
 
 def _cells(point: _Point, kept: str) -> list[str]:
-    scores = [pair[:2] for pair in point.pairs]
-    dense, sparse = (fmean(column) for column in zip(*scores))
-    low, high = difference_interval(scores)
+    low, high = difference_interval(point.scores)
     return [
         _name(point.configuration),
-        f"{sparse:.3f} of {dense:.3f}",
-        f"{1 - sparse / dense:+.1%}",
-        f"{relative_loss_bound(scores):+.1%}",
-        *(_speeds(point.times) if point.times else ["-", "-"]),
-        str(len(scores)),
+        f"{point.sparse:.3f} of {point.dense:.3f}",
+        f"{point.loss:+.1%}",
+        f"{relative_loss_bound(point.scores):+.1%}",
+        *_speeds(point.times),
+        str(len(point.pairs)),
         kept,
-        f"{sparse - dense:+.3f}",
+        f"{point.sparse - point.dense:+.3f}",
         f"{low:+.3f} to {high:+.3f}",
     ]
 
@@ -312,8 +325,9 @@ def by_task(results: EvalResults) -> str:
     return markdown_table(lines)
 
 
-def _speeds(row: FrontierRow) -> list[str]:
-    return [f"{t.speed_up:.2f}x" if t else "-" for t in (row.times, row.own_times)]
+def _speeds(row: FrontierRow | None) -> list[str]:
+    times = (row.times, row.own_times) if row else (None, None)
+    return [f"{one.speed_up:.2f}x" if one else "-" for one in times]
 
 
 def _name(configuration: str) -> str:

@@ -84,22 +84,23 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     for name, which in zip(("speeds", "speeds-mended"), SPEED_ROUNDS):
         replay = Replay.load(RESULTS / f"replay-{which}.json")
         built[name] = confirmation.speeds(rounds[f"answers-{which}"], replay, _label)
-    confirmed = load_folder(CONFIRMED)
-    replays = [Replay.load(path) for path in sorted(CONFIRMED.glob("replay*.json"))]
-    built["confirmed"] = confirmation.confirmed(list(confirmed.values()), replays, _label)
-    second = load_folder(SECOND)
+    confirmed, second = load_folder(CONFIRMED), load_folder(SECOND)
+    first_rounds, second_rounds = list(confirmed.values()), list(second.values())
+    replays = [Replay.load(path) for path in CONFIRMED.glob("replay*.json")]
+    # What was replayed twice is shown by the run that replayed most, beside the others there.
+    replays.sort(key=lambda replay: -len(replay.rows))
     replayed = [Replay.load(SECOND / "replay-128k.json")]
-    built["second"] = confirmation.confirmed(list(second.values()), replayed, _label)
+    built["confirmed"] = confirmation.confirmed(first_rounds, replays, _label)
+    built["second"] = confirmation.confirmed(second_rounds, replayed, _label)
+    shown = confirmation.Shown
     models = {
-        "bundled, 11.8M": (confirmed, replays, ("published", "F", "H3", "calibrated-12")),
-        "Qwen3, 23.6M": (second, replayed, ("published", "calibrated-8", "calibrated-12")),
+        "bundled, 11.8M": shown(first_rounds, replays, ("published", "F", "H3", "calibrated-12")),
+        "Qwen3, 23.6M": shown(
+            second_rounds, replayed, ("published", "calibrated-8", "calibrated-12")
+        ),
     }
-    shown = {
-        model: confirmation.Shown(list(of.values()), timed, names)
-        for model, (of, timed, names) in models.items()
-    }
-    built["glance"] = confirmation.glance(shown, 131072)
-    built["second-tasks"] = confirmation.by_task(beside(list(second.values())))
+    built["glance"] = confirmation.glance(models, 131072)
+    built["second-tasks"] = confirmation.by_task(beside(second_rounds))
     measured = SECOND / "heads-128k.measured.json"
     drift = SECOND / "drift-128k.measured.json"
     built["second-layers"] = confirmation.calibration(measured, drift)
@@ -255,8 +256,7 @@ def _differences(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> lis
         value = settings.get(field) or variant.get(field)
         if value and (field, value) != ("pool_size", 7):
             parts.append(text.format(value))
-    if heads := settings.get("dense_heads"):
-        parts.append(f"{confirmation.named_heads(heads)} dense")
+    parts += confirmation.dense_heads(settings)
     if variant.get("pooled") and variant["pooled_for"] != "both":
         parts.append(f"for {variant['pooled_for']} queries only")
     if variant.get("segments", 1) > 1:

@@ -32,8 +32,8 @@ FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
 FAR_TOKENS = {"cuda": (1500.0, 4.2), "cpu": (4000.0, 20.0)}
 
 # And for each of the last queries that attend to every key, if there were one head: as many
-# multiprocessors are at work as there are heads. And by the number of operations, at least. Rows
-# without padding take less by now: their keys are split where heads are few.
+# multiprocessors are at work as there are heads. And by the number of operations, at least.
+# Measured on flash-attn-4, from which `leaves_gpu_idle` takes few heads' queries since.
 DENSE_QUERY_TOKENS = {"cuda": 240.0, "cpu": 0.0}
 LEAST_DENSE_QUERY_TOKENS = 2.0
 # Dense attention's work, S^2 times heads times head size, while the host starts sparse kernels.

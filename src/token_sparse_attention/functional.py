@@ -351,16 +351,17 @@ def _attend_dense(
 ) -> None:
     """Attend all queries of the rows that run dense, and the others' last ``dense_queries``."""
     start, end = tokens.bounds.unbind(-1)
-    last = (end - config.dense_queries).maximum(start)
-    launches = {backend: torch.where(ran_sparse, end, start)}
-    for_last = dense_backend(backend)
-    few = config.dense_queries
-    if not tokens.padded and leaves_gpu_idle(for_last, query, key, few):
-        attend_last(query, key, value, few, into, scale=call.scale)
-    elif for_last == backend:  # one launch for both
+    count, for_last = config.dense_queries, dense_backend(backend)
+    if not tokens.padded and leaves_gpu_idle(for_last, query, key, count):
+        attend_last(query, key, value, count, into, scale=call.scale)
+        count = 0
+    last = (end - count).maximum(start)
+    if for_last == backend:  # one launch for both
         launches = {backend: torch.where(ran_sparse, last, start)}
-    elif config.dense_queries:
-        launches[for_last] = torch.where(ran_sparse, last, end)
+    else:
+        launches = {backend: torch.where(ran_sparse, end, start)}
+        if count:
+            launches[for_last] = torch.where(ran_sparse, last, end)
     for by, begins in launches.items():
         attend_rows(query, key, value, begins, tokens, into, scale=call.scale, backend=by)
 

@@ -22,7 +22,7 @@ from token_sparse_attention.device import multiprocessors, on_its_device
 from token_sparse_attention.inputs import RealTokens
 
 _TILE = 128  # queries of a head that flash-attn-4 gives to one multiprocessor
-_SPLITTING_GAIN = 3  # how much slower FlashAttention-2 is where there is enough to do, with room
+_SPLITTING_GAIN = 3  # so much of the GPU must lie idle: FlashAttention-2 is slower on a full one
 
 
 class Attended(NamedTuple):
@@ -232,7 +232,7 @@ def attend_last(
         into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
         scale: factor of the logits.
     """
-    last = slice(query.shape[2] - count, None)
+    last = slice(-count, None)
     want_lse = into.lse is not None
     one = attend(query[:, :, last], key, value, scale=scale, backend="flash", want_lse=want_lse)
     into.out[:, :, last] = one.out
