@@ -131,7 +131,7 @@ def test_no_far_token_is_still_in_the_last_querys_window(budget):
     mask = torch.ones(2, 200, dtype=torch.bool)
     mask[1, 185:] = False
     scores[1, :, 177:] = 0
-    far = choose_far_tokens(scores, config, real_tokens(mask, 2, 200, scores.device))
+    far = choose_far_tokens(scores, config, real_tokens(mask, 2, 200, scores.device), "reference")
     for row, end in enumerate((200, 185)):
         own = [slots[slots < 200] for slots in far.slots[row]]
         assert all(int(slots.max()) < end - 50 for slots in own)
@@ -149,7 +149,7 @@ def test_a_prompts_length_does_not_change_how_many_places_far_tokens_have(budget
     places = set()
     for length in (60, 61, 150, 400):
         tokens = real_tokens(None, 1, length, torch.device("cpu"))
-        far = choose_far_tokens(scores_of(2, length - 8, 6), config, tokens)
+        far = choose_far_tokens(scores_of(2, length - 8, 6), config, tokens, "reference")
         places.add(far.slots.shape)
     assert len(places) == 1
 

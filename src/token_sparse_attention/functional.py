@@ -261,7 +261,7 @@ def run(
         return _all_dense(query, key, value, tokens, call)
 
     scores = score_rows(query, key, config, tokens, call.scale, impl)
-    far = far_tokens(scores, config, tokens, head_group)
+    far = far_tokens(scores, config, tokens, impl, head_group)
     selection = None
     if config.select_queries:
         selection = select_rows(

@@ -14,7 +14,14 @@ from token_sparse_attention import token_sparse_attention
 
 pytest.importorskip("triton")
 
-from token_sparse_attention.kernels import budget, compression, far_tokens, scoring, selection
+from token_sparse_attention.kernels import (
+    budget,
+    compression,
+    draw,
+    far_tokens,
+    scoring,
+    selection,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,7 +61,7 @@ class Recorder:
 
 def launches(monkeypatch, lengths, config, **options):
     recorders = {}
-    for module in (budget, compression, far_tokens, scoring, selection):
+    for module in (budget, compression, draw, far_tokens, scoring, selection):
         for name, (names, free) in run_time_arguments(module).items():
             recorders[name] = Recorder(getattr(module, name), names, free)
             monkeypatch.setattr(module, name, recorders[name])
@@ -80,7 +87,12 @@ def test_lengths_change_nothing_that_is_compiled(monkeypatch, kind):
 
     monkeypatch.setattr(limits, "_PACKED_BYTES", 200_000)
     config = dataclasses.replace(
-        SMALL, budget=kind, fallback="window", fallback_window=20, fallback_landmarks=8
+        SMALL,
+        budget=kind,
+        fallback="window",
+        fallback_window=20,
+        fallback_landmarks=8,
+        fallback_samples=8,
     )
     seen = launches(monkeypatch, (144, 177, 255), config)
     levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if kind == "shared" else 8}

@@ -162,7 +162,7 @@ def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
     tokens = real_tokens(None, 1, kv_len, torch.device("cpu"))
     with PeakMemory() as memory:
         scores = torch.rand(1, heads, kv_len - config.window_size)
-        far = far_tokens(scores, config, tokens)
+        far = far_tokens(scores, config, tokens, "reference")
         ran_sparse = rows_run_sparse(scores, config, tokens, kv_len, NEVER_DENSE)
         list_far_tokens(far, ran_sparse, tokens, heads, (), want_indices=False)
     little = workspace_bytes(config, heads, 1, 1, 1, query_len=1, kv_len=kv_len)

@@ -48,6 +48,7 @@ def far_tokens(
     scores: Tensor,
     config: TokenSparseConfig,
     tokens: RealTokens,
+    impl: str,
     head_group: ProcessGroup | None = None,
 ) -> FarTokens | None:
     """Return the far tokens of each head, None if there are none.
@@ -56,6 +57,7 @@ def far_tokens(
         scores: ``[B, H, N]`` float32, by slot.
         config: says how many of each kind.
         tokens: where the real tokens are.
+        impl: ``"triton"`` or ``"reference"``; both draw the same tokens.
         head_group: the ranks with the layer's other heads, between which budgets are shared out.
     """
     if config.fallback != "window":
@@ -72,12 +74,15 @@ def far_tokens(
     if config.budget == "per_head":
         budgets = sample_budgets(scores, config, tokens, head_group)
     slots, counts = draw(
-        scores, config.fallback_samples, tokens, config.fallback_window, own, budgets
+        scores, config.fallback_samples, tokens, config.fallback_window, own, budgets, impl
     )
     if own is None:
         return FarTokens(slots, counts)
-    slots, order = torch.cat((own, slots), -1).sort(-1)
+    slots = torch.cat((own, slots), -1)
     counts = torch.cat((torch.ones_like(own, dtype=counts.dtype), counts), -1)
+    if not config.fallback_landmarks:  # sinks lie before all drawn tokens
+        return FarTokens(slots, counts)
+    slots, order = slots.sort(-1)
     return FarTokens(slots, counts.gather(-1, order))
 
 
@@ -139,6 +144,7 @@ def draw(
     window: int = 0,
     without: Tensor | None = None,
     budgets: Tensor | None = None,
+    impl: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """Draw tokens for each head, the more likely the higher they score.
 
@@ -155,6 +161,7 @@ def draw(
         without: ``[B, H, M]`` slots that are not drawn, S_kv for none.
         budgets: ``[B, H]`` float64, how many tokens for each head, at most four times `count`;
             None for `count` for all.
+        impl: ``"triton"`` or ``"reference"``.
 
     Returns:
         Slots ``[B, H, count]``, four times as many with `budgets`, ascending, S_kv behind the
@@ -164,11 +171,15 @@ def draw(
         An extension; vAttention (arXiv 2510.05688) also completes best-scored tokens by samples.
     """
     batch_size, num_heads, _ = scores.shape
-    room = count
+    room = count if budgets is None else _MOST * count
+    if impl == "triton":
+        from token_sparse_attention.kernels.draw import draw_tokens
+
+        return draw_tokens(
+            scores, tokens.bounds, tokens.kv_len, window, count, room, without, budgets
+        )
     if budgets is None:
         budgets = scores.new_full((batch_size, num_heads), count, dtype=torch.float64)
-    else:
-        room = _MOST * count
     slots = scores.new_empty(batch_size, num_heads, room, dtype=torch.int64)
     counts = scores.new_empty(batch_size, num_heads, room)
     candidates = _left_behind(tokens, window)

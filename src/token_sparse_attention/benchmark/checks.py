@@ -192,7 +192,7 @@ def _near(inputs: Inputs, head: int, config: TokenSparseConfig) -> _Near:
     impl = resolve_impl("auto", query, query.shape[-1])
     tokens = real_tokens(None, 1, key.shape[2], query.device, on_device=impl == "triton")
     scores = score_rows(query, key, config, tokens, inputs.scale, impl)
-    far = far_tokens(scores, config, tokens)
+    far = far_tokens(scores, config, tokens, impl)
     counts = torch.zeros(key.shape[2] + 1, dtype=torch.float64, device=key.device)
     if far is not None:
         own = 1.0 if far.counts is None else far.counts[0, head].double()

@@ -110,7 +110,7 @@ def _stages(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]
     for name, config in options.settings().items():
         if config.dense_queries:
             continue
-        draw = partial(far_tokens, scores, config, real)
+        draw = partial(far_tokens, scores, config, real, impl)
         if name != WINDOW:
             draws.append(Contender(f"far/draw/{name}", draw))
         attend = partial(

@@ -382,7 +382,7 @@ def run_with(
     tokens = real_tokens(None, 1, seq_len, query.device, on_device=impl == "triton")
     scores = score_rows(query, key, config, tokens, inputs.scale, impl)
     select_rows(scores, config, tokens, impl, query_len=seq_len, kept=kept, even=even)
-    far = far_tokens(scores, config, tokens)
+    far = far_tokens(scores, config, tokens, impl)
     del scores
     call = functional.Call(inputs.scale, impl, backend)
     return functional.attend_selected(

@@ -21,7 +21,7 @@ from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.integrations.record import LayerRecord, PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
-from token_sparse_attention.selection import score_tokens, select_tokens
+from token_sparse_attention.selection import resolve_impl, score_tokens, select_tokens
 
 _MOST_PENDING = 8  # tokens that one character can be split into, with room to spare
 _INCOMPLETE = "\ufffd"  # what a tokenizer writes for part of a character
@@ -128,7 +128,8 @@ def _kept_mask(
         mask.scatter_(1, indices % (record.kv_len + 1), True)
     else:
         tokens = real_tokens(None, 1, record.kv_len, key.device)
-        far = far_tokens(scores, selected.config, tokens)
+        impl = resolve_impl(impl, query, query.shape[-1])
+        far = far_tokens(scores, selected.config, tokens, impl)
         if far is not None:
             mask.scatter_(1, far.slots[0], True)
     mask = mask[:, : record.kv_len]
