@@ -15,7 +15,7 @@ from torch import Tensor
 
 from token_sparse_attention.device import on_its_device
 
-_BLOCK = 8192  # tokens at once
+_BLOCK = 8192  # tokens at once; with 16 warps the fastest of those measured on an H200
 
 
 @on_its_device
@@ -51,7 +51,7 @@ def draw_tokens(
     draw_kernel[(batch_size * num_heads,)](
         scores.contiguous(), allowed, None if budgets is None else budgets.contiguous(), bounds,
         slots, counts, num_heads, num_scored, kv_len, window, count, room,
-        BLOCK=_BLOCK, num_warps=32,
+        BLOCK=_BLOCK, num_warps=16,
     )  # fmt: skip
     return slots, counts
 
