@@ -235,11 +235,12 @@ def test_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("wants", [False, True])
-def test_opcheck(wants):
+@pytest.mark.parametrize(("drop_mass", "dense_heads"), [(0.3, []), (None, [1])])
+def test_opcheck(drop_mass, dense_heads, wants):
     problem = half_problem(query_len=200)
     arguments = (
-        *problem, None, 0.3, 16, 5, 24, "shared", True, 20, [1], "window", 40, 3, 2, 9, "off",
-        0.125, "auto", "flash", None, None, wants, wants, wants,
+        *problem, None, drop_mass, 16, 5, 24, "shared", drop_mass is not None, 20, dense_heads,
+        "window", 40, 3, 2, 9, "off", 0.125, "auto", "flash", None, None, wants, wants, wants,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 

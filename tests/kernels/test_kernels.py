@@ -312,6 +312,7 @@ def test_crossover(monkeypatch, share_limit, query_len):
     kind = torch.device(DEVICE).type
     eff = crossover.effective_length(query_len, 300)
     monkeypatch.setitem(crossover.MIN_LENGTH, kind, 50)
+    monkeypatch.setitem(crossover.HOST_WORK, kind, 0.0)
     monkeypatch.setitem(crossover.OVERHEAD_TOKENS, kind, eff * (1 - share_limit**2))
     problem = problem_here(batch=3, query_len=query_len, kv_len=300)
     problem.query[1] *= 5  # keeps few tokens
@@ -342,6 +343,7 @@ def test_short_rows_of_a_batch_run_dense(monkeypatch):
 
     kind = torch.device(DEVICE).type
     monkeypatch.setitem(crossover.MIN_LENGTH, kind, 200)
+    monkeypatch.setitem(crossover.HOST_WORK, kind, 0.0)
     monkeypatch.setitem(crossover.OVERHEAD_TOKENS, kind, 1.0)
     problem = problem_here(batch=2, query_len=300)
     auto = dataclasses.replace(SMALL, crossover="auto")
