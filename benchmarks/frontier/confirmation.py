@@ -178,6 +178,31 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
     return markdown_table(lines) + "\n".join(["", *legend]) + "\n"
 
 
+def by_seed(rounds: list[EvalResults], length: int) -> str:
+    """Return the losses at one length sample by sample, of what was run on several.
+
+    Args:
+        rounds: results; those of one seed are of the same sample.
+        length: in tokens.
+    """
+    seeds: dict[int, list[EvalResults]] = defaultdict(list)
+    for results in rounds:
+        seeds[results.header.arguments["seed"]].append(results)
+    cells: dict[str, dict[int, str]] = defaultdict(dict)
+    for seed, of_seed in seeds.items():
+        for point in _points(of_seed, []):
+            if point.length == length:
+                bound = relative_loss_bound(point.scores)
+                cell = f"{point.loss:+.1%}, below {bound:+.1%} ({len(point.pairs)})"
+                cells[point.configuration][seed] = cell
+    shown = {name: found for name, found in cells.items() if len(found) > 1}
+    columns = sorted({seed for found in shown.values() for seed in found})
+    lines = [["settings", *(f"seed {seed}" for seed in columns)]]
+    for name, found in shown.items():
+        lines.append([_name(name), *(found.get(seed, "-") for seed in columns)])
+    return markdown_table(lines)
+
+
 class Shown(NamedTuple):
     """A model in `glance`: its results, their replays, the configurations in order."""
 

@@ -86,11 +86,10 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
         built[name] = confirmation.speeds(rounds[f"answers-{which}"], replay, _label)
     confirmed, second = load_folder(CONFIRMED), load_folder(SECOND)
     first_rounds, second_rounds = list(confirmed.values()), list(second.values())
-    replays = [Replay.load(path) for path in CONFIRMED.glob("replay*.json")]
-    # What was replayed twice is shown by the run that replayed most, beside the others there.
-    replays.sort(key=lambda replay: -len(replay.rows))
+    replays = [Replay.load(CONFIRMED / "replay-128k.json")]
     replayed = [Replay.load(SECOND / "replay-128k.json")]
     built["confirmed"] = confirmation.confirmed(first_rounds, replays, _label)
+    built["confirmed-seeds"] = confirmation.by_seed(first_rounds, 131072)
     built["second"] = confirmation.confirmed(second_rounds, replayed, _label)
     shown = confirmation.Shown
     models = {

@@ -157,6 +157,31 @@ def test_files_of_other_samples_are_one_row():
     assert [(row[2], row[7]) for row in rows] == [("0.625 of 0.750", "4")]
 
 
+def test_seeds_are_told_apart():
+    def seeded(seed, length, scores):
+        made = results(length, scores, sparse=True)
+        arguments = {**made.header.arguments, "seed": seed}
+        return EvalResults(dataclasses.replace(made.header, arguments=arguments), made.samples)
+
+    rounds = [
+        seeded(23, 1024, [(1.0, 0.5), (1.0, 1.0)]),
+        seeded(5, 1024, [(1.0, 1.0)]),
+        seeded(7, 2048, [(1.0, 0.0)]),
+    ]
+    lines = confirmation.by_seed(rounds, 1024).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
+        "settings",
+        "seed 5",
+        "seed 23",
+    ]
+    name = confirmation.NAMES["F"]
+    assert cells("\n".join(lines), name)[1].startswith("+0.0%, below ")
+    assert cells("\n".join(lines), name)[2].startswith("+25.0%, below ")
+    assert cells("\n".join(lines), name)[2].endswith("(2)")
+    assert len(lines) == 3
+    assert len(confirmation.by_seed(rounds[1:], 1024).splitlines()) == 2, "one sample only"
+
+
 def test_single_heads_are_named_by_cost(tmp_path):
     setting = LayerSetting("fallback_samples", 4096)
     costs = {2: 0.1, 0: 0.4, 1: 0.2, 3: 0.05, 4: 0.03}
