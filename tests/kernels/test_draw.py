@@ -53,9 +53,9 @@ KINDS = ["even", "soft", "sharp", "heavy-tailed", "geometric", "none", "one", "t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [1, 40, 700, 3000])
+@pytest.mark.parametrize("count", [1, 40, 700, 2013, 3000])
 def test_the_same_tokens_of_one_row(kind, count):
-    length, window = 2113, 100
+    length, window = 2113, 100  # 2013 tokens may be drawn
     tokens = real_tokens(None, 1, length, torch.device(DEVICE))
     slots = both(scores_of(kind, 3, length - 32), count, tokens, window)
     drawn = (slots < length).sum(-1)
@@ -112,6 +112,8 @@ def test_slots_are_slots_whatever_the_scores(value):
     assert ((slots >= 0) & (slots <= 532)).all()
     assert (slots.diff() >= 0).all()
     assert counts.isfinite().all()
+    without = draw(scores.where(scores < 1, 0.0), 60, tokens, impl="triton")
+    assert torch.equal(slots, without[0])
 
 
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
