@@ -27,15 +27,14 @@ MIN_KEYS_ONLY = {"cuda": 24576, "cpu": 20480}
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # The same for the windowed fallback: a fixed part, and one per token of the window.
 FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
-# And for its far tokens. They may all lie at the start, where every query sees them: twice what
-# evenly spread ones take. On a CPU the measurement was rough: an upper end.
-FAR_TOKENS = {"cuda": (1500.0, 4.2), "cpu": (4000.0, 20.0)}
+# And for its far tokens. They may all lie at the start, where every query sees them: half again
+# what evenly spread ones take. On a CPU the measurement was rough: an upper end.
+FAR_TOKENS = {"cuda": (1000.0, 3.0), "cpu": (4000.0, 20.0)}
 
-# And for each of the last queries that attend to every key, if there were one head: as many
-# multiprocessors are at work as there are heads. And by the number of operations, at least.
-# Measured on flash-attn-4, from which `leaves_gpu_idle` takes few heads' queries since.
-DENSE_QUERY_TOKENS = {"cuda": 240.0, "cpu": 0.0}
-LEAST_DENSE_QUERY_TOKENS = 2.0
+# And for each of the last queries that attend to every key: if there were one head, since few
+# heads' queries do not fill a GPU, also with their keys split; and with any number of heads.
+DENSE_QUERY_TOKENS = {"cuda": 60.0, "cpu": 0.0}
+LEAST_DENSE_QUERY_TOKENS = {"cuda": 5.4, "cpu": 2.0}
 # Dense attention's work, S^2 times heads times head size, while the host starts sparse kernels.
 HOST_WORK = {"cuda": 1.5e12, "cpu": 0.0}
 
@@ -100,7 +99,7 @@ def break_even(
     if config.crossover == "off":
         return NEVER_DENSE
     kind = "cuda" if device.type == "cuda" else "cpu"
-    dense_query = max(DENSE_QUERY_TOKENS[kind] / num_heads, LEAST_DENSE_QUERY_TOKENS)
+    dense_query = max(DENSE_QUERY_TOKENS[kind] / num_heads, LEAST_DENSE_QUERY_TOKENS[kind])
     fixed = OVERHEAD_TOKENS[kind] + dense_query * config.dense_queries
     if config.fallback == "window":
         base, per_token = FALLBACK_TOKENS[kind]

@@ -38,6 +38,7 @@ def test_tables_say_what_was_measured():
     assert rows("far-settings", far_result()) == [
         ["run", "128K", "window", "-", "3", "4", "50.00x", "-"],
         ["run", "128K", "samples-4096", "4", "9", "14", "14.29x", "6,554"],
+        ["run", "128K", "samples-4096-dense-128", "-", "-", "16", "12.50x", "-"],
     ]
     assert rows("far-stages", far_result()) == [
         ["run", "128K", "dense, fa4", "200", "131,072"],
@@ -50,8 +51,11 @@ def test_tables_say_what_was_measured():
 def test_nothing_is_claimed_without_a_passed_check():
     wrong = changed(far_result(), "far/whole/samples-4096", passed=False)
     assert rows("far-settings", wrong)[1][5:] == ["**check failed**"] * 3
+    assert rows("far-stages", wrong)[3][3:] == ["**check failed**"] * 2
     with pytest.raises(NoFigureError, match="check failed"):
         far_keys(Run("run", wrong), S, "samples-4096")
+    with pytest.raises(NoFigureError, match="not measured"):
+        dense_query_keys(Run("run", far_result()), S, 64)
     base = changed(far_result(), "far/dense/fa4", passed=False)
     assert rows("far-settings", base)[1][6:] == ["**check failed**"] * 2
     assert rows("far-stages", base)[1][4] == "**check failed**"
@@ -68,7 +72,6 @@ def test_every_setting_and_stage_is_measured(tmp_path, capsys):
         *("far/dense/flash", "far/score"),
         *(f"far/draw/{name}" for name in SETTINGS),
         *(f"far/windows/{name}" for name in ("window", *SETTINGS)),
-        "far/dense-queries/8",
         *(f"far/whole/{name}" for name in whole),
     ]
     checked = [entry.name for entry in printed.records if entry.passed]

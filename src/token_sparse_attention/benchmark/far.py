@@ -1,7 +1,7 @@
 """`tsa bench far`: the windowed fallback of every query, its far tokens, and dense last queries.
 
-Each setting attends as ``select_queries=False`` does. The stages' times give the constants of
-`crossover` for far tokens and dense queries.
+Each setting attends as ``select_queries=False`` does. The times give the constants of `crossover`
+for far tokens and dense queries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 
-from token_sparse_attention.attention.causal import attend_rows
 from token_sparse_attention.attention.dense import new_output
 from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.attention.windows import attend_windows
@@ -95,7 +94,7 @@ def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Re
 
 
 def _stages(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]:
-    """Time scoring; drawing; windows with and without far tokens in turns; dense queries."""
+    """Time scoring; drawing; windows with and without far tokens in turns."""
     query, key, value = point.inputs
     backend, scale = options.common.backends[0], point.inputs.scale
     impl = resolve_impl("auto", query, query.shape[-1])
@@ -122,18 +121,6 @@ def _stages(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]
     yield from point.timed(*draws)
     say("windows and far tokens")
     yield from point.timed(*windows)
-    say("dense queries")
-    last = [
-        Contender(
-            f"far/dense-queries/{count}",
-            partial(
-                attend_rows, query, key, value, (real.bounds[:, 1] - count).clamp(min=0), real,
-                into, scale=scale, backend=backend,
-            ),
-        )
-        for count in options.dense_queries
-    ]  # fmt: skip
-    yield from point.timed(*last)
 
 
 def _whole(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]:

@@ -6,6 +6,7 @@ in the time that a stage takes. So are the constants of `crossover`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from token_sparse_attention.benchmark.record import Record
@@ -56,10 +57,27 @@ def far_keys(run: Run, seq_len: int, setting: str) -> float:
 def dense_query_keys(run: Run, seq_len: int, count: int) -> float:
     """Return what each of the last `count` queries costs that attend to every key, likewise.
 
+    It is the difference that they make to the operator.
+
     Raises:
-        NoFigureError: if it was not measured.
+        NoFigureError: if it was not measured, or a check failed.
     """
-    return keys_per_query(run, seq_len, f"far/dense-queries/{count}") / count
+    ms = _dense_queries_ms(run, seq_len, count)
+    return ms / milliseconds(_dense(run, seq_len)) * seq_len / count
+
+
+def _dense_queries_ms(run: Run, seq_len: int, count: int) -> float:
+    ending = f"-dense-{count}"
+    for name in run.names("far/whole/"):
+        if name.endswith(ending):
+            without = run.need(name.removesuffix(ending), seq_len)
+            return milliseconds(run.need(name, seq_len)) - milliseconds(without)
+    raise NoFigureError(NOT_MEASURED)
+
+
+def _dense_counts(run: Run) -> list[int]:
+    found = (re.search(r"-dense-(\d+)$", name) for name in run.names("far/whole/"))
+    return [int(one[1]) for one in found if one]
 
 
 def _settings(runs: Sequence[Run]) -> Rows:
@@ -86,11 +104,10 @@ def _stages(runs: Sequence[Run]) -> Rows:
                 stage = name.removeprefix("far/").replace("/", ", ")
                 cost = figure_or(_keys, run, seq_len, name)
                 yield run.name, tokens(seq_len), stage, _ms(run, seq_len, name), cost
-            for name in run.names("far/dense-queries/"):
-                count = int(name.rpartition("/")[2])
-                stage = f"{count} dense queries"
+            for count in _dense_counts(run):
+                ms = figure_or(_extra, run, seq_len, count)
                 cost = figure_or(_each, run, seq_len, count)
-                yield run.name, tokens(seq_len), stage, _ms(run, seq_len, name), cost
+                yield run.name, tokens(seq_len), f"{count} dense queries", ms, cost
 
 
 def _ms(run: Run, seq_len: int, name: str) -> str:
@@ -112,6 +129,10 @@ def _far_keys(run: Run, seq_len: int, setting: str) -> str:
 
 def _keys(run: Run, seq_len: int, name: str) -> str:
     return number(keys_per_query(run, seq_len, name))
+
+
+def _extra(run: Run, seq_len: int, count: int) -> str:
+    return number(_dense_queries_ms(run, seq_len, count))
 
 
 def _each(run: Run, seq_len: int, count: int) -> str:
