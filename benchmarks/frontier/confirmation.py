@@ -38,6 +38,9 @@ NAMES = {
     "H3": "two dense heads",
     "K": "two dense heads, else the defaults",
     "default": "the defaults in all layers",
+    "dense-1-10": "layers 1 and 10 dense",
+    "same-token": "four heads dense",
+    "samples-16384": "16,384 samples in all layers",
     "published-drift": "published, drift's layers",
     "calibrated-4.75": "calibrated for 1/4.75",
     "calibrated-8": "calibrated for 1/8",
@@ -158,7 +161,7 @@ def speeds(results: EvalResults, replay: Replay, describe: Describe) -> str:
 
 
 def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Describe) -> str:
-    """Return the confirmation's table: every length, then all of them together.
+    """Return the confirmation's table: every length, then all of them together if several.
 
     Scores are of the `answerable` tasks; the counts that were replayed are of all.
     """
@@ -169,7 +172,8 @@ def confirmed(rounds: list[EvalResults], replays: list[Replay], describe: Descri
     for point in points:
         kept = f"{fmean(pair.kept for pair in point.pairs):.0%}"
         lines.append([f"{point.length // 1024}K", *_cells(point, kept)])
-    for name in dict.fromkeys(point.configuration for point in points):
+    several = len({point.length for point in points}) > 1
+    for name in dict.fromkeys(point.configuration for point in points if several):
         of_name = [point for point in points if point.configuration == name]
         together = _Point(name, 0, [pair for point in of_name for pair in point.pairs], None)
         ran = f"sparse in {fmean(pair.ran_sparse for pair in together.pairs):.0%} of samples"

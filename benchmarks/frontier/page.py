@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.frontier import confirmation, position_tables, questions
+from benchmarks.frontier import confirmation, position_tables, questions, restored
 from benchmarks.markdown import markdown_table, mean_cell
 from benchmarks.plotting import figure_file
 from benchmarks.pooling import beside, load_folder, paired_scores, pooled
@@ -36,6 +36,8 @@ CALIBRATED = RESULTS.parent / "calibration" / "samples-128k.measured.json"
 HEADS = CALIBRATED.with_name("heads-128k.measured.json")
 DRIFT = CALIBRATED.with_name("drift-16k.measured.json")
 SECOND = RESULTS.parent / "qwen3"
+AGAIN = SECOND / "samples"
+"""The second architecture, trained once more: how many samples it needs."""
 FIGURE = ROOT / "docs" / "figures" / "frontier-screening.svg"
 QUESTIONS_FIGURE = FIGURE.with_name("frontier-questions.svg")
 SPEED_FIGURE = FIGURE.with_name("frontier-speed.svg")
@@ -105,8 +107,19 @@ def tables(rounds: Mapping[str, EvalResults]) -> dict[str, str]:
     built["second-layers"] = confirmation.calibration(measured, drift)
     built["second-heads"] = confirmation.single_heads(measured)
     built["second-goals"] = confirmation.goals(measured, (4.75, 8, 12))
+    again = load_folder(AGAIN)
+    built["again-numbers"] = restored.table(again["numbers"], DENSE)
+    built["again-layers"] = restored.table(again["layers"], "all")
+    of_layer = [f"layer 10 head {head}" for head in range(8)]
+    built["again-heads"] = restored.table(again["heads"], "all", of_layer)
+    built["again-same-token"] = restored.table(again["same-token"], "all")
+    answered = [again["answers"], again["answers-same-token"]]
+    built["again-answers"] = confirmation.confirmed(answered, [], _label)
+    looked = position_tables.load_rows(SECOND / "positions")
+    built["again-looks"] = position_tables.by_head(looked, "niah_multikey_3", "10")
     runs = {"questions": asked, **{f"confirmed, {name}": r for name, r in confirmed.items()}}
     runs |= {f"second architecture, {name}": r for name, r in second.items()}
+    runs |= {f"second architecture again, {name}": r for name, r in again.items()}
     built["runs"] = _runs(runs)
     built["rounds"] = _runs(rounds)
     return built
