@@ -107,6 +107,11 @@ def test_both_prints_json_with_prompts_of_their_own(folder, tmp_path, capsys):
     assert "Measured on 2 prompts of 120 to 130 tokens." in told
     assert "over 10 positions" in told
     assert "divergence budget 100: 3 of 3 layers sparse (0-2)" in told
+    for choice in result.choices:
+        first, second = choice.prompt_divergences
+        assert choice.divergence == (first + second) / 2
+        number, most = (1, first) if first > second else (2, second)
+        assert f"of dense, most on prompt {number} of 2: {most:.3g} nats" in told
     svg = draw(result, ".svg")
     assert svg.count(b'id="axes_') == 2
     assert svg == draw(result, ".svg")
@@ -127,6 +132,8 @@ def test_numbers_of_samples_are_tried_and_the_profile_runs_with_them(folder, tmp
     drawn = (tmp_path / "plot.svg").read_text()
     assert all(f">fallback_samples {count}<" in drawn for count in (6, 20, 500))
     told = " ".join(sentences(result))
+    assert result.choices[0].prompt_divergences == (result.choices[0].divergence,)
+    assert "most on prompt" not in told
     assert "layers 0-2 at fallback_samples 500 (far tokens cover the whole prompt)" in told
     profile = LayerProfile.from_json(out.read_text())
     assert profile.layers

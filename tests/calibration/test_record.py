@@ -36,7 +36,7 @@ RESULT = CalibrationResult(
     heads=(HeadSensitivity(1, 3, LayerSetting("fallback_samples", 512, (0, 2)), 1e-4, None),),
     choices=(
         Choice("drift_quantile", 0.5, PROFILE),
-        Choice("divergence_budget", 0.01, PROFILE, 0.008, 0.009, 0.001, 0.6, 2),
+        Choice("divergence_budget", 0.01, PROFILE, 0.008, 0.009, 0.001, 0.6, 2, (0.002, 0.016)),
     ),
 )
 
@@ -52,7 +52,7 @@ def test_results_survive_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=1), "this file must have version 3, got 1"),
+        (lambda c: c.update(version=1), "this file must have version 4, got 1"),
         (lambda c: c.pop("drift"), "must be an object with arguments, base"),
         (lambda c: c.update(extra=1), "must be an object with"),
         (lambda c: c.update(method="guess"), "method must be one of drift"),
@@ -85,6 +85,14 @@ def test_results_survive_the_file(tmp_path):
             r"heads\[0\].setting.dense_heads must be list, got 3",
         ),
         (lambda c: c["choices"][0].update(goal="x"), r"choices\[0\].goal must be one of"),
+        (
+            lambda c: c["choices"][1].update(prompt_divergences=[0.1, "x"]),
+            r"choices\[1\].prompt_divergences must be float, got 'x'",
+        ),
+        (
+            lambda c: c["choices"][1].update(prompt_divergences=0.1),
+            r"choices\[1\].prompt_divergences must be list, got 0.1",
+        ),
         (lambda c: c["choices"][1]["profile"].update(version=9), "profile: profile version"),
     ],
 )
@@ -95,14 +103,21 @@ def test_anything_else_is_refused_by_name(change, message):
         CalibrationResult.from_json(json.dumps(content), "this file")
 
 
-def test_the_version_before_heads_is_read():
+@pytest.mark.parametrize("version", [2, 3])
+def test_versions_before_are_read(version):
+    """2 knew no heads, 3 no single prompts of a choice."""
     content = json.loads(RESULT.to_json())
-    content["version"] = 2
-    del content["heads"]
-    for row in content["sensitivity"]:
-        del row["setting"]["dense_heads"]
+    content["version"] = version
+    for choice in content["choices"]:
+        del choice["prompt_divergences"]
+    if version == 2:
+        del content["heads"]
+        for row in content["sensitivity"]:
+            del row["setting"]["dense_heads"]
+    choices = tuple(dataclasses.replace(one, prompt_divergences=()) for one in RESULT.choices)
+    heads = () if version == 2 else RESULT.heads
     before = CalibrationResult.from_json(json.dumps(content))
-    assert before == dataclasses.replace(RESULT, heads=())
+    assert before == dataclasses.replace(RESULT, heads=heads, choices=choices)
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -273,6 +273,7 @@ def _by_sensitivity(
                 divergence=reading.divergence,
                 standard_error=reading.standard_error,
                 work=reading.work(num_layers),
+                prompt_divergences=reading.divergences,
             )
         )
     if not any(row.sparse_prompts for row in rows):

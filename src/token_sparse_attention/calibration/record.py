@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from token_sparse_attention.benchmark.record import UsageError, check_choice, check_type
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
 
-SCHEMA_VERSION = 3  # 2 knew no heads
+SCHEMA_VERSION = 4  # 2 knew no heads, 3 no single prompts of a choice
 METHODS = ("drift", "sensitivity", "both")
 GOALS = ("drift_quantile", "divergence_budget", "target_speedup")
 DROP_MASSES = (0.05, 0.1, 0.2, 0.4)  # tried by default where queries are selected
@@ -144,6 +144,8 @@ class Choice:
         divergence: KL of all chosen layers together, as in `Sensitivity`, measured with the
             crossover off; None if it was not measured.
         standard_error: of `divergence` over prompts.
+        prompt_divergences: what `divergence` is the mean of, prompt by prompt; none if it was
+            not measured.
         work: mean over layers, heads and prompts of the work, as in `Sensitivity`, measured
             together.
         steps_moved: by how many steps, of one layer each, the measured combination differs
@@ -158,6 +160,7 @@ class Choice:
     standard_error: float | None = None
     work: float | None = None
     steps_moved: int = 0
+    prompt_divergences: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,8 @@ class CalibrationResult:
             content = json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"{source} is not valid JSON: {error}") from error
-        if isinstance(content, dict) and content.get("version") == 2:
-            content |= {"version": SCHEMA_VERSION, "heads": []}
+        if isinstance(content, dict) and content.get("version") in (2, 3):
+            content = {"heads": [], **content, "version": SCHEMA_VERSION}
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or set(content) != names:
             raise UsageError(f"{source} must be an object with {', '.join(sorted(names))}")
@@ -285,8 +288,8 @@ def _fields(row: Any) -> dict[str, Any]:
 def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
     hints = get_type_hints(kind)
     check_type(fields, (dict,), where)
-    _check_names(fields, hints, where)
-    values = dict(fields)
+    values = {"prompt_divergences": [], **fields} if kind is Choice else dict(fields)
+    _check_names(values, hints, where)
     if "profile" in values:
         try:
             values["profile"] = LayerProfile.from_json(json.dumps(values["profile"]))
@@ -295,7 +298,10 @@ def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
     if "setting" in values:
         values["setting"] = _read_setting(values["setting"], f"{where}.setting")
     for name, value in values.items():
-        check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
+        if name == "prompt_divergences":
+            values[name] = _read_list(value, float, f"{where}.{name}")
+        else:
+            check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
     if "goal" in values:
         check_choice(values["goal"], GOALS, f"{where}.goal")
     return kind(**values)
@@ -309,10 +315,14 @@ def _read_setting(fields: Any, where: str) -> LayerSetting:
     check_type(name, (str,), f"{where}.name")
     check_choice(name, SETTINGS, f"{where}.name")
     check_type(value, (int if name == "fallback_samples" else float,), f"{where}.value")
-    check_type(heads, (list,), f"{where}.dense_heads")
-    for head in heads:
-        check_type(head, (int,), f"{where}.dense_heads")
-    return LayerSetting(name, value, tuple(heads))
+    return LayerSetting(name, value, _read_list(heads, int, f"{where}.dense_heads"))
+
+
+def _read_list(values: Any, kind: type[Any], where: str) -> tuple[Any, ...]:
+    check_type(values, (list,), where)
+    for value in values:
+        check_type(value, (kind,), where)
+    return tuple(values)
 
 
 def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:

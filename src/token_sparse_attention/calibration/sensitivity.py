@@ -351,6 +351,7 @@ def choose_profile(
         standard_error=reading.standard_error,
         work=reading.work(num_layers),
         steps_moved=abs(index - start),
+        prompt_divergences=reading.divergences,
     )
 
 
