@@ -111,7 +111,7 @@ def test_both_prints_json_with_prompts_of_their_own(folder, tmp_path, capsys):
         first, second = choice.prompt_divergences
         assert choice.divergence == (first + second) / 2
         number, most = (1, first) if first > second else (2, second)
-        assert f"of dense, most on prompt {number} of 2: {most:.3g} nats" in told
+        assert f"nats (most on prompt {number} of 2: {most:.3g}), attention work" in told
     svg = draw(result, ".svg")
     assert svg.count(b'id="axes_') == 2
     assert svg == draw(result, ".svg")

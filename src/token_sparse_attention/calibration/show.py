@@ -144,13 +144,12 @@ def _sentence(choice: Choice, result: CalibrationResult, num_layers: int) -> str
         text = f"By sensitivity, {choice.goal.replace('_', ' ')} {choice.value:g}: {which}"
     if choice.divergence is not None and choice.work is not None:
         together = plus_minus(choice.divergence, choice.standard_error)
-        text += f"; together {together} nats, attention work {choice.work:.3f} of dense"
+        text += f"; together {together} nats"
         if len(choice.prompt_divergences) > 1:
             most = max(choice.prompt_divergences)
             number = choice.prompt_divergences.index(most) + 1
-            text += (
-                f", most on prompt {number} of {len(choice.prompt_divergences)}: {most:.3g} nats"
-            )
+            text += f" (most on prompt {number} of {len(choice.prompt_divergences)}: {most:.3g})"
+        text += f", attention work {choice.work:.3f} of dense"
     if choice.summed_divergence is not None:
         text += f"; the layers' own divergences add up to {choice.summed_divergence:.3g}"
         if choice.divergence is None:
