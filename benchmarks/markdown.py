@@ -15,3 +15,8 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 def mean_cell(values: Sequence[float]) -> str:
     """Return the mean of signed values, its standard error, and how many they are."""
     return f"{fmean(values):+.2f} ± {stdev(values) / len(values) ** 0.5:.2f} ({len(values)})"
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Return a noun and its numbers, as in "layer 3" or "heads 0, 5"."""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -130,7 +130,7 @@ def test_constants_cover_the_measured_far_tokens_and_dense_queries(num_heads):
             shares[setting] = far_keys(run, length, setting) / (base + per_token * count)
         assert 0.85 < max(shares.values()) <= 1, shares
         each.append(dense_query_keys(run, length, 128))
-    assert 0.7 < max(each) / dense_query <= 1, each
+    assert 0.75 < max(each) / dense_query <= 1, each
 
 
 def test_fewer_heads_need_longer_prompts():

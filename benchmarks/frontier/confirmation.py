@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import markdown_table, numbered
 
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
@@ -117,8 +117,7 @@ def _layer(number: int, changes: Mapping[str, Any]) -> str:
 def dense_heads(settings: Mapping[str, Any]) -> list[str]:
     """Say which heads the settings leave dense, as in "heads 0, 5 dense"; nothing if none."""
     heads = settings.get("dense_heads") or ()
-    noun = "heads" if len(heads) > 1 else "head"
-    return [f"{noun} {', '.join(map(str, heads))} dense"] if heads else []
+    return [f"{numbered('head', heads)} dense"] if heads else []
 
 
 def single_heads(path: Path, most: int = 3) -> str:

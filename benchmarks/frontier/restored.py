@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.markdown import markdown_table, mean_cell
+from benchmarks.markdown import markdown_table, mean_cell, numbered
 from benchmarks.pooling import paired_scores
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
@@ -72,16 +72,12 @@ def differs(settings: Mapping[str, Any] | None, num_layers: int) -> str:
         of_window = "" if window == 2048 else f", window {window:,}"
         return f"{settings['fallback_samples']:,} samples{of_window}"
     dense = [layer for layer in range(num_layers) if str(layer) not in settings["layers"]]
-    parts = [f"{_listed('layer', dense)} dense"] if dense else []
+    parts = [f"{numbered('layer', dense)} dense"] if dense else []
     samples: dict[int, list[int]] = defaultdict(list)
     for layer, changes in settings["layers"].items():
         if heads := changes.get("dense_heads"):
-            parts.append(f"{_listed('head', heads)} of layer {layer} dense")
+            parts.append(f"{numbered('head', heads)} of layer {layer} dense")
         if count := changes.get("fallback_samples"):
             samples[count].append(int(layer))
-    parts += [f"{count:,} samples in {_listed('layer', of)}" for count, of in samples.items()]
+    parts += [f"{count:,} samples in {numbered('layer', of)}" for count, of in samples.items()]
     return ", ".join(parts)
-
-
-def _listed(noun: str, numbers: Sequence[int]) -> str:
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

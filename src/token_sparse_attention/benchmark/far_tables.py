@@ -36,8 +36,11 @@ def keys_per_query(run: Run, seq_len: int, name: str) -> float:
     Raises:
         NoFigureError: if one was not measured, or dense attention's check failed.
     """
-    record = run.need(name, seq_len, checked=False)
-    return milliseconds(record) / milliseconds(_dense(run, seq_len)) * seq_len
+    return _keys_in(run, seq_len, milliseconds(run.need(name, seq_len, checked=False)))
+
+
+def _keys_in(run: Run, seq_len: int, ms: float) -> float:
+    return ms / milliseconds(_dense(run, seq_len)) * seq_len
 
 
 def far_keys(run: Run, seq_len: int, setting: str) -> float:
@@ -62,22 +65,22 @@ def dense_query_keys(run: Run, seq_len: int, count: int) -> float:
     Raises:
         NoFigureError: if it was not measured, or a check failed.
     """
-    ms = _dense_queries_ms(run, seq_len, count)
-    return ms / milliseconds(_dense(run, seq_len)) * seq_len / count
+    return _keys_in(run, seq_len, _dense_queries_ms(run, seq_len, count)) / count
 
 
 def _dense_queries_ms(run: Run, seq_len: int, count: int) -> float:
-    ending = f"-dense-{count}"
-    for name in run.names("far/whole/"):
-        if name.endswith(ending):
-            without = run.need(name.removesuffix(ending), seq_len)
-            return milliseconds(run.need(name, seq_len)) - milliseconds(without)
-    raise NoFigureError(NOT_MEASURED)
+    without = _without_dense_queries(run).get(count)
+    if without is None:
+        raise NoFigureError(NOT_MEASURED)
+    both = (run.need(name, seq_len) for name in (f"{without}-dense-{count}", without))
+    with_them, others = map(milliseconds, both)
+    return with_them - others
 
 
-def _dense_counts(run: Run) -> list[int]:
-    found = (re.search(r"-dense-(\d+)$", name) for name in run.names("far/whole/"))
-    return [int(one[1]) for one in found if one]
+def _without_dense_queries(run: Run) -> dict[int, str]:
+    """What was measured with some number of dense queries: the same without, by the number."""
+    found = (re.fullmatch(r"(.*)-dense-(\d+)", name) for name in run.names("far/whole/"))
+    return {int(one[2]): one[1] for one in found if one}
 
 
 def _settings(runs: Sequence[Run]) -> Rows:
@@ -104,7 +107,7 @@ def _stages(runs: Sequence[Run]) -> Rows:
                 stage = name.removeprefix("far/").replace("/", ", ")
                 cost = figure_or(_keys, run, seq_len, name)
                 yield run.name, tokens(seq_len), stage, _ms(run, seq_len, name), cost
-            for count in _dense_counts(run):
+            for count in _without_dense_queries(run):
                 ms = figure_or(_extra, run, seq_len, count)
                 cost = figure_or(_each, run, seq_len, count)
                 yield run.name, tokens(seq_len), f"{count} dense queries", ms, cost

@@ -264,18 +264,10 @@ def _by_sensitivity(
     rows = sensitivities.measure_sensitivity(
         model, references, options.base, options.settings, on_progress=on_progress, **code
     )
-    measured = []
-    for choice in choices:
-        reading = measure(choice.profile)
-        measured.append(
-            dataclasses.replace(
-                choice,
-                divergence=reading.divergence,
-                standard_error=reading.standard_error,
-                work=reading.work(num_layers),
-                prompt_divergences=reading.divergences,
-            )
-        )
+    measured = [
+        dataclasses.replace(choice, **measure(choice.profile).of_choice(num_layers))
+        for choice in choices
+    ]
     if not any(row.sparse_prompts for row in rows):
         reasons = "; ".join(dict.fromkeys(row.note for row in rows))
         return rows, [], measured, f"no layer ran sparse under any setting: {reasons}"

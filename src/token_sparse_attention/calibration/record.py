@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from token_sparse_attention.benchmark.record import UsageError, check_choice, check_type
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
@@ -298,10 +298,11 @@ def _read_row(kind: type[Row], fields: Any, where: str) -> Row:
     if "setting" in values:
         values["setting"] = _read_setting(values["setting"], f"{where}.setting")
     for name, value in values.items():
-        if name == "prompt_divergences":
-            values[name] = _read_list(value, float, f"{where}.{name}")
+        kinds = get_args(hints[name]) or (hints[name],)
+        if get_origin(hints[name]) is tuple:
+            values[name] = _read_list(value, kinds[0], f"{where}.{name}")
         else:
-            check_type(value, get_args(hints[name]) or (hints[name],), f"{where}.{name}")
+            check_type(value, kinds, f"{where}.{name}")
     if "goal" in values:
         check_choice(values["goal"], GOALS, f"{where}.goal")
     return kind(**values)

@@ -106,6 +106,15 @@ class Reading:
         readings = [r for layer in range(num_layers) for r in self.of_layer(layer)]
         return math.fsum(reading.work for reading in readings) / len(readings)
 
+    def of_choice(self, num_layers: int) -> dict[str, Any]:
+        """Return the fields of a `Choice` that say what its layers do together."""
+        return {
+            "divergence": self.divergence,
+            "standard_error": self.standard_error,
+            "prompt_divergences": self.divergences,
+            "work": self.work(num_layers),
+        }
+
 
 @torch.no_grad()
 def dense_reference(model: Any, prompt: Prompt, max_reply: int = 32) -> Reference:
@@ -347,11 +356,8 @@ def choose_profile(
         value=value,
         profile=_profile(path[index], base),
         summed_divergence=summed_divergence(path[index]),
-        divergence=reading.divergence,
-        standard_error=reading.standard_error,
-        work=reading.work(num_layers),
         steps_moved=abs(index - start),
-        prompt_divergences=reading.divergences,
+        **reading.of_choice(num_layers),
     )
 
 
