@@ -66,6 +66,12 @@ def test_only_the_points_that_are_asked_for_are_shown():
     assert len(cells(restored.table(one, "all", ["more"]))) == 3
 
 
+def test_a_prompt_that_only_the_other_point_has_is_left_out():
+    one = results({"dense": [1.0, 2.0, 9.0], "all": [1.5, 4.0, None]})
+    (row,) = cells(restored.table(one, "all"))[2:]
+    assert row[:3] == ["dense", "-1.25 ± 0.75 (2)", "0 of 2"]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
