@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from token_sparse_attention import arguments, bundled
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.cli import main
+from token_sparse_attention.errors import UsageError
 
 COMMANDS = {
     "run": ["run", "no/such/model", "--prompt-file", "FILE"],

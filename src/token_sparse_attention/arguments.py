@@ -15,7 +15,7 @@ from token_sparse_attention import bundled
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import JobFailedError, UsageError
 from token_sparse_attention.selection import IMPLS
 
 FAILED, BAD_INPUT = 1, 2  # exit codes besides 0
@@ -167,10 +167,6 @@ def loading(name: str) -> Iterator[None]:
         yield
     except _LOADING_ERRORS as error:
         raise UsageError(f"{name} cannot be loaded: {error}") from error
-
-
-class JobFailedError(Exception):
-    """The input could be used, but the job failed; the message says why."""
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from token_sparse_attention.arguments import BAD_INPUT, FAILED
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.benchmark.command import add_commands as add_benchmarks
 from token_sparse_attention.benchmark.command import positive
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands as add_calibration
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.command import add_commands as add_evaluation
 from token_sparse_attention.evaluation.replay_command import add_commands as add_replay
 from token_sparse_attention.named_settings import read_settings

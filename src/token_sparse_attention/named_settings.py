@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 
 from token_sparse_attention.attention.patterns import PATTERNS
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import (
     PROFILE_FILE,
     LayerProfile,
     TokenSparseConfig,
     load_config,
 )
+from token_sparse_attention.errors import UsageError
 
 PROFILES = Path(__file__).parent / "evaluation" / "profiles"  # the paper's layers of two models
 LEADING_PATTERN = re.compile(rf"({'|'.join(PATTERNS)})(?:$|:|\+)")  # that a value begins with

@@ -26,11 +26,12 @@ from token_sparse_attention.benchmark.block_tables import (
     rate,
 )
 from token_sparse_attention.benchmark.checks import random_inputs
-from token_sparse_attention.benchmark.record import ResultFile, UsageError
+from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.benchmark.tables import build
 from token_sparse_attention.benchmark.targets import outcomes
 from token_sparse_attention.cli import main
+from token_sparse_attention.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "patterns.md"

@@ -12,11 +12,11 @@ from benchmark.synthetic import S, changed, op_result, prefill_result
 from token_sparse_attention.benchmark import plots
 from token_sparse_attention.benchmark.far_tables import FAR_TABLES
 from token_sparse_attention.benchmark.plots import draw
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.runs import NoFigureError, Run
 from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
 from token_sparse_attention.benchmark.targets import TARGETS, outcomes
 from token_sparse_attention.cli import main
+from token_sparse_attention.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"

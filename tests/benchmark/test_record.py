@@ -7,7 +7,8 @@ import json
 import pytest
 
 from benchmark.synthetic import op_result, prefill_result
-from token_sparse_attention.benchmark.record import ResultFile, UsageError
+from token_sparse_attention.benchmark.record import ResultFile
+from token_sparse_attention.errors import UsageError
 
 
 @pytest.mark.parametrize("result", [op_result(), prefill_result()], ids=["op", "prefill"])

@@ -10,7 +10,6 @@ import torch
 from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import check_sparse, random_inputs
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.replay import (
     LayerRun,
     Replayer,
@@ -21,6 +20,7 @@ from token_sparse_attention.benchmark.replay import (
     run_with,
 )
 from token_sparse_attention.crossover import NEVER_DENSE
+from token_sparse_attention.errors import UsageError
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 16)

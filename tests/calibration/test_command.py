@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from integrations.models import CONFIG, KEYS_ONLY, LAYERS, make_ids, make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.command import add_commands
 from token_sparse_attention.calibration.prompts import file_prompts, text_prompts
 from token_sparse_attention.calibration.record import CalibrationResult
 from token_sparse_attention.calibration.show import draw, layer_table, ranges, sentences
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.integrations.transformers import apply
 
 WORDS = [f"word{number}" for number in range(190)]

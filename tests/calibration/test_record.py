@@ -8,7 +8,6 @@ import json
 import pytest
 
 from token_sparse_attention import LayerProfile, TokenSparseConfig
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
@@ -18,6 +17,7 @@ from token_sparse_attention.calibration.record import (
     PromptLength,
     Sensitivity,
 )
+from token_sparse_attention.errors import UsageError
 
 PROFILE = LayerProfile(TokenSparseConfig.published(drop_mass=0.1), {1: {"drop_mass": 0.4}, 3: {}})
 RESULT = CalibrationResult(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 
 
 def bad_input():

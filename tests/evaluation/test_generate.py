@@ -9,7 +9,7 @@ import torch
 
 from integrations.models import make_ids, make_model
 from token_sparse_attention import TokenSparseConfig
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.generate import Ending, encode, ending, reply
 from token_sparse_attention.integrations.transformers import apply
 

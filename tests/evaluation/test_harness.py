@@ -10,7 +10,7 @@ import pytest
 
 from evaluation.small import CONFIG, make_samples, run_eval, save_model
 from token_sparse_attention import bundled
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import load_results
 from token_sparse_attention.evaluation.samples import SampleSet

@@ -10,7 +10,7 @@ import torch
 
 from evaluation.failing import bad_input, sudden_death, unforeseen
 from evaluation.small import CONFIG, make_samples, run_eval, save_model
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import harness, processes
 from token_sparse_attention.evaluation.record import load_results
 

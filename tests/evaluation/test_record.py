@@ -9,7 +9,7 @@ import json
 import pytest
 
 from evaluation.results import DENSE, HEADER, SPARSE, results
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import (
     load_results,
     open_results,

@@ -13,8 +13,8 @@ import torch
 from evaluation.results import DENSE, HEADER, SPARSE
 from token_sparse_attention import LayerProfile, TokenSparseConfig
 from token_sparse_attention.benchmark import checks, timing
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.replay import LayerRun, ReplayOptions, Shape
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.frontier import frontier_table, join, target_of
 from token_sparse_attention.evaluation.record import EvalResults, save_results
 from token_sparse_attention.evaluation.replay import Replay, chosen_samples, layer_runs, replay

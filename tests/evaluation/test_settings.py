@@ -7,8 +7,8 @@ import json
 import pytest
 
 from token_sparse_attention import LayerProfile, TokenSparseConfig, bundled
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import layer_configs
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.settings import (
     Configuration,
     read_runs,

@@ -15,7 +15,7 @@ from integrations.models import CONFIG, LAYERS, make_ids, make_model
 from report.commands import run
 from token_sparse_attention import LayerProfile, bundled
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.integrations import transformers as integration
 from token_sparse_attention.report.capture import capture, token_texts
 from token_sparse_attention.report.kept_text import KeptText

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmark.synthetic import op_result
 from report.pages import HEADS, KEPT, bitmap, evaluation
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import save_results, to_line
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
 from token_sparse_attention.report.load import load

@@ -32,7 +32,8 @@ from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, judge
 from token_sparse_attention.benchmark.contenders import dense_call
 from token_sparse_attention.benchmark.op import Contender, OpOptions, _Point, _prefixed
-from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.benchmark.record import Record
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.selection import load_kernels
 
 LENGTHS = (32768, 65536, 131072)

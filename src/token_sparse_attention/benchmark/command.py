@@ -16,9 +16,10 @@ from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.benchmark import block, far, op
 from token_sparse_attention.benchmark.block_tables import BLOCK_TABLES
 from token_sparse_attention.benchmark.far_tables import FAR_TABLES
-from token_sparse_attention.benchmark.record import Record, ResultFile, UsageError
+from token_sparse_attention.benchmark.record import Record, ResultFile
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.info import provenance
 
 MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands

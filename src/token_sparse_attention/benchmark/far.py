@@ -19,8 +19,9 @@ from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.contenders import dense_call
 from token_sparse_attention.benchmark.far_tables import WINDOW
 from token_sparse_attention.benchmark.op import Contender, OpOptions, Report, _Point, _prefixed
-from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.selection import resolve_impl, score_tokens

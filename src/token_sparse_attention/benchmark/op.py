@@ -14,9 +14,10 @@ from token_sparse_attention.attention.dense import causal_attention, varlen_caus
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
 from token_sparse_attention.benchmark.contenders import DENSE, dense_call, eager_composition
-from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.compression import compress, decompress
 from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.selection import score_tokens, select_tokens
 

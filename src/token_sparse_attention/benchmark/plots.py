@@ -9,7 +9,6 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.runs import (
     STAGES,
     NoFigureError,
@@ -19,6 +18,7 @@ from token_sparse_attention.benchmark.runs import (
     tokens,
 )
 from token_sparse_attention.benchmark.tables import prefill_setting, tflops
+from token_sparse_attention.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

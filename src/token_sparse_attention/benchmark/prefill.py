@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from token_sparse_attention.benchmark import timing
 from token_sparse_attention.benchmark.checks import Verdict, judge
-from token_sparse_attention.benchmark.record import Record, UsageError
+from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 

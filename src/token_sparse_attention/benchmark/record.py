@@ -11,14 +11,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from token_sparse_attention.errors import UsageError
+
 SCHEMA_VERSION = 1
 SUITES = ("op", "prefill", "block", "far")
 KERNEL_KINDS = ("graph", "events", "eager")  # what counts as kernel time, best first
 KINDS = (*KERNEL_KINDS, "first_call", "memory", "skipped")
-
-
-class UsageError(ValueError):
-    """Something that was given cannot be used; the message says what and why."""
 
 
 @dataclass(frozen=True)

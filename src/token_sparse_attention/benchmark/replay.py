@@ -26,9 +26,9 @@ from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even_of
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.selection import (
     TokenSelection,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from token_sparse_attention.benchmark.record import KERNEL_KINDS, Record, UsageError
+from token_sparse_attention.benchmark.record import KERNEL_KINDS, Record
 from token_sparse_attention.benchmark.runs import (
     CHECK_FAILED,
     WALL_KINDS,
@@ -18,6 +18,7 @@ from token_sparse_attention.benchmark.runs import (
 )
 from token_sparse_attention.benchmark.targets import crossover_ms, outcomes
 from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.errors import UsageError
 
 EMPTY = "Not measured yet."
 NONE = "-"

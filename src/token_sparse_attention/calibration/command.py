@@ -13,7 +13,6 @@ from rich.console import Console
 
 from token_sparse_attention import arguments, bundled
 from token_sparse_attention.benchmark.command import MakeCommand, list_of, not_negative, positive
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.record import (
     DROP_MASSES,
     METHODS,
@@ -27,6 +26,7 @@ from token_sparse_attention.calibration.show import (
     sentences,
 )
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.named_settings import read_settings
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.run import encode_prompt
 
 

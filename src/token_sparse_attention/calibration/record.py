@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from token_sparse_attention.benchmark.record import UsageError, check_choice, check_type
+from token_sparse_attention.benchmark.record import check_choice, check_type
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.errors import UsageError
 
 SCHEMA_VERSION = 4  # 2 knew no heads, 3 no single prompts of a choice
 METHODS = ("drift", "sensitivity", "both")

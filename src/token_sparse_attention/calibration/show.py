@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.calibration.drift import drift_threshold
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
@@ -18,6 +17,7 @@ from token_sparse_attention.calibration.record import (
     LayerSetting,
     Sensitivity,
 )
+from token_sparse_attention.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.causal import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.command import MakeCommand, list_of, positive
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import (
     EvalResults,

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from token_sparse_attention import arguments
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import layer_configs
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.record import (

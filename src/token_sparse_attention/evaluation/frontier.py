@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.tables import NONE, number
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import PATTERN, EvalResults
 from token_sparse_attention.evaluation.replay import (
     Replay,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.drafts import propose
 from token_sparse_attention.evaluation.record import LayerKept
 from token_sparse_attention.integrations.record import PrefillReport

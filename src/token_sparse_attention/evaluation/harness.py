@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.samples import Sample, SampleSet, pack_doc
 
 # The tasks of RULER whose texts are made up on the spot, so that nothing is downloaded.

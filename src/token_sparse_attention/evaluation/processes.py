@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import Key
 from token_sparse_attention.evaluation.samples import Sample
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TextIO
 
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import LayerProfile, TokenSparseConfig, layer_configs
+from token_sparse_attention.errors import UsageError
 
 SCHEMA_VERSION = 1
 DENSE = "dense"  # the configuration that all others are compared with

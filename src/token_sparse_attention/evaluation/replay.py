@@ -13,7 +13,6 @@ from statistics import fmean
 from types import NoneType
 from typing import Any, NamedTuple
 
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.replay import (
     LayerRun,
     Replayer,
@@ -21,6 +20,7 @@ from token_sparse_attention.benchmark.replay import (
     ReplayPoint,
     Shape,
 )
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import (
     PATTERN,
     EvalResults,

@@ -20,8 +20,8 @@ from token_sparse_attention.benchmark.command import (
     list_of,
     positive,
 )
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.benchmark.replay import ReplayOptions, Shape
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.frontier import frontier_table, join, target_of, to_dict
 from token_sparse_attention.evaluation.record import EvalResults, load_results
 from token_sparse_attention.evaluation.replay import Replay, replay

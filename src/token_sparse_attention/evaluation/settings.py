@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from token_sparse_attention.attention.causal import parse_backend, pattern_config
-from token_sparse_attention.benchmark.record import UsageError
 from token_sparse_attention.config import PROFILE_FILE
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import DENSE, PATTERN
 from token_sparse_attention.named_settings import LEADING_PATTERN, Settings, read_settings
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from token_sparse_attention import arguments
 from token_sparse_attention.benchmark.command import MakeCommand, positive
-from token_sparse_attention.benchmark.record import UsageError
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.named_settings import read_settings
 from token_sparse_attention.report.load import load
 from token_sparse_attention.report.page import TITLE, build_page

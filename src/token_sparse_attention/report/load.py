@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from token_sparse_attention.benchmark.record import ResultFile, UsageError
+from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import Run
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import EvalResults, load_results
 from token_sparse_attention.report.kept_text import KeptText
 
