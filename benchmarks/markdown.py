@@ -1,9 +1,50 @@
-"""Tables in Markdown, and what stands in their cells."""
+"""Markdown: tables, what stands in their cells, and pages whose tables are generated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Any
+
+from token_sparse_attention.benchmark.runs import CHECK_FAILED, NoFigureError, Run
+from token_sparse_attention.errors import UsageError
+
+EMPTY = "Not measured yet."
+NONE = "-"
+_MARKER = re.compile(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", re.DOTALL)
+
+Rows = Iterator[Sequence[str]]
+Table = Callable[[Sequence[Run]], Rows]
+
+
+def fill(document: str, tables: Mapping[str, str]) -> str:
+    """Return the document with these tables between its markers.
+
+    Args:
+        document: Markdown with ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` lines.
+        tables: by name, in Markdown.
+
+    Raises:
+        UsageError: if a marker names no table, or there is none.
+    """
+    names = _MARKER.findall(document)
+    unknown = [name for name in names if name not in tables]
+    if unknown or not names:
+        raise UsageError(
+            f"the document must have markers named after {', '.join(tables)}; "
+            f"got {unknown[0] if unknown else 'none'}"
+        )
+    return _MARKER.sub(
+        lambda match: f"<!-- begin {match[1]} -->\n{tables[match[1]]}<!-- end {match[1]} -->",
+        document,
+    )
+
+
+def build(name: str, runs: Sequence[Run], tables: Mapping[str, Table]) -> str:
+    """Return one of `tables`, in Markdown."""
+    lines = list(tables[name](runs))
+    return markdown_table(lines) if len(lines) > 1 else EMPTY + "\n"
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -20,3 +61,16 @@ def mean_cell(values: Sequence[float]) -> str:
 def numbered(noun: str, numbers: Sequence[int]) -> str:
     """Return a noun and its numbers, as in "layer 3" or "heads 0, 5"."""
     return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def figure_or(claim: Callable[..., str], *arguments: Any) -> str:
+    """Return ``claim(*arguments)``, or why there is no such figure."""
+    try:
+        return claim(*arguments)
+    except NoFigureError as error:
+        return f"**{CHECK_FAILED}**" if str(error) == CHECK_FAILED else NONE
+
+
+def number(value: float) -> str:
+    """Return three significant digits; all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

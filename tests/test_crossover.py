@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.operator.sampling_tables import dense_query_keys, far_keys
 
 from token_sparse_attention import DenseReason, TokenSparseConfig
-from token_sparse_attention.benchmark.far_tables import dense_query_keys, far_keys
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.crossover import (
     DENSE_QUERY_TOKENS,

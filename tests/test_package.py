@@ -24,7 +24,7 @@ PUBLIC = sorted(
 NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cpu", "cuda")}
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
-    {"config", "device"},
+    {"config", "device", "errors"},
     {"inputs", "crossover", "reference", "bundled", "head_group"},
     {"limits", "kernels"},
     {"selection"},

@@ -17,11 +17,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.markdown import markdown_table
-from benchmarks.plotting import figure_file
+from benchmarks.markdown import fill, markdown_table
 from benchmarks.pooling import load_folder, paired_scores, pooled
+from benchmarks.style import figure_file
 
-from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 

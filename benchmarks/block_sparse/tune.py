@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from benchmarks.block_sparse import kernel as block_sparse
+from benchmarks.block_sparse.speed import random_mask, structured_inputs
 from torch import Tensor
 
-from token_sparse_attention.benchmark.block import random_mask, structured_inputs
 from token_sparse_attention.benchmark.checks import Inputs, random_inputs
 from token_sparse_attention.benchmark.timing import kernel_times
-from token_sparse_attention.kernels import block_sparse, estimation, estimation_antidiagonal
+from token_sparse_attention.kernels import estimation, estimation_antidiagonal
 
 PRODUCT = [
     estimation_antidiagonal.Tiles(*sizes)

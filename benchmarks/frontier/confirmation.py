@@ -11,6 +11,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks.markdown import markdown_table, numbered
+from benchmarks.replay.accuracy import FrontierRow, join, target_of
+from benchmarks.replay.results import Replay
 
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
@@ -19,9 +21,7 @@ from token_sparse_attention.calibration.record import (
 )
 from token_sparse_attention.calibration.sensitivity import choose_from
 from token_sparse_attention.calibration.show import of_whole_layers
-from token_sparse_attention.evaluation.frontier import FrontierRow, join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
-from token_sparse_attention.evaluation.replay import Replay
 from token_sparse_attention.evaluation.summary import (
     difference_interval,
     kept_share,

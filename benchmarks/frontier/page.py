@@ -13,14 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.frontier import confirmation, position_tables, questions, restored
-from benchmarks.markdown import markdown_table, mean_cell
-from benchmarks.plotting import figure_file
+from benchmarks.markdown import fill, markdown_table, mean_cell
 from benchmarks.pooling import beside, load_folder, paired_scores, pooled
+from benchmarks.replay.accuracy import join, target_of
+from benchmarks.replay.results import Replay
+from benchmarks.style import figure_file
 
-from token_sparse_attention.benchmark.tables import fill
-from token_sparse_attention.evaluation.frontier import join, target_of
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
-from token_sparse_attention.evaluation.replay import Replay
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 
 ROOT = Path(__file__).parents[2]

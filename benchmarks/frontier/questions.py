@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.markdown import markdown_table
-from benchmarks.plotting import figure_file
 from benchmarks.pooling import paired_scores
+from benchmarks.style import figure_file
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise

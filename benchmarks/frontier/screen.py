@@ -1,39 +1,33 @@
-"""Accuracy of the method's variants, which the library does not have, on samples of `tsa eval`.
+"""How likely the right answers are under several settings: less noisy than replies' scores.
 
     python -m benchmarks.frontier.screen --samples samples.jsonl.gz --points points.json \\
         --out result.jsonl --processes 6
 
-The points are ``{"name": {"config": {...}, "variant": {...}}}``, with settings or a layer profile
-as the config; the result is a file of `tsa eval`, which scores it (``tsa eval --score``) and goes
-on from it. With ``--answers`` a score is the probability of the right answer instead of a reply's
-score.
+The points are ``{"name": {...}}``, each settings or a layer profile. The result is a file of
+`tsa eval` whose scores are probabilities of the right answer, and goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import make_parser, positive
+from benchmarks.command import run as run_command
 from benchmarks.frontier.answers import Likelihood, likelihood
-from benchmarks.frontier.variants import Variant, varied
 from rich.console import Console
 from rich.progress import Progress
 
 from token_sparse_attention import TokenSparseConfig, bundled, run
 from token_sparse_attention.config import LayerProfile
-from token_sparse_attention.evaluation import harness, processes
-from token_sparse_attention.evaluation.evaluate import (
-    Runner,
-    SampleScorer,
-    evaluate,
-    make_header,
-)
+from token_sparse_attention.evaluation import processes
+from token_sparse_attention.evaluation.evaluate import Runner, evaluate, make_header
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration
@@ -41,34 +35,19 @@ from token_sparse_attention.named_settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class VariantRunner(Runner):
-    """A runner some of whose configurations are variants."""
+class AnswerRunner(Runner):
+    """A runner whose replies are the right answers' negative log-likelihoods."""
 
-    variants: Mapping[str, Variant] = dataclasses.field(default_factory=dict)
-    answers: bool = False
-
-    def reply(self, sample: Sample, ids: Any, name: str, drafts: Sequence[Sequence[int]]) -> Reply:
-        """Reply under a configuration, varied where it is a variant."""
-        variant = self.variants.get(name)
-        with nullcontext() if variant is None else varied(variant):
-            if self.answers:
-                settings = self.configurations.get(name, Configuration()).settings
-                return likelihood(self.model, self.tokenizer, ids, sample, settings)
-            return super().reply(sample, ids, name, drafts)
+    def reply(self, sample: Sample, ids: Any, name: str, drafts: Sequence[Sequence[int]]) -> Reply:  # noqa: ARG002
+        """Return the answer's negative log-likelihood under a configuration."""
+        settings = self.configurations.get(name, Configuration()).settings
+        return likelihood(self.model, self.tokenizer, ids, sample, settings)
 
 
-def load_runner(
-    model: str, options: dict[str, Any], points: dict[str, Any], answers: bool
-) -> VariantRunner:
+def load_runner(model: str, options: dict[str, Any], points: dict[str, Any]) -> AnswerRunner:
     """Load the model and return its runner under the points."""
-    return VariantRunner(
-        *run.load_model(model, **options),
-        {name: Configuration(_settings(point["config"])) for name, point in points.items()},
-        variants={
-            name: Variant(**point["variant"]) for name, point in points.items() if point["variant"]
-        },
-        answers=answers,
-    )
+    configurations = {name: Configuration(_settings(point)) for name, point in points.items()}
+    return AnswerRunner(*run.load_model(model, **options), configurations)
 
 
 def _settings(config: dict[str, Any]) -> Settings:
@@ -78,35 +57,28 @@ def _settings(config: dict[str, Any]) -> Settings:
     return TokenSparseConfig.from_dict(config)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the points that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.frontier.screen", __doc__)
     parser.add_argument("--model", help="default: the bundled model")
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--points", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--answers", action="store_true", help="score the answer's probability")
-    args = parser.parse_args()
+    parser.add_argument("--processes", type=positive, default=1)
+    return run_command(parser, _run, argv)
+
+
+def _run(args: Namespace) -> bool:
     samples, points = SampleSet.load(args.samples), json.loads(args.points.read_text())
     model = args.model or str(bundled.MODEL)
-    load = partial(load_runner, model, {"device": args.device}, points, args.answers)
+    load = partial(load_runner, model, {"device": args.device}, points)
     runner = load()
-    variants = {name: dataclasses.asdict(variant) for name, variant in runner.variants.items()}
-    measured = {"answers": True} if args.answers else {}
-    header = make_header(
-        runner, samples, args.model, args.processes, variants=variants, **measured
-    )
+    header = make_header(runner, samples, args.model, args.processes, answers=True)
     several = args.processes > 1
     source = partial(processes.spread, load, args.processes) if several else None
     if several:
         runner.model.to("cpu")
-    scorer: SampleScorer | None = Likelihood() if args.answers else None
-    if scorer is None and harness.installed_version():
-        scorer = harness.Scorer(samples)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("starting", total=len(samples.samples) * len(runner.names))
         evaluate(
@@ -114,11 +86,12 @@ def main() -> None:
             samples,
             header,
             args.out,
-            scorer=scorer,
+            scorer=Likelihood(),
             source=source,
             report=lambda what, done: progress.update(bar, description=what, completed=done),
         )
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from token_sparse_attention.benchmark.tables import fill
+from benchmarks.markdown import fill
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "vllm.md"

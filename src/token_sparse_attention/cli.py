@@ -23,7 +23,6 @@ from token_sparse_attention.benchmark.command import positive
 from token_sparse_attention.calibration.command import add_commands as add_calibration
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.command import add_commands as add_evaluation
-from token_sparse_attention.evaluation.replay_command import add_commands as add_replay
 from token_sparse_attention.named_settings import read_settings
 from token_sparse_attention.report.command import add_commands as add_report
 
@@ -97,8 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="measure, and make the documentation of the measurements",
-        description="Measure, and make the documentation of the measurements.",
+        help="measure the operator, and the first token of a whole model",
+        description="Measure the operator, and the first token of a whole model.",
         epilog=_epilog("tsa bench op --lengths 8192 --out results.json"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -106,7 +105,6 @@ def build_parser() -> argparse.ArgumentParser:
         dest="bench_command", required=True, metavar="COMMAND", help="its --help says more"
     )
     add_benchmarks(benchmarks, _command)
-    add_replay(benchmarks, _command)
     bench.set_defaults(handler=_bench)
     return parser
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmark.synthetic import op_result, prefill_result
+from studies.synthetic import op_result, prefill_result
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.errors import UsageError
 
@@ -68,7 +68,7 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def test_infinite_figures_are_not_written():
-    from benchmark.synthetic import record
+    from studies.synthetic import record
 
     with pytest.raises(ValueError, match="Out of range float"):
         ResultFile({}, {}, (record("x", ms=float("inf")),)).to_json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.block_sparse.kernel import attend_block_lists
 
 from support import make_problem, relative_error
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
@@ -30,7 +31,6 @@ from token_sparse_attention.attention.patterns.xattention import (
 )
 from token_sparse_attention.kernels import estimation_antidiagonal as antidiagonal
 from token_sparse_attention.kernels import estimation_lists as lists
-from token_sparse_attention.kernels.block_sparse import attend_block_lists
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3

@@ -7,8 +7,8 @@ import dataclasses
 from html.parser import HTMLParser
 from itertools import pairwise
 
-from benchmark.synthetic import op_result
 from evaluation.results import DENSE, HEADER, SPARSE
+from studies.synthetic import op_result
 from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.evaluation.record import EvalResults

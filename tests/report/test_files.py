@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmark.synthetic import op_result
 from report.pages import HEADS, KEPT, bitmap, evaluation
+from studies.synthetic import op_result
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import save_results, to_line
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText

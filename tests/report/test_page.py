@@ -10,9 +10,9 @@ import re
 
 import pytest
 
-from benchmark.synthetic import far_result, op_result
 from evaluation.results import SPARSE
 from report.pages import HOSTILE, KEPT, TOKENS, Page, all_inputs, evaluation, texts
+from studies.synthetic import op_result
 from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.evaluation.summary import summarise
@@ -74,7 +74,7 @@ def test_hostile_texts_come_out_as_they_went_in(page):
     assert texts(page, "title")[0] == f"About {HOSTILE}"
     assert texts(page, "dd")[:3] == [HOSTILE, "default", HOSTILE]
     assert HOSTILE in {row[1] for row in table(page, "All tasks together")}
-    assert "Stage times: <i>op</i>" in texts(page, "h2")
+    assert "Times: <i>op</i>" in texts(page, "h2")
 
 
 def test_the_same_inputs_give_the_same_page(html):
@@ -85,7 +85,7 @@ def test_every_section_is_linked_and_every_drawing_described(page):
     targets = {attributes["href"] for attributes, _ in page.find("a")}
     assert targets == {f"#{attributes['id']}" for attributes, _ in page.find("h2")}
     drawings = page.find("svg")
-    assert len(drawings) == 4 + 2 + 1 + 1  # scatters, heat maps, the capture's, stages
+    assert len(drawings) == 4 + 2 + 1  # scatters, heat maps, the capture's
     for attributes, _ in drawings:
         assert attributes["role"] == "img"
         assert len(attributes["aria-label"]) > 20
@@ -156,16 +156,13 @@ def test_unscored_results_say_so():
     assert not page.find("polygon")
 
 
-def test_stage_table_holds_the_times(page):
-    header, row = table(page, "Milliseconds")
-    shown = dict(zip(header, row))
-    assert (shown["tokens"], shown["kept"]) == ("128K", "50%")
-    # 0.5 + 0.2 + 0.9 + 54 + 0.4 in parts, 56 as a whole, of 217.
-    assert [shown[n] for n in ("score", "select", "gather", "attend", "scatter")] == [
-        *("0.5", "0.2", "0.9", "54", "0.4")
-    ]
-    assert (shown["sum"], shown["whole"], shown["dense"]) == ("56", "56", "fa4: 217")
-    assert shown["speed-up"] == "3.88x"
+def test_times_are_a_table_beside_dense_attentions(page):
+    header, *rows = table(page, "Milliseconds")
+    shown = {row[1]: dict(zip(header, row)) for row in rows if row[3] == "graph"}
+    assert len(rows) == len(op_result().records)
+    assert (shown["ours/whole"]["tokens"], shown["ours/whole"]["setting"]) == ("128K", "50% kept")
+    assert (shown["dense/fa4"]["ms"], shown["ours/whole"]["ms"]) == ("217", "56")
+    assert shown["ours/whole"]["dense / this"] == "3.88x"
 
 
 def test_a_failed_check_shows_no_time():
@@ -176,8 +173,8 @@ def test_a_failed_check_shows_no_time():
     )
     run = Run("op", dataclasses.replace(result, records=records))
     page = Page(build_page(Inputs((), (), (run,))))
-    assert table(page, "Milliseconds")[1][:3] == ["128K", "50%", "check failed"]
-    assert not page.find("svg")
+    whole = [row for row in table(page, "Milliseconds") if row[1] == "ours/whole"]
+    assert [row[4:6] for row in whole if row[3] == "graph"] == [["check failed", "-"]]
 
 
 def test_kept_shares_without_selected_queries_are_called_what_they_are():
@@ -199,12 +196,6 @@ def test_kept_shares_without_selected_queries_are_called_what_they_are():
         beside = "; what every query sees besides its window)"
         assert {text.endswith(beside) for text in captions} == {count == 1}
         assert sum("In layers that select no queries" in p for p in texts(page, "p")) == count
-
-
-def test_far_token_costs_are_tables():
-    page = Page(build_page(Inputs((), (), (Run("far", far_result()),))))
-    assert table(page, "Far tokens: settings")[1][:2] == ["128K", "window"]
-    assert table(page, "Far tokens: stages")[-1][-1] == "1,311: 10.2 each"
 
 
 def test_without_captures_there_is_no_script():

@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from benchmarks.markdown import fill
 
-from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.integrations.vllm.settings import Settings, read_settings
 
 ROOT = Path(__file__).parents[2]

@@ -88,7 +88,7 @@ def dense_error(inputs: Inputs, out: Tensor) -> float:
     slots = torch.arange(inputs.key.shape[2], device=out.device)
     positions = _sample(slots)
     return max(
-        _row_error(out[0, head, positions], _exact_rows(inputs, head, positions, slots))
+        row_error(out[0, head, positions], exact_rows(inputs, head, positions, slots))
         for head in _sampled_heads(inputs)
     )
 
@@ -125,26 +125,26 @@ def check_sparse(
             problems.append(f"head {head}: slots do not ascend")
         if head in config.dense_heads:
             positions = _sample(slots)
-            exact = _exact_rows(inputs, head, positions, slots)
-            errors.append(_row_error(out[0, head, positions], exact))
+            exact = exact_rows(inputs, head, positions, slots)
+            errors.append(row_error(out[0, head, positions], exact))
             continue
         dropped = torch.ones(num_slots, dtype=torch.bool, device=out.device)
         if config.dense_queries:
             positions = _sample(slots[-config.dense_queries :])
-            exact = _exact_rows(inputs, head, positions, slots)
-            errors.append(_row_error(out[0, head, positions], exact))
+            exact = exact_rows(inputs, head, positions, slots)
+            errors.append(row_error(out[0, head, positions], exact))
             dropped[-config.dense_queries :] = False
         rows = chosen[chosen < num_slots - config.dense_queries]
         if config.select_queries and len(rows):
             positions = _sample(rows)
-            exact = _exact_rows(inputs, head, positions, chosen)
-            errors.append(_row_error(out[0, head, positions], exact))
+            exact = exact_rows(inputs, head, positions, chosen)
+            errors.append(row_error(out[0, head, positions], exact))
             dropped[chosen] = False
         rest = dropped.nonzero()[:, 0]
         if len(rest) and config.fallback == "window":
             positions = _sample(rest)
-            exact = _exact_rows(inputs, head, positions, slots, _near(inputs, head, config))
-            errors.append(_row_error(out[0, head, positions], exact))
+            exact = exact_rows(inputs, head, positions, slots, _near(inputs, head, config))
+            errors.append(row_error(out[0, head, positions], exact))
         elif len(rest) and bool(out[0, head, rest].any()):
             problems.append(f"head {head}: dropped rows are not zero")
         if kept is not None:
@@ -200,7 +200,7 @@ def _near(inputs: Inputs, head: int, config: TokenSparseConfig) -> _Near:
     return _Near(config.fallback_window, counts[:-1])
 
 
-def _exact_rows(
+def exact_rows(
     inputs: Inputs,
     head: int,
     positions: Tensor,
@@ -235,6 +235,6 @@ def _sample(slots: Tensor) -> Tensor:
     return slots[torch.linspace(0, len(slots) - 1, count, device=slots.device).round().long()]
 
 
-def _row_error(out: Tensor, exact: Tensor) -> float:
+def row_error(out: Tensor, exact: Tensor) -> float:
     """Return the worst row's relative error."""
     return float(((out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
 
-from token_sparse_attention.attention.backends import BACKENDS
-from token_sparse_attention.benchmark import block, far, op
-from token_sparse_attention.benchmark.block_tables import BLOCK_TABLES
-from token_sparse_attention.benchmark.far_tables import FAR_TABLES
-from token_sparse_attention.benchmark.record import Record, ResultFile
+from token_sparse_attention.benchmark import op
+from token_sparse_attention.benchmark.measuring import collect, device_named
+from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.benchmark.runs import Run
-from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
+from token_sparse_attention.benchmark.show import show
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.info import provenance
 
 MakeCommand = Callable[[Any, str, str, str], argparse.ArgumentParser]  # as `cli` makes commands
 _CPU_BACKENDS, _CUDA_BACKENDS = ("flash", "math"), ("fa4", "cudnn", "flash", "flex")
-_ALL_TABLES = {**TABLES, **BLOCK_TABLES, **FAR_TABLES}
 _PREFILL_LENGTHS = (8192, 16384, 32768, 65536, 131072, 262144)
 _PREFILL_KEPT, _PREFILL_SAMPLES = (0.5, 0.35), (4096,)
 
@@ -44,40 +39,12 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         "time the first token of a Llama-shaped model with random weights, dense and sparse",
         "tsa bench prefill --out benchmarks/results/prefill.json",
     )
-    blocks = make(
-        commands,
-        "block",
-        "time block-sparse attention against its peers, and what choosing the blocks costs",
-        "tsa bench block --out benchmarks/results/block/block.json\n"
-        "  tsa bench block --lengths 131072 --densities 0.4 --estimate-densities ''",
-    )
-    far_tokens = make(
-        commands,
-        "far",
-        "time the windowed fallback of every query, its far tokens and dense last queries",
-        "tsa bench far --out benchmarks/results/far.json\n"
-        "  tsa bench far --lengths 131072 --samples 4096 --landmarks '' --sinks ''",
-    )
-    docs = make(
-        commands,
-        "docs",
-        "make the tables and figures of the documentation anew from result files",
-        "tsa bench docs benchmarks/results/*.json --out docs/benchmarks.md\n"
-        "  tsa bench docs benchmarks/results/block/*.json --out docs/patterns.md",
-    )
     _add_op_arguments(operator)
     _add_prefill_arguments(prefill)
-    _add_block_arguments(blocks)
-    _add_far_arguments(far_tokens)
-    for command, budget in ((operator, 0.2), (prefill, 5.0), (blocks, 0.4), (far_tokens, 0.2)):
+    for command, budget in ((operator, 0.2), (prefill, 5.0)):
         add_measuring_arguments(command, budget)
-    docs.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result files")
-    docs.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown to update")
     operator.set_defaults(bench=_op)
     prefill.set_defaults(bench=_prefill)
-    blocks.set_defaults(bench=_block)
-    far_tokens.set_defaults(bench=_far)
-    docs.set_defaults(bench=_docs)
 
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -169,56 +136,6 @@ def _add_prefill_arguments(command: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_block_arguments(command: argparse.ArgumentParser) -> None:
-    _add_lists(
-        command,
-        {
-            "lengths": (positive, block.LENGTHS, "prompt lengths"),
-            "densities": (float, block.DENSITIES, "shares of the blocks, drawn at random"),
-            "estimate-densities": (
-                float,
-                block.ESTIMATE_DENSITIES,
-                "shares of the blocks that patterns are set to choose",
-            ),
-        },
-    )
-    command.add_argument(
-        "--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)"
-    )
-    command.add_argument(
-        "--executors",
-        type=list_of(str),
-        metavar="NAMES",
-        help=f"of {','.join(block.EXECUTORS)} (default: fa4,flex,triton; off CUDA reference)",
-    )
-    command.add_argument(
-        "--dense",
-        metavar="NAME",
-        help="dense kernel to compare with (default: fa4; off CUDA math)",
-    )
-
-
-def _add_far_arguments(command: argparse.ArgumentParser) -> None:
-    _add_lists(
-        command,
-        {
-            "lengths": (positive, far.LENGTHS, "prompt lengths"),
-            "samples": (positive, far.SAMPLES, "numbers of tokens drawn by score"),
-            "landmarks": (positive, far.LANDMARKS, "numbers of best-scored tokens"),
-            "sinks": (positive, far.SINKS, "numbers of first tokens, the costliest place"),
-            "dense-queries": (positive, far.DENSE_QUERIES, "numbers of last, dense queries"),
-        },
-    )
-    command.add_argument(
-        "--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)"
-    )
-    command.add_argument(
-        "--dense",
-        choices=[name for name in BACKENDS if name != "auto"],
-        help="dense kernel, also of the windows (default: fa4; off CUDA flash)",
-    )
-
-
 def _add_lists(
     command: argparse.ArgumentParser,
     lists: dict[str, tuple[Callable[[str], Any], tuple[Any, ...], str]],
@@ -291,42 +208,6 @@ def _op(args: argparse.Namespace) -> bool:
     return _measured(args, device, lambda report: op.measure(options, report))
 
 
-def _block(args: argparse.Namespace) -> bool:
-    device = device_named(args.device)
-    on_cuda = device.type == "cuda"
-    executors = ("fa4", "flex", "triton") if on_cuda else ("reference",)
-    options = block.BlockOptions(
-        device=device,
-        executors=executors if args.executors is None else args.executors,
-        dense=args.dense or ("fa4" if on_cuda else "math"),
-        dtype=getattr(torch, args.dtype),
-        lengths=args.lengths,
-        densities=args.densities,
-        estimate_densities=args.estimate_densities,
-        num_heads=args.num_heads,
-        num_kv_heads=args.num_kv_heads,
-        head_dim=args.head_dim,
-        budget_seconds=args.budget_seconds,
-    )
-    return _measured(args, device, lambda report: block.measure(options, report))
-
-
-def _far(args: argparse.Namespace) -> bool:
-    device = device_named(args.device)
-    common = op.OpOptions(
-        device=device,
-        dtype=getattr(torch, args.dtype),
-        lengths=args.lengths,
-        num_heads=args.num_heads,
-        num_kv_heads=args.num_kv_heads,
-        head_dim=args.head_dim,
-        backends=(args.dense or ("fa4" if device.type == "cuda" else "flash"),),
-        budget_seconds=args.budget_seconds,
-    )
-    options = far.FarOptions(common, args.samples, args.landmarks, args.sinks, args.dense_queries)
-    return _measured(args, device, lambda report: far.measure(options, report))
-
-
 def _prefill(args: argparse.Namespace) -> bool:
     try:
         from token_sparse_attention.benchmark import prefill
@@ -352,24 +233,6 @@ def _prefill(args: argparse.Namespace) -> bool:
     return _measured(args, device, lambda report: prefill.measure(options, report))
 
 
-def device_named(name: str) -> torch.device:
-    """Return a device that works; ``"auto"`` is CUDA where there is one.
-
-    Raises:
-        UsageError: if it cannot be used.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {error}") from error
-    return device
-
-
 def _measured(
     args: argparse.Namespace,
     device: torch.device,
@@ -381,68 +244,10 @@ def _measured(
     asked = {name: value for name, value in vars(args).items() if name not in left_out}
     asked = {"command": f"tsa bench {args.bench_command}", **asked}
     asked = {name: list(v) if isinstance(v, tuple) else v for name, v in asked.items()}
-    records: list[Record] = []
     with Console(stderr=True).status("starting") as status:
-        for record in measure(status.update):
-            if args.out and records and records[-1].seq_len != record.seq_len:
-                _save(ResultFile(about, asked, tuple(records)), args.out)
-            records.append(record)
-    result = ResultFile(about, asked, tuple(records))
-    if args.out:
-        _save(result, args.out)
+        result = collect(measure(status.update), about, asked, args.out)
     if args.json:
         print(result.to_json(), end="")
     else:
-        _print_tables(Run("this run", result))
+        show(Run("this run", result))
     return not result.failures
-
-
-def _save(result: ResultFile, path: Path) -> None:
-    try:
-        result.save(path)
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be written: {error}") from error
-
-
-def _print_tables(run: Run) -> None:
-    console = Console()
-    for name in (name for name in _ALL_TABLES if not name.endswith(("runs", "targets"))):
-        table = build(name, [run], _ALL_TABLES)
-        if table.strip() != EMPTY:
-            console.print(f"[bold]{name}[/]", Markdown(table))
-    for failed in run.result.failures:
-        kept = "" if failed.kept is None else f", {failed.kept:g} kept"
-        console.print(
-            f"[red]check failed[/]: {failed.name} at {failed.seq_len:,} tokens{kept}: "
-            f"{failed.note}"
-        )
-
-
-def _docs(args: argparse.Namespace) -> bool:
-    from token_sparse_attention.benchmark.plots import draw
-
-    runs = [Run.load(path) for path in args.results]
-    try:
-        document = args.out.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--out {args.out} cannot be read: {error}") from error
-    figures = draw(runs)
-    text = render(document, runs, list(figures), _ALL_TABLES)
-    folder = args.out.parent / "figures"
-    written = [args.out]
-    try:
-        args.out.write_text(text, encoding="utf-8")
-        if figures:
-            folder.mkdir(exist_ok=True)
-        for name, svg in figures.items():
-            (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-            written.append(folder / f"{name}.svg")
-    except OSError as error:
-        raise UsageError(f"--out {args.out} cannot be written: {error}") from error
-    failures = sum(len(run.result.failures) for run in runs)
-    if args.json:
-        print(json.dumps({"written": [str(p) for p in written], "failed_checks": failures}))
-    else:
-        for path in written:
-            print(path)
-    return not failures

@@ -93,12 +93,12 @@ class Contender(NamedTuple):
 def measure(options: OpOptions, report: Report = lambda _: None) -> Iterator[Record]:
     """Yield every record of a run, in order; `report` is told what is being measured."""
     for seq_len in options.lengths:
-        yield from _measure_length(_Point(options, seq_len), report)
+        yield from _measure_length(Point(options, seq_len), report)
     for seq_len in options.crossover_lengths:
-        yield from _measure_crossover(_Point(options, seq_len), report)
+        yield from _measure_crossover(Point(options, seq_len), report)
 
 
-class _Point:
+class Point:
     """One length's inputs, and what its records have in common."""
 
     def __init__(self, options: OpOptions, seq_len: int, suite: str = "op") -> None:
@@ -179,9 +179,9 @@ def _make_inputs(options: OpOptions, seq_len: int) -> Inputs:
     return random_inputs(seq_len, *heads, options.head_dim, options.device, options.dtype)
 
 
-def _measure_length(point: _Point, report: Report) -> Iterator[Record]:
+def _measure_length(point: Point, report: Report) -> Iterator[Record]:
     options, seq_len = point.options, point.seq_len
-    say = _prefixed(report, seq_len)
+    say = prefixed(report, seq_len)
     full = seq_len <= _FULL_UP_TO
     if full:
         say("first calls")
@@ -216,7 +216,7 @@ def _measure_length(point: _Point, report: Report) -> Iterator[Record]:
 
 
 def _if_it_fits(
-    point: _Point, name: str, kept: float, records: Iterator[Record]
+    point: Point, name: str, kept: float, records: Iterator[Record]
 ) -> Iterator[Record]:
     try:
         yield from records
@@ -224,11 +224,11 @@ def _if_it_fits(
         yield point.skipped(name, error, kept=kept)
 
 
-def _prefixed(report: Report, seq_len: int) -> Report:
+def prefixed(report: Report, seq_len: int) -> Report:
     return lambda what: report(f"{seq_len:,} tokens: {what}")
 
 
-def _first_calls(point: _Point) -> Record:
+def _first_calls(point: Point) -> Record:
     """How much longer than a warm call the first call takes at lengths not seen before."""
     options, kept = point.options, point.options.main_kept
     point.whole(kept=kept)()
@@ -252,7 +252,7 @@ def _first_calls(point: _Point) -> Record:
     )
 
 
-def _dense_peers(point: _Point, say: Report, full: bool) -> Iterator[Record]:
+def _dense_peers(point: Point, say: Report, full: bool) -> Iterator[Record]:
     options = point.options
     have_reference = False
     for backend in options.backends:
@@ -275,7 +275,7 @@ def _dense_peers(point: _Point, say: Report, full: bool) -> Iterator[Record]:
         yield from records
 
 
-def _stages(point: _Point, scores: Tensor, kept: float) -> Iterator[Record]:
+def _stages(point: Point, scores: Tensor, kept: float) -> Iterator[Record]:
     query, key, value = point.inputs
     selection = select_tokens(scores, _CONFIG, kept=kept)
     packed = compress(query, key, value, selection)
@@ -297,7 +297,7 @@ def _stages(point: _Point, scores: Tensor, kept: float) -> Iterator[Record]:
         yield from point.timed(Contender(name, call), kept=kept)
 
 
-def _whole(point: _Point, kept: float) -> Iterator[Record]:
+def _whole(point: Point, kept: float) -> Iterator[Record]:
     contenders = [
         point.checked_whole("ours/whole", _CONFIG, kept)._replace(wall=True),
         point.checked_whole("ours/whole_window", _WINDOWED, kept),
@@ -310,7 +310,7 @@ def _whole(point: _Point, kept: float) -> Iterator[Record]:
         yield from point.memory(contender.name, contender.call, kept=kept)
 
 
-def _eager(point: _Point, kept: float) -> Iterator[Record]:
+def _eager(point: Point, kept: float) -> Iterator[Record]:
     call = partial(eager_composition, point.inputs, _CONFIG, kept)
     out, selection = call()
     verdict = checks.check_sparse(
@@ -324,9 +324,9 @@ def _eager(point: _Point, kept: float) -> Iterator[Record]:
     yield from point.memory("eager/whole", lambda: call()[0], kept=kept)
 
 
-def _measure_crossover(point: _Point, report: Report) -> Iterator[Record]:
+def _measure_crossover(point: Point, report: Report) -> Iterator[Record]:
     """Time the operator as a user calls it against dense attention, in turns."""
-    say = _prefixed(report, point.seq_len)
+    say = prefixed(report, point.seq_len)
     for drop_mass in point.options.drop_mass:
         say(f"crossover, drop_mass {drop_mass:g}")
         config = TokenSparseConfig.published(drop_mass=drop_mass, crossover="auto")

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
-from token_sparse_attention.evaluation.replay import chosen_samples
-from token_sparse_attention.evaluation.summary import Row, summarise
+from token_sparse_attention.evaluation.summary import Row, chosen_samples, summarise
 
 _TABLE_WIDTH = 110
 

@@ -103,6 +103,11 @@ def summarise(results: EvalResults) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def chosen_samples(results: EvalResults, configuration: str, length: int) -> list[SampleResult]:
+    """Return a configuration's results of a length, all tasks together."""
+    return [s for s in results.samples if (s.configuration, s.length) == (configuration, length)]
+
+
 def layer_shares(kept: LayerKept, prompt_tokens: int) -> list[float]:
     """Return what share of the prompt each head of a layer kept; one number if all kept alike.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from token_sparse_attention.benchmark.show import COLUMNS, times
 from token_sparse_attention.report import charts
 from token_sparse_attention.report.accuracy import (
     BESIDE_WINDOW,
@@ -26,7 +27,6 @@ from token_sparse_attention.report.markup import (
     table,
     tag,
 )
-from token_sparse_attention.report.stages import stages
 
 TITLE = "Token sparse attention: report"
 LEVELS = 5  # classes h1, h2, ...: how many of the heads keep a token
@@ -39,7 +39,10 @@ def build_page(inputs: Inputs, title: str = TITLE) -> str:
     sections = [
         *_evaluation_sections(inputs),
         *_capture_sections(inputs),
-        *((f"Stage times: {run.name}", stages(run)) for run in inputs.runs),
+        *(
+            (f"Times: {run.name}", table("Milliseconds", COLUMNS, times(run)))
+            for run in inputs.runs
+        ),
     ]
     links = [
         tag("li", tag("a", heading, href=f"#part-{number}"))

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import builtins
 import re
-from pathlib import Path
 
 import pytest
+from benchmarks.markdown import EMPTY
+from benchmarks.markdown import build as build_table
+from benchmarks.operator import figures
+from benchmarks.operator.figures import draw
+from benchmarks.operator.page import PAGES, make_page
+from benchmarks.operator.page import render as render_page
+from benchmarks.operator.tables import TABLES
+from benchmarks.operator.targets import TARGETS, outcomes
 
-from benchmark.synthetic import S, changed, op_result, prefill_result
-from token_sparse_attention.benchmark import plots
-from token_sparse_attention.benchmark.far_tables import FAR_TABLES
-from token_sparse_attention.benchmark.plots import draw
+from studies.synthetic import S, changed, op_result, prefill_result
 from token_sparse_attention.benchmark.runs import NoFigureError, Run
-from token_sparse_attention.benchmark.tables import EMPTY, TABLES, build, render
-from token_sparse_attention.benchmark.targets import TARGETS, outcomes
-from token_sparse_attention.cli import main
 from token_sparse_attention.errors import UsageError
 
-ROOT = Path(__file__).parent.parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 BLANK = "".join(f"## {name}\n<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES)
+
+
+def build(name, runs):
+    return build_table(name, runs, TABLES)
+
+
+def render(document, runs, figures=()):
+    return render_page(document, runs, figures, TABLES)
 
 
 def runs(op=None):
@@ -122,7 +128,7 @@ def test_pages_without_known_markers_are_refused(page, message):
 
 def test_figures_are_the_same_each_time():
     drawn = draw(runs())
-    assert set(drawn) == set(plots.FIGURES)
+    assert set(drawn) == set(figures.FIGURES)
     for label in ("50% kept, all layers", "4,096 samples, all layers"):
         assert label in drawn["prefill"]
     assert draw(runs()) == drawn
@@ -145,17 +151,13 @@ def test_figures_name_what_they_need(monkeypatch):
         draw(runs())
 
 
-@pytest.mark.skipif(not RESULTS, reason="no result files are committed yet")
-def test_the_committed_page_is_what_the_results_give(tmp_path):
-    page = tmp_path / PAGE.name
-    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    main(["bench", "docs", *map(str, RESULTS), "--out", str(page)])
-    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
-    figures = {file.name: file.read_text() for file in (tmp_path / "figures").iterdir()}
-    assert figures
-    assert figures == {name: (PAGE.parent / "figures" / name).read_text() for name in figures}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_committed_page_is_what_the_results_give(page):
+    for path, text in make_page(page).items():
+        assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.pages"
 
 
-def test_the_page_has_a_place_for_every_table():
-    places = re.findall(r"<!-- begin ([\w-]+) -->", PAGE.read_text(encoding="utf-8"))
-    assert sorted(places) == sorted([*TABLES, *FAR_TABLES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_page_has_a_place_for_every_table(page):
+    places = re.findall(r"<!-- begin ([\w-]+) -->", page.read_text(encoding="utf-8"))
+    assert sorted(places) == sorted(PAGES[page][1])

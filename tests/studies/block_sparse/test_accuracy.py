@@ -8,11 +8,11 @@ import pytest
 import torch
 from benchmarks.block_sparse import accuracy, density
 from benchmarks.block_sparse.accuracy import combined, name_of, table
+from benchmarks.markdown import fill
 
 from evaluation.results import pair, results
 from integrations.models import make_ids, make_model
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig, streaming_mask
-from token_sparse_attention.benchmark.tables import fill
 from token_sparse_attention.evaluation.record import EvalResults
 
 

@@ -13,13 +13,14 @@ from statistics import fmean
 from types import NoneType
 from typing import Any, NamedTuple
 
-from token_sparse_attention.benchmark.replay import (
+from benchmarks.replay.layers import (
     LayerRun,
     Replayer,
     ReplayOptions,
     ReplayPoint,
     Shape,
 )
+
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import (
     PATTERN,
@@ -27,7 +28,7 @@ from token_sparse_attention.evaluation.record import (
     SampleResult,
     check_entries,
 )
-from token_sparse_attention.evaluation.summary import layer_shares
+from token_sparse_attention.evaluation.summary import chosen_samples, layer_shares
 
 SCHEMA_VERSION = 1
 SUITE = "replay"
@@ -261,11 +262,6 @@ def _jobs(
     if not groups:
         raise UsageError("there are no results to replay, or none of the lengths asked for")
     return [(*key, jobs) for key, jobs in sorted(groups.items(), key=lambda item: item[0])]
-
-
-def chosen_samples(results: EvalResults, configuration: str, length: int) -> list[SampleResult]:
-    """Return a configuration's results of a length, all tasks together."""
-    return [s for s in results.samples if (s.configuration, s.length) == (configuration, length)]
 
 
 def counts_digest(results: EvalResults, configuration: str, length: int) -> str:

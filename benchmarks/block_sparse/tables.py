@@ -1,8 +1,12 @@
-"""The tables and aims of `tsa bench block`, which `tsa bench docs` puts into a page."""
+"""Tables and aims of what `benchmarks.block_sparse.speed` measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks.markdown import NONE, Rows, Table, figure_or, number
+from benchmarks.operator.tables import runs_table
+from benchmarks.operator.targets import K, Outcome, Target, outcomes
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid
 from token_sparse_attention.benchmark.record import Record
@@ -14,15 +18,6 @@ from token_sparse_attention.benchmark.runs import (
     speed_up,
     tokens,
 )
-from token_sparse_attention.benchmark.tables import (
-    NONE,
-    Rows,
-    Table,
-    _runs,
-    figure_or,
-    number,
-)
-from token_sparse_attention.benchmark.targets import K, Outcome, Target, outcomes
 
 LENGTHS = (32 * K, 64 * K, 128 * K)
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -260,7 +255,7 @@ def _targets(runs: Sequence[Run]) -> Rows:
 
 
 BLOCK_TABLES: dict[str, Table] = {
-    "block-runs": _runs,
+    "block-runs": runs_table,
     "block-targets": _targets,
     "block-speed": _speed,
     "block-estimates": _estimates,

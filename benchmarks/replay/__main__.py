@@ -1,71 +1,60 @@
-"""``tsa bench replay``: arguments, progress, the table. Exit codes are those of `cli`."""
+"""Time attention with the numbers of tokens that the results of ``tsa eval`` kept.
+
+python -m benchmarks.replay result.jsonl --own-shape --out replay.json
+python -m benchmarks.replay result.jsonl --table replay.json   (measures nothing)
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.command import add_lists, add_measuring_arguments, make_parser, positive, run
+from benchmarks.replay.accuracy import frontier_table, join, target_of, to_dict
+from benchmarks.replay.layers import ReplayOptions, Shape
+from benchmarks.replay.results import Replay, replay
 from rich.console import Console
 from rich.markdown import Markdown
 
-from token_sparse_attention import arguments
-from token_sparse_attention.benchmark.command import (
-    MakeCommand,
-    add_measuring_arguments,
-    device_named,
-    list_of,
-    positive,
-)
-from token_sparse_attention.benchmark.replay import ReplayOptions, Shape
+from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.benchmark.measuring import device_named
 from token_sparse_attention.errors import UsageError
-from token_sparse_attention.evaluation.frontier import frontier_table, join, target_of, to_dict
 from token_sparse_attention.evaluation.record import EvalResults, load_results
-from token_sparse_attention.evaluation.replay import Replay, replay
 from token_sparse_attention.info import provenance
 
 _TABLE_WIDTH = 130
-_NOT_ARGUMENTS = ("bench", "command", "bench_command", "handler", "json", "out", "table")
+_NOT_ARGUMENTS = ("json", "out", "table")
 
 
-def add_commands(commands: Any, make: MakeCommand) -> None:
-    """Add ``replay`` to the commands below ``tsa bench``; it sets `bench` as they do."""
-    command = make(
-        commands,
-        "replay",
-        "time attention with the numbers of tokens that the results of tsa eval kept",
-        "tsa bench replay result.jsonl --own-shape --out replay.json\n"
-        "  tsa bench replay result.jsonl --table replay.json   (measures nothing)",
-    )
-    command.add_argument(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure or show what the command line names."""
+    parser = make_parser("benchmarks.replay", __doc__)
+    parser.add_argument(
         "results", nargs="+", type=Path, metavar="RESULT", help="results of tsa eval"
     )
-    command.add_argument(
+    parser.add_argument(
         "--table",
         nargs="+",
         type=Path,
         metavar="REPLAY",
         help="measure nothing: show accuracy beside the speed-up that these files hold",
     )
-    add_measuring_arguments(command, 0.2)
-    command.add_argument(
-        "--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)"
-    )
-    command.add_argument(
+    add_lists(parser, {"lengths": (positive, (), "only these of the lengths in the results")})
+    parser.add_argument(
         "--own-shape", action="store_true", help="measure at the evaluated model's shape too"
     )
-    command.add_argument(
-        "--lengths",
-        type=list_of(positive),
-        default=(),
-        metavar="LIST",
-        help="only these of the lengths in the results (default: all)",
+    parser.add_argument(
+        "--attention-backend",
+        default="auto",
+        choices=BACKENDS,
+        help="which dense kernel attends (default: auto)",
     )
-    command.add_argument("--attention-backend", default="auto", **arguments.DENSE_BACKEND)
-    command.add_argument(
+    parser.add_argument(
         "--share-within",
         type=float,
         default=0.01,
@@ -73,11 +62,13 @@ def add_commands(commands: Any, make: MakeCommand) -> None:
         help="layers share a measurement where no head's number of tokens differs by more "
         "than this share (default: 0.01)",
     )
-    command.set_defaults(bench=run_replay)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_measuring_arguments(parser, 0.2)
+    return run(parser, run_replay, argv)
 
 
 def run_replay(args: argparse.Namespace) -> bool:
-    """Run ``tsa bench replay``; return whether every check passed.
+    """Measure or show a replay; return whether every check passed.
 
     Raises:
         UsageError: if something that was given cannot be used.
@@ -99,7 +90,7 @@ def run_replay(args: argparse.Namespace) -> bool:
     )
     about = provenance(str(device))
     asked = {name: _plain(v) for name, v in vars(args).items() if name not in _NOT_ARGUMENTS}
-    asked = {"command": "tsa bench replay", **asked}
+    asked = {"command": "benchmarks.replay", **asked}
     with Console(stderr=True).status("starting") as status:
         for points, rows in replay(
             evaluations,
@@ -152,3 +143,7 @@ def _show(
             highlight=False,
         )
     return not failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

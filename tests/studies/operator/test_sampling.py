@@ -1,23 +1,22 @@
-"""`tsa bench far`: what it measures, its tables, and costs as numbers of keys."""
+"""Sampled keys: what it measures, its tables, and costs as numbers of keys."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
 import pytest
 import torch
+from benchmarks.markdown import build
+from benchmarks.operator import sampling
+from benchmarks.operator.sampling_tables import FAR_TABLES, dense_query_keys, far_keys
 
-from benchmark.synthetic import S, changed, far_result
-from token_sparse_attention.benchmark import checks, far, op
-from token_sparse_attention.benchmark.far_tables import FAR_TABLES, dense_query_keys, far_keys
+from studies.synthetic import S, changed, far_result
+from token_sparse_attention.benchmark import checks, op
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import NoFigureError, Run
-from token_sparse_attention.benchmark.tables import build
-from token_sparse_attention.cli import main
 
-FAR = ["bench", "far", "--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
+FAR = ["--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
 FAR += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "640"]
 FAR += ["--samples", "16,64", "--landmarks", "20", "--sinks", "20", "--dense-queries", "8"]
 SETTINGS = ("sinks-20", "landmarks-20", "samples-16", "samples-64", "samples-64-per-head")
@@ -61,10 +60,10 @@ def test_nothing_is_claimed_without_a_passed_check():
     assert rows("far-stages", base)[1][4] == "**check failed**"
 
 
-def test_every_setting_and_stage_is_measured(tmp_path, capsys):
-    assert main([*FAR, "--out", str(tmp_path / "far.json"), "--json"]) == 0
-    printed = ResultFile.from_json(capsys.readouterr().out)
-    assert printed == ResultFile.load(tmp_path / "far.json")
+def test_every_setting_and_stage_is_measured(tmp_path):
+    assert sampling.main([*FAR, "--out", str(tmp_path / "far.json")]) == 0
+    printed = ResultFile.load(tmp_path / "far.json")
+    assert printed.arguments["command"] == "benchmarks.operator.sampling"
     assert printed.arguments["samples"] == [16, 64]
     assert {(entry.suite, entry.kind) for entry in printed.records} == {("far", "eager")}
     whole = ("window", *SETTINGS, "samples-64-dense-8")
@@ -82,7 +81,7 @@ def test_every_setting_and_stage_is_measured(tmp_path, capsys):
 
 def test_settings_are_what_their_names_say():
     common = op.OpOptions(torch.device("cpu"), lengths=(640,), backends=("flash",))
-    found = far.FarOptions(common, (16, 64), (20,), (30,), (8,)).settings()
+    found = sampling.FarOptions(common, (16, 64), (20,), (30,), (8,)).settings()
     shown = {
         name: (c.fallback_sinks, c.fallback_landmarks, c.fallback_samples, c.dense_queries)
         for name, c in found.items()
@@ -98,22 +97,22 @@ def test_settings_are_what_their_names_say():
     }
     assert {c.budget for name, c in found.items() if "per-head" in name} == {"per_head"}
     assert not any(c.select_queries or c.crossover != "off" for c in found.values())
-    alone = far.FarOptions(common, (), (), (), (8,)).settings()
+    alone = sampling.FarOptions(common, (), (), (), (8,)).settings()
     assert list(alone) == ["window", "window-dense-8"]
 
 
 def test_a_failed_check_exits_1(capsys, monkeypatch):
-    monkeypatch.setattr(checks, "_exact_rows", lambda *given: torch.ones(len(given[2]), 1))
-    assert main(FAR) == 1
+    monkeypatch.setattr(checks, "exact_rows", lambda *given: torch.ones(len(given[2]), 1))
+    assert sampling.main(FAR) == 1
     printed = capsys.readouterr().out
     assert "check failed" in printed
     assert not re.search(r"\d\.\d\dx", printed)
 
 
-def test_what_cannot_run_is_noted_or_refused(capsys, monkeypatch):
-    assert main([*FAR, "--dense", "fa4"]) == 2
+def test_what_cannot_run_is_noted_or_refused(tmp_path, capsys, monkeypatch):
+    assert sampling.main([*FAR, "--dense", "fa4"]) == 2
     assert "--dense: attention_backend 'fa4'" in capsys.readouterr().err
-    assert main([*FAR, "--lengths", "100"]) == 2
+    assert sampling.main([*FAR, "--lengths", "100"]) == 2
     assert "lengths must exceed 128" in capsys.readouterr().err
 
     def timed(_, *contenders, **__):
@@ -121,7 +120,7 @@ def test_what_cannot_run_is_noted_or_refused(capsys, monkeypatch):
             raise torch.OutOfMemoryError("too large")
         return iter(())
 
-    monkeypatch.setattr(op._Point, "timed", timed)
-    assert main([*FAR, "--json"]) == 0
-    (skipped,) = json.loads(capsys.readouterr().out)["records"]
-    assert (skipped["kind"], skipped["note"]) == ("skipped", "OutOfMemoryError: too large")
+    monkeypatch.setattr(op.Point, "timed", timed)
+    assert sampling.main([*FAR, "--out", str(tmp_path / "far.json")]) == 0
+    (skipped,) = ResultFile.load(tmp_path / "far.json").records
+    assert (skipped.kind, skipped.note) == ("skipped", "OutOfMemoryError: too large")

@@ -1,4 +1,7 @@
-"""`tsa bench far`: the windowed fallback of every query, its far tokens, and dense last queries.
+"""The windowed fallback of every query, its far tokens, and dense last queries.
+
+    python -m benchmarks.operator.sampling --out benchmarks/results/far.json
+    python -m benchmarks.operator.sampling --lengths 131072 --samples 4096
 
 Each setting attends as ``select_queries=False`` does. The times give the constants of `crossover`
 for far tokens and dense queries.
@@ -6,19 +9,31 @@ for far tokens and dense queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from benchmarks.command import (
+    add_lists,
+    add_measuring_arguments,
+    make_parser,
+    measured,
+    positive,
+    run,
+)
+from benchmarks.operator.sampling_tables import FAR_TABLES, WINDOW
 
+from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.dense import new_output
 from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.attention.windows import attend_windows
 from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.contenders import dense_call
-from token_sparse_attention.benchmark.far_tables import WINDOW
-from token_sparse_attention.benchmark.op import Contender, OpOptions, Report, _Point, _prefixed
+from token_sparse_attention.benchmark.measuring import device_named
+from token_sparse_attention.benchmark.op import Contender, OpOptions, Point, Report, prefixed
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.errors import UsageError
@@ -79,8 +94,8 @@ def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Re
         UsageError: if the dense kernel cannot run.
     """
     for seq_len in options.common.lengths:
-        point = _Point(options.common, seq_len, "far")
-        say = _prefixed(report, seq_len)
+        point = Point(options.common, seq_len, "far")
+        say = prefixed(report, seq_len)
         backend = options.common.backends[0]
         say(f"dense, {backend}")
         try:
@@ -94,7 +109,7 @@ def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Re
         yield from _whole(options, point, say)
 
 
-def _stages(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]:
+def _stages(options: FarOptions, point: Point, say: Report) -> Iterator[Record]:
     """Time scoring; drawing; windows with and without far tokens in turns."""
     query, key, value = point.inputs
     backend, scale = options.common.backends[0], point.inputs.scale
@@ -124,7 +139,7 @@ def _stages(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]
     yield from point.timed(*windows)
 
 
-def _whole(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]:
+def _whole(options: FarOptions, point: Point, say: Report) -> Iterator[Record]:
     """Check the operator under every setting, and time all in turns."""
     contenders = []
     for name, config in options.settings().items():
@@ -145,3 +160,45 @@ def _whole(options: FarOptions, point: _Point, say: Report) -> Iterator[Record]:
         yield from point.timed(*contenders)
     except torch.OutOfMemoryError as error:
         yield point.skipped("far/whole", error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the command line names."""
+    parser = make_parser("benchmarks.operator.sampling", __doc__)
+    add_lists(
+        parser,
+        {
+            "lengths": (positive, LENGTHS, "prompt lengths"),
+            "samples": (positive, SAMPLES, "numbers of tokens drawn by score"),
+            "landmarks": (positive, LANDMARKS, "numbers of best-scored tokens"),
+            "sinks": (positive, SINKS, "numbers of first tokens, the costliest place"),
+            "dense-queries": (positive, DENSE_QUERIES, "numbers of last, dense queries"),
+        },
+    )
+    parser.add_argument(
+        "--dense",
+        choices=[name for name in BACKENDS if name != "auto"],
+        help="dense kernel, also of the windows (default: fa4; off CUDA flash)",
+    )
+    add_measuring_arguments(parser, 0.2)
+    return run(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
+    device = device_named(args.device)
+    common = OpOptions(
+        device=device,
+        dtype=getattr(torch, args.dtype),
+        lengths=args.lengths,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        head_dim=args.head_dim,
+        backends=(args.dense or ("fa4" if device.type == "cuda" else "flash"),),
+        budget_seconds=args.budget_seconds,
+    )
+    options = FarOptions(common, args.samples, args.landmarks, args.sinks, args.dense_queries)
+    return measured(args, "benchmarks.operator.sampling", partial(measure, options), FAR_TABLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

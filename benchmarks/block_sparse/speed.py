@@ -1,14 +1,30 @@
-"""`tsa bench block`: block-sparse attention against its peers, and what choosing blocks costs."""
+"""Block-sparse attention against its peers, and what choosing the blocks costs.
+
+python -m benchmarks.block_sparse.speed --out benchmarks/results/block/block.json
+python -m benchmarks.block_sparse.speed --lengths 131072 --densities 0.4
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from benchmarks.block_sparse.tables import BLOCK_TABLES
+from benchmarks.command import (
+    add_lists,
+    add_measuring_arguments,
+    list_of,
+    make_parser,
+    measured,
+    positive,
+    run,
+)
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
@@ -31,10 +47,10 @@ from token_sparse_attention.attention.patterns.xattention import xattention_mask
 from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, judge
 from token_sparse_attention.benchmark.contenders import dense_call
-from token_sparse_attention.benchmark.op import Contender, OpOptions, _Point, _prefixed
+from token_sparse_attention.benchmark.measuring import device_named
+from token_sparse_attention.benchmark.op import Contender, OpOptions, Point, prefixed
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.errors import UsageError
-from token_sparse_attention.selection import load_kernels
 
 LENGTHS = (32768, 65536, 131072)
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -79,7 +95,7 @@ class BlockOptions:
         if not self.lengths or min(self.lengths) < 2 * BLOCK_SIZE[0]:
             raise UsageError(f"--lengths must be at least {2 * BLOCK_SIZE[0]}, got {self.lengths}")
 
-    def point(self, seq_len: int) -> _Point:
+    def point(self, seq_len: int) -> Point:
         """Return one length's inputs, and what its records have in common."""
         options = OpOptions(
             self.device,
@@ -90,13 +106,13 @@ class BlockOptions:
             head_dim=self.head_dim,
             budget_seconds=self.budget_seconds,
         )
-        return _Point(options, seq_len, "block")
+        return Point(options, seq_len, "block")
 
 
 def measure(options: BlockOptions, report: Report = lambda _: None) -> Iterator[Record]:
     """Yield every record of a run, in order; `report` is told what is being measured."""
     for seq_len in options.lengths:
-        say = _prefixed(report, seq_len)
+        say = prefixed(report, seq_len)
         point = options.point(seq_len)
         yield from _speeds(options, point, say)
         if options.estimate_densities:
@@ -104,7 +120,7 @@ def measure(options: BlockOptions, report: Report = lambda _: None) -> Iterator[
             yield from _estimates(options, point, say)
 
 
-def _speeds(options: BlockOptions, point: _Point, say: Report) -> Iterator[Record]:
+def _speeds(options: BlockOptions, point: Point, say: Report) -> Iterator[Record]:
     """Time executors and dense attention in turns, on a random mask per density."""
     for density in options.densities:
         say(f"executors, density {density:g}")
@@ -132,11 +148,12 @@ def executor(name: str, inputs: Inputs, mask: BlockMask) -> Callable[[], Tensor]
     """Return a call of one of `EXECUTORS`."""
     query, key, value = inputs
     if name == "triton":
-        kernel: Callable[..., Tensor] = load_kernels("block_sparse").attend_block_lists
+        from benchmarks.block_sparse.kernel import attend_block_lists  # needs Triton
+
         partial_lists = mask.partial_count, mask.partial_index
         full = mask.full_count, mask.full_index
         size, scale = mask.block_size, inputs.scale
-        return partial(kernel, query, key, value, partial_lists, full, size, scale)
+        return partial(attend_block_lists, query, key, value, partial_lists, full, size, scale)
     choose_block_backend(name, query, mask.block_size)
     attend = partial(
         attend_blocks,
@@ -190,8 +207,8 @@ def check_blocks(
                 allowed[columns[0, head].clamp(max=mask.kv_len)] = True
             own = slots[allowed[: mask.kv_len]]
             place = slots[position : position + 1]
-            exact = checks._exact_rows(inputs, head, place, own)
-            errors.append(checks._row_error(out[0, head, place], exact))
+            exact = checks.exact_rows(inputs, head, place, own)
+            errors.append(checks.row_error(out[0, head, place], exact))
     return judge(max(errors), 2 * reference_error + inputs.eps / 2)
 
 
@@ -299,7 +316,7 @@ ESTIMATORS = (
 )
 
 
-def _estimates(options: BlockOptions, point: _Point, say: Report) -> Iterator[Record]:
+def _estimates(options: BlockOptions, point: Point, say: Report) -> Iterator[Record]:
     """Time each pattern's estimate and the attention over what it chose, in turns."""
     query, key, _ = point.inputs
     scale = point.inputs.scale
@@ -391,3 +408,57 @@ def _settings(config: Any) -> str:
 
 def _noted(verdict: Verdict, note: str) -> Verdict:
     return verdict._replace(note="; ".join(filter(None, (verdict.note, note))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the command line names."""
+    parser = make_parser("benchmarks.block_sparse.speed", __doc__)
+    add_lists(
+        parser,
+        {
+            "lengths": (positive, LENGTHS, "prompt lengths"),
+            "densities": (float, DENSITIES, "shares of the blocks, drawn at random"),
+            "estimate-densities": (
+                float,
+                ESTIMATE_DENSITIES,
+                "shares of the blocks that patterns are set to choose",
+            ),
+        },
+    )
+    parser.add_argument(
+        "--executors",
+        type=list_of(str),
+        metavar="NAMES",
+        help=f"of {','.join(EXECUTORS)} (default: fa4,flex,triton; off CUDA reference)",
+    )
+    parser.add_argument(
+        "--dense",
+        metavar="NAME",
+        help="dense kernel to compare with (default: fa4; off CUDA math)",
+    )
+    add_measuring_arguments(parser, 0.4)
+    return run(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
+    device = device_named(args.device)
+    on_cuda = device.type == "cuda"
+    executors = ("fa4", "flex", "triton") if on_cuda else ("reference",)
+    options = BlockOptions(
+        device=device,
+        executors=executors if args.executors is None else args.executors,
+        dense=args.dense or ("fa4" if on_cuda else "math"),
+        dtype=getattr(torch, args.dtype),
+        lengths=args.lengths,
+        densities=args.densities,
+        estimate_densities=args.estimate_densities,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        head_dim=args.head_dim,
+        budget_seconds=args.budget_seconds,
+    )
+    return measured(args, "benchmarks.block_sparse.speed", partial(measure, options), BLOCK_TABLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

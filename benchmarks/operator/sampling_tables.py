@@ -1,4 +1,4 @@
-"""The tables of `tsa bench far`.
+"""Tables of what `benchmarks.operator.sampling` measured.
 
 Costs are numbers of keys per query: how many keys dense attention passes over, for every query,
 in the time that a stage takes. So are the constants of `crossover`.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from benchmarks.markdown import NONE, Rows, Table, figure_or, number
+
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.benchmark.runs import (
     NOT_MEASURED,
@@ -18,7 +20,6 @@ from token_sparse_attention.benchmark.runs import (
     speed_up,
     tokens,
 )
-from token_sparse_attention.benchmark.tables import NONE, Rows, Table, figure_or, number
 
 WINDOW = "window"  # the setting without far tokens
 

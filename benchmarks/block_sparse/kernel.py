@@ -1,4 +1,4 @@
-"""A plain block-sparse attention kernel, which `tsa bench block` compares the executor with.
+"""A plain block-sparse attention kernel, which `speed` compares the executor with.
 
 It is what one writes first: FlashAttention-2's loop, over a list of blocks instead of a range.
 """

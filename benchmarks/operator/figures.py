@@ -9,6 +9,8 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.operator.tables import prefill_setting, tflops
+
 from token_sparse_attention.benchmark.runs import (
     STAGES,
     NoFigureError,
@@ -17,7 +19,6 @@ from token_sparse_attention.benchmark.runs import (
     speed_up,
     tokens,
 )
-from token_sparse_attention.benchmark.tables import prefill_setting, tflops
 from token_sparse_attention.errors import UsageError
 
 if TYPE_CHECKING:

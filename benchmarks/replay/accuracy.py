@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from token_sparse_attention.benchmark.tables import NONE, number
-from token_sparse_attention.errors import UsageError
-from token_sparse_attention.evaluation.record import PATTERN, EvalResults
-from token_sparse_attention.evaluation.replay import (
+from benchmarks.markdown import NONE, number
+from benchmarks.replay.results import (
     Replay,
     ReplayRow,
     Times,
     counts_digest,
 )
+
+from token_sparse_attention.errors import UsageError
+from token_sparse_attention.evaluation.record import PATTERN, EvalResults
 from token_sparse_attention.evaluation.summary import Row, summarise
 
 NOT_REPLAYED, CHECK_FAILED = "not replayed", "check failed"

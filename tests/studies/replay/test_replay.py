@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import re
 from statistics import fmean
 
 import pytest
 import torch
+from benchmarks.replay.__main__ import main
+from benchmarks.replay.accuracy import frontier_table, join, target_of
+from benchmarks.replay.layers import LayerRun, ReplayOptions, Shape
+from benchmarks.replay.results import Replay, chosen_samples, layer_runs, replay
 
 from evaluation.results import DENSE, HEADER, SPARSE
 from token_sparse_attention import LayerProfile, TokenSparseConfig
 from token_sparse_attention.benchmark import checks, timing
-from token_sparse_attention.benchmark.replay import LayerRun, ReplayOptions, Shape
 from token_sparse_attention.errors import UsageError
-from token_sparse_attention.evaluation.frontier import frontier_table, join, target_of
 from token_sparse_attention.evaluation.record import EvalResults, save_results
-from token_sparse_attention.evaluation.replay import Replay, chosen_samples, layer_runs, replay
-from token_sparse_attention.evaluation.replay_command import add_commands
 from token_sparse_attention.evaluation.summary import layer_shares
 
 CONFIG = TokenSparseConfig.published(window_size=8, pool_size=3, min_tokens=8, crossover="off")
@@ -269,17 +269,8 @@ def test_layers_that_select_no_queries_are_replayed(tmp_path):
     assert found.times == replayed.times(row)
 
 
-def bench_replay(*arguments: str) -> bool:
-    parser = argparse.ArgumentParser()
-
-    def make(commands, name, summary, example):  # noqa: ARG001
-        command = commands.add_parser(name)
-        command.add_argument("--json", action="store_true")
-        return command
-
-    add_commands(parser.add_subparsers(), make)
-    args = parser.parse_args(["replay", *map(str, arguments)])
-    return args.bench(args)
+def command(*arguments: object) -> int:
+    return main([*map(str, arguments)])
 
 
 SMALL = ("--device", "cpu", "--dtype", "float32", "--heads", "4", "--kv-heads", "2")
@@ -289,7 +280,7 @@ SMALL += ("--head-dim", "16", "--budget-seconds", "0.001")
 def test_the_command_from_end_to_end(tmp_path, capsys):
     result, out = tmp_path / "result.jsonl", tmp_path / "replay.json"
     save_results(result, make_results())
-    assert bench_replay(result, *SMALL, "--own-shape", "--out", out, "--json")
+    assert command(result, *SMALL, "--own-shape", "--out", out, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["failed_checks"] == 0
     rows = {row["configuration"]: row for row in shown["rows"]}
@@ -302,7 +293,7 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     assert {point.head_dim for point in replayed.points} == {8, 16}
     assert all(point.kind == "eager" and point.passed for point in replayed.points)
     assert replayed.provenance["versions"]["torch"] == torch.__version__
-    assert bench_replay(result, "--table", out)
+    assert command(result, "--table", out) == 0
     printed = capsys.readouterr().out
     assert (
         "attention of all layers at 4 heads, 2 KV heads, head size 16, float32, flash" in printed
@@ -311,17 +302,17 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
 
 
 def test_a_failed_check_fails_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(checks, "_exact_rows", lambda *given: torch.ones(len(given[2]), 1))
+    monkeypatch.setattr(checks, "exact_rows", lambda *given: torch.ones(len(given[2]), 1))
     result = tmp_path / "result.jsonl"
     save_results(result, make_results())
-    assert not bench_replay(result, *SMALL, "--out", tmp_path / "replay.json")
+    assert command(result, *SMALL, "--out", tmp_path / "replay.json") == 1
     printed = capsys.readouterr().out
     assert "check failed" in printed
     assert "x |" not in printed
-    assert not bench_replay(result, "--table", tmp_path / "replay.json", "--json")
+    assert command(result, "--table", tmp_path / "replay.json", "--json") == 1
 
 
-def test_bad_input_is_named(tmp_path):
+def test_bad_input_is_named(tmp_path, capsys):
     result, other = tmp_path / "result.jsonl", tmp_path / "other.jsonl"
     save_results(result, make_results())
     settings = {**RESULTS_HEADER.configurations, "profile": {"abacus": 1}}
@@ -338,9 +329,9 @@ def test_bad_input_is_named(tmp_path):
         ((result, *SMALL, "--out", "/dev/null/x"), "--out /dev/null/x cannot be written"),
         ((result, *SMALL, *out, "--device", "abacus"), "--device abacus cannot be used"),
     ]:
-        with pytest.raises(UsageError, match=message):
-            bench_replay(*arguments)
+        assert command(*arguments) == 2
+        assert re.search(message, capsys.readouterr().err), message
     unlisted = [dataclasses.replace(s, kept=s.kept and [9, 9]) for s in make_results().samples]
     save_results(other, EvalResults(RESULTS_HEADER, tuple(unlisted)))
-    with pytest.raises(UsageError, match="ran layer 0 sparse, but does not list it"):
-        bench_replay(other, *SMALL, *out)
+    assert command(other, *SMALL, *out) == 2
+    assert "ran layer 0 sparse, but does not list it" in capsys.readouterr().err

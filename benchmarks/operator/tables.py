@@ -1,97 +1,25 @@
-"""`tsa bench docs`: the tables of the documentation, from result files."""
+"""Tables of what ``tsa bench op`` and ``tsa bench prefill`` measured."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from benchmarks.markdown import NONE, Rows, Table, figure_or, number
+from benchmarks.operator.targets import crossover_ms, outcomes
 
 from token_sparse_attention.benchmark.record import KERNEL_KINDS, Record
 from token_sparse_attention.benchmark.runs import (
     CHECK_FAILED,
     WALL_KINDS,
-    NoFigureError,
     Run,
     milliseconds,
     speed_up,
     tokens,
 )
-from token_sparse_attention.benchmark.targets import crossover_ms, outcomes
 from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.errors import UsageError
 
-EMPTY = "Not measured yet."
-NONE = "-"
-_MARKER = re.compile(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 _SPREAD_FROM_MS = 1.0  # shorter times are mostly the clock's spread
-
-Rows = Iterator[Sequence[str]]
-Table = Callable[[Sequence[Run]], Rows]
-
-
-def fill(document: str, tables: Mapping[str, str]) -> str:
-    """Return the document with these tables between its markers.
-
-    Args:
-        document: Markdown with ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` lines.
-        tables: by name, in Markdown.
-
-    Raises:
-        UsageError: if a marker names no table, or there is none.
-    """
-    names = _MARKER.findall(document)
-    unknown = [name for name in names if name not in tables]
-    if unknown or not names:
-        raise UsageError(
-            f"the document must have markers named after {', '.join(tables)}; "
-            f"got {unknown[0] if unknown else 'none'}"
-        )
-    return _MARKER.sub(
-        lambda match: f"<!-- begin {match[1]} -->\n{tables[match[1]]}<!-- end {match[1]} -->",
-        document,
-    )
-
-
-def render(
-    document: str,
-    runs: Sequence[Run],
-    figures: Sequence[str] = (),
-    tables: Mapping[str, Table] | None = None,
-) -> str:
-    """`fill` the document with tables of `runs`.
-
-    Args:
-        document: see `fill`.
-        runs: what was measured.
-        figures: the figures there are; the one called like a table follows it.
-        tables: by name; `TABLES` if None.
-    """
-    built = {name: build(name, runs, tables) for name in tables or TABLES}
-    for name in built.keys() & set(figures):
-        built[name] += f"\n![{name}](figures/{name}.svg)\n"
-    return fill(document, built)
-
-
-def build(name: str, runs: Sequence[Run], tables: Mapping[str, Table] | None = None) -> str:
-    """Return one table of `tables`, or of `TABLES`, in Markdown."""
-    header, *body = (TABLES if tables is None else tables)[name](runs)
-    if not body:
-        return EMPTY + "\n"
-    lines = [header, ["---"] * len(header), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def figure_or(claim: Callable[..., str], *arguments: Any) -> str:
-    """Return ``claim(*arguments)``, or why there is no such figure."""
-    try:
-        return claim(*arguments)
-    except NoFigureError as error:
-        return f"**{CHECK_FAILED}**" if str(error) == CHECK_FAILED else NONE
-
-
-def number(value: float) -> str:
-    """Return three significant digits; all of those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _ms(record: Record | None) -> str:
@@ -116,7 +44,8 @@ def _shares(runs: Sequence[Run], name: str) -> list[float]:
     return sorted({kept for run in runs for kept in run.shares(name)}, reverse=True)
 
 
-def _runs(runs: Sequence[Run]) -> Rows:
+def runs_table(runs: Sequence[Run]) -> Rows:
+    """Where and how each run was made."""
     yield "run", "device", "commit", "versions", "attention", "widest spread", "arguments"
     for run in runs:
         about, records = run.result.provenance, run.result.records
@@ -367,7 +296,7 @@ def _targets(runs: Sequence[Run]) -> Rows:
 
 
 TABLES: dict[str, Table] = {
-    "runs": _runs,
+    "runs": runs_table,
     "targets": _targets,
     "dense": _dense,
     "stages": _stages,

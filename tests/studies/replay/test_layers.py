@@ -6,11 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-
-from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
-from token_sparse_attention.benchmark import checks, timing
-from token_sparse_attention.benchmark.checks import check_sparse, random_inputs
-from token_sparse_attention.benchmark.replay import (
+from benchmarks.replay.layers import (
     LayerRun,
     Replayer,
     ReplayOptions,
@@ -19,6 +15,10 @@ from token_sparse_attention.benchmark.replay import (
     make_selection,
     run_with,
 )
+
+from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
+from token_sparse_attention.benchmark import checks, timing
+from token_sparse_attention.benchmark.checks import check_sparse, random_inputs
 from token_sparse_attention.crossover import NEVER_DENSE
 from token_sparse_attention.errors import UsageError
 
@@ -150,7 +150,7 @@ def test_wrong_results_and_lack_of_memory_are_recorded(monkeypatch):
         raise torch.OutOfMemoryError("too large\nby far")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checks, "_exact_rows", lambda *given: torch.ones(len(given[2]), 1))
+        patched.setattr(checks, "exact_rows", lambda *given: torch.ones(len(given[2]), 1))
         wrong = replayer.point(LayerRun(CONFIG, (0.5,)))
     assert not wrong.passed
     assert "exceeds" in wrong.note

@@ -1,17 +1,10 @@
-"""`tsa bench block`: what it measures, what it says of it, and the committed page."""
+"""Block-sparse attention's times: what is measured, and what is said of it."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
-
-from benchmark.synthetic import PROVENANCE, S, changed, record
-from token_sparse_attention.attention.block_mask import BlockMask
-from token_sparse_attention.attention.block_sparse import block_sparse_attention
-from token_sparse_attention.benchmark.block import (
+from benchmarks.block_sparse.speed import (
     ESTIMATORS,
     BlockOptions,
     check_blocks,
@@ -19,23 +12,23 @@ from token_sparse_attention.benchmark.block import (
     random_mask,
     structured_inputs,
 )
-from token_sparse_attention.benchmark.block_tables import (
+from benchmarks.block_sparse.tables import (
     BLOCK_TABLES,
     BLOCK_TARGETS,
     floor_ms,
     rate,
 )
+from benchmarks.markdown import build
+from benchmarks.operator.targets import outcomes
+
+from studies.synthetic import PROVENANCE, S, changed, record
+from token_sparse_attention.attention.block_mask import BlockMask
+from token_sparse_attention.attention.block_sparse import block_sparse_attention
 from token_sparse_attention.benchmark.checks import random_inputs
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import Run
-from token_sparse_attention.benchmark.tables import build
-from token_sparse_attention.benchmark.targets import outcomes
-from token_sparse_attention.cli import main
 from token_sparse_attention.errors import UsageError
 
-ROOT = Path(__file__).parent.parent.parent
-PAGE = ROOT / "docs" / "patterns.md"
-RESULTS = sorted((ROOT / "benchmarks" / "results" / "block").glob("*.json"))
 CPU = torch.device("cpu")
 
 
@@ -183,17 +176,3 @@ def test_what_cannot_be_measured_is_refused():
         BlockOptions(**plain, densities=(0.0,))
     with pytest.raises(UsageError, match="--lengths must be at least 256"):
         BlockOptions(**plain, lengths=(100,))
-
-
-@pytest.mark.skipif(not RESULTS, reason="no result files are committed yet")
-def test_the_committed_page_is_what_the_results_give(tmp_path):
-    page = tmp_path / PAGE.name
-    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    main(["bench", "docs", *map(str, RESULTS), "--out", str(page)])
-    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
-
-
-def test_the_page_has_a_place_for_every_table():
-    assert re.findall(r"<!-- begin ([\w-]+) -->", PAGE.read_text(encoding="utf-8")) == list(
-        BLOCK_TABLES
-    )

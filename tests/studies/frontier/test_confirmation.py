@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.frontier import confirmation
+from benchmarks.replay.accuracy import join
+from benchmarks.replay.results import Times
 
 from evaluation.results import DENSE, HEADER
 from token_sparse_attention import LayerProfile, TokenSparseConfig
@@ -16,9 +18,7 @@ from token_sparse_attention.calibration.record import (
     LayerSetting,
     Sensitivity,
 )
-from token_sparse_attention.evaluation.frontier import join
 from token_sparse_attention.evaluation.record import EvalResults
-from token_sparse_attention.evaluation.replay import Times
 
 
 def cells(table: str, start: str) -> list[str]:
