@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from token_sparse_attention.impls import load_kernels, resolve_impl
 from token_sparse_attention.inputs import check_attention_inputs, unit_stride
-from token_sparse_attention.selection import TokenSelection, load_kernels, resolve_impl
-
-
-class Compressed(NamedTuple):
-    """Packed attention inputs: one sequence per batch entry and head, in that order.
-
-    The tensors may be larger than the sequences together; rows beyond them hold nothing.
-
-    Attributes:
-        query: ``[T_q, D]``, the selected queries.
-        key: ``[T_k, D]``, the selected keys.
-        value: ``[T_k, D]``, the selected values.
-        cu_seqlens_q: ``[B * H + 1]`` int32, where each sequence's queries start.
-        cu_seqlens_k: ``[B * H + 1]`` int32, where each sequence's keys start.
-        max_seqlen_q: no sequence has more queries.
-        max_seqlen_k: no sequence has more keys.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
+from token_sparse_attention.results import Attended, PackedSequences, TokenSelection
 
 
 def compress(
     query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, *, impl: str = "auto"
-) -> Compressed:
+) -> PackedSequences:
     """Gather Q, K and V rows at each head's selected tokens; K and V are never repeated.
 
     Args:
@@ -79,39 +54,37 @@ def compress(
             f"selection.kv_len must be given where key has more slots than query, {kv_len} and "
             f"{query.shape[2]}; got None"
         )
-    impl = resolve_impl(impl, query)
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     everything = range(query.shape[0] * query.shape[1])
-    return compress_sequences(query, key, value, selection, everything, impl=impl)
+    capacity = selection.indices.shape[2]
+    impl = resolve_impl(impl, query)
+    return compress_sequences((query, key, value), selection, everything, capacity, impl=impl)
 
 
 def compress_sequences(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
     selection: TokenSelection,
     sequences: range,
+    max_length: int,
     *,
     impl: str,
-    max_length: int | None = None,
-) -> Compressed:
+) -> PackedSequences:
     """`compress` on checked arguments, of the sequences ``b * H + h`` in a range.
 
     Args:
-        query: see `compress`.
-        key: see `compress`.
-        value: see `compress`.
+        tensors: query, key and value with unit stride over D, see `compress`.
         selection: see `compress`.
         sequences: which sequences; the reference takes all.
+        max_length: no sequence keeps more tokens.
         impl: ``"triton"`` or ``"reference"``.
-        max_length: no sequence keeps more tokens; the selection's capacity if None.
     """
-    kv_len, query_len, head_dim = key.shape[2], query.shape[2], query.shape[3]
-    first_query = kv_len - query_len
+    query, key, value = tensors
+    query_len, head_dim = query.shape[2:]
+    first_query = key.shape[2] - query_len
     capacity = selection.indices.shape[2]
-    max_length = capacity if max_length is None else min(max_length, capacity)
     if impl == "triton":
         kernels = load_kernels("compression")
-        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+        max_length = min(max_length, capacity)
         indices = selection.indices.contiguous()
         max_queries = min(max_length, query_len)
         rows_q, rows_k = len(sequences) * max_queries, len(sequences) * max_length
@@ -123,15 +96,13 @@ def compress_sequences(
         )
         packed = (packed_q, packed_k, packed_v)
         kernels.gather(query, key, value, indices, offsets, sequences, packed, max_length)
-        return Compressed(
-            packed_q, packed_k, packed_v, offsets[0], offsets[1], max_queries, max_length
-        )
+        return PackedSequences(*packed, *offsets, max_queries, max_length)
     group = query.shape[1] // key.shape[1]
     batch, head, slot = _listed(selection, first_slot=0)
     query_batch, query_head, query_slot = _listed(selection, first_slot=first_query)
     kv_head = head // group
     query_lengths = (selection.indices >= first_query).sum(-1)
-    return Compressed(
+    return PackedSequences(
         query=query[query_batch, query_head, query_slot - first_query],
         key=key[batch, kv_head, slot],
         value=value[batch, kv_head, slot],
@@ -195,51 +166,52 @@ def decompress(
         )
         listed = selection._replace(ran_sparse=torch.ones_like(selection.ran_sparse))
         full = out.new_empty(shape) if fallback is None else unit_stride(fallback).clone()
+        into = Attended(full, None)
         decompress_sequences(
-            out, listed, offsets, everything, full, zeros=fallback is None, impl="triton"
-        )
+            Attended(out, None), listed, offsets, everything, into,
+            zeros=fallback is None, impl="triton",
+        )  # fmt: skip
         return full
     full = out.new_zeros(shape) if fallback is None else fallback.clone()
     return _scatter(out, selection, full)
 
 
 def decompress_sequences(
-    out: Tensor,
+    packed: Attended,
     selection: TokenSelection,
     offsets: tuple[Tensor, Tensor],
     sequences: range,
-    full: Tensor,
+    into: Attended,
     *,
     zeros: bool,
     impl: str,
-    lse: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Write packed rows to their positions in ``full [B, H, S_q, D]``, in place.
+    """Write packed rows, and their log-sum-exp if there is one, to their positions, in place.
 
     Args:
-        out: ``[T_q, D]`` of the sequences.
-        selection: the selection; entries that ran dense are left alone.
+        packed: ``[T_q, D]`` of the sequences, and ``[T_q]``.
+        selection: the selection; batch entries that ran dense are left alone.
         offsets: cumulative lengths of the queries and the keys.
         sequences: which sequences; the reference takes all.
-        full: written.
+        into: ``[B, H, S_q, D]`` and ``[B, H, S_q]``, written.
         zeros: whether the other rows become zero, which the reference's must be already.
         impl: ``"triton"`` or ``"reference"``.
-        lse: packed ``[T_q]`` and full ``[B, H, S_q]`` log-sum-exp, to be written alike.
     """
+    lse = None if packed.lse is None or into.lse is None else (packed.lse, into.lse)
     if impl == "triton":
         load_kernels("compression").scatter(
-            unit_stride(out),
+            unit_stride(packed.out),
             selection.indices.contiguous(),
             offsets,
             sequences,
-            full,
+            into.out,
             selection.ran_sparse,
-            first_query=_slots(selection, full.shape[2]) - full.shape[2],
+            first_query=_slots(selection, into.out.shape[2]) - into.out.shape[2],
             zeros=zeros,
             lse=lse,
         )
         return
-    _scatter(out, selection, full)
+    _scatter(packed.out, selection, into.out)
     if lse is not None:
         _scatter(lse[0][:, None], selection, lse[1][..., None])
 

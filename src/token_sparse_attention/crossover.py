@@ -11,25 +11,26 @@ which dense attention of a short prompt, or of few heads, is done. The constants
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from token_sparse_attention.config import DenseReason, TokenSparseConfig
+from token_sparse_attention.config import SparseConfig
 
-# Rows shorter than this run dense unscored: scoring one in vain would cost over 2% of dense.
+# Sequences shorter than this run dense unscored: to score one in vain costs over 2% of dense.
 MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
-# Where no query is dropped nothing is scored in vain: lengths decide. Shorter ones, where starting
-# kernels counts for more, were not measured.
-MIN_KEYS_ONLY = {"cuda": 24576, "cpu": 20480}
+# Where lengths alone decide, nothing is scored in vain. Shorter ones, where starting kernels
+# counts for more, were not measured.
+MIN_SAMPLED_LENGTH = {"cuda": 24576, "cpu": 20480}
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
-# The same for the windowed fallback: a fixed part, and one per token of the window.
-FALLBACK_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
-# And for its far tokens. They may all lie at the start, where every query sees them: half again
-# what evenly spread ones take. On a CPU the measurement was rough: an upper end.
-FAR_TOKENS = {"cuda": (1000.0, 3.0), "cpu": (4000.0, 20.0)}
+# The same for the sliding window of all queries: a fixed part, and one per token of the window.
+WINDOW_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
+# And for sinks and samples. They may all lie at the start, where every query sees them: half
+# again what evenly spread ones take. On a CPU the measurement was rough: an upper end.
+SAMPLED_TOKENS = {"cuda": (1000.0, 3.0), "cpu": (4000.0, 20.0)}
 
 # And for each of the last queries that attend to every key: if there were one head, since few
 # heads' queries do not fill a GPU, also with their keys split; and with any number of heads.
@@ -41,12 +42,18 @@ HOST_WORK = {"cuda": 1.5e12, "cpu": 0.0}
 _Length = TypeVar("_Length", float, Tensor)
 
 
+def kind_of(device: torch.device) -> str:
+    """Return which constants hold for a device."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+
 class BreakEven(NamedTuple):
-    """Where a row runs sparse.
+    """Where a sequence runs sparse.
 
     Attributes:
-        min_length: shorter rows run dense; a batch of nothing else is not even scored.
-        max_work: a row runs dense if the mean square of its heads' kept shares exceeds
+        min_length: shorter ones run dense; a batch of nothing else is not even scored.
+        max_work: one runs dense if the mean square of its heads' kept shares exceeds
             ``max_work - fixed_tokens / effective_length``.
         fixed_tokens: see `max_work`.
     """
@@ -56,15 +63,9 @@ class BreakEven(NamedTuple):
     fixed_tokens: float
 
     def max_share(self, query_len: int, kv_len: int) -> float:
-        """Return the largest share of its tokens that a row's heads may all keep."""
+        """Return the largest share of its tokens that a sequence's heads may all keep."""
         work = self.max_work - self.fixed_tokens / effective_length(query_len, kv_len)
         return min(math.sqrt(max(work, 0.0)), 1.0)
-
-    def dense_reason(self, query_len: int, kv_len: int) -> DenseReason | None:
-        """Return why lengths alone make sparse slower, or None if they do not."""
-        if effective_length(query_len, kv_len) < self.min_length:
-            return DenseReason.CROSSOVER_LENGTH
-        return None
 
 
 NEVER_DENSE = BreakEven(0.0, 2.0, 0.0)
@@ -80,36 +81,44 @@ def effective_length(query_len: _Length, kv_len: _Length) -> _Length:
     return query_len * (2 * kv_len - query_len) / kv_len
 
 
-def break_even_of(config: TokenSparseConfig, query: Tensor) -> BreakEven:
-    """Return the break-even of a layer, given its queries ``[B, H, S_q, D]``."""
-    return break_even(config, query.device, query.shape[1], query.shape[3])
+def window_overhead(kind: str, width: int) -> float:
+    """Return what a sliding window of all queries costs, in keys per query of dense time."""
+    base, per_token = WINDOW_TOKENS[kind]
+    return base + per_token * width
+
+
+def sampled_overhead(kind: str, number: int) -> float:
+    """Return what sinks and samples cost, in keys per query of dense time."""
+    if not number:
+        return 0.0
+    base, per_token = SAMPLED_TOKENS[kind]
+    return base + per_token * number
 
 
 def break_even(
-    config: TokenSparseConfig, device: torch.device, num_heads: int, head_dim: int
+    config: SparseConfig,
+    overhead: float,
+    least: Mapping[str, int],
+    device: torch.device,
+    num_heads: int,
+    head_dim: int,
 ) -> BreakEven:
-    """Return the break-even for `config`.
+    """Return the break-even of a layer.
 
     Args:
-        config: the settings.
-        device: where a layer attends.
+        config: its settings.
+        overhead: what the method's fixed part costs, in keys per query of dense time.
+        least: the shortest length that was measured, by kind of device.
+        device: where the layer attends.
         num_heads: its query heads there, H.
         head_dim: D.
     """
     if config.crossover == "off":
         return NEVER_DENSE
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = kind_of(device)
     dense_query = max(DENSE_QUERY_TOKENS[kind] / num_heads, LEAST_DENSE_QUERY_TOKENS[kind])
-    fixed = OVERHEAD_TOKENS[kind] + dense_query * config.dense_queries
-    if config.fallback == "window":
-        base, per_token = FALLBACK_TOKENS[kind]
-        fixed += base + per_token * config.fallback_window
-        far = config.fallback_sinks + config.fallback_landmarks + config.fallback_samples
-        if far:
-            base, per_token = FAR_TOKENS[kind]
-            fixed += base + per_token * far
+    fixed = OVERHEAD_TOKENS[kind] + dense_query * config.dense_queries + overhead
     # Below `fixed` nothing could make sparse faster, even if every token were dropped.
-    least = MIN_LENGTH if config.select_queries else MIN_KEYS_ONLY
     # Of a layer whose heads are spread over devices, one may have all of its dense heads.
     sparse_share = max(1 - len(config.dense_heads) / num_heads, 0.0)
     shortest = fixed / sparse_share if sparse_share else math.inf

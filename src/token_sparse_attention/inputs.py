@@ -1,15 +1,19 @@
-"""Checks of what the public operations are given; errors name argument, expectation, value."""
+"""What the operations are given: checks that name argument, expectation, value; real tokens."""
 
 from __future__ import annotations
 
+import functools
 import math
-import struct
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.config import SparseConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def unit_stride(rows: Tensor) -> Tensor:
@@ -28,46 +32,19 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_config(config: TokenSparseConfig) -> None:
-    """Raise TypeError unless `config` is a config."""
-    if not isinstance(config, TokenSparseConfig):
-        raise TypeError(f"config must be a TokenSparseConfig, got {type(config).__name__}")
+def check_config(config: SparseConfig, kind: type[SparseConfig] = SparseConfig) -> None:
+    """Raise TypeError unless `config` is a config of some kind."""
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
 
 
-def check_dense_heads(config: TokenSparseConfig, num_heads: int) -> None:
+def check_dense_heads(config: SparseConfig, num_heads: int) -> None:
     """Raise ValueError unless a layer with `num_heads` query heads has the dense ones."""
     if config.dense_heads and config.dense_heads[-1] >= num_heads:
         raise ValueError(
             f"dense_heads must be below the layer's {num_heads} query heads, got "
             f"{config.dense_heads}"
         )
-
-
-def check_kept(kept: float | None, config: TokenSparseConfig) -> None:
-    """Raise TypeError or ValueError unless `kept` is a share of tokens, or None."""
-    if kept is None:
-        return
-    if not config.select_queries:
-        raise ValueError(f"kept must be None where select_queries is False, got {kept!r}")
-    if isinstance(kept, bool) or not isinstance(kept, (int, float)):
-        raise TypeError(f"kept must be a number or None, got {kept!r}")
-    if not 0 < kept <= 1:
-        raise ValueError(f"kept must be in (0, 1], got {kept}")
-
-
-def single_precision(kept: float | None) -> float | None:
-    """Return `kept` as kernels take it, so that host and device round to the same count."""
-    return None if kept is None else float(struct.unpack("f", struct.pack("f", kept))[0])
-
-
-def check_head_chunk(head_chunk: int | None) -> None:
-    """Raise TypeError or ValueError unless `head_chunk` is a number of heads, or None."""
-    if head_chunk is None:
-        return
-    if isinstance(head_chunk, bool) or not isinstance(head_chunk, int):
-        raise TypeError(f"head_chunk must be an int or None, got {head_chunk!r}")
-    if head_chunk < 1:
-        raise ValueError(f"head_chunk must be at least 1, got {head_chunk}")
 
 
 def check_no_gradients(**tensors: Tensor) -> None:
@@ -125,22 +102,36 @@ class Span(NamedTuple):
     end: int
 
 
-class RealTokens(NamedTuple):
+@dataclass(frozen=True)
+class RealTokens:
     """Where the real tokens of a batch lie.
 
     Attributes:
-        kv_len: slots per row.
-        padded: whether a row may have padding.
-        bounds: ``[B, 2]`` int32, each row's slots ``[start, end)``.
+        kv_len: slots per sequence.
+        padded: whether a sequence may have padding.
         valid: ``[B]`` bool, whether the mask was one run; None where that is known.
         spans: `bounds` on the host; None where reading them would wait for the device.
+        device: where `bounds` are.
+        padded_bounds: `bounds` where there is padding.
     """
 
     kv_len: int
     padded: bool
-    bounds: Tensor
     valid: Tensor | None
     spans: list[Span] | None
+    device: torch.device
+    padded_bounds: Tensor | None = None
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """Each sequence's slots ``[start, end)``, ``[B, 2]`` int32."""
+        if self.padded_bounds is not None:
+            return self.padded_bounds
+        one = torch.arange(
+            0, 2 * self.kv_len, self.kv_len, dtype=torch.int32, device=self.device
+        )[None]
+        batch_size = len(self.spans or ())
+        return one if batch_size == 1 else one.repeat(batch_size, 1)
 
     def host_spans(self) -> list[Span]:
         """Return `spans`, reading them off the device if need be."""
@@ -171,7 +162,7 @@ def real_tokens(
     *,
     on_device: bool = False,
 ) -> RealTokens:
-    """Return each row's run of real tokens; without a mask, all slots are real.
+    """Return each sequence's run of real tokens; without a mask, all slots are real.
 
     Args:
         padding_mask: ``[B, S_kv]`` bool, True for real tokens, or None.
@@ -186,9 +177,7 @@ def real_tokens(
         ValueError: if its shape is wrong, or a row is not exactly one run of True.
     """
     if padding_mask is None:
-        bounds = torch.zeros(batch_size, 2, dtype=torch.int32, device=device)
-        bounds[:, 1].fill_(kv_len)
-        return RealTokens(kv_len, False, bounds, None, [Span(0, kv_len)] * batch_size)
+        return RealTokens(kv_len, False, None, [Span(0, kv_len)] * batch_size, device)
     if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
         given = getattr(padding_mask, "dtype", type(padding_mask).__name__)
         raise TypeError(f"padding_mask must be a bool tensor, True for real tokens; got {given}")
@@ -206,7 +195,7 @@ def real_tokens(
         start = torch.where(valid, start, 0)
         end = torch.where(valid, end, kv_len)
         bounds = torch.stack((start, end), -1).to(device, torch.int32)
-        return RealTokens(kv_len, True, bounds, valid.to(device), None)
+        return RealTokens(kv_len, True, valid.to(device), None, device, bounds)
     spans = []
     for row, (first, last, real) in enumerate(torch.stack((start, end, count), -1).tolist()):
         if real == 0 or last - first != real:
@@ -216,4 +205,70 @@ def real_tokens(
             )
         spans.append(Span(first, last))
     bounds = torch.stack((start, end), -1).to(device, torch.int32)
-    return RealTokens(kv_len, True, bounds, None, spans)
+    return RealTokens(kv_len, True, None, spans, device, bounds)
+
+
+class AuxRequest(NamedTuple):
+    """What `token_sparse_attention` returns with its output.
+
+    Attributes:
+        selection: the `TokenSelection`.
+        indices: which tokens are chosen, and not only how many: 8 bytes per head and token.
+        lse: the log-sum-exp.
+    """
+
+    selection: bool = False
+    indices: bool = True
+    lse: bool = False
+
+    @property
+    def wants_indices(self) -> bool:
+        """Whether the selection is to list its tokens."""
+        return self.selection and self.indices
+
+
+class Problem(NamedTuple):
+    """One call's attention problem, checked.
+
+    Attributes:
+        query: ``[B, H, S_q, D]``, unit stride over D as all three; the slots
+            ``[S_kv - S_q, S_kv)``.
+        key: ``[B, H_kv, S_kv, D]``.
+        value: ``[B, H_kv, S_kv, D]``.
+        tokens: where the real tokens lie.
+        scale: factor of the logits.
+        impl: ``"triton"`` or ``"reference"``.
+        head_chunk: heads that token selection compresses at once; None for as many as fit.
+        tp_group: the ranks that hold the layer's other query heads; None without them.
+        aux: what is wanted with the output.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    tokens: RealTokens
+    scale: float
+    impl: str
+    head_chunk: int | None
+    tp_group: ProcessGroup | None
+    aux: AuxRequest
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.query.shape[1]
+
+    @property
+    def kv_len(self) -> int:
+        """S_kv."""
+        return self.key.shape[2]
+
+    @property
+    def first_query(self) -> int:
+        """The slot of the first query."""
+        return self.key.shape[2] - self.query.shape[2]
+
+    def of_heads(self, heads: slice, kv_heads: slice) -> Problem:
+        """Return the problem of some query heads and the KV heads that they share."""
+        query, key, value = self.query[:, heads], self.key[:, kv_heads], self.value[:, kv_heads]
+        return self._replace(query=query, key=key, value=value)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_sparse_attention.selection import load_kernels, resolve_impl
+from token_sparse_attention.impls import load_kernels, resolve_impl
 
 BLOCK_SIZE = (128, 128)
 _WIDE_ENTRIES = 2**28  # list entries (a GiB of them) from which a list is cut to what it holds

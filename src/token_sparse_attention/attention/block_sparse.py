@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_sparse_attention.attention.backends import BackendChoice, fa4_installed
+from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
-from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.results import Attended
 from token_sparse_attention.device import on_its_device
 from token_sparse_attention.inputs import (
     check_attention_inputs,
@@ -140,13 +140,20 @@ def check_mask(mask: BlockMask, query: Tensor, key: Tensor) -> None:
         )
 
 
+class BlockBackendChoice(NamedTuple):
+    """A block-sparse backend and why it was chosen."""
+
+    name: str
+    reason: str
+
+
 def choose_block_backend(
     backend: str,
     query: Tensor,
     block_size: tuple[int, int] = BLOCK_SIZE,
     *,
     want_lse: bool = False,
-) -> BackendChoice:
+) -> BlockBackendChoice:
     """Return the block-sparse backend to run: the given one, or the first that can.
 
     Order for ``"auto"``: fa4 on Hopper, flex on CUDA, the reference.
@@ -173,12 +180,12 @@ def choose_block_backend(
                 f"backend {backend!r} cannot run this input: {obstacles[backend]}; choose "
                 "another or 'auto'"
             )
-        return BackendChoice(backend, "asked for")
+        return BlockBackendChoice(backend, "asked for")
     if obstacles["flex"] is None and not query.is_cuda:
         obstacles["flex"] = "compiled for CUDA only unless asked for"
     passed_over = [f"{name} ({why})" for name, why in obstacles.items() if why]
     name = next(name for name, why in obstacles.items() if why is None)
-    return BackendChoice(name, f"passed over: {', '.join(passed_over) or 'none'}")
+    return BlockBackendChoice(name, f"passed over: {', '.join(passed_over) or 'none'}")
 
 
 def _fa4_obstacle(query: Tensor, block_size: tuple[int, int]) -> str | None:

@@ -11,7 +11,7 @@ from token_sparse_attention.attention.block_sparse import (
     choose_block_backend,
     flex_attention,
 )
-from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.results import Attended
 
 _REFERENCE_ROWS = 256  # queries the reference attends at once, which bounds its memory
 _GROUP_NUMBERS = 2**27  # of one output of some KV heads: 256 MiB in bfloat16

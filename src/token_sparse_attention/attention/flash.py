@@ -1,18 +1,38 @@
 """flash-attn-4, and PyTorch's FlashAttention-2 on packed sequences: lengths stay on the device.
 
-Tensors are in these kernels' layout, ``[T, heads, D]`` packed or ``[B, S, heads, D]``; GQA
-is native and causal masks are aligned at the end of each sequence.
+Inside, tensors are in these kernels' layout, ``[T, heads, D]`` packed or ``[B, S, heads, D]``;
+GQA is native and causal masks are aligned at the end of each sequence.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
+import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from token_sparse_attention.attention.backend import Backend, PackedHeads, single_head
+from token_sparse_attention.results import Attended
+from token_sparse_attention.device import multiprocessors, on_its_device
+from token_sparse_attention.inputs import Problem
+from token_sparse_attention.results import PackedSequences
+
+_TILE = 128  # queries of a head that flash-attn-4 gives to one multiprocessor
+_SPLITTING_GAIN = 3  # so much of the GPU must lie idle: FlashAttention-2 is slower on a full one
+
+
+@functools.cache
+def fa4_installed() -> bool:
+    """Return whether flash-attn-4 is installed."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute.interface") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @functools.cache
@@ -22,144 +42,187 @@ def _fa4_forward() -> Any:
     return importlib.import_module("flash_attn.cute.interface")._flash_attn_fwd
 
 
-def rows_attention(
-    backend: str,
+@dataclass(frozen=True)
+class FlashBackend(Backend):
+    """flash-attn-4 (``"fa4"``) or, on CUDA, FlashAttention-2 (``"flash"``)."""
+
+    device_lengths: bool = True
+    returns_lse: bool = True
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        want_lse: bool = False,
+    ) -> Attended:
+        """See `Backend.attend`."""
+        if window is not None and window >= key.shape[2]:
+            window = None
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out, lse = _attend_whole(query, key, value, self.name, scale, window, want_lse)
+        return Attended(out.transpose(1, 2), lse if want_lse else None)
+
+    def attend_packed(
+        self, packed: PackedSequences, of: PackedHeads, *, scale: float, want_lse: bool = False
+    ) -> Attended:
+        """See `Backend.attend_packed`."""
+        del of
+        out, lse = self.attend_varlen(single_head(packed), scale=scale, want_lse=want_lse)
+        return Attended(out[:, 0], lse[0] if want_lse and lse is not None else None)
+
+    def attend_varlen(
+        self,
+        packed: PackedSequences,
+        *,
+        scale: float,
+        window: int | None = None,
+        out: Tensor | None = None,
+        want_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Causal attention of packed sequences; rows outside all of them stay as they are.
+
+        flash-attn-4 multiplies values up to a tile beyond a sequence's end by zero: they must
+        not be NaN or infinite.
+
+        Args:
+            packed: ``[T_q, H, D]`` and ``[T_k, H_kv, D]``; maximum lengths may be loose.
+            scale: factor of the logits.
+            window: keys each query sees, itself included; None for all.
+            out: ``[T_q, H, D]``, written if given.
+            want_lse: whether the log-sum-exp is wanted.
+
+        Returns:
+            The output ``[T_q, H, D]``, and ``[H, T_q]`` float32 or None.
+        """
+        return _attend_varlen(packed.query, packed, self.name, scale, window, out, want_lse)
+
+    def attend_sequences(
+        self, problem: Problem, begins: Tensor, into: Attended, *, window: int | None = None
+    ) -> None:
+        """See `Backend.attend_sequences`; nothing is read on the host."""
+        tokens, value = problem.tokens, problem.value
+        if tokens.padded and self.name == "fa4":  # see `attend_varlen`
+            value = value.masked_fill(~tokens.mask()[:, None, :, None], 0.0)
+        query, key, value, out = (
+            x.transpose(1, 2) for x in (problem.query, problem.key, value, into.out)
+        )
+        cu_seqlens_q = torch.stack((begins, tokens.bounds[:, 1]), -1)
+        if problem.first_query:
+            cu_seqlens_q = (cu_seqlens_q - problem.first_query).clamp(min=0)
+        for number in range(len(query)):
+            packed = PackedSequences(
+                query[number],
+                key[number],
+                value[number],
+                cu_seqlens_q[number],
+                tokens.bounds[number],
+                query.shape[1],
+                key.shape[1],
+            )
+            want_lse = into.lse is not None
+            _, lse = self.attend_varlen(
+                packed, scale=problem.scale, window=window, out=out[number], want_lse=want_lse
+            )
+            if into.lse is not None and lse is not None:
+                slot = torch.arange(query.shape[1], device=query.device)
+                inside = (slot >= cu_seqlens_q[number, 0]) & (slot < cu_seqlens_q[number, 1])
+                into.lse[number] = torch.where(inside, lse, into.lse[number])
+
+    def attend_last(self, problem: Problem, count: int, into: Attended) -> bool:
+        """See `Backend.attend_last`; FlashAttention-2 attends.
+
+        On Hopper flash-attn-4 gives all keys of a tile of queries to one multiprocessor, however
+        long they are.
+        """
+        query = problem.query
+        if self.name != "fa4" or problem.tokens.padded or not 0 < count < query.shape[2]:
+            return False
+        tiles = query.shape[0] * query.shape[1] * math.ceil(count / _TILE)
+        if _SPLITTING_GAIN * tiles > multiprocessors(query.device):
+            return False
+        last, want_lse = slice(-count, None), into.lse is not None
+        flash = FlashBackend("flash", "it splits the keys of few queries")
+        one = flash.attend(
+            query[:, :, last], problem.key, problem.value, scale=problem.scale, want_lse=want_lse
+        )
+        into.out[:, :, last] = one.out
+        if into.lse is not None and one.lse is not None:
+            into.lse[:, :, last] = one.lse
+        return True
+
+
+@on_its_device
+def _attend_whole(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
+    name: str,
     scale: float,
     window: int | None,
-    want_lse: bool = False,
+    want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of whole rows.
-
-    Args:
-        backend: ``"fa4"`` or ``"flash"``.
-        query: ``[B, S_q, H, D]``.
-        key: ``[B, S_kv, H_kv, D]``.
-        value: likewise.
-        scale: factor of the logits.
-        window: keys each query sees, itself included; None for all.
-        want_lse: whether the log-sum-exp is wanted.
-
-    Returns:
-        The output ``[B, S_q, H, D]``, and ``[B, H, S_q]`` float32 or None.
-    """
-    left = None if window is None else window - 1
-    if backend == "fa4":
-        result, lse = _fa4_forward()(
-            query,
-            key,
-            value,
-            softmax_scale=scale,
-            causal=True,
-            window_size_left=left,
-            return_lse=want_lse,
-        )[:2]
+    if name == "fa4":
+        left = None if window is None else window - 1
+        settings = {"causal": True, "window_size_left": left, "return_lse": want_lse}
+        result, lse = _fa4_forward()(query, key, value, softmax_scale=scale, **settings)[:2]
         return result, lse
-    result, lse = _flash_2(
-        query, key, value, None, None, query.shape[1], key.shape[1], scale=scale, window=window
-    )
-    return result, lse
+    lengths = (None, None, query.shape[1], key.shape[1])
+    return _flash_2((query, key, value, *lengths), scale, window)
 
 
-def varlen_attention(
-    backend: str,
+@on_its_device
+def _attend_varlen(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    packed: PackedSequences,
+    name: str,
     scale: float,
-    window: int | None = None,
-    out: Tensor | None = None,
-    want_lse: bool = False,
+    window: int | None,
+    out: Tensor | None,
+    want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of packed sequences; rows outside all of them are left as they are.
-
-    flash-attn-4 multiplies values up to a tile beyond a sequence's end by zero: they must not
-    be NaN or infinite.
-
-    Args:
-        backend: ``"fa4"`` or ``"flash"``.
-        query: ``[T_q, H, D]``.
-        key: ``[T_k, H_kv, D]``.
-        value: likewise.
-        cu_seqlens_q: ``[sequences + 1]`` int32.
-        cu_seqlens_k: ``[sequences + 1]`` int32.
-        max_seqlen_q: no sequence has more queries; may be loose.
-        max_seqlen_k: no sequence has more keys; may be loose.
-        scale: factor of the logits.
-        window: keys each query sees, itself included; None for all.
-        out: ``[T_q, H, D]``, written if given.
-        want_lse: whether the log-sum-exp is wanted.
-
-    Returns:
-        The output ``[T_q, H, D]``, and ``[H, T_q]`` float32 or None.
-    """
-    left = None if window is None else window - 1
-    if backend == "fa4":
+    if name == "fa4":
         result, lse = _fa4_forward()(
             query,
-            key,
-            value,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
+            packed.key,
+            packed.value,
+            cu_seqlens_q=packed.cu_seqlens_q,
+            cu_seqlens_k=packed.cu_seqlens_k,
+            max_seqlen_q=packed.max_seqlen_q,
+            max_seqlen_k=packed.max_seqlen_k,
             softmax_scale=scale,
             causal=True,
-            window_size_left=left,
+            window_size_left=None if window is None else window - 1,
             pack_gqa=False,  # faster here: the tiles of a packed group balance worse
             out=out,
             return_lse=want_lse,
         )[:2]
         return result, lse
-    result, lse = _flash_2(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale=scale,
-        window=window,
-    )
+    result, lse = _flash_2(packed, scale, window)
     if out is None:
         return result, lse
     # It allocates its own output: take over the rows that belong to a sequence.
     row = torch.arange(len(out), device=out.device)
-    inside = (row >= cu_seqlens_q[0]) & (row < cu_seqlens_q[-1])
+    inside = (row >= packed.cu_seqlens_q[0]) & (row < packed.cu_seqlens_q[-1])
     out.copy_(torch.where(inside[:, None, None], result, out))
     return out, lse
 
 
 def _flash_2(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float,
-    window: int | None,
+    inputs: tuple[Any, ...], scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's FlashAttention-2, which its public functions give no window in every version."""
+    """PyTorch's FlashAttention-2, which its public functions give no window in every version.
+
+    Args:
+        inputs: the fields of `PackedSequences`; whole batches have no cumulative lengths.
+        scale: factor of the logits.
+        window: keys each query sees, itself included; None for all.
+    """
     result: tuple[Tensor, Tensor] = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        *inputs,
         0.0,
         True,
         False,

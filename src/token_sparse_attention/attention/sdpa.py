@@ -7,6 +7,7 @@ member at a time. Packed lengths are read on the host.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from token_sparse_attention.attention.backends import choose_backend
+from token_sparse_attention.attention.backend import (
+    Backend,
+    PackedHeads,
+    split_lengths,
+)
+from token_sparse_attention.results import Attended
+from token_sparse_attention.device import on_its_device
+from token_sparse_attention.results import PackedSequences
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -22,24 +30,77 @@ _SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_NO_KERNEL = ("No available kernel", "No viable backend")  # what SDPA says where none fits
+_NO_KERNEL = ("No available kernel", "No viable backend")  # in SDPA's error where none fits
 _MASKED_ROWS = 256  # queries per block where a mask has to be written out
 
 
-def causal_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str, window: int | None
+@dataclass(frozen=True)
+class SDPABackend(Backend):
+    """One of the kernels behind PyTorch's ``scaled_dot_product_attention``."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        want_lse: bool = False,
+    ) -> Attended:
+        """See `Backend.attend`; the log-sum-exp is computed from the logits once more."""
+        out = _causal(query, key, value, self.name, scale, window)
+        return Attended(out, causal_lse(query, key, scale, window) if want_lse else None)
+
+    def attend_packed(
+        self, packed: PackedSequences, of: PackedHeads, *, scale: float, want_lse: bool = False
+    ) -> Attended:
+        """See `Backend.attend_packed`; sequences of one length run as the heads of one call."""
+        del of
+        query, key, value = packed[:3]
+        query_lens, kv_lens = split_lengths(packed)
+        out = torch.empty_like(query)
+        lse = query.new_empty(len(query), dtype=torch.float32) if want_lse else None
+        if len(set(query_lens)) == len(set(kv_lens)) == 1 and query_lens[0] > 0:
+            heads, total_q, total_k = len(query_lens), sum(query_lens), sum(kv_lens)
+            q = query[:total_q].view(1, heads, -1, query.shape[-1])
+            k, v = (x[:total_k].view(1, heads, -1, x.shape[-1]) for x in (key, value))
+            one = self.attend(q, k, v, scale=scale, want_lse=want_lse)
+            out[:total_q] = one.out.reshape(total_q, -1)
+            if lse is not None and one.lse is not None:
+                lse[:total_q] = one.lse.flatten()
+            return Attended(out, lse)
+        begin_q = begin_k = 0
+        for query_len, kv_len in zip(query_lens, kv_lens):
+            queries, keys = (
+                slice(begin_q, begin_q + query_len),
+                slice(begin_k, begin_k + kv_len),
+            )
+            begin_q, begin_k = queries.stop, keys.stop
+            if not query_len:
+                continue
+            q, k, v = query[None, None, queries], key[None, None, keys], value[None, None, keys]
+            one = self.attend(q, k, v, scale=scale, want_lse=want_lse)
+            out[queries] = one.out[0, 0]
+            if lse is not None and one.lse is not None:
+                lse[queries] = one.lse[0, 0]
+        return Attended(out, lse)
+
+
+@on_its_device
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, name: str, scale: float, window: int | None
 ) -> Tensor:
-    """Causal attention ``[B, H, S_q, D]``, aligned at the end, optionally in a window."""
     query_len, kv_len = query.shape[2], key.shape[2]
     if window is not None and window < kv_len:
-        return _blockwise_attention(query, key, value, scale, backend, window)
+        return _blockwise_attention(query, key, value, scale, name, window)
     if query_len in (1, kv_len):
-        return _sdpa(query, key, value, None, query_len > 1, scale, backend)
-    if query.device.type == "cuda" and backend == "flash":
+        return _sdpa(query, key, value, None, query_len > 1, scale, name)
+    if query.device.type == "cuda" and name == "flash":
         # FlashAttention aligns causal masks at the end by itself; the bias only names that.
         bias = causal_lower_right(query_len, kv_len)
         return _sdpa(query, key, value, bias, False, scale, "flash")
-    return _blockwise_attention(query, key, value, scale, backend, kv_len)
+    return _blockwise_attention(query, key, value, scale, name, kv_len)
 
 
 def causal_lse(query: Tensor, key: Tensor, scale: float, window: int | None) -> Tensor:
@@ -57,32 +118,6 @@ def causal_lse(query: Tensor, key: Tensor, scale: float, window: int | None) -> 
             logits.masked_fill_(~band, -torch.inf)
             lse[:, member::group, queries] = logits.logsumexp(-1)
     return lse
-
-
-def packed_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_lens: list[int],
-    kv_lens: list[int],
-    scale: float,
-    backend: str,
-) -> Tensor:
-    """Causal attention ``[T_q, D]`` of packed single-head sequences."""
-    out = torch.empty_like(query)
-    total_q, total_k = sum(query_lens), sum(kv_lens)
-    query, used, key, value = query[:total_q], out[:total_q], key[:total_k], value[:total_k]
-    if len(set(query_lens)) == len(set(kv_lens)) == 1 and query_lens[0] > 0:
-        heads = len(query_lens)
-        q, k, v = (x.view(1, heads, -1, x.shape[-1]) for x in (query, key, value))
-        used.copy_(causal_sdpa(q, k, v, scale, backend, None).reshape(query.shape))
-        return out
-    parts = ((query, query_lens), (key, kv_lens), (value, kv_lens), (used, query_lens))
-    for q, k, v, o in zip(*(torch.split(tensor, lengths) for tensor, lengths in parts)):
-        if len(q) > 0:
-            one = causal_sdpa(q[None, None], k[None, None], v[None, None], scale, backend, None)
-            o.copy_(one[0, 0])
-    return out
 
 
 def _blocks(
@@ -122,11 +157,10 @@ def _sdpa(
     scale: float,
     backend: str,
 ) -> Tensor:
-    chosen = choose_backend(backend, query, key, masked=mask is not None).name
     group = query.shape[1] // key.shape[1]
-    knows_gqa = chosen == "flash" or (chosen == "cudnn" and mask is None)
+    knows_gqa = backend == "flash" or (backend == "cudnn" and mask is None)
     try:
-        with sdpa_kernel(_SDPA[chosen]):
+        with sdpa_kernel(_SDPA[backend]):
             if group == 1 or knows_gqa:
                 return F.scaled_dot_product_attention(
                     query,
@@ -152,7 +186,7 @@ def _sdpa(
         if not any(known in str(error) for known in _NO_KERNEL):
             raise
         raise ValueError(
-            f"attention_backend {chosen!r} cannot run {query.dtype} with head size "
+            f"attention_backend {backend!r} cannot run {query.dtype} with head size "
             f"{query.shape[-1]} {'and a mask ' if mask is not None else ''}on "
             f"{query.device.type}; choose another or 'auto'"
         ) from error

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from token_sparse_attention.head_group import counts_of_ranks, mean_of_ranks, own_heads
+from token_sparse_attention.tensor_parallel import counts_of_ranks, mean_of_ranks, own_heads
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,7 +77,7 @@ def count_tokens(
     bounds: Tensor,
     first_query: int,
     rule: Rule,
-    head_group: ProcessGroup | None,
+    tp_group: ProcessGroup | None,
     spare: int,
 ) -> Budget:
     """Decide how many tokens each head keeps.
@@ -87,7 +87,7 @@ def count_tokens(
         bounds: each row's real slots.
         first_query: slot of the first query.
         rule: the settings.
-        head_group: the ranks that hold the layer's other heads.
+        tp_group: the ranks that hold the layer's other heads.
         spare: how many zeros to return besides: one launch makes those of both stages.
     """
     batch_size, num_heads, num_scored = scores.shape
@@ -110,8 +110,8 @@ def count_tokens(
         WINDOW=rule.window_size, POOL=rule.pool_size, PER_HEAD=rule.per_head,
         BLOCK_H=block_h, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
-    if head_group is not None and not rule.per_head:
-        mean, not_finite = mean_of_ranks(mean, not_finite, head_group)
+    if tp_group is not None and not rule.per_head:
+        mean, not_finite = mean_of_ranks(mean, not_finite, tp_group)
     mass_chunk = 16 * _TILE // 2**bits
     for level in range(levels):
         width = min(bits, 31 - bits * level)
@@ -127,9 +127,9 @@ def count_tokens(
         BITS=bits, LEVELS=levels, num_warps=4,
     )  # fmt: skip
     decided_heads = num_heads
-    if head_group is not None and rule.per_head:
+    if tp_group is not None and rule.per_head:
         droppable, not_finite = counts_of_ranks(
-            droppable.view(batch_size, num_heads), not_finite, head_group
+            droppable.view(batch_size, num_heads), not_finite, tp_group
         )
         decided_heads = droppable.shape[1]
     # Allocations of their own: kernels are compiled anew for pointers of another alignment.
@@ -144,9 +144,9 @@ def count_tokens(
         WINDOW=rule.window_size, PER_HEAD=rule.per_head, GIVEN=rule.kept is not None,
         BLOCK_H=triton.next_power_of_2(decided_heads), num_warps=4,
     )  # fmt: skip
-    if head_group is not None and rule.per_head:
-        lengths = own_heads(lengths, num_heads, head_group)
-        budget = own_heads(budget, num_heads, head_group)
+    if tp_group is not None and rule.per_head:
+        lengths = own_heads(lengths, num_heads, tp_group)
+        budget = own_heads(budget, num_heads, tp_group)
     return Budget(smoothed, lengths, ran_sparse, budget, spare_zeros)
 
 

@@ -46,7 +46,7 @@ def select_tokens(
     kv_len: int,
     first_query: int,
     rule: Rule,
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Selected:
     """Choose each head's tokens from ``scores [B, H, N]``, N at least 1.
 
@@ -56,13 +56,13 @@ def select_tokens(
         kv_len: S_kv.
         first_query: slot of the first query.
         rule: the settings.
-        head_group: the ranks that hold the layer's other heads, as many each.
+        tp_group: the ranks that hold the layer's other heads, as many each.
     """
     batch_size, num_heads, num_scored = scores.shape
     device, sequences = scores.device, batch_size * num_heads
     top_bins = sequences * _TOP_LEVELS.value * _TOP_BINS.value
     smoothed, lengths, ran_sparse, budget, top_count = count_tokens(
-        scores, bounds, first_query, rule, head_group, top_bins
+        scores, bounds, first_query, rule, tp_group, top_bins
     )
     scored_chunks = triton.cdiv(num_scored, _CHUNK)
     for level in range(_TOP_LEVELS.value):

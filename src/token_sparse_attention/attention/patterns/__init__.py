@@ -22,7 +22,7 @@ from token_sparse_attention.attention.block_sparse import (
     attend_blocks,
     choose_block_backend,
 )
-from token_sparse_attention.attention.dense import Attended
+from token_sparse_attention.results import Attended
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,

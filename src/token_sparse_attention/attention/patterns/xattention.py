@@ -24,7 +24,7 @@ from token_sparse_attention.attention.patterns.estimate import (
     check_share,
     smallest_cover,
 )
-from token_sparse_attention.selection import load_kernels, resolve_impl
+from token_sparse_attention.impls import load_kernels, resolve_impl
 
 _SCORE_ELEMENTS = 2**26  # scores held at once, which bounds memory at a quarter of a GiB
 

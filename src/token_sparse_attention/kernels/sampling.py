@@ -19,7 +19,7 @@ _BLOCK = 8192  # tokens at once; with 16 warps the fastest of those measured on 
 
 
 @on_its_device
-def draw_tokens(
+def sample_keys(
     scores: Tensor,
     bounds: Tensor,
     kv_len: int,

@@ -37,7 +37,7 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
 
 
 @on_its_device
-def add_far_tokens(
+def add_sampled_keys(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -49,7 +49,7 @@ def add_far_tokens(
     *,
     window: int,
     scale: float,
-    counts: Tensor | None = None,
+    weights: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> None:
     """Merge far tokens into windowed attention, in place; padding's queries stay.
@@ -75,7 +75,7 @@ def add_far_tokens(
     far = far.to(torch.int32).contiguous()
     block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
     far_tokens_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
-        query, far, far_key, far_value, None if counts is None else counts.log2().contiguous(),
+        query, far, far_key, far_value, None if weights is None else weights.log2().contiguous(),
         bounds, rows, out, lse, scale * _LOG2_E,
         *query.stride()[:3], *out.stride()[:3], *lse.stride(),
         num_heads, query_len, key.shape[2] - query_len,

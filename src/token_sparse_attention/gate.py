@@ -1,0 +1,114 @@
+"""The one place that says why something runs dense.
+
+A `Gate` knows from a layer's settings, its heads and its device which lengths run sparse; the
+operator asks it per sequence, and whoever plans or reports reads the same answer. A sequence
+that passes may still run dense by what its scores say; the method then gives the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, effective_length
+
+
+class DenseReason(str, Enum):
+    """Why a sequence, or a whole layer, ran dense instead of sparse."""
+
+    SHORT_CONTEXT = "context too short for the method to leave any key out"
+    SHORT_CHUNK = "fewer queries than the method scores the keys with"
+    ZERO_DROP_MASS = "drop_mass is 0"
+    NOTHING_TO_DROP = "no token's mass fits under drop_mass"
+    SCORES_NOT_FINITE = "scores are not finite"
+    CROSSOVER_LENGTH = "context too short for sparse to be faster (crossover)"
+    CROSSOVER_KEPT = "too few tokens would be dropped for sparse to be faster (crossover)"
+    LAYER_NOT_SELECTED = "layer is not among the sparse layers"
+    DECODE = "decode step"
+    NOT_CAUSAL = "layer is not causal self-attention"
+    SLIDING_WINDOW = "layer attends within a sliding window"
+    SOFT_CAP = "layer caps its attention logits"
+    ATTENTION_SINKS = "layer has learned attention sinks"
+    GRADIENTS = "gradients are being recorded (use torch.no_grad())"
+    DROPOUT = "attention dropout is active"
+    ATTENTION_WEIGHTS = "attention weights were asked for"
+    MASK = "attention mask is not causal with one run of real tokens per sequence"
+    HEAD_DIM = "value and key head sizes differ"
+    DTYPES = "query, key and value have different dtypes"
+    UNKNOWN_ARGUMENT = "layer passes an attention argument the sparse path does not know"
+    ALIBI = "layer adds ALiBi to its attention logits"
+    SHARED_CACHE = "layer reads another layer's cache"
+    QUANTISED_CACHE = "cache is quantised"
+    CACHE_LAYOUT = "layout of the cache is not understood"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def code(self) -> int:
+        """The reason as a number on the device; 0 means sparse."""
+        return _CODES[self]
+
+
+_REASONS = tuple(DenseReason)
+_CODES = {reason: number for number, reason in enumerate(_REASONS, 1)}
+
+
+def reason_of(code: int) -> DenseReason | None:
+    """Return the reason that a code stands for, None for 0: the sequence ran sparse."""
+    return _REASONS[code - 1] if code else None
+
+
+class Gate(NamedTuple):
+    """From which lengths on a layer's sequences run sparse.
+
+    Attributes:
+        min_queries: a sequence with fewer queries runs dense.
+        max_dense_context: a sequence with no more keys runs dense.
+        always: why every sequence runs dense, None if the lengths decide.
+        break_even: the crossover.
+    """
+
+    min_queries: int = 1
+    max_dense_context: int = 0
+    always: DenseReason | None = None
+    break_even: BreakEven = NEVER_DENSE
+
+    def reason(self, query_len: int, kv_len: int) -> DenseReason | None:
+        """Return why the lengths of a sequence make it run dense, None if they do not.
+
+        Args:
+            query_len: its real queries.
+            kv_len: its real keys.
+        """
+        for reason, holds in self._rules(query_len, kv_len):
+            if holds:
+                return reason
+        return None
+
+    def codes(self, query_lens: Tensor, kv_lens: Tensor) -> Tensor:
+        """Return `reason` for many sequences as codes ``[B]`` int32, on the device.
+
+        Args:
+            query_lens: ``[B]`` integers.
+            kv_lens: ``[B]`` integers.
+        """
+        codes = torch.zeros_like(kv_lens, dtype=torch.int32)
+        for reason, holds in reversed([*self._rules(query_lens, kv_lens)]):
+            codes = torch.where(torch.as_tensor(holds, device=codes.device), reason.code, codes)
+        return codes
+
+    def _rules(
+        self, query_len: int | Tensor, kv_len: int | Tensor
+    ) -> Iterator[tuple[DenseReason, bool | Tensor]]:
+        yield DenseReason.SHORT_CHUNK, query_len < self.min_queries
+        yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context
+        if self.always is not None:
+            yield self.always, True
+        if self.break_even.min_length > 0:
+            length = effective_length(query_len, kv_len)
+            yield DenseReason.CROSSOVER_LENGTH, length < self.break_even.min_length

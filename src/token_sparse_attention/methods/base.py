@@ -1,0 +1,163 @@
+"""What a method is: how the queries of a layer's sparse sequences attend.
+
+A method is one class and one config. `prefill.prefill` calls it in this order: `gate` from the
+lengths, `prepare` with the scores of the keys, `attend`. Defining a subclass registers it:
+``class Mine(Method[MyConfig], config=MyConfig)``.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.attention.backend import Backend
+from token_sparse_attention.results import Attended
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.crossover import NEVER_DENSE
+from token_sparse_attention.gate import Gate
+from token_sparse_attention.inputs import Problem
+from token_sparse_attention.results import TokenSelection
+
+C = TypeVar("C", bound=SparseConfig)
+_METHODS: dict[type[SparseConfig], type[Method[Any]]] = {}
+
+
+class Plan(NamedTuple):
+    """What a method decided to attend to.
+
+    Attributes:
+        ran_sparse: ``[B]`` bool, which sequences run sparse; the others are attended densely.
+        keys: whatever the method's `attend` needs.
+        selection: the tokens it chose, None unless the problem's `aux` asks for it. Its
+            `reasons` say why sequences that passed the gate run dense all the same.
+    """
+
+    ran_sparse: Tensor
+    keys: Any
+    selection: TokenSelection | None
+
+
+class LayerShape(NamedTuple):
+    """The sizes of one call of a layer, for `Method.workspace`.
+
+    Attributes:
+        num_heads: H.
+        num_kv_heads: H_kv.
+        head_dim: D.
+        itemsize: bytes of a number.
+        query_len: S_q.
+        kv_len: S_kv.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    query_len: int
+    kv_len: int
+
+
+class Method(ABC, Generic[C]):
+    """One method with its settings.
+
+    Args:
+        config: the settings.
+
+    Attributes:
+        config: the settings.
+    """
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def __init_subclass__(cls, config: type[SparseConfig], **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _METHODS[config] = cls
+
+    @property
+    def num_probes(self) -> int:
+        """How many of the last queries score the keys; 0 if the method needs no scores."""
+        return 0
+
+    def gate(self, device: torch.device, num_heads: int, head_dim: int) -> Gate:
+        """Return from which lengths on a layer runs sparse.
+
+        Args:
+            device: where it attends.
+            num_heads: its query heads there, H.
+            head_dim: D.
+        """
+        del device, num_heads, head_dim
+        return Gate(max(self.num_probes, 1), self.num_probes, None, NEVER_DENSE)
+
+    @abstractmethod
+    def prepare(self, scores: Tensor | None, problem: Problem, gate: Gate) -> Plan:
+        """Decide which sequences run sparse, and what their heads attend to.
+
+        Args:
+            scores: ``[B, H, N]`` float32, see `scoring.score_tokens`; NaN for sequences with
+                fewer queries than `num_probes`. None if `num_probes` is 0.
+            problem: the inputs.
+            gate: what `gate` returned.
+        """
+
+    @abstractmethod
+    def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
+        """Write the output of the sparse sequences.
+
+        Every real query of a sparse sequence must be written; dense sequences, the last
+        ``dense_queries`` and the ``dense_heads`` are written afterwards by the caller.
+
+        Args:
+            plan: what `prepare` returned.
+            problem: the inputs.
+            backend: what attends.
+            into: output and log-sum-exp to write.
+        """
+
+    @abstractmethod
+    def work(self, chosen: int, prompt_tokens: int) -> float:
+        """Return a head's pairs of query and key as a share of all causal ones.
+
+        Args:
+            chosen: how many tokens the method chose for the head, as `TokenSelection.lengths`
+                has it.
+            prompt_tokens: S.
+        """
+
+    def workspace(self, shape: LayerShape) -> int:
+        """Return how many bytes `prepare` and `attend` hold at most, about.
+
+        Args:
+            shape: of the layer's call.
+        """
+        return 12 * shape.num_heads * shape.kv_len
+
+
+@functools.lru_cache(maxsize=1024)
+def method_of(config: SparseConfig) -> Method[Any]:
+    """Return the method that a config is for.
+
+    Raises:
+        TypeError: if no method is registered for the config's class.
+    """
+    method = _METHODS.get(type(config))
+    if method is None:
+        raise TypeError(f"config must be one that a Method is registered for, got {config!r}")
+    return method(config)
+
+
+def banded_pairs(queries: int, reach: int) -> int:
+    """Return the pairs of the first queries where each sees itself and ``reach - 1`` before it."""
+    full = min(queries, reach)
+    return full * (full + 1) // 2 + (queries - full) * reach
+
+
+def dense_query_pairs(config: SparseConfig, prompt_tokens: int) -> int:
+    """Return the pairs of the last ``dense_queries`` of a prompt, which see all keys."""
+    others = prompt_tokens - min(config.dense_queries, prompt_tokens)
+    return banded_pairs(prompt_tokens, prompt_tokens) - banded_pairs(others, others)
