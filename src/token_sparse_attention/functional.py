@@ -45,7 +45,6 @@ from token_sparse_attention.call import call_operator
 from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even_of
-from token_sparse_attention.head_group import own_numbers, resolve_head_group
 from token_sparse_attention.inputs import (
     RealTokens,
     Span,
@@ -70,6 +69,7 @@ from token_sparse_attention.selection import (
     score_rows,
     select_rows,
 )
+from token_sparse_attention.tensor_parallel import local_heads, resolve_tp_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,7 +80,7 @@ def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
     padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
     attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
-    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    kept: float | None = ..., tp_group: ProcessGroup | None = ...,
     return_selection: Literal[False] = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -90,7 +90,7 @@ def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
     padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
     attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
-    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    kept: float | None = ..., tp_group: ProcessGroup | None = ...,
     return_selection: Literal[True, "lengths"], return_lse: Literal[False] = ...,
 ) -> tuple[Tensor, TokenSelection]: ...  # fmt: skip
 
@@ -100,7 +100,7 @@ def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
     padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
     attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
-    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    kept: float | None = ..., tp_group: ProcessGroup | None = ...,
     return_selection: Literal[False] = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -110,7 +110,7 @@ def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: TokenSparseConfig, *,
     padding_mask: Tensor | None = ..., scale: float | None = ..., impl: str = ...,
     attention_backend: str | PatternConfig = ..., head_chunk: int | None = ...,
-    kept: float | None = ..., head_group: ProcessGroup | None = ...,
+    kept: float | None = ..., tp_group: ProcessGroup | None = ...,
     return_selection: Literal[True, "lengths"], return_lse: Literal[True],
 ) -> SparseOutput: ...  # fmt: skip
 
@@ -127,7 +127,7 @@ def token_sparse_attention(
     attention_backend: str | PatternConfig = "auto",
     head_chunk: int | None = None,
     kept: float | None = None,
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
     return_selection: bool | Literal["lengths"] = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, TokenSelection] | tuple[Tensor, Tensor] | SparseOutput:
@@ -169,7 +169,7 @@ def token_sparse_attention(
         kept: keep this share of a row's real tokens, in ``(0, 1]``, in place of the budget,
             which is still computed. For benchmarks and ablations: the crossover and the
             rules for short contexts do not apply then.
-        head_group: the ranks that hold the other query heads of the same layer, where tensor
+        tp_group: the ranks that hold the other query heads of the same layer, where tensor
             parallelism splits them; every rank has equally many and calls with the same
             shapes, mask and settings. The ranks then keep as many tokens, and run the same
             rows dense, as one process with all heads would. A compiler does not look into
@@ -211,18 +211,18 @@ def token_sparse_attention(
     check_head_chunk(head_chunk)
     check_kept(kept, config)
     check_return_selection(return_selection)
-    head_group = resolve_head_group(head_group)
-    ranks = 1 if head_group is None else head_group.size()
+    tp_group = resolve_tp_group(tp_group)
+    ranks = 1 if tp_group is None else tp_group.size()
     check_dense_heads(config, ranks * query.shape[1])
     scale = resolve_scale(scale, query.shape[-1])
     wants = (return_selection is not False, return_selection is True, return_lse)
     call = Call(scale, impl, backend, head_chunk, kept, *wants)
-    if torch.compiler.is_compiling() and head_group is None:
+    if torch.compiler.is_compiling() and tp_group is None:
         result = call_operator(query, key, value, padding_mask, config, call)
     else:
-        run_now = run if head_group is None else _run_untraced
+        run_now = run if tp_group is None else _run_untraced
         with torch.no_grad():
-            result = run_now(query, key, value, padding_mask, config, call, head_group)
+            result = run_now(query, key, value, padding_mask, config, call, tp_group)
     if return_selection and return_lse:
         return result
     if result.selection is not None:
@@ -239,7 +239,7 @@ def run(
     padding_mask: Tensor | None,
     config: TokenSparseConfig,
     call: Call,
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> SparseOutput:
     """`token_sparse_attention` on checked arguments."""
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
@@ -261,21 +261,21 @@ def run(
         return _all_dense(query, key, value, tokens, call)
 
     scores = score_rows(query, key, config, tokens, call.scale, impl)
-    far = far_tokens(scores, config, tokens, impl, head_group)
+    far = far_tokens(scores, config, tokens, impl, tp_group)
     selection = None
     if config.select_queries:
         selection = select_rows(
             scores, config, tokens, impl,
-            query_len=query_len, kept=call.kept, even=even, head_group=head_group,
+            query_len=query_len, kept=call.kept, even=even, tp_group=tp_group,
         )  # fmt: skip
         ran_sparse = selection.ran_sparse
     else:
-        ran_sparse = rows_run_sparse(scores, config, tokens, query_len, even, head_group)
+        ran_sparse = rows_run_sparse(scores, config, tokens, query_len, even, tp_group)
     del scores
     attended = attend_selected(
         query, key, value, config, ran_sparse, selection, far, tokens, even, impl, call
     )
-    dense_heads = own_numbers(config.dense_heads, query.shape[1], head_group)
+    dense_heads = local_heads(config.dense_heads, query.shape[1], tp_group)
     _attend_dense_heads(query, key, value, dense_heads, ran_sparse, tokens, call, attended)
     mark_invalid_rows(attended, tokens)
     if not call.want_selection:

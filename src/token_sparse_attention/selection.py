@@ -12,7 +12,6 @@ from torch import Tensor
 from token_sparse_attention import reference
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, effective_length
-from token_sparse_attention.head_group import gather_heads, own_heads, resolve_head_group
 from token_sparse_attention.inputs import (
     RealTokens,
     Span,
@@ -25,6 +24,7 @@ from token_sparse_attention.inputs import (
     single_precision,
     unit_stride,
 )
+from token_sparse_attention.tensor_parallel import gather_heads, own_heads, resolve_tp_group
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -214,7 +214,7 @@ def select_tokens(
     padding_mask: Tensor | None = None,
     kept: float | None = None,
     impl: str = "auto",
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> TokenSelection:
     """Choose each head's tokens from the scores: smooth, budget, top-k, plus the window.
 
@@ -227,7 +227,7 @@ def select_tokens(
             budget; in ``(0, 1]``. For benchmarks and ablations: ``min_tokens`` and the rule
             for short contexts do not apply then.
         impl: which code runs: ``"auto"``, ``"triton"`` or ``"reference"``.
-        head_group: the ranks that hold the layer's other query heads, see
+        tp_group: the ranks that hold the layer's other query heads, see
             `token_sparse_attention`; `scores` are of this rank's heads.
 
     Returns:
@@ -259,7 +259,7 @@ def select_tokens(
         raise ValueError("config must have select_queries=True or a drop_mass, got neither")
     check_kept(kept, config)
     kept = single_precision(kept)
-    head_group = resolve_head_group(head_group)
+    tp_group = resolve_tp_group(tp_group)
     impl = resolve_impl(impl, scores)
     batch_size, _, num_scored = scores.shape
     kv_len = num_scored + config.window_size
@@ -274,7 +274,7 @@ def select_tokens(
     tokens = real_tokens(
         padding_mask, batch_size, kv_len, scores.device, on_device=impl == "triton"
     )
-    selection = select_rows(scores, config, tokens, impl, kept=kept, head_group=head_group)
+    selection = select_rows(scores, config, tokens, impl, kept=kept, tp_group=tp_group)
     return selection.to_int64()
 
 
@@ -287,7 +287,7 @@ def select_rows(
     query_len: int | None = None,
     kept: float | None = None,
     even: BreakEven = NEVER_DENSE,
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> TokenSelection:
     """`select_tokens` on checked arguments; `query_len` and `even` say where dense is faster."""
     num_heads, kv_len = scores.shape[1], tokens.kv_len
@@ -310,13 +310,13 @@ def select_rows(
             even.min_length,
         )
         selected = kernels.select_tokens(
-            scores.contiguous(), tokens.bounds, kv_len, first_query, rule, head_group
+            scores.contiguous(), tokens.bounds, kv_len, first_query, rule, tp_group
         )
         return TokenSelection(
             selected.indices, selected.lengths, selected.ran_sparse, kv_len, selected.budget
         )
-    if head_group is not None:
-        scores = gather_heads(scores, head_group)  # decides for all heads, as one process would
+    if tp_group is not None:
+        scores = gather_heads(scores, tp_group)  # decides for all heads, as one process would
     rows, budgets = [], []
     spans = tokens.host_spans()
     for row, span in enumerate(spans):
@@ -331,18 +331,16 @@ def select_rows(
         rows.append(keep)
     selection = selection_of_rows(rows, spans, scores.shape[1], kv_len, scores.device)
     selection = selection._replace(budget=torch.stack(budgets))
-    return selection if head_group is None else _own_part(selection, num_heads, head_group)
+    return selection if tp_group is None else _own_part(selection, num_heads, tp_group)
 
 
-def _own_part(
-    selection: TokenSelection, num_heads: int, head_group: ProcessGroup
-) -> TokenSelection:
+def _own_part(selection: TokenSelection, num_heads: int, tp_group: ProcessGroup) -> TokenSelection:
     """Return what a selection of all ranks' heads says about this rank's."""
     budget = selection.lengths if selection.budget is None else selection.budget
     return selection._replace(
-        indices=own_heads(selection.indices, num_heads, head_group),
-        lengths=own_heads(selection.lengths, num_heads, head_group),
-        budget=own_heads(budget, num_heads, head_group),
+        indices=own_heads(selection.indices, num_heads, tp_group),
+        lengths=own_heads(selection.lengths, num_heads, tp_group),
+        budget=own_heads(budget, num_heads, tp_group),
     )
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import BreakEven, effective_length
-from token_sparse_attention.head_group import gather_heads, own_heads
 from token_sparse_attention.inputs import RealTokens
 from token_sparse_attention.selection import TokenSelection, dense_selection
+from token_sparse_attention.tensor_parallel import gather_heads, own_heads
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,7 +49,7 @@ def far_tokens(
     config: TokenSparseConfig,
     tokens: RealTokens,
     impl: str,
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> FarTokens | None:
     """Return the far tokens of each head, None if there are none.
 
@@ -58,7 +58,7 @@ def far_tokens(
         config: says how many of each kind.
         tokens: where the real tokens are.
         impl: ``"triton"`` or ``"reference"``; both draw the same tokens.
-        head_group: the ranks with the layer's other heads, between which budgets are shared out.
+        tp_group: the ranks with the layer's other heads, between which budgets are shared out.
     """
     if config.fallback != "window":
         return None
@@ -72,7 +72,7 @@ def far_tokens(
         return None if own is None else FarTokens(own, None)
     budgets = None
     if config.budget == "per_head":
-        budgets = sample_budgets(scores, config, tokens, head_group)
+        budgets = sample_budgets(scores, config, tokens, tp_group)
     slots, counts = draw(
         scores, config.fallback_samples, tokens, config.fallback_window, own, budgets, impl
     )
@@ -108,7 +108,7 @@ def sample_budgets(
     scores: Tensor,
     config: TokenSparseConfig,
     tokens: RealTokens,
-    head_group: ProcessGroup | None,
+    tp_group: ProcessGroup | None,
 ) -> Tensor:
     """Share out the heads' samples by the attention they give to what lies beyond the window.
 
@@ -121,13 +121,13 @@ def sample_budgets(
     """
     beyond = _left_behind(tokens, config.fallback_window)[:, None, : scores.shape[2]]
     mass = (scores.double().nan_to_num(0.0) * beyond).sum(-1)
-    all_mass = mass if head_group is None else gather_heads(mass, head_group)
+    all_mass = mass if tp_group is None else gather_heads(mass, tp_group)
     for head in config.dense_heads:  # which need none
         all_mass[:, head] = 0.0
     sampling = max(all_mass.shape[1] - len(config.dense_heads), 1)
     shares = all_mass * sampling / all_mass.sum(-1, keepdim=True).clamp(min=1e-30)
     budgets = config.fallback_samples * (_LEAST + (1 - _LEAST) * shares).clamp(max=_MOST)
-    return budgets if head_group is None else own_heads(budgets, mass.shape[1], head_group)
+    return budgets if tp_group is None else own_heads(budgets, mass.shape[1], tp_group)
 
 
 def _left_behind(tokens: RealTokens, window: int) -> Tensor:
@@ -173,9 +173,9 @@ def draw(
     batch_size, num_heads, _ = scores.shape
     room = count if budgets is None else _MOST * count
     if impl == "triton":
-        from token_sparse_attention.kernels.draw import draw_tokens
+        from token_sparse_attention.kernels.sampling import sample_keys
 
-        return draw_tokens(
+        return sample_keys(
             scores, tokens.bounds, tokens.kv_len, window, count, room, without, budgets
         )
     if budgets is None:
@@ -245,7 +245,7 @@ def rows_run_sparse(
     tokens: RealTokens,
     query_len: int,
     even: BreakEven,
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return which rows ``[B]`` run sparse, bool, where queries are not selected.
 
@@ -257,11 +257,11 @@ def rows_run_sparse(
         tokens: where the real tokens are.
         query_len: S_q.
         even: rows shorter than its ``min_length`` run dense.
-        head_group: the ranks with the layer's other heads, which run the same rows dense.
+        tp_group: the ranks with the layer's other heads, which run the same rows dense.
     """
     finite = scores.sum(-1).isfinite()  # none is below 0, so nothing cancels
-    if head_group is not None:
-        finite = gather_heads(finite.to(torch.int32), head_group).bool()
+    if tp_group is not None:
+        finite = gather_heads(finite.to(torch.int32), tp_group).bool()
     sparse = finite.all(-1)
     if not tokens.padded:
         return sparse

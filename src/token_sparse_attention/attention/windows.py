@@ -67,9 +67,9 @@ def attend_windows(
     if far is None or lse is None:
         return
     if impl == "triton":
-        load_kernels("far_tokens").add_far_tokens(
+        load_kernels("sampled_attention").add_sampled_keys(
             query, key, value, far.slots, tokens.bounds, rows, into.out, lse,
-            window=window, scale=scale, counts=far.counts,
+            window=window, scale=scale, weights=far.counts,
         )  # fmt: skip
     else:
         slots, counts = far

@@ -46,7 +46,7 @@ def select_tokens(
     kv_len: int,
     first_query: int,
     rule: Rule,
-    head_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Selected:
     """Choose each head's tokens from ``scores [B, H, N]``, N at least 1.
 
@@ -56,31 +56,31 @@ def select_tokens(
         kv_len: S_kv.
         first_query: slot of the first query.
         rule: the settings.
-        head_group: the ranks that hold the layer's other heads, as many each.
+        tp_group: the ranks that hold the layer's other heads, as many each.
     """
     batch_size, num_heads, num_scored = scores.shape
     device, sequences = scores.device, batch_size * num_heads
     top_bins = sequences * _TOP_LEVELS.value * _TOP_BINS.value
     smoothed, lengths, ran_sparse, budget, top_count = count_tokens(
-        scores, bounds, first_query, rule, head_group, top_bins
+        scores, bounds, first_query, rule, tp_group, top_bins
     )
     scored_chunks = triton.cdiv(num_scored, _CHUNK)
     for level in range(_TOP_LEVELS.value):
         count_top_kernel[(scored_chunks, sequences)](
             smoothed, top_count, bounds, lengths, ran_sparse, num_heads, num_scored,
-            WINDOW=rule.window_size, LEVEL=level, CHUNK=_CHUNK, num_warps=8,
+            WINDOW=rule.num_probes, LEVEL=level, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
     thresholds = torch.empty(sequences, 2, dtype=torch.int32, device=device)
     above = torch.empty(sequences, scored_chunks, dtype=torch.int32, device=device)
     equal = torch.empty_like(above)
     count_above_kernel[(scored_chunks, sequences)](
         smoothed, top_count, bounds, lengths, ran_sparse, thresholds, above, equal,
-        num_heads, num_scored, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
+        num_heads, num_scored, WINDOW=rule.num_probes, CHUNK=_CHUNK, num_warps=8,
     )  # fmt: skip
     indices = torch.empty(batch_size, num_heads, kv_len, dtype=torch.int32, device=device)
     list_tokens_kernel[(triton.cdiv(kv_len, _CHUNK), sequences)](
         smoothed, bounds, lengths, ran_sparse, thresholds, above, equal, indices,
-        num_heads, num_scored, kv_len, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
+        num_heads, num_scored, kv_len, WINDOW=rule.num_probes, CHUNK=_CHUNK, num_warps=8,
     )  # fmt: skip
     return Selected(indices, lengths, ran_sparse, budget)
 
