@@ -25,7 +25,7 @@ NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cp
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
     {"config", "device", "errors"},
-    {"inputs", "crossover", "reference", "bundled", "head_group"},
+    {"inputs", "crossover", "reference", "bundled", "tensor_parallel"},
     {"limits", "kernels"},
     {"selection"},
     {"compression", "attention", "call"},

@@ -245,7 +245,7 @@ def test_operator(config, query_len, head_chunk):
 @pytest.mark.parametrize("counted", [False, True])
 def test_windows_and_far_tokens(counted, far, window, query_len, kv_len, head_dim):
     """The kernel against a literal mask; what lies outside a row is NaN and does no harm."""
-    from token_sparse_attention.kernels.far_tokens import Tiles, add_far_tokens
+    from token_sparse_attention.kernels.sampled_attention import Tiles, add_sampled_keys
 
     problem = problem_here(
         batch=3, heads=6, kv_heads=2, query_len=query_len, kv_len=kv_len, head_dim=head_dim
@@ -281,14 +281,14 @@ def test_windows_and_far_tokens(counted, far, window, query_len, kv_len, head_di
     before, before_lse = out.clone(), lse.clone()
     bounds = torch.tensor(runs, dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([True, True, True], device=DEVICE)
-    options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2), "counts": counts}
-    add_far_tokens(*problem, slots, bounds, rows, out, lse, **options)
+    options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2), "weights": counts}
+    add_sampled_keys(*problem, slots, bounds, rows, out, lse, **options)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
     nothing = far == 0 or window == 500
     assert torch.equal(out, before) == nothing, "the far tokens must matter"
     rows = torch.tensor([False, True, False], device=DEVICE)
-    add_far_tokens(*problem, slots, bounds, rows, before, before_lse, **options)
+    add_sampled_keys(*problem, slots, bounds, rows, before, before_lse, **options)
     assert torch.equal(before[1], out[1])
     assert torch.equal(before[0], out[0]) == nothing
 

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 from token_sparse_attention.kernels import (
     budget,
     compression,
-    draw,
-    far_tokens,
+    sampled_attention,
+    sampling,
     scoring,
     selection,
 )
@@ -61,7 +61,7 @@ class Recorder:
 
 def launches(monkeypatch, lengths, config, **options):
     recorders = {}
-    for module in (budget, compression, draw, far_tokens, scoring, selection):
+    for module in (budget, compression, sampled_attention, sampling, scoring, selection):
         for name, (names, free) in run_time_arguments(module).items():
             recorders[name] = Recorder(getattr(module, name), names, free)
             monkeypatch.setattr(module, name, recorders[name])

@@ -185,7 +185,7 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
     settings = Settings(warm_up=wanted)
     configs = {"layers.0.attn": CONFIG, "layers.1.attn": BROKEN, "layers.2.attn": CONFIG}
     monkeypatch.setattr(backend, "engine_settings", lambda _: settings)
-    monkeypatch.setattr(backend, "head_group", lambda: (None, rank))
+    monkeypatch.setattr(backend, "tp_group", lambda: (None, rank))
     monkeypatch.setattr(backend, "usable_layers", lambda *_: (configs, {}))
     monkeypatch.setattr(
         backend, "layer_shapes", lambda chosen, *_: [layer(one) for one in chosen.values()]

@@ -165,7 +165,7 @@ class AppliedSparsity:
         self._impl = impl
         self._attention_backends = attention_backends  # by layer
         self._kept = kept
-        self._head_group = tensor_parallel_group(model)
+        self._tp_group = tensor_parallel_group(model)
         self._last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None
         self._last_mask = None
         self._requests = RequestReader()
@@ -380,7 +380,7 @@ class AppliedSparsity:
             impl=self._impl,
             attention_backend=self._attention_backends[layer],
             kept=self._kept,
-            head_group=self._head_group,
+            tp_group=self._tp_group,
             return_selection="lengths",
         )
         even = break_even_of(config, query) if self._kept is None else NEVER_DENSE

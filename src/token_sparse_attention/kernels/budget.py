@@ -32,11 +32,11 @@ class Rule(NamedTuple):
 
     Attributes:
         drop_mass: share of the mass that may be dropped.
-        window_size: W.
+        num_probes: W.
         pool_size: width of the smoothing.
         min_tokens: fewest scored tokens to keep.
         per_head: whether each head has its own budget.
-        kept: share of a row's tokens to keep in place of the budget, None for the budget.
+        keep_ratio: share of a row's tokens to keep in place of the budget, None for the budget.
         max_work: a row runs dense if the mean square of its heads' kept shares exceeds
             ``max_work - fixed_tokens / effective_length``, see `crossover.effective_length`.
         fixed_tokens: see `max_work`.
@@ -44,11 +44,11 @@ class Rule(NamedTuple):
     """
 
     drop_mass: float
-    window_size: int
+    num_probes: int
     pool_size: int
     min_tokens: int
     per_head: bool
-    kept: float | None
+    keep_ratio: float | None
     max_work: float
     fixed_tokens: float
     min_length: float
@@ -107,7 +107,7 @@ def count_tokens(
     block_n = max(_TILE // block_h, 16)
     smooth_kernel[(triton.cdiv(num_scored, block_n), batch_size)](
         scores, smoothed, mean, not_finite, bounds, num_heads, num_scored,
-        WINDOW=rule.window_size, POOL=rule.pool_size, PER_HEAD=rule.per_head,
+        WINDOW=rule.num_probes, POOL=rule.pool_size, PER_HEAD=rule.per_head,
         BLOCK_H=block_h, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
     if tp_group is not None and not rule.per_head:
@@ -117,7 +117,7 @@ def count_tokens(
         width = min(bits, 31 - bits * level)
         count_mass_kernel[(triton.cdiv(num_scored, mass_chunk), mass_rows)](
             mean, mass_sum, mass_count, bounds, float(rule.drop_mass), num_scored,
-            ROWS_PER_BATCH=mass_rows // batch_size, WINDOW=rule.window_size,
+            ROWS_PER_BATCH=mass_rows // batch_size, WINDOW=rule.num_probes,
             BITS=bits, LEVELS=levels, LEVEL=level, WIDTH=width,
             SHIFT=31 - bits * level - width, CHUNK=mass_chunk, num_warps=8,
         )  # fmt: skip
@@ -138,10 +138,10 @@ def count_tokens(
     ran_sparse = torch.empty(batch_size, dtype=torch.bool, device=device)
     decide_kernel[(batch_size,)](
         droppable, not_finite, bounds, lengths, budget, ran_sparse,
-        float(rule.drop_mass), rule.min_tokens, float(rule.kept or 0.0),
+        float(rule.drop_mass), rule.min_tokens, float(rule.keep_ratio or 0.0),
         float(rule.max_work), float(rule.fixed_tokens), float(rule.min_length), first_query,
         decided_heads,
-        WINDOW=rule.window_size, PER_HEAD=rule.per_head, GIVEN=rule.kept is not None,
+        WINDOW=rule.num_probes, PER_HEAD=rule.per_head, GIVEN=rule.keep_ratio is not None,
         BLOCK_H=triton.next_power_of_2(decided_heads), num_warps=4,
     )  # fmt: skip
     if tp_group is not None and rule.per_head:
@@ -276,11 +276,12 @@ def count_droppable_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "drop_mass", "min_tokens", "kept", "max_work", "fixed_tokens", "min_length", "first_query"
+    "drop_mass", "min_tokens", "keep_ratio", "max_work", "fixed_tokens", "min_length",
+    "first_query",
 ])  # fmt: skip
 def decide_kernel(
     droppable_ptr, not_finite_ptr, bounds_ptr, lengths_ptr, budget_ptr, ran_sparse_ptr,
-    drop_mass, min_tokens, kept, max_work, fixed_tokens, min_length, first_query, num_heads,
+    drop_mass, min_tokens, keep_ratio, max_work, fixed_tokens, min_length, first_query, num_heads,
     WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, GIVEN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Each head's number of tokens, and whether the row runs sparse at all."""
@@ -300,7 +301,7 @@ def decide_kernel(
     sparse = (length > min_tokens + WINDOW) & (drop_mass > 0)
     sparse = sparse & (tl.sum(((b_kept < num_scored) & (o_h < num_heads)).to(tl.int32), 0) > 0)
     if GIVEN:
-        wanted = tl.floor(length.to(tl.float64) * kept + 0.5).to(tl.int32) - WINDOW
+        wanted = tl.floor(length.to(tl.float64) * keep_ratio + 0.5).to(tl.int32) - WINDOW
         b_kept = tl.zeros([BLOCK_H], tl.int32) + tl.minimum(tl.maximum(wanted, 0), num_scored)
         sparse = num_scored > 0
     sparse = sparse & (end - WINDOW >= tl.maximum(start, first_query))

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.scoring import (
-    _LOG2_E,
     _MAX_SPLITS,
-    _load_rows,
     _log_norm,
     _split,
     window_statistics_kernel,
 )
+from token_sparse_attention.kernels.softmax import LOG2_E, load_rows
 
 _MOST_QUERIES = 64  # at a time; more fill the registers
 
@@ -131,7 +130,7 @@ def _add_portion(
     strides = (*query.stride()[:3], *key.stride()[:3])
     first_query = key.shape[2] - query_len
     window_statistics_kernel[(programs, splits)](
-        query, key, bounds, stats[0], stats[1], scale * _LOG2_E, *strides,
+        query, key, bounds, stats[0], stats[1], scale * LOG2_E.value, *strides,
         num_kv_heads, first_query, row_blocks, tiles_per_split, GROUP=group, **constants,
         BLOCK_M=block_m, BLOCK_N=first.block_n,
         num_warps=first.num_warps, num_stages=first.num_stages,
@@ -139,7 +138,7 @@ def _add_portion(
     block_n = max(second.block_n, window_rows)
     mass_splits, tiles_per_split = _split(end, block_n, batch_size * num_heads, second.programs)
     key_distance_kernel[(batch_size * num_heads, mass_splits)](
-        query, key, stats[0], stats[1], by_key, by_distance, scale * _LOG2_E, width / count,
+        query, key, stats[0], stats[1], by_key, by_distance, scale * LOG2_E.value, width / count,
         *strides, num_heads, group, first_query, stats_shape[2], end, key.shape[2],
         splits, tiles_per_split, **constants, BLOCK_N=block_n,
         num_warps=second.num_warps, num_stages=second.num_stages,
@@ -197,7 +196,7 @@ def key_distance_kernel(
     o_slot = end - WINDOW + o_r
     p_q = query_ptr + b * stride_qb + head * stride_qh
     p_k = key_ptr + b * stride_kb + kv_head * stride_kh
-    b_q = _load_rows(p_q, o_slot - first_query, stride_qs, o_r < WINDOW, HEAD_DIM, BLOCK_D, UPCAST)
+    b_q = load_rows(p_q, o_slot - first_query, stride_qs, o_r < WINDOW, HEAD_DIM, BLOCK_D, UPCAST)
     num_kv_heads = num_heads // group
     o_stat = (b * num_kv_heads + kv_head) * stat_rows + (head % group) * WINDOW_ROWS
     b_norm = _log_norm(max_ptr + o_stat * MAX_SPLITS, sum_ptr + o_stat * MAX_SPLITS, o_r,
@@ -213,7 +212,7 @@ def key_distance_kernel(
     b_open = tl.zeros([BLOCK_N], tl.float32)  # the previous tile's diagonals so far
     for tile in range(begin, last + 1):
         o_key = tile * BLOCK_N + o_n
-        b_k = _load_rows(p_k, o_key, stride_ks, o_key < end, HEAD_DIM, BLOCK_D, UPCAST)
+        b_k = load_rows(p_k, o_key, stride_ks, o_key < end, HEAD_DIM, BLOCK_D, UPCAST)
         b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale_log2
         b_probs = tl.exp2(b_logits - b_norm[None, :]) * share
         b_probs = tl.where(o_key[:, None] <= o_slot[None, :], b_probs, 0.0)

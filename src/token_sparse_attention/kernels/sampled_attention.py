@@ -1,7 +1,7 @@
-"""Add a few keys of each head's, from anywhere, to the sliding-window attention of all queries.
+"""Merge each head's sampled keys into the sliding-window attention of all its queries.
 
-Far tokens are few and shared by a head's queries, so they are gathered beforehand. A block of
-queries goes on from the output and log-sum-exp that the window gave it.
+All queries of a head share its sampled keys, which are gathered beforehand. A block of queries
+starts from its sliding-window output and log-sum-exp and continues the online softmax.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from token_sparse_attention.device import on_its_device
-from token_sparse_attention.kernels.scoring import _load_rows
-
-_LOG2_E = 1.4426950408889634
+from token_sparse_attention.kernels.softmax import LN_2, LOG2_E, dot_constants, load_rows
 
 
 class Tiles(NamedTuple):
@@ -41,9 +39,9 @@ def add_sampled_keys(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    far: Tensor,
+    slots: Tensor,
     bounds: Tensor,
-    rows: Tensor,
+    sequences: Tensor,
     out: Tensor,
     lse: Tensor,
     *,
@@ -52,43 +50,43 @@ def add_sampled_keys(
     weights: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> None:
-    """Merge far tokens into windowed attention, in place; padding's queries stay.
+    """Merge sampled keys into sliding-window attention, in list_offset; padding is left alone.
 
     Args:
         query: ``[B, H, S_q, D]``, unit stride over D, as all others.
         key: ``[B, H_kv, S_kv, D]``.
-        value: likewise.
-        far: ``[B, H, M]`` integer slots, ascending, S_kv or more for none; M may be 0.
-        bounds: ``[B, 2]`` int32, each row's real slots ``[start, end)``.
-        rows: ``[B]`` bool, the rows wanted.
-        out: ``[B, H, S_q, D]``, the windowed attention.
+        value: ``[B, H_kv, S_kv, D]``.
+        slots: ``[B, H, M]`` integers, ascending, S_kv or more for no key; M may be 0.
+        bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
+        sequences: ``[B]`` bool, the sequences to change.
+        out: ``[B, H, S_q, D]``, the sliding-window attention.
         lse: ``[B, H, S_q]`` float32, its log-sum-exp.
-        window: keys each query has seen, itself included; it sees far tokens before them.
+        window: keys that each query has attended to, its own included; it attends to the
+            sampled keys before these.
         scale: factor of the logits.
-        counts: ``[B, H, M]`` float32, how many tokens each far token stands for; None for one.
+        weights: ``[B, H, M]`` float32, factors of the keys' exponentials; None for 1.
         tiles: block sizes, for tuning.
     """
-    if not far.shape[2]:
+    if not slots.shape[2]:
         return
     batch_size, num_heads, query_len, head_dim = query.shape
-    far_key, far_value = _gather(key, value, far.long())
-    far = far.to(torch.int32).contiguous()
+    sampled_key, sampled_value = _gather(key, value, slots.long())
+    slots = slots.to(torch.int32).contiguous()
+    log_weights = None if weights is None else weights.log2().contiguous()
     block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
-    far_tokens_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
-        query, far, far_key, far_value, None if weights is None else weights.log2().contiguous(),
-        bounds, rows, out, lse, scale * _LOG2_E,
+    sampled_keys_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
+        query, slots, sampled_key, sampled_value, log_weights, bounds, sequences, out, lse,
+        scale * LOG2_E.value,
         *query.stride()[:3], *out.stride()[:3], *lse.stride(),
         num_heads, query_len, key.shape[2] - query_len,
-        HEAD_DIM=head_dim, BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-        FAR=far.shape[2], FAR_BLOCK=min(triton.next_power_of_2(far.shape[2]), 2048), WINDOW=window,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        UPCAST=not query.is_cuda,  # the interpreter's bfloat16 arithmetic is wrong
+        **dot_constants(query), NUM_KEYS=slots.shape[2],
+        SLOT_BLOCK=min(triton.next_power_of_2(slots.shape[2]), 2048), WINDOW=window,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
 def _gather(key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values at each query head's slots ``[B, H, M, D]``; any where there is none."""
+    """Keys and values ``[B, H, M, D]`` at each query head's slots; any where there is none."""
     batch_size, num_kv_heads, kv_len, _ = key.shape
     batch = torch.arange(batch_size, device=key.device)[:, None, None]
     head = torch.arange(slots.shape[1], device=key.device)[:, None]
@@ -98,21 +96,21 @@ def _gather(key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _attend_tile(
-    b_q, b_acc, b_max, b_sum, b_reach, b_weight, place, begin, seen,
-    far_ptr, far_key_ptr, far_value_ptr, scale_log2,
+    b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, seen,
+    slots_ptr, sampled_k_ptr, sampled_v_ptr, scale_log2,
     MASKED: tl.constexpr, WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Take a tile of far tokens, which begins at ``place + begin``, into the softmax."""
+    """Update the online softmax by a head's sampled keys from number `begin` on."""
     o_n = begin + tl.arange(0, BLOCK_N)
     exists = o_n < seen
-    b_k = _load_rows(far_key_ptr, place + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
-    b_v = _load_rows(far_value_ptr, place + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_k = load_rows(sampled_k_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_v = load_rows(sampled_v_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
     b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
     if WEIGHTED:
         b_logits += b_weight[None, :]
     if MASKED:
-        b_slot = tl.load(far_ptr + place + o_n, mask=exists, other=2147483647)
+        b_slot = tl.load(slots_ptr + first_entry + o_n, mask=exists, other=2147483647)
         b_logits = tl.where(b_slot[None, :] <= b_reach[:, None], b_logits, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_logits, 1))
     b_probs = tl.exp2(b_logits - b_new[:, None])
@@ -124,80 +122,84 @@ def _attend_tile(
 
 
 @triton.jit
-def _load_weights(
-    weights_ptr, place, begin, seen, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr
+def _load_log_weights(
+    log_weights_ptr, first_entry, begin, seen, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """What is added to a tile's logits, base 2."""
     if WEIGHTED:
         o_n = begin + tl.arange(0, BLOCK_N)
-        b_weight = tl.load(weights_ptr + place + o_n, mask=o_n < seen, other=0.0)
+        b_weight = tl.load(log_weights_ptr + first_entry + o_n, mask=o_n < seen, other=0.0)
     else:
         b_weight = tl.zeros([BLOCK_N], tl.float32)
     return b_weight
 
 
 @triton.jit(do_not_specialize=["query_len", "first_query", "stride_lb", "stride_lh", "stride_ls"])
-def far_tokens_kernel(
-    query_ptr, far_ptr, far_key_ptr, far_value_ptr, weights_ptr, bounds_ptr, rows_ptr,
-    out_ptr, lse_ptr, scale_log2,
+def sampled_keys_kernel(
+    query_ptr, slots_ptr, sampled_k_ptr, sampled_v_ptr, log_weights_ptr, bounds_ptr,
+    sequences_ptr, out_ptr, lse_ptr, scale_log2,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_os: tl.int64,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_ls: tl.int64,
     num_heads, query_len, first_query,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NUM_KEYS: tl.constexpr, SLOT_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of one head's queries."""
-    WEIGHTED: tl.constexpr = weights_ptr is not None
-    row = tl.program_id(1).to(tl.int64)
-    place = row * FAR
-    b = row // num_heads
-    head = row % num_heads
+    WEIGHTED: tl.constexpr = log_weights_ptr is not None
+    problem = tl.program_id(1).to(tl.int64)
+    first_entry = problem * NUM_KEYS
+    b = problem // num_heads
+    head = problem % num_heads
     start = tl.load(bounds_ptr + 2 * b)
     end = tl.load(bounds_ptr + 2 * b + 1)
-    end = start + (end - start) * tl.load(rows_ptr + b).to(tl.int32)  # empty if not wanted
+    end = start + (end - start) * tl.load(sequences_ptr + b).to(tl.int32)  # empty if not wanted
     o_query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_slot = first_query + o_query
     real = (o_query < query_len) & (o_slot >= start) & (o_slot < end)
-    b_reach = tl.where(real, o_slot - WINDOW, -1)  # the last far slot that each query sees
+    b_reach = tl.where(real, o_slot - WINDOW, -1)  # the last slot before each query's window
     longest, shortest = tl.max(b_reach, 0), tl.min(b_reach, 0)
-    seen = 0  # far tokens by any of the queries, and by all
-    shared = 0
-    for begin in range(0, FAR, FAR_BLOCK):
-        o_far = begin + tl.arange(0, FAR_BLOCK)
-        b_far = tl.load(far_ptr + place + o_far, mask=o_far < FAR, other=2147483647)
-        seen += tl.sum((b_far <= longest).to(tl.int32), 0)
-        shared += tl.sum((b_far <= shortest).to(tl.int32), 0)
+    seen = 0  # sampled keys that any of the queries attends to
+    shared = 0  # that all of them attend to
+    for begin in range(0, NUM_KEYS, SLOT_BLOCK):
+        o_n = begin + tl.arange(0, SLOT_BLOCK)
+        b_slot = tl.load(slots_ptr + first_entry + o_n, mask=o_n < NUM_KEYS, other=2147483647)
+        seen += tl.sum((b_slot <= longest).to(tl.int32), 0)
+        shared += tl.sum((b_slot <= shortest).to(tl.int32), 0)
     shared = shared // BLOCK_N * BLOCK_N
     if seen > 0:
         p_q = query_ptr + b * stride_qb + head * stride_qh
-        b_q = _load_rows(p_q, o_query, stride_qs, real, HEAD_DIM, BLOCK_D, UPCAST)
+        b_q = load_rows(p_q, o_query, stride_qs, real, HEAD_DIM, BLOCK_D, UPCAST)
         p_out = out_ptr + b * stride_ob + head * stride_oh
-        b_acc = _load_rows(p_out, o_query, stride_os, real, HEAD_DIM, BLOCK_D, UPCAST)
+        b_acc = load_rows(p_out, o_query, stride_os, real, HEAD_DIM, BLOCK_D, UPCAST)
         b_acc = b_acc.to(tl.float32)
         p_lse = lse_ptr + b * stride_lb + head * stride_lh + o_query.to(tl.int64) * stride_ls
-        b_max = tl.load(p_lse, mask=real, other=0.0) * 1.4426950408889634
+        b_max = tl.load(p_lse, mask=real, other=0.0) * LOG2_E
         b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-        b_weight = _load_weights(weights_ptr, place, 0, seen, WEIGHTED, BLOCK_N)
-        for begin in range(0, shared, BLOCK_N):  # no slots to look at, and no mask
+        b_weight = _load_log_weights(log_weights_ptr, first_entry, 0, seen, WEIGHTED, BLOCK_N)
+        for begin in range(0, shared, BLOCK_N):  # every query attends to every key: no mask
             # Weights are read a tile ahead: the pipeline takes care of keys and values only.
-            b_next = _load_weights(weights_ptr, place, begin + BLOCK_N, seen, WEIGHTED, BLOCK_N)
+            b_next = _load_log_weights(
+                log_weights_ptr, first_entry, begin + BLOCK_N, seen, WEIGHTED, BLOCK_N
+            )  # fmt: skip
             b_acc, b_max, b_sum = _attend_tile(
-                b_q, b_acc, b_max, b_sum, b_reach, b_weight, place, begin, FAR,
-                far_ptr, far_key_ptr, far_value_ptr, scale_log2, False, WEIGHTED,
+                b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, NUM_KEYS,
+                slots_ptr, sampled_k_ptr, sampled_v_ptr, scale_log2, False, WEIGHTED,
                 HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, UPCAST,
             )  # fmt: skip
             b_weight = b_next
         for begin in range(shared, seen, BLOCK_N):
-            b_weight = _load_weights(weights_ptr, place, begin, seen, WEIGHTED, BLOCK_N)
+            b_weight = _load_log_weights(
+                log_weights_ptr, first_entry, begin, seen, WEIGHTED, BLOCK_N
+            )  # fmt: skip
             b_acc, b_max, b_sum = _attend_tile(
-                b_q, b_acc, b_max, b_sum, b_reach, b_weight, place, begin, seen,
-                far_ptr, far_key_ptr, far_value_ptr, scale_log2, True, WEIGHTED,
+                b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, seen,
+                slots_ptr, sampled_k_ptr, sampled_v_ptr, scale_log2, True, WEIGHTED,
                 HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, UPCAST,
             )  # fmt: skip
         o_d = tl.arange(0, BLOCK_D)
         p_out += o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]
         tl.store(p_out, (b_acc / b_sum[:, None]).to(out_ptr.dtype.element_ty),
                  mask=real[:, None] & (o_d < HEAD_DIM)[None, :])  # fmt: skip
-        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=real)
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN_2, mask=real)

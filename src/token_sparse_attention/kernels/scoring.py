@@ -16,8 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from token_sparse_attention.device import on_its_device
+from token_sparse_attention.kernels.softmax import (
+    LOG2_E,
+    dot_constants,
+    finite_maximum,
+    load_rows,
+    update_statistics,
+)
 
-_LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
 
 
@@ -45,7 +51,7 @@ def score_tokens(
     query: Tensor,
     key: Tensor,
     bounds: Tensor,
-    window_size: int,
+    num_probes: int,
     scale: float,
     *,
     padded: bool,
@@ -57,20 +63,20 @@ def score_tokens(
         query: ``[B, H, S_q, D]``, unit stride over D.
         key: ``[B, H_kv, S_kv, D]``, unit stride over D.
         bounds: ``[B, 2]`` int32, each row's real slots ``[start, end)``.
-        window_size: W.
+        num_probes: W.
         scale: factor of the logits.
         padded: whether a row may have padding, whose scores are 0.
         tiles: block sizes, for tuning.
     """
     batch_size, num_heads, query_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    num_scored = max(kv_len - window_size, 0)
+    num_scored = max(kv_len - num_probes, 0)
     make = torch.zeros if padded else torch.empty
     scores = make(batch_size, num_heads, num_scored, dtype=torch.float32, device=query.device)
     if num_scored == 0:
         return scores
     group = num_heads // num_kv_heads
-    window_rows = max(triton.next_power_of_2(window_size), 16)
+    window_rows = max(triton.next_power_of_2(num_probes), 16)
     first, second = tiles or _pick_tiles(query.dtype, head_dim)
     # A block of the first pass may span several heads, one of the second pass is one head's.
     block_m = min(first.block_m, triton.next_power_of_2(group * window_rows))
@@ -83,15 +89,12 @@ def score_tokens(
     strides = (*query.stride()[:3], *key.stride()[:3])
     constants = {
         "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
-        "WINDOW": window_size,
+        **dot_constants(query),
+        "WINDOW": num_probes,
         "WINDOW_ROWS": window_rows,
         "MAX_SPLITS": _MAX_SPLITS,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "UPCAST": not query.is_cuda,  # the interpreter's bfloat16 arithmetic is wrong
     }
-    arguments = (query, key, bounds, stats[0], stats[1], scale * _LOG2_E, *strides)
+    arguments = (query, key, bounds, stats[0], stats[1], scale * LOG2_E.value, *strides)
     lengths = (num_kv_heads, kv_len - query_len)
     window_statistics_kernel[(batch_size * num_kv_heads * row_blocks, num_splits)](
         *arguments,
@@ -133,29 +136,6 @@ def _split(length: int, block: int, programs: int, wanted: int) -> tuple[int, in
     return triton.cdiv(blocks, per_split), per_split
 
 
-@triton.jit
-def _load_rows(
-    p_rows, o_slot, stride_s: tl.int64, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Load vectors ``[rows, BLOCK_D]`` at slots `o_slot`, zeros where they do not exist."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_rows += o_slot.to(tl.int64)[:, None] * stride_s + o_d[None, :]
-    b_rows = tl.load(p_rows, mask=exists[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-    if UPCAST:
-        b_rows = b_rows.to(tl.float32)
-    return b_rows
-
-
-@triton.jit
-def _take_in(b_logits, b_max, b_sum):
-    """Take logits ``[rows, keys]``, base 2, into the running maximum and sum of each row."""
-    b_new = tl.maximum(b_max, tl.max(b_logits, 1))
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row that has seen no key yet
-    b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_logits - b_safe[:, None]), 1)
-    return b_new, b_sum
-
-
 @triton.jit(do_not_specialize=["first_query", "tiles_per_split"])
 def window_statistics_kernel(
     query_ptr, key_ptr, bounds_ptr, max_ptr, sum_ptr, scale_log2,
@@ -182,7 +162,7 @@ def window_statistics_kernel(
     exists = exists & (o_slot >= first_query) & (o_slot >= start)
     head = kv_head * GROUP + o_row // WINDOW_ROWS
     p_q = query_ptr + b * stride_qb + head[:, None] * stride_qh
-    b_q = _load_rows(p_q, o_slot - first_query, stride_qs, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_q = load_rows(p_q, o_slot - first_query, stride_qs, exists, HEAD_DIM, BLOCK_D, UPCAST)
 
     p_k = key_ptr + b * stride_kb + kv_head * stride_kh
     low = start + split * tiles_per_split * BLOCK_N
@@ -193,15 +173,15 @@ def window_statistics_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     for first in range(low, full, BLOCK_N):
         o_key = first + tl.arange(0, BLOCK_N)
-        b_k = _load_rows(p_k, o_key, stride_ks, o_key >= 0, HEAD_DIM, BLOCK_D, UPCAST)
+        b_k = load_rows(p_k, o_key, stride_ks, o_key >= 0, HEAD_DIM, BLOCK_D, UPCAST)
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-        b_max, b_sum = _take_in(b_logits, b_max, b_sum)
+        b_max, b_sum = update_statistics(b_logits, b_max, b_sum)
     for first in range(full, high, BLOCK_N):
         o_key = first + tl.arange(0, BLOCK_N)
-        b_k = _load_rows(p_k, o_key, stride_ks, o_key < end, HEAD_DIM, BLOCK_D, UPCAST)
+        b_k = load_rows(p_k, o_key, stride_ks, o_key < end, HEAD_DIM, BLOCK_D, UPCAST)
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
         visible = o_key[None, :] <= o_slot[:, None]
-        b_max, b_sum = _take_in(tl.where(visible, b_logits, float("-inf")), b_max, b_sum)
+        b_max, b_sum = update_statistics(tl.where(visible, b_logits, float("-inf")), b_max, b_sum)
     o_stat = (problem.to(tl.int64) * row_blocks * BLOCK_M + o_row) * MAX_SPLITS + split
     tl.store(max_ptr + o_stat, b_max)
     tl.store(sum_ptr + o_stat, b_sum)
@@ -239,18 +219,18 @@ def mean_probability_kernel(
         p_max = max_ptr + o_stat * MAX_SPLITS
         p_sum = sum_ptr + o_stat * MAX_SPLITS
         o_entry = tl.arange(0, BLOCK_M)
-        b_q = _load_rows(p_q, end - WINDOW + o_entry - first_query, stride_qs, o_entry < WINDOW,
+        b_q = load_rows(p_q, end - WINDOW + o_entry - first_query, stride_qs, o_entry < WINDOW,
                          HEAD_DIM, BLOCK_D, UPCAST)  # fmt: skip
         b_norm = _log_norm(p_max, p_sum, o_entry, num_splits, WINDOW, MAX_SPLITS)
         for first in range(low, high, BLOCK_N):
             o_key = first + tl.arange(0, BLOCK_N)
-            b_k = _load_rows(p_k, o_key, stride_ks, o_key < end, HEAD_DIM, BLOCK_D, UPCAST)
+            b_k = load_rows(p_k, o_key, stride_ks, o_key < end, HEAD_DIM, BLOCK_D, UPCAST)
             b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale_log2
             b_score = tl.sum(tl.exp2(b_logits - b_norm[None, :]), 1)
             if WINDOW_ROWS > BLOCK_M:  # a wide window's further queries
                 for more in range(BLOCK_M, WINDOW_ROWS, BLOCK_M):
                     o_more = more + o_entry
-                    b_more = _load_rows(p_q, end - WINDOW + o_more - first_query, stride_qs,
+                    b_more = load_rows(p_q, end - WINDOW + o_more - first_query, stride_qs,
                                         o_more < WINDOW, HEAD_DIM, BLOCK_D, UPCAST)  # fmt: skip
                     b_more_norm = _log_norm(p_max, p_sum, o_more, num_splits, WINDOW, MAX_SPLITS)
                     b_logits = tl.dot(b_k, tl.trans(b_more), input_precision=PRECISION)
@@ -268,7 +248,7 @@ def _log_norm(p_max, p_sum, o_entry, num_splits, WINDOW: tl.constexpr, MAX_SPLIT
     b_max = tl.load(p_max + o_stat, mask=mask, other=float("-inf"))
     b_sum = tl.load(p_sum + o_stat, mask=mask, other=0.0)
     b_top = tl.max(b_max, 1)
-    b_safe = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_safe = finite_maximum(b_top)
     b_total = tl.sum(b_sum * tl.exp2(b_max - b_safe[:, None]), 1) * WINDOW
     # A row past the window has an infinite denominator: its probabilities are 0.
     return tl.where(o_entry < WINDOW, b_safe + tl.log2(b_total), float("inf"))

@@ -68,19 +68,19 @@ def select_tokens(
     for level in range(_TOP_LEVELS.value):
         count_top_kernel[(scored_chunks, sequences)](
             smoothed, top_count, bounds, lengths, ran_sparse, num_heads, num_scored,
-            WINDOW=rule.window_size, LEVEL=level, CHUNK=_CHUNK, num_warps=8,
+            WINDOW=rule.num_probes, LEVEL=level, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
     thresholds = torch.empty(sequences, 2, dtype=torch.int32, device=device)
     above = torch.empty(sequences, scored_chunks, dtype=torch.int32, device=device)
     equal = torch.empty_like(above)
     count_above_kernel[(scored_chunks, sequences)](
         smoothed, top_count, bounds, lengths, ran_sparse, thresholds, above, equal,
-        num_heads, num_scored, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
+        num_heads, num_scored, WINDOW=rule.num_probes, CHUNK=_CHUNK, num_warps=8,
     )  # fmt: skip
     indices = torch.empty(batch_size, num_heads, kv_len, dtype=torch.int32, device=device)
     list_tokens_kernel[(triton.cdiv(kv_len, _CHUNK), sequences)](
         smoothed, bounds, lengths, ran_sparse, thresholds, above, equal, indices,
-        num_heads, num_scored, kv_len, WINDOW=rule.window_size, CHUNK=_CHUNK, num_warps=8,
+        num_heads, num_scored, kv_len, WINDOW=rule.num_probes, CHUNK=_CHUNK, num_warps=8,
     )  # fmt: skip
     return Selected(indices, lengths, ran_sparse, budget)
 

@@ -20,11 +20,11 @@ from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import (
     engine_settings,
-    head_group,
     layer_shapes,
     longest_prefill,
     most_decode_tokens,
     step_obstacle,
+    tp_group,
     usable_layers,
 )
 from token_sparse_attention.integrations.vllm.paged import ReadCache
@@ -51,7 +51,7 @@ class Step:
     Attributes:
         splits: what the layers do that run a request of this step sparse, by name.
         settings: of the plugin.
-        head_group: the ranks that hold the layers' other heads; None without them.
+        tp_group: the ranks that hold the layers' other heads; None without them.
         read_cache: returns a request's keys and values ``[1, H_kv, kv_len, D]``, given the
             cache, its blocks and its length.
         counts: whether this process counts.
@@ -59,7 +59,7 @@ class Step:
 
     splits: dict[str, Split]
     settings: Settings
-    head_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     read_cache: ReadCache
     counts: bool
 
@@ -79,7 +79,7 @@ class SparsePrefillBuilder:
             return
         self._settings = settings
         self._read_cache = self.cache_reader()
-        self._head_group, rank = head_group()
+        self._tp_group, rank = tp_group()
         self._counts = rank == 0
         self._most_decode_tokens = most_decode_tokens(vllm_config)
         self._configs, obstacles = usable_layers(settings, vllm_config)
@@ -93,7 +93,7 @@ class SparsePrefillBuilder:
         if self._counts:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
-        layers = layer_shapes(self._configs, vllm_config, self._head_group)
+        layers = layer_shapes(self._configs, vllm_config, self._tp_group)
         self._break_evens: dict[TokenSparseConfig, BreakEven] = {}
         for layer, config in zip(layers, self._configs.values()):
             even = break_even(config, device, layer.num_heads, layer.head_dim)
@@ -127,10 +127,10 @@ class SparsePrefillBuilder:
         if seconds is not None and self._counts:
             _LOG.info("Token sparse attention: kernels warmed up in %.1f seconds", seconds)
         flags = torch.tensor([layer in failed for layer in layers], dtype=torch.int32)
-        if self._head_group is not None and layers:  # a rank's failure is the others' too
+        if self._tp_group is not None and layers:  # a rank's failure is the others' too
             flags = flags.to(device)
             torch.distributed.all_reduce(
-                flags, torch.distributed.ReduceOp.MAX, group=self._head_group
+                flags, torch.distributed.ReduceOp.MAX, group=self._tp_group
             )
         broken = [name for name, flag in zip(self._configs, flags.tolist()) if flag]
         if broken:
@@ -165,7 +165,7 @@ class SparsePrefillBuilder:
                 metadata.token_sparse = Step(
                     splits,
                     self._settings,
-                    self._head_group,
+                    self._tp_group,
                     self._read_cache or _no_reader,
                     self._counts,
                 )
@@ -398,7 +398,7 @@ class SparsePrefillImpl:
             scale=self.scale,
             impl=step.settings.impl,
             attention_backend=step.settings.attention_backend,
-            head_group=step.head_group,
+            tp_group=step.tp_group,
             return_selection="lengths",
         )
         output.copy_(attended[0].transpose(0, 1))

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from token_sparse_attention.config import DenseReason, TokenSparseConfig
-from token_sparse_attention.head_group import own_numbers
 from token_sparse_attention.inputs import check_dense_heads
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import KEY, Settings, read_settings
 from token_sparse_attention.integrations.vllm.warm_up import Layer
+from token_sparse_attention.tensor_parallel import local_heads
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,7 +71,7 @@ def most_decode_tokens(vllm_config: Any) -> int:
     return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
 
 
-def head_group() -> tuple[ProcessGroup | None, int]:
+def tp_group() -> tuple[ProcessGroup | None, int]:
     """Return the group of tensor-parallel ranks, None if there is one rank; and this rank."""
     from vllm.distributed.parallel_state import get_tp_group
 
@@ -129,7 +129,7 @@ def layer_shapes(
     for name, config in configs.items():
         one = layers[name].impl
         check_dense_heads(config, one.num_heads * (1 if group is None else group.size()))
-        own = replace(config, dense_heads=own_numbers(config.dense_heads, one.num_heads, group))
+        own = replace(config, dense_heads=local_heads(config.dense_heads, one.num_heads, group))
         shapes.append(Layer(own, one.num_heads, one.num_kv_heads, one.head_size, dtype, one.scale))
     return shapes
 

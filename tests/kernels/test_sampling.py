@@ -15,7 +15,7 @@ from token_sparse_attention.inputs import real_tokens
 
 pytest.importorskip("triton")
 
-from token_sparse_attention.kernels import draw as kernel
+from token_sparse_attention.kernels import sampling as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

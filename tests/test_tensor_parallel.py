@@ -81,12 +81,12 @@ CASES = {
 }
 
 
-def select(case: Case, query, key, impl: str, head_group=None):
+def select(case: Case, query, key, impl: str, tp_group=None):
     """The stages that decide, alone."""
     options = {"padding_mask": case.options()["padding_mask"]}
     scores = score_tokens(query, key, case.config, impl="reference", **options)
     return select_tokens(
-        scores, case.config, kept=case.kept, impl=impl, head_group=head_group, **options
+        scores, case.config, kept=case.kept, impl=impl, tp_group=tp_group, **options
     )
 
 
@@ -101,18 +101,18 @@ def run_rank(rank: int, folder: str) -> None:
             tensor.chunk(RANKS, dim=1)[rank].contiguous() for tensor in case.problem()
         )
         results[name] = token_sparse_attention(
-            query, key, value, case.config, head_group=dist.group.WORLD, **case.options()
+            query, key, value, case.config, tp_group=dist.group.WORLD, **case.options()
         )
         if case.on_device:
             results[name, "triton"] = select(case, query, key, "triton", dist.group.WORLD)
     scores = torch.rand(1, 8, 90, generator=torch.Generator().manual_seed(0))
     results["select_tokens"] = select_tokens(
-        scores.chunk(RANKS, dim=1)[rank], SMALL, head_group=dist.group.WORLD
+        scores.chunk(RANKS, dim=1)[rank], SMALL, tp_group=dist.group.WORLD
     )
 
     @torch.compile(backend="eager")
     def compiled(query, key, value):
-        out = token_sparse_attention(query, key, value, SMALL, head_group=dist.group.WORLD)
+        out = token_sparse_attention(query, key, value, SMALL, tp_group=dist.group.WORLD)
         return out + 1
 
     problem = (
@@ -196,6 +196,6 @@ def test_a_compiled_function_may_call_it(ranks):
     assert all(torch.equal(rank["compiled"], one) for rank, one in zip(ranks, expected))
 
 
-def test_a_head_group_is_a_process_group():
-    with pytest.raises(TypeError, match="head_group must be a"):
-        token_sparse_attention(*make_problem(), SMALL, head_group=2)
+def test_a_tp_group_is_a_process_group():
+    with pytest.raises(TypeError, match="tp_group must be a"):
+        token_sparse_attention(*make_problem(), SMALL, tp_group=2)
