@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from token_sparse_attention import TokenSparseConfig, reference
-
-SMALL = TokenSparseConfig.published(
-    drop_mass=0.2, window_size=16, pool_size=5, min_tokens=24, crossover="off"
+from token_sparse_attention import (
+    AuxRequest,
+    KVSamplingConfig,
+    SparseConfig,
+    TokenSelection,
+    TokenSelectionConfig,
+    reference,
+    token_sparse_attention,
 )
+
+SMALL = TokenSelectionConfig(drop_mass=0.2, observation_window=16, pool_size=5, min_tokens=24)
+SAMPLING = KVSamplingConfig(
+    num_probes=16, sliding_window=9, sink_size=0, num_samples=15, dense_queries=0, crossover="off"
+)
+WITH_SELECTION = AuxRequest(selection=True)
+WITH_LSE = AuxRequest(lse=True)
+WITH_BOTH = AuxRequest(selection=True, lse=True)
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = [f"case{number}" for number in range(6)]
 
 
-def golden_case(name: str) -> tuple[dict[str, Tensor], TokenSparseConfig, int | None]:
+def golden_case(name: str) -> tuple[dict[str, Tensor], TokenSelectionConfig, int | None]:
     """A case of the published code: its tensors, its settings, and how many tokens it kept."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         tensors = {entry: torch.from_numpy(arrays[entry]) for entry in arrays if entry != "meta"}
         meta = json.loads(str(arrays["meta"]))
-    config = TokenSparseConfig.published(
+    config = TokenSelectionConfig(
         drop_mass=meta["tau"],
-        window_size=meta["window_size"],
+        observation_window=meta["window_size"],
         pool_size=meta["pool_size"],
         min_tokens=meta["min_tokens"],
-        crossover="off",
     )
     return tensors, config, meta["selected"]
 
@@ -64,17 +75,27 @@ def make_problem(
 
 
 def oracle(
-    problem: Problem, config: TokenSparseConfig, row: int = 0
+    problem: Problem, config: SparseConfig, sequence: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The reference on one unpadded row: output ``[H, S_q, D]`` and kept mask.
+    """The reference on one unpadded sequence: output ``[H, S_q, D]`` and chosen tokens.
 
     It runs in float64, but with samples in the problem's own precision: scores that round
-    otherwise may draw a token's neighbour.
+    otherwise may sample a key's neighbour.
     """
+    samples = isinstance(config, KVSamplingConfig) and config.num_samples
     query, key, value = (
-        tensor[row] if config.fallback_samples else tensor[row].double() for tensor in problem
+        tensor[sequence] if samples else tensor[sequence].double() for tensor in problem
     )
     return reference.token_sparse_attention(query, key, value, config, query.shape[-1] ** -0.5)
+
+
+def with_selection(
+    problem: Problem, config: SparseConfig, **options: Any
+) -> tuple[Tensor, TokenSelection]:
+    """The operator's output, and what it attended to."""
+    result = token_sparse_attention(*problem, config, return_aux=WITH_SELECTION, **options)
+    assert result.selection is not None
+    return result.output, result.selection
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

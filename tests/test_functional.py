@@ -10,64 +10,88 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from support import SMALL, Problem, kept_mask, make_problem, oracle, relative_error
+from support import (
+    SAMPLING,
+    SMALL,
+    WITH_BOTH,
+    WITH_LSE,
+    WITH_SELECTION,
+    Problem,
+    kept_mask,
+    make_problem,
+    oracle,
+    relative_error,
+    with_selection,
+)
 from token_sparse_attention import (
+    AuxRequest,
+    DenseReason,
+    Execution,
+    KVSamplingConfig,
+    TokenSelectionConfig,
     compress,
     crossover,
     decompress,
-    functional,
     score_tokens,
     select_tokens,
     token_sparse_attention,
 )
-from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
-from token_sparse_attention.attention.far_tokens import sample_budgets
+from token_sparse_attention.attention.backend import PackedHeads
+from token_sparse_attention.attention.resolve import resolve_backend
+from token_sparse_attention.attention.sdpa import SDPABackend
 from token_sparse_attention.compression import compress_sequences
-from token_sparse_attention.inputs import real_tokens, single_precision
-from token_sparse_attention.reference import far_counts, window_scores
+from token_sparse_attention.config import single_precision
+from token_sparse_attention.gate import reason_of
+from token_sparse_attention.inputs import real_tokens
+from token_sparse_attention.methods import selection as selection_method
+from token_sparse_attention.methods.sampling import sample_budgets
+from token_sparse_attention.reference import probe_scores, sampled_weights
 
-VARIANTS = [
-    dataclasses.replace(SMALL, budget=budget, **fallback)
+SELECTED = [
+    dataclasses.replace(SMALL, budget=budget, **others)
     for budget in ("shared", "per_head")
-    for fallback in (
-        {"fallback": "zero"},
-        {"fallback": "window", "fallback_window": 20},
-        {"fallback": "window", "fallback_window": 20, "fallback_sinks": 5},
-        {"fallback": "window", "fallback_window": 7, "fallback_landmarks": 9},
-        {"fallback": "window", "fallback_window": 9, "fallback_sinks": 2, "fallback_landmarks": 4},
-        {"fallback": "window", "fallback_window": 7, "fallback_samples": 9},
-        {"fallback": "zero", "dense_queries": 8},
-    )
-]
-VARIANTS += [
-    dataclasses.replace(
-        SMALL, drop_mass=None, select_queries=False, fallback="window", fallback_window=9, **others
-    )
     for others in (
-        {},
-        {"fallback_samples": 15},
-        {"fallback_samples": 15, "budget": "per_head"},
-        {
-            "fallback_sinks": 2,
-            "fallback_landmarks": 4,
-            "fallback_samples": 11,
-            "dense_queries": 21,
-        },
-        {"fallback_samples": 15, "dense_heads": (0,)},
-        {"fallback_samples": 15, "dense_heads": (0,), "budget": "per_head", "dense_queries": 21},
+        {"fallback": "zero"},
+        {"fallback": "window", "sliding_window": 20},
+        {"fallback": "window", "sliding_window": 7},
+        {"fallback": "zero", "dense_queries": 8},
+        {"fallback": "zero", "dense_heads": (0,)},
+        {"fallback": "window", "sliding_window": 20, "dense_heads": (0,), "dense_queries": 21},
     )
 ]
+SAMPLED = [
+    dataclasses.replace(SAMPLING, **others)
+    for others in (
+        {"num_samples": 0},
+        {"sliding_window": 20, "sink_size": 5, "num_samples": 0},
+        {},
+        {"budget": "per_head"},
+        {"sink_size": 2, "num_samples": 11, "dense_queries": 21},
+        {"dense_heads": (0,)},
+        {"dense_heads": (0,), "budget": "per_head", "dense_queries": 21},
+    )
+]
+VARIANTS = SELECTED + SAMPLED
 
 
 def name_of(config):
-    far = (config.fallback_sinks, config.fallback_landmarks, config.fallback_samples)
-    chosen = "some" if config.select_queries else "all"
-    dense = (config.dense_queries, *config.dense_heads)
-    return "-".join(map(str, (config.budget, chosen, config.fallback, *far, *dense)))
+    changed = dataclasses.asdict(config)
+    plain = dataclasses.asdict(SMALL if isinstance(config, TokenSelectionConfig) else SAMPLING)
+    return "-".join(
+        [config.method, *(f"{k}={v}" for k, v in changed.items() if v != plain[k])]
+    ).replace(" ", "")
+
+
+def samples(config):
+    return isinstance(config, KVSamplingConfig) and config.num_samples > 0
+
+
+def causal_attention(query, key, value, *, scale, backend="auto"):
+    return resolve_backend(backend, query, key).attend(query, key, value, scale=scale).out
 
 
 def sparse_run(problem, config, **kwargs):
-    out, selection = token_sparse_attention(*problem, config, return_selection=True, **kwargs)
+    out, selection = with_selection(problem, config, **kwargs)
     assert selection.ran_sparse.all(), "the test must exercise the sparse path"
     return out, selection
 
@@ -80,7 +104,7 @@ def test_operator_equals_the_oracle(config, heads, kv_heads, query_len, kv_len):
     out, selection = sparse_run(problem, config)
     expected, keep = oracle(problem, config)
     assert torch.equal(kept_mask(selection.indices, kv_len)[0], keep)
-    assert relative_error(out[0], expected) < (1e-5 if config.fallback_samples else 1e-6)
+    assert relative_error(out[0], expected) < (1e-5 if samples(config) else 1e-6)
 
 
 @pytest.mark.parametrize("finite", [True, False])
@@ -94,15 +118,23 @@ def test_last_queries_attended_apart_change_nothing(monkeypatch, finite, padded)
     if mask is not None:
         mask[0, :20] = False
     run = functools.partial(
-        token_sparse_attention, *problem, config, padding_mask=mask, return_lse=True
+        token_sparse_attention, *problem, config, padding_mask=mask, return_aux=WITH_LSE
     )
-    together, apart, lasts = run(), [], functional.attend_last
-    monkeypatch.setattr(functional, "leaves_gpu_idle", lambda *_: True)
-    monkeypatch.setattr(
-        functional, "attend_last", lambda *of, **by: apart.append(of[3]) or lasts(*of, **by)
-    )
-    for one, other in zip(run(), together):
-        torch.testing.assert_close(one, other, equal_nan=True)
+    together, apart = run(), []
+
+    def attend_last(backend, problem, count, into):
+        if problem.tokens.padded:
+            return False
+        apart.append(count)
+        query, last = problem.query[:, :, -count:], slice(-count, None)
+        one = backend.attend(query, problem.key, problem.value, scale=problem.scale, want_lse=True)
+        into.out[:, :, last], into.lse[:, :, last] = one
+        return True
+
+    monkeypatch.setattr(SDPABackend, "attend_last", attend_last)
+    again = run()
+    torch.testing.assert_close(again.output, together.output, equal_nan=True)
+    torch.testing.assert_close(again.lse, together.lse, equal_nan=True)
     assert apart == ([] if padded else [21])
 
 
@@ -126,7 +158,7 @@ def test_half_precision_is_as_close_as_eager(dtype):
         assert relative_error(mine, truth) <= 2 * relative_error(eager, truth)
 
 
-@example(VARIANTS[9], 134, 1, (2, 1), 57)  # draws next to each other, by scores' last digits
+@example(SAMPLED[2], 134, 1, (2, 1), 57)  # samples next to each other, by scores' last digits
 @given(
     st.sampled_from(VARIANTS),
     st.integers(1, 160),
@@ -138,10 +170,10 @@ def test_any_lengths_equal_the_oracle(config, query_len, past, heads, seed):
     problem = make_problem(
         heads=heads[0], kv_heads=heads[1], query_len=query_len, kv_len=query_len + past, seed=seed
     )
-    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    out, selection = with_selection(problem, config)
     expected, keep = oracle(problem, config)
     assert selection.ran_sparse.tolist() == [keep is not None]
-    assert relative_error(out[0], expected) < (1e-5 if config.fallback_samples else 2e-6)
+    assert relative_error(out[0], expected) < (1e-5 if samples(config) else 2e-6)
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)
@@ -152,12 +184,11 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(config, query_len):
     mask = torch.ones(4, kv_len, dtype=torch.bool)
     mask[1, :33] = False
     mask[2, 171:] = False
-    mask[3, :165] = False  # too short to run sparse
+    short = 35 if isinstance(config, TokenSelectionConfig) else 15
+    mask[3, : kv_len - short] = False  # too short to run sparse
     for tensor, first in zip(problem, (kv_len - query_len, 0, 0)):
         tensor.masked_fill_(~mask[:, None, first:, None], torch.nan)
-    out, selection = token_sparse_attention(
-        *problem, config, padding_mask=mask, return_selection=True
-    )
+    out, selection = with_selection(problem, config, padding_mask=mask)
     assert selection.ran_sparse.tolist() == [True, True, True, False]
     for row in range(4):
         first, last = mask[row].nonzero().flatten()[[0, -1]].tolist()
@@ -182,9 +213,7 @@ def test_a_short_row_of_a_padded_batch_runs_dense_as_it_does_alone(monkeypatch):
     mask = torch.ones(2, 300, dtype=torch.bool)
     mask[1, :150] = False
     auto = dataclasses.replace(SMALL, crossover="auto")
-    out, selection = token_sparse_attention(
-        *problem, auto, padding_mask=mask, return_selection=True
-    )
+    out, selection = with_selection(problem, auto, padding_mask=mask)
     assert selection.ran_sparse.tolist() == [True, False]
     alone = token_sparse_attention(*(x[1:, :, 150:] for x in problem), auto)
     torch.testing.assert_close(out[1:, :, 150:], alone)
@@ -202,7 +231,7 @@ def test_queries_all_in_padding_give_zeros():
 @pytest.mark.parametrize("fallback", ["zero", "window"])
 def test_a_chunk_equals_its_definition(fallback):
     """Chunk queries see selected keys of the whole context; selection uses the chunk's window."""
-    config = dataclasses.replace(SMALL, fallback=fallback, fallback_window=25)
+    config = dataclasses.replace(SMALL, fallback=fallback, sliding_window=25)
     problem = make_problem(query_len=70, kv_len=180)
     out, selection = sparse_run(problem, config)
     keep = kept_mask(selection.indices, 180)[0]
@@ -225,17 +254,19 @@ def test_a_chunk_equals_its_definition(fallback):
 def forced(problem, selection):
     packed = compress(*problem, selection)
     scale = problem.query.shape[-1] ** -0.5
-    out = varlen_causal_attention(*packed[:5], scale=scale)
+    backend = resolve_backend("auto", problem.query, problem.key)
+    heads = PackedHeads(range(packed.cu_seqlens_q.numel() - 1), problem.query.shape[1])
+    out = backend.attend_packed(packed, heads, scale=scale).out
     return decompress(out, selection, problem.query.shape[2])
 
 
 @given(st.integers(20, 150), st.integers(0, 60), st.integers(0, 99))
 def test_a_full_selection_equals_dense_and_a_mutated_one_does_not(query_len, past, seed):
     problem = make_problem(batch=2, query_len=query_len, kv_len=query_len + past, seed=seed)
-    scores = score_tokens(problem.query, problem.key, SMALL)
-    selection = select_tokens(scores, SMALL, kept=1.0)
+    scores = score_tokens(problem.query, problem.key, SMALL.observation_window)
+    selection = select_tokens(scores, dataclasses.replace(SMALL, keep_ratio=1.0))
     dense = causal_attention(*problem, scale=0.25)
-    if past == 0 and query_len > SMALL.window_size:
+    if past == 0 and query_len > SMALL.observation_window:
         assert selection.ran_sparse.all()
         assert (selection.lengths == query_len).all()
     torch.testing.assert_close(forced(problem, selection), dense, rtol=1e-4, atol=1e-5)
@@ -263,10 +294,10 @@ def test_dense_rules_give_dense_attention():
         dataclasses.replace(SMALL, drop_mass=0.0),
         dataclasses.replace(SMALL, min_tokens=5000),
         dataclasses.replace(SMALL, drop_mass=1e-12),
-        dataclasses.replace(SMALL, window_size=150),
+        dataclasses.replace(SMALL, observation_window=150),
     ):
         problem = make_problem(query_len=140, kv_len=180)
-        out, selection = token_sparse_attention(*problem, config, return_selection=True)
+        out, selection = with_selection(problem, config)
         assert not selection.ran_sparse.any()
         assert (selection.lengths == 180).all()
         assert torch.equal(out, causal_attention(*problem, scale=0.25))
@@ -277,7 +308,7 @@ def test_mixed_batches_run_some_rows_dense():
     problem.query[0] *= 4
     problem.query[1] = 0  # uniform attention: every token has the same mass
     config = dataclasses.replace(SMALL, drop_mass=0.004)
-    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    out, selection = with_selection(problem, config)
     assert selection.ran_sparse.tolist() == [True, False]
     assert selection.lengths[1].tolist() == [150] * 4
     for row in range(2):
@@ -288,11 +319,11 @@ def test_mixed_batches_run_some_rows_dense():
 def test_dense_rows_of_a_mixed_batch_are_not_compressed(monkeypatch):
     given = []
 
-    def spy(query, key, value, selection, *rest, **options):
+    def spy(tensors, selection, *rest, **options):
         given.append(selection)
-        return compress_sequences(query, key, value, selection, *rest, **options)
+        return compress_sequences(tensors, selection, *rest, **options)
 
-    monkeypatch.setattr(functional, "compress_sequences", spy)
+    monkeypatch.setattr(selection_method, "compress_sequences", spy)
     problem = make_problem(batch=2, query_len=150)
     mask = torch.ones(2, 150, dtype=torch.bool)
     mask[1, 30:] = False
@@ -315,8 +346,8 @@ def test_any_strides_are_accepted(config):
     problem = make_problem(query_len=150)
     odd = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in problem]
     assert all(x.stride(-1) != 1 for x in odd)
-    expected = token_sparse_attention(*problem, config, return_selection=True)
-    out, selection = token_sparse_attention(*odd, config, return_selection=True)
+    expected = with_selection(problem, config)
+    out, selection = with_selection(odd, config)
     assert torch.equal(selection.indices, expected[1].indices)
     torch.testing.assert_close(out, expected[0])
 
@@ -328,32 +359,38 @@ def test_a_compiled_call_has_the_layout_that_the_compiler_was_told(query_len, ba
     torch.compiler.reset()
     compiled = torch.compile(token_sparse_attention, fullgraph=True, backend="inductor")
     problem = make_problem(query_len=query_len)
+    execution = Execution(attention_backend=backend)
     for layout in ((1, 2), (2, 3)):
         inputs = [x.transpose(*layout).contiguous().transpose(*layout) for x in problem]
-        out = compiled(*inputs, SMALL, attention_backend=backend)
-        expected = token_sparse_attention(*inputs, SMALL, attention_backend=backend)
+        out = compiled(*inputs, SMALL, execution=execution)
+        expected = token_sparse_attention(*inputs, SMALL, execution=execution)
         torch.testing.assert_close(out, expected)
 
 
-def test_double_precision_stays_double_with_far_tokens():
+def test_double_precision_stays_double_with_samples():
     problem = make_problem(query_len=150, dtype=torch.float64)
-    config = dataclasses.replace(
-        SMALL, drop_mass=None, select_queries=False, fallback="window", fallback_window=20,
-        fallback_samples=150, dense_queries=0,
-    )  # fmt: skip
-    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    config = dataclasses.replace(SAMPLING, sliding_window=20, num_samples=150)
+    out, selection = with_selection(problem, config)
     assert selection.ran_sparse.all()
     dense = causal_attention(*problem, scale=problem.query.shape[-1] ** -0.5)
     assert relative_error(out, dense) < 1e-12, "every token is seen"
 
 
+@pytest.mark.parametrize(
+    "without",
+    [
+        dataclasses.replace(SAMPLING, dense_queries=21),
+        SMALL,
+        dataclasses.replace(SMALL, budget="per_head", fallback="window", sliding_window=9),
+    ],
+    ids=name_of,
+)
 @pytest.mark.parametrize("backend", ["flash", "math"])
-def test_dense_heads_are_dense_and_the_others_as_without(backend):
+def test_dense_heads_are_dense_and_the_others_as_without(backend, without):
     """In runs over KV heads, single and not: all tokens are listed as theirs."""
     problem = make_problem(heads=8, kv_heads=2, query_len=150, kv_len=190)
-    without = dataclasses.replace(VARIANTS[-1], dense_heads=(), budget="shared")
     config = dataclasses.replace(without, dense_heads=(7, 1, 2, 3, 4))
-    run = functools.partial(sparse_run, problem, attention_backend=backend)
+    run = functools.partial(sparse_run, problem, execution=Execution(attention_backend=backend))
     (out, selection), (plain, others) = run(config), run(without)
     dense = causal_attention(*problem, scale=0.25, backend=backend)
     for head in range(8):
@@ -368,7 +405,7 @@ def test_dense_heads_are_dense_and_the_others_as_without(backend):
 
 def test_dense_heads_leave_their_samples_to_the_others():
     """Which share them out by need where budgets are per head."""
-    config = dataclasses.replace(VARIANTS[-1], dense_heads=(1, 2), fallback_samples=30)
+    config = dataclasses.replace(VARIANTS[-1], dense_heads=(1, 2), num_samples=30)
     tokens = real_tokens(None, 1, 200, torch.device("cpu"), on_device=False)
     need = torch.tensor([0.2, 0.9, 0.9, 0.4])
     scores = (need / 180)[None, :, None].expand(1, 4, 180)
@@ -395,7 +432,7 @@ def test_extreme_values():
 def test_nan_in_the_inputs_runs_dense(config):
     problem = make_problem(query_len=150)
     problem.query[0, 1, -3] = torch.nan
-    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    out, selection = with_selection(problem, config)
     assert not selection.ran_sparse.any()
     assert torch.equal(out.isnan(), causal_attention(*problem, scale=0.25).isnan())
 
@@ -403,7 +440,7 @@ def test_nan_in_the_inputs_runs_dense(config):
 def test_the_crossover_runs_short_and_little_dropped_rows_dense(monkeypatch):
     problem = make_problem(batch=2, query_len=400)
     auto = dataclasses.replace(SMALL, crossover="auto")
-    out, selection = token_sparse_attention(*problem, auto, return_selection=True)
+    out, selection = with_selection(problem, auto)
     assert not selection.ran_sparse.any(), "400 tokens are too few"
     assert torch.equal(out, causal_attention(*problem, scale=0.25))
 
@@ -414,10 +451,10 @@ def test_the_crossover_runs_short_and_little_dropped_rows_dense(monkeypatch):
     share = float(kept.lengths[0, 0]) / 400
     assert share**2 < 1 - 40 / 400
     monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", 400 * (1 - share**2) + 1)
-    out, selection = token_sparse_attention(*problem, auto, return_selection=True)
+    out, selection = with_selection(problem, auto)
     assert not selection.ran_sparse[0]
     assert (selection.lengths[0] == 400).all()
-    assert torch.equal(selection.budget, kept.lengths), "what the method would have kept"
+    assert reason_of(int(selection.reasons[0])) is DenseReason.CROSSOVER_KEPT
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)
@@ -426,46 +463,48 @@ def test_lse_is_that_of_the_keys_attended_to(config, query_len):
     problem = make_problem(batch=2, query_len=query_len, kv_len=190)
     mask = torch.ones(2, 190, dtype=torch.bool)
     mask[1, :130] = False
-    result = token_sparse_attention(
-        *problem, config, padding_mask=mask, return_selection=True, return_lse=True
-    )
+    result = token_sparse_attention(*problem, config, padding_mask=mask, return_aux=WITH_BOTH)
     keep = kept_mask(result.selection.indices, 190)
     first = 190 - query_len
     slot = torch.arange(190)
     causal = slot <= slot[first:, None]
-    for row in range(2):
-        start, end = mask[row].nonzero()[[0, -1], 0].tolist()
-        scores = window_scores(
-            problem.query[row, :, -config.window_size :],
-            problem.key[row, :, start : end + 1],
-            config.window_size,
-            0.25,
-        )
-        far = torch.zeros(4, 190, dtype=torch.float64)
-        far[:, start : end + 1] = far_counts(scores, config, end + 1 - start)
-        near = slot > slot[first:, None] - config.fallback_window
-        sparse = result.selection.ran_sparse[row]
+    sampling = isinstance(config, KVSamplingConfig)
+    near = slot > slot[first:, None] - config.sliding_window
+    for number in range(2):
+        start, end = mask[number].nonzero()[[0, -1], 0].tolist()
+        behind = torch.zeros(4, 190, dtype=torch.float64)
+        if sampling:
+            scores = probe_scores(
+                problem.query[number, :, -config.num_probes :],
+                problem.key[number, :, start : end + 1],
+                config.num_probes,
+                0.25,
+            )
+            behind[:, start : end + 1] = sampled_weights(scores, config, end + 1 - start)
+        sparse = result.selection.ran_sparse[number]
         for head in range(4):
-            others = torch.where(near, 1.0, far[head]) * (config.fallback == "window")
-            counts = keep[row, head].double().expand_as(others)
+            others = torch.where(near, 1.0, behind[head])
+            others = others * (sampling or config.fallback == "window")
+            counts = keep[number, head].double().expand_as(others)
             if sparse:
-                chosen = keep[row, head, first:, None] & config.select_queries
+                chosen = keep[number, head, first:, None] & (not sampling)
                 counts = torch.where(chosen, counts, others)
             dense = slot[first:] >= end + 1 - config.dense_queries
             counts[dense | (head in config.dense_heads)] = 1.0
-            counts = counts * (causal & mask[row] & mask[row, first:, None])
-            logits = problem.query[row, head] @ problem.key[row, head // 2].T / 4
+            counts = counts * (causal & mask[number] & mask[number, first:, None])
+            logits = problem.query[number, head] @ problem.key[number, head // 2].T / 4
             expected = (logits + counts.log()).logsumexp(-1).float()
-            torch.testing.assert_close(result.lse[row, head], expected, rtol=1e-5, atol=1e-5)
-    plain, lse = token_sparse_attention(*problem, config, padding_mask=mask, return_lse=True)
-    assert torch.equal(plain, result.output)
-    assert torch.equal(lse, result.lse)
+            torch.testing.assert_close(result.lse[number, head], expected, rtol=1e-5, atol=1e-5)
+    alone = token_sparse_attention(*problem, config, padding_mask=mask, return_aux=WITH_LSE)
+    assert torch.equal(alone.output, result.output)
+    assert torch.equal(alone.lse, result.lse)
+    assert alone.selection is None
 
 
 def test_a_kept_share_replaces_the_budget():
     problem = make_problem(query_len=150)
     for share in (0.4, 1.0):
-        out, selection = sparse_run(problem, SMALL, kept=share)
+        out, selection = sparse_run(problem, dataclasses.replace(SMALL, keep_ratio=share))
         assert (selection.lengths == int(share * 150)).all()
     torch.testing.assert_close(out, causal_attention(*problem, scale=0.25))
 
@@ -474,17 +513,21 @@ def test_a_kept_share_is_rounded_as_kernels_take_it():
     """0.7 of 205 tokens would be 144 in double precision; host and device must agree."""
     assert single_precision(0.7) < 0.7
     problem = make_problem(query_len=205)
-    _, selection = sparse_run(problem, SMALL, kept=0.7)
+    config = dataclasses.replace(SMALL, keep_ratio=0.7)
+    _, selection = sparse_run(problem, config)
     assert set(selection.lengths.flatten().tolist()) == {143}
-    scores = score_tokens(problem.query, problem.key, SMALL)
-    assert set(select_tokens(scores, SMALL, kept=0.7).lengths.flatten().tolist()) == {143}
+    scores = score_tokens(problem.query, problem.key, SMALL.observation_window)
+    assert set(select_tokens(scores, config).lengths.flatten().tolist()) == {143}
 
 
-def test_return_selection_is_always_a_pair():
+def test_what_was_asked_for_is_returned():
     for length in (10, 150):
         problem = make_problem(query_len=length)
-        result = token_sparse_attention(*problem, SMALL, return_selection=True)
-        assert isinstance(result, tuple)
+        for aux in (AuxRequest(), WITH_SELECTION, WITH_LSE, WITH_BOTH):
+            result = token_sparse_attention(*problem, SMALL, return_aux=aux)
+            assert isinstance(result, tuple)
+            assert (result.selection is not None) == aux.selection
+            assert (result.lse is not None) == aux.lse
         assert isinstance(token_sparse_attention(*problem, SMALL), torch.Tensor)
 
 
@@ -495,17 +538,21 @@ def test_lengths_alone_are_those_of_the_selection(config):
     problem = make_problem(batch=2, query_len=150)
     mask = torch.ones(2, 150, dtype=torch.bool)
     mask[1, :120] = False
-    options = {"padding_mask": mask, "return_lse": True}
-    expected = token_sparse_attention(*problem, config, return_selection=True, **options)
-    result = token_sparse_attention(*problem, config, return_selection="lengths", **options)
+    expected = token_sparse_attention(*problem, config, padding_mask=mask, return_aux=WITH_BOTH)
+    result = token_sparse_attention(
+        *problem,
+        config,
+        padding_mask=mask,
+        return_aux=AuxRequest(selection=True, indices=False, lse=True),
+    )
     assert torch.equal(result.output, expected.output)
     assert torch.equal(result.lse, expected.lse)
-    for name in ("lengths", "budget", "ran_sparse"):
+    for name in ("lengths", "reasons", "ran_sparse"):
         mine, theirs = (getattr(one.selection, name) for one in (result, expected))
         assert torch.equal(mine, theirs), name
     assert result.selection.kv_len == expected.selection.kv_len
     assert result.selection.indices.shape == (2, 4, 0)
-    for part in (result.selection.indices, result.selection.lengths, result.selection.budget):
+    for part in (result.selection.indices, result.selection.lengths, result.selection.reasons):
         assert part.untyped_storage().nbytes() <= 2 * 4 * 8, "no view of a list of tokens"
 
 
@@ -539,32 +586,15 @@ def test_gradients_raise_only_while_they_are_recorded():
             ValueError,
             "query must not be longer than key's 60",
         ),
-        ({"config": {}}, TypeError, "config must be a TokenSparseConfig, got dict"),
-        (
-            {"impl": "tritan"},
-            ValueError,
-            "impl must be one of auto, reference, triton; got 'tritan'",
-        ),
-        (
-            {"attention_backend": "fa9"},
-            ValueError,
-            "attention_backend must be one of auto, fa4, flash",
-        ),
+        ({"config": {}}, TypeError, "config must be a SparseConfig, got dict"),
         ({"scale": True}, TypeError, "scale must be a number or None, got True"),
-        ({"head_chunk": 0}, ValueError, "head_chunk must be at least 1, got 0"),
-        ({"head_chunk": 2.0}, TypeError, "head_chunk must be an int or None, got 2.0"),
+        ({"execution": "auto"}, TypeError, "execution must be an Execution, got str"),
+        ({"return_aux": True}, TypeError, "return_aux must be an AuxRequest or None, got bool"),
         (
-            {"return_selection": "length"},
+            {"execution": Execution(attention_backend="fa4")},
             ValueError,
-            "return_selection must be True, False or 'lengths', got 'length'",
+            "'fa4' cannot run torch.float32.*on cpu",
         ),
-        ({"kept": 1.5}, ValueError, r"kept must be in \(0, 1\], got 1.5"),
-        (
-            {"kept": 0.5, "config": VARIANTS[-1]},
-            ValueError,
-            "kept must be None where select_queries is False, got 0.5",
-        ),
-        ({"attention_backend": "fa4"}, ValueError, "'fa4' cannot run torch.float32.*on cpu"),
         (
             {"padding_mask": torch.ones(2, 60, dtype=torch.bool)},
             ValueError,
@@ -576,3 +606,26 @@ def test_bad_arguments_are_named(change, error, message):
     problem = make_problem(query_len=60)
     with pytest.raises(error, match=message):
         token_sparse_attention(**(problem._asdict() | {"config": SMALL} | change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (
+            {"impl": "tritan"},
+            ValueError,
+            "impl must be one of auto, reference, triton; got 'tritan'",
+        ),
+        (
+            {"attention_backend": "fa9"},
+            ValueError,
+            "attention_backend must be one of auto, fa4, flash",
+        ),
+        ({"head_chunk": 0}, ValueError, "head_chunk must be at least 1, got 0"),
+        ({"head_chunk": 2.0}, TypeError, "head_chunk must be an int, got 2.0"),
+        ({"tp_group": 2}, TypeError, "tp_group must be a torch.distributed.ProcessGroup"),
+    ],
+)
+def test_bad_executions_are_named(fields, error, message):
+    with pytest.raises(error, match=message):
+        Execution(**fields)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support import GOLDEN, GOLDEN_CASES, golden_case
+from support import GOLDEN, GOLDEN_CASES, Problem, golden_case, with_selection
 from token_sparse_attention import (
     reference,
     score_tokens,
     select_tokens,
-    token_sparse_attention,
 )
 
 
@@ -25,7 +24,7 @@ def test_every_file_is_covered():
 
 def test_scores(case):
     tensors, config, _ = case
-    scores = score_tokens(tensors["query"], tensors["key"], config)
+    scores = score_tokens(tensors["query"], tensors["key"], config.observation_window)
     torch.testing.assert_close(scores, tensors["window_scores"], rtol=1e-5, atol=1e-7)
 
 
@@ -41,12 +40,12 @@ def test_indices_from_published_scores(case):
 
 def test_operator(case):
     tensors, config, selected = case
-    query, key, value = tensors["query"], tensors["key"], tensors["value"]
-    out, selection = token_sparse_attention(query, key, value, config, return_selection=True)
+    problem = Problem(tensors["query"], tensors["key"], tensors["value"])
+    out, selection = with_selection(problem, config)
     assert selection.ran_sparse.tolist() == [selected is not None]
     if selected is not None:
         assert torch.equal(selection.indices, tensors["indices"])
-    published = tensors["output"].view(1, query.shape[2], query.shape[1], -1).transpose(1, 2)
+    published = tensors["output"].view(1, *problem.query.shape[1:3][::-1], -1).transpose(1, 2)
     torch.testing.assert_close(out, published, rtol=1e-5, atol=5e-6)
 
 

@@ -1,4 +1,4 @@
-"""Scores, budgets and selections: against the paper's rules and their properties."""
+"""Budgets and selections: against the paper's rules and their properties."""
 
 from __future__ import annotations
 
@@ -10,85 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support import SMALL, kept_mask, make_problem, oracle
-from token_sparse_attention import TokenSparseConfig, reference, score_tokens, select_tokens
+from token_sparse_attention import (
+    DenseReason,
+    KVSamplingConfig,
+    TokenSelectionConfig,
+    reference,
+    score_tokens,
+    select_tokens,
+)
+from token_sparse_attention.gate import reason_of
 
 
-def literal_scores(query, key, window_size):
-    """The score written as one sum over an explicit S x S softmax, K repeated per head."""
-    group = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group, dim=1).double()
-    length = key.shape[2]
-    logits = query.double() @ key.transpose(2, 3) / query.shape[-1] ** 0.5
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    probs = logits.masked_fill(future, -torch.inf).softmax(-1)
-    return probs[:, :, -window_size:, :-window_size].mean(2)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (8, 2)])
-@pytest.mark.parametrize("length", [63, 111, 257])
-def test_scores_equal_the_full_softmax(heads, kv_heads, length):
-    query, key, _ = make_problem(batch=2, heads=heads, kv_heads=kv_heads, query_len=length)
-    scores = score_tokens(query, key, SMALL)
-    assert scores.dtype == torch.float32
-    assert scores.shape == (2, heads, length - SMALL.window_size)
-    expected = literal_scores(query, key, SMALL.window_size)
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_scores_of_other_dtypes(dtype):
-    query, key, _ = make_problem(dtype=dtype)
-    scores = score_tokens(query, key, SMALL)
-    assert scores.dtype == torch.float32
-    expected = literal_scores(query, key, SMALL.window_size)
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-7)
-
-
-def test_scores_of_extreme_logits_stay_finite():
-    query, key, _ = make_problem(sharpness=1e4)
-    assert score_tokens(query, key, SMALL).isfinite().all()
-
-
-def test_scale_is_the_factor_of_the_logits():
-    query, key, _ = make_problem()
-    scaled = score_tokens(query * 3, key, SMALL, scale=0.25 / 3)
-    torch.testing.assert_close(scaled, score_tokens(query, key, SMALL, scale=0.25))
-    assert not torch.allclose(scaled, score_tokens(query, key, SMALL, scale=0.5))
-
-
-def test_scores_of_a_context_within_the_window_are_empty():
-    query, key, _ = make_problem(query_len=SMALL.window_size)
-    assert score_tokens(query, key, SMALL).shape == (1, 4, 0)
-
-
-def test_scores_of_a_chunk_use_its_last_queries_and_all_keys():
-    query, key, _ = make_problem(query_len=150)
-    chunk = score_tokens(query[:, :, -40:], key, SMALL)
-    assert torch.equal(chunk, score_tokens(query, key, SMALL))
-
-
-def test_a_chunk_shorter_than_the_window_has_no_scores():
-    query, key, _ = make_problem(query_len=10, kv_len=100)
-    scores = score_tokens(query, key, SMALL)
-    assert scores.isnan().all()
-    assert not select_tokens(scores, SMALL).ran_sparse.any()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_invisible_to_scores(side):
-    query, key, _ = make_problem(query_len=130)
-    real = slice(30, 130) if side == "left" else slice(0, 100)
-    mask = torch.zeros(1, 130, dtype=torch.bool)
-    mask[:, real] = True
-    query, key = query.clone(), key.clone()
-    query[:, :, ~mask[0]] = key[:, :, ~mask[0]] = torch.nan
-    padded = score_tokens(query, key, SMALL, padding_mask=mask)
-    alone = score_tokens(query[:, :, real], key[:, :, real], SMALL)
-    scored = slice(real.start, real.stop - SMALL.window_size)
-    assert torch.equal(padded[:, :, scored], alone)
-    rest = padded.clone()
-    rest[:, :, scored] = 0
-    assert not rest.any()
+def scores_of(query, key, config, **options):
+    return score_tokens(query, key, config.observation_window, **options)
 
 
 def rule_by_hand(scores, config):
@@ -111,7 +45,7 @@ def rule_by_hand(scores, config):
     rows = []
     for head in range(heads):
         ranked = sorted(range(count), key=lambda j: (-smoothed[head, j].item(), j))
-        rows.append(sorted(ranked[:kept]) + list(range(count, count + config.window_size)))
+        rows.append(sorted(ranked[:kept]) + list(range(count, count + config.observation_window)))
     return below, rows
 
 
@@ -119,7 +53,7 @@ def rule_by_hand(scores, config):
 def test_selection_follows_the_published_rule(length, drop_mass, seed):
     config = dataclasses.replace(SMALL, drop_mass=drop_mass)
     query, key, _ = make_problem(query_len=length, seed=seed)
-    scores = score_tokens(query, key, config)
+    scores = scores_of(query, key, config)
     selection = select_tokens(scores, config)
     below, rows = rule_by_hand(scores[0], config)
     assert selection.ran_sparse.tolist() == [below > 0]
@@ -140,11 +74,11 @@ def test_selection_properties(batch, heads, length, budget, drop_mass, seed):
     query, key, _ = make_problem(
         batch=batch, heads=heads[0], kv_heads=heads[1], query_len=length, seed=seed
     )
-    scores = score_tokens(query, key, config)
+    scores = scores_of(query, key, config)
     selection = select_tokens(scores, config)
     assert selection.indices.dtype == selection.lengths.dtype == torch.int64
     assert selection.ran_sparse.dtype == torch.bool
-    num_scored = length - config.window_size
+    num_scored = length - config.observation_window
     for row in range(batch):
         lengths = selection.lengths[row].tolist()
         if budget == "shared":
@@ -158,15 +92,15 @@ def test_selection_properties(batch, heads, length, budget, drop_mass, seed):
             assert (indices.diff() > 0).all(), "sorted and unique"
             assert indices[0] >= 0
             assert indices[-1] == length - 1
-            assert (indices >= num_scored).sum() == config.window_size, "window kept"
-            assert kept >= min(config.min_tokens, num_scored) + config.window_size
+            assert (indices >= num_scored).sum() == config.observation_window, "window kept"
+            assert kept >= min(config.min_tokens, num_scored) + config.observation_window
 
 
 @given(st.sampled_from(["shared", "per_head"]), st.floats(0.01, 0.9), st.integers(0, 99))
 def test_dropped_mass_without_its_largest_token_is_below_drop_mass(budget, drop_mass, seed):
     config = dataclasses.replace(SMALL, budget=budget, drop_mass=drop_mass, min_tokens=0)
     query, key, _ = make_problem(query_len=140, seed=seed)
-    scores = score_tokens(query, key, config)
+    scores = scores_of(query, key, config)
     selection = select_tokens(scores, config)
     smoothed = reference.smooth(scores[0], config.pool_size).double()
     mass = smoothed if budget == "per_head" else smoothed.mean(0, keepdim=True)
@@ -183,7 +117,7 @@ def test_per_head_budgets_follow_each_heads_own_scores():
     config = dataclasses.replace(SMALL, budget="per_head", drop_mass=0.3, min_tokens=8)
     query, key, _ = make_problem(query_len=200)
     query[:, 0] *= 4  # one head attends to few tokens
-    scores = score_tokens(query, key, config)
+    scores = scores_of(query, key, config)
     selection = select_tokens(scores, config)
     assert len(set(selection.lengths[0].tolist())) > 1
     shared = dataclasses.replace(config, budget="shared")
@@ -195,8 +129,8 @@ def test_per_head_budgets_follow_each_heads_own_scores():
 
 
 def test_a_head_that_may_drop_nothing_keeps_all_under_per_head_budgets():
-    config = TokenSparseConfig.published(
-        drop_mass=0.15, window_size=2, pool_size=1, min_tokens=0, budget="per_head"
+    config = TokenSelectionConfig(
+        drop_mass=0.15, observation_window=2, pool_size=1, min_tokens=0, budget="per_head"
     )
     scores = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.1, 0.1, 0.4, 0.4]]])
     selection = select_tokens(scores, config)
@@ -208,13 +142,13 @@ def test_a_head_that_may_drop_nothing_keeps_all_under_per_head_budgets():
 
 
 def test_ties_keep_the_lower_index():
-    config = TokenSparseConfig.published(drop_mass=0.45, window_size=2, pool_size=1, min_tokens=1)
+    config = TokenSelectionConfig(drop_mass=0.45, observation_window=2, pool_size=1, min_tokens=1)
     selection = select_tokens(torch.full((1, 1, 10), 0.1), config)
     assert selection.indices[0, 0].tolist() == [0, 1, 2, 3, 4, 10, 11]
 
 
 def test_one_token_more_than_fits_is_dropped():
-    config = TokenSparseConfig.published(drop_mass=0.25, window_size=1, pool_size=1, min_tokens=0)
+    config = TokenSelectionConfig(drop_mass=0.25, observation_window=1, pool_size=1, min_tokens=0)
     scores = torch.tensor([[[0.1, 0.4, 0.1, 0.4]]])
     assert select_tokens(scores, config).indices[0, 0].tolist() == [1, 4]
 
@@ -223,7 +157,7 @@ def test_one_token_more_than_fits_is_dropped():
 def test_dense_rules(drop_mass, length):
     config = dataclasses.replace(SMALL, drop_mass=drop_mass)
     query, key, _ = make_problem(query_len=length)
-    selection = select_tokens(score_tokens(query, key, config), config)
+    selection = select_tokens(scores_of(query, key, config), config)
     assert not selection.ran_sparse.any()
     assert torch.equal(selection.indices[0, 0], torch.arange(length))
 
@@ -233,23 +167,30 @@ def test_scores_that_are_not_finite_run_dense():
     scores[1, 0, 7] = torch.inf
     selection = select_tokens(scores, SMALL)
     assert selection.ran_sparse.tolist() == [True, False]
+    assert reason_of(int(selection.reasons[0])) is None
+    assert reason_of(int(selection.reasons[1])) is DenseReason.SCORES_NOT_FINITE
+
+
+def test_a_chunk_shorter_than_the_observation_window_runs_dense():
+    query, key, _ = make_problem(query_len=10, kv_len=100)
+    assert not select_tokens(scores_of(query, key, SMALL), SMALL).ran_sparse.any()
 
 
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
-def test_a_row_of_a_batch_selects_what_it_selects_alone(budget):
+def test_a_sequence_of_a_batch_selects_what_it_selects_alone(budget):
     config = dataclasses.replace(SMALL, budget=budget)
     query, key, _ = make_problem(batch=3, query_len=160)
     query[1] *= 3
     mask = torch.ones(3, 160, dtype=torch.bool)
     mask[1, :25] = False
     mask[2, 118:] = False
-    scores = score_tokens(query, key, config, padding_mask=mask)
+    scores = scores_of(query, key, config, padding_mask=mask)
     selection = select_tokens(scores, config, padding_mask=mask)
     assert len({tuple(lengths) for lengths in selection.lengths.tolist()}) == 3
     for row in range(3):
         start, end = mask[row].nonzero().flatten()[[0, -1]].tolist()
         alone = select_tokens(
-            score_tokens(
+            scores_of(
                 query[row : row + 1, :, start : end + 1],
                 key[row : row + 1, :, start : end + 1],
                 config,
@@ -262,11 +203,11 @@ def test_a_row_of_a_batch_selects_what_it_selects_alone(budget):
         assert mine.sum() == theirs.sum()
 
 
-def test_short_rows_of_a_padded_batch_run_dense_and_list_their_tokens():
+def test_short_sequences_of_a_padded_batch_run_dense_and_list_their_tokens():
     query, key, _ = make_problem(batch=2, query_len=160)
     mask = torch.ones(2, 160, dtype=torch.bool)
     mask[1, 10:] = False
-    scores = score_tokens(query, key, SMALL, padding_mask=mask)
+    scores = scores_of(query, key, SMALL, padding_mask=mask)
     selection = select_tokens(scores, SMALL, padding_mask=mask)
     assert selection.ran_sparse.tolist() == [True, False]
     assert selection.lengths[1].tolist() == [10] * 4
@@ -276,94 +217,29 @@ def test_short_rows_of_a_padded_batch_run_dense_and_list_their_tokens():
 @pytest.mark.parametrize("kept", [1.0, 0.65, 0.5, 0.2, 0.001])
 def test_kept_share_overrides_the_budget(kept):
     query, key, _ = make_problem(query_len=200)
-    scores = score_tokens(query, key, SMALL)
-    selection = select_tokens(scores, SMALL, kept=kept)
+    scores = scores_of(query, key, SMALL)
+    config = dataclasses.replace(SMALL, keep_ratio=kept)
+    selection = select_tokens(scores, config)
     assert selection.ran_sparse.all()
-    assert (selection.lengths == max(round(kept * 200), SMALL.window_size)).all()
-    full = dataclasses.replace(SMALL, drop_mass=0.0, min_tokens=10_000)
-    assert torch.equal(selection.indices, select_tokens(scores, full, kept=kept).indices)
+    assert (selection.lengths == max(round(kept * 200), SMALL.observation_window)).all()
+    full = dataclasses.replace(config, drop_mass=0.0, min_tokens=10_000)
+    assert torch.equal(selection.indices, select_tokens(scores, full).indices)
 
 
-def test_kept_share_counts_a_rows_real_tokens():
+def test_kept_share_counts_a_sequences_real_tokens():
     scores = torch.rand(2, 1, 84)
     mask = torch.ones(2, 100, dtype=torch.bool)
     mask[1, :50] = False
-    selection = select_tokens(scores, SMALL, padding_mask=mask, kept=0.5)
+    config = dataclasses.replace(SMALL, keep_ratio=0.5)
+    selection = select_tokens(scores, config, padding_mask=mask)
     assert selection.lengths.tolist() == [[50], [25]]
 
 
 def test_selection_agrees_with_the_oracle():
     problem = make_problem(query_len=180)
     _, keep = oracle(problem, SMALL)
-    selection = select_tokens(score_tokens(problem.query, problem.key, SMALL), SMALL)
+    selection = select_tokens(scores_of(problem.query, problem.key, SMALL), SMALL)
     assert torch.equal(kept_mask(selection.indices, 180)[0], keep)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
-        (
-            {"query": torch.zeros(2, 3)},
-            ValueError,
-            r"query must have shape \[B, H, S, D\], got \[2, 3\]",
-        ),
-        ({"key": torch.zeros(3)}, ValueError, r"key must have shape \[B, H_kv, S, D\], got \[3\]"),
-        (
-            {"query": torch.zeros(1, 4, 50, 16).long()},
-            TypeError,
-            "query must have a floating dtype",
-        ),
-        ({"key": torch.zeros(1, 2, 50, 16).half()}, TypeError, "key must have query's dtype"),
-        (
-            {"key": torch.zeros(1, 2, 50, 8)},
-            ValueError,
-            "key must have query's batch and head size",
-        ),
-        (
-            {"key": torch.zeros(2, 2, 50, 16)},
-            ValueError,
-            "key must have query's batch and head size",
-        ),
-        (
-            {"key": torch.zeros(1, 3, 50, 16)},
-            ValueError,
-            "query must have a multiple of key's 3 heads",
-        ),
-        ({"key": torch.zeros(1, 2, 49, 16)}, ValueError, "query must not be longer than key's 49"),
-        ({"key": torch.zeros(1, 2, 0, 16)}, ValueError, "key must not be empty"),
-        (
-            {"key": torch.zeros(1, 2, 50, 16, device="meta")},
-            ValueError,
-            "key must be on query's device",
-        ),
-        ({"config": 0.005}, TypeError, "config must be a TokenSparseConfig, got float"),
-        ({"scale": "1"}, TypeError, "scale must be a number or None, got '1'"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-        (
-            {"padding_mask": torch.ones(1, 50)},
-            TypeError,
-            "padding_mask must be a bool tensor.*float32",
-        ),
-        ({"padding_mask": [True]}, TypeError, "padding_mask must be a bool tensor.*list"),
-        (
-            {"padding_mask": torch.ones(1, 9, dtype=torch.bool)},
-            ValueError,
-            r"S_kv\] = \[1, 50\], got \[1, 9\]",
-        ),
-        ({"padding_mask": torch.zeros(1, 50, dtype=torch.bool)}, ValueError, "one contiguous run"),
-        (
-            {"padding_mask": torch.arange(50)[None] != 3},
-            ValueError,
-            "row 0 has 49 between slots 0 and 50",
-        ),
-    ],
-)
-def test_bad_score_arguments_are_named(change, error, message):
-    query, key, _ = make_problem(query_len=50)
-    arguments = {"query": query, "key": key, "config": SMALL} | change
-    with pytest.raises(error, match=message):
-        score_tokens(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -376,11 +252,13 @@ def test_bad_score_arguments_are_named(change, error, message):
             ValueError,
             r"scores must have shape \[B, H, N\], got \[2, 9\]",
         ),
-        ({"config": None}, TypeError, "config must be a TokenSparseConfig"),
-        ({"kept": 0.0}, ValueError, r"kept must be in \(0, 1\], got 0.0"),
-        ({"kept": 1.5}, ValueError, r"kept must be in \(0, 1\], got 1.5"),
-        ({"kept": float("nan")}, ValueError, r"kept must be in \(0, 1\], got nan"),
-        ({"kept": "half"}, TypeError, "kept must be a number or None, got 'half'"),
+        ({"config": None}, TypeError, "config must be a TokenSelectionConfig, got NoneType"),
+        (
+            {"config": KVSamplingConfig()},
+            TypeError,
+            "config must be a TokenSelectionConfig, got KVSamplingConfig",
+        ),
+        ({"tp_group": 2}, TypeError, "tp_group must be a torch.distributed.ProcessGroup"),
         (
             {"padding_mask": torch.ones(1, 99, dtype=torch.bool)},
             ValueError,
