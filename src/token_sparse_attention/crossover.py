@@ -47,7 +47,6 @@ def kind_of(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpu"
 
 
-
 class BreakEven(NamedTuple):
     """Where a sequence runs sparse.
 

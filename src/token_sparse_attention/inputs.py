@@ -127,9 +127,9 @@ class RealTokens:
         """Each sequence's slots ``[start, end)``, ``[B, 2]`` int32."""
         if self.padded_bounds is not None:
             return self.padded_bounds
-        one = torch.arange(
-            0, 2 * self.kv_len, self.kv_len, dtype=torch.int32, device=self.device
-        )[None]
+        one = torch.arange(0, 2 * self.kv_len, self.kv_len, dtype=torch.int32, device=self.device)[
+            None
+        ]
         batch_size = len(self.spans or ())
         return one if batch_size == 1 else one.repeat(batch_size, 1)
 

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,31 @@ class FlashBackend(Backend):
         self, problem: Problem, begins: Tensor, into: Attended, *, window: int | None = None
     ) -> None:
         """See `Backend.attend_sequences`; nothing is read on the host."""
+        for number, begin_end, lse in self._each(problem, begins, into, window, into.lse is None):
+            if into.lse is not None and lse is not None:
+                slot = torch.arange(lse.shape[1], device=lse.device)
+                inside = (slot >= begin_end[0]) & (slot < begin_end[1])
+                into.lse[number] = torch.where(inside, lse, into.lse[number])
+
+    def attend_windows(
+        self, problem: Problem, begins: Tensor, into: Attended, window: int
+    ) -> Tensor:
+        """See `Backend.attend_windows`; the kernel's own log-sum-exp where that will do."""
+        if into.lse is not None:
+            return super().attend_windows(problem, begins, into, window)
+        each = self._each(problem, begins, into, window, False)
+        found = [lse[None] for _, _, lse in each if lse is not None]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _each(
+        self,
+        problem: Problem,
+        begins: Tensor,
+        into: Attended,
+        window: int | None,
+        out_only: bool,
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Attend sequence by sequence; yields its number, first and last query, and lse."""
         tokens, value = problem.tokens, problem.value
         if tokens.padded and self.name == "fa4":  # see `attend_varlen`
             value = value.masked_fill(~tokens.mask()[:, None, :, None], 0.0)
@@ -123,14 +149,10 @@ class FlashBackend(Backend):
                 query.shape[1],
                 key.shape[1],
             )
-            want_lse = into.lse is not None
             _, lse = self.attend_varlen(
-                packed, scale=problem.scale, window=window, out=out[number], want_lse=want_lse
+                packed, scale=problem.scale, window=window, out=out[number], want_lse=not out_only
             )
-            if into.lse is not None and lse is not None:
-                slot = torch.arange(query.shape[1], device=query.device)
-                inside = (slot >= cu_seqlens_q[number, 0]) & (slot < cu_seqlens_q[number, 1])
-                into.lse[number] = torch.where(inside, lse, into.lse[number])
+            yield number, cu_seqlens_q[number], lse
 
     def attend_last(self, problem: Problem, count: int, into: Attended) -> bool:
         """See `Backend.attend_last`; FlashAttention-2 attends.
@@ -211,9 +233,7 @@ def _attend_varlen(
     return out, lse
 
 
-def _flash_2(
-    inputs: tuple[Any, ...], scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
+def _flash_2(inputs: tuple[Any, ...], scale: float, window: int | None) -> tuple[Tensor, Tensor]:
     """PyTorch's FlashAttention-2, which its public functions give no window in every version.
 
     Args:

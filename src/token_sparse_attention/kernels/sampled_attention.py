@@ -17,6 +17,9 @@ from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.softmax import LN_2, LOG2_E, dot_constants, load_rows
 
 
+_GATHERED = 4096  # numbers of K, and as many of V, that a program of the gathering kernel moves
+
+
 class Tiles(NamedTuple):
     """Block sizes and launch options."""
 
@@ -50,13 +53,13 @@ def add_sampled_keys(
     weights: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> None:
-    """Merge sampled keys into sliding-window attention, in list_offset; padding is left alone.
+    """Merge sampled keys into sliding-window attention, in place; padding's queries stay.
 
     Args:
         query: ``[B, H, S_q, D]``, unit stride over D, as all others.
         key: ``[B, H_kv, S_kv, D]``.
         value: ``[B, H_kv, S_kv, D]``.
-        slots: ``[B, H, M]`` integers, ascending, S_kv or more for no key; M may be 0.
+        slots: ``[B, H, M]`` int32, ascending, S_kv or more for no key; M may be 0.
         bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
         sequences: ``[B]`` bool, the sequences to change.
         out: ``[B, H, S_q, D]``, the sliding-window attention.
@@ -70,9 +73,8 @@ def add_sampled_keys(
     if not slots.shape[2]:
         return
     batch_size, num_heads, query_len, head_dim = query.shape
-    sampled_key, sampled_value = _gather(key, value, slots.long())
-    slots = slots.to(torch.int32).contiguous()
-    log_weights = None if weights is None else weights.log2().contiguous()
+    slots = slots.contiguous()
+    sampled_key, sampled_value, log_weights = _gather(key, value, slots, weights)
     block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
     sampled_keys_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
         query, slots, sampled_key, sampled_value, log_weights, bounds, sequences, out, lse,
@@ -85,13 +87,56 @@ def add_sampled_keys(
     )  # fmt: skip
 
 
-def _gather(key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, H, M, D]`` at each query head's slots; any where there is none."""
-    batch_size, num_kv_heads, kv_len, _ = key.shape
-    batch = torch.arange(batch_size, device=key.device)[:, None, None]
-    head = torch.arange(slots.shape[1], device=key.device)[:, None]
-    at = (batch, head // (slots.shape[1] // num_kv_heads), slots.clamp(max=kv_len - 1))
-    return key[at], value[at]
+def _gather(
+    key: Tensor, value: Tensor, slots: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values ``[B, H, M, D]`` at each query head's slots, and log2 of the weights.
+
+    Where there is no key, they are those of the last slot.
+    """
+    batch_size, num_kv_heads, kv_len, head_dim = key.shape
+    num_heads, num_keys = slots.shape[1:]
+    keys, values = (key.new_empty(*slots.shape, head_dim) for _ in range(2))
+    log_weights = None
+    if weights is not None:
+        weights, log_weights = weights.contiguous(), torch.empty_like(weights)
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_n = max(_GATHERED // block_d, 1)
+    gather_kernel[(triton.cdiv(num_keys, block_n), batch_size * num_heads)](
+        key, value, slots, weights, keys, values, log_weights,
+        *key.stride()[:3], *value.stride()[:3], num_heads, num_heads // num_kv_heads, kv_len,
+        NUM_KEYS=num_keys, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=block_n,
+    )  # fmt: skip
+    return keys, values, log_weights
+
+
+@triton.jit(do_not_specialize=["kv_len"])
+def gather_kernel(
+    key_ptr, value_ptr, slots_ptr, weights_ptr, keys_ptr, values_ptr, log_weights_ptr,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_ks: tl.int64,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vs: tl.int64,
+    num_heads, group, kv_len,
+    NUM_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Some of one head's sampled keys."""
+    problem = tl.program_id(1).to(tl.int64)
+    b = problem // num_heads
+    kv_head = problem % num_heads // group
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = o_n < NUM_KEYS
+    o_entry = problem * NUM_KEYS + o_n
+    b_slot = tl.load(slots_ptr + o_entry, mask=exists, other=0)
+    b_slot = tl.minimum(b_slot, kv_len - 1).to(tl.int64)
+    if weights_ptr is not None:
+        b_weight = tl.load(weights_ptr + o_entry, mask=exists, other=1.0)
+        tl.store(log_weights_ptr + o_entry, tl.log2(b_weight), mask=exists)
+    o_d = tl.arange(0, BLOCK_D)
+    inside = exists[:, None] & (o_d < HEAD_DIM)[None, :]
+    o_out = o_entry[:, None] * HEAD_DIM + o_d[None, :]
+    p_key = key_ptr + b * stride_kb + kv_head * stride_kh + b_slot[:, None] * stride_ks
+    tl.store(keys_ptr + o_out, tl.load(p_key + o_d[None, :], mask=inside), mask=inside)
+    p_value = value_ptr + b * stride_vb + kv_head * stride_vh + b_slot[:, None] * stride_vs
+    tl.store(values_ptr + o_out, tl.load(p_value + o_d[None, :], mask=inside), mask=inside)
 
 
 @triton.jit

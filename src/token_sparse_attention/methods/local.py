@@ -23,7 +23,7 @@ class SampledKeys(NamedTuple):
     """Keys that every query of a head sees where its window has left them behind.
 
     Attributes:
-        slots: ``[B, H, M]`` int64, ascending, S_kv behind a head's last one.
+        slots: ``[B, H, M]`` integers, ascending, S_kv behind a head's last one.
         weights: ``[B, H, M]`` float32, how many keys each stands for: the inverse of its
             inclusion probability; 1 for sinks.
     """
@@ -51,27 +51,23 @@ def attend_windows(
         window: keys each query sees, itself included.
         backend: what attends within the windows.
     """
-    query, key, value, tokens = problem.query, problem.key, problem.value, problem.tokens
-    lse = into.lse
-    if sampled is not None and lse is None:
-        precision = torch.promote_types(query.dtype, torch.float32)
-        lse = query.new_empty(query.shape[:3], dtype=precision)
+    tokens = problem.tokens
     start, end = tokens.bounds.unbind(-1)
     begins = torch.where(sequences, start, end)
-    windowed = Attended(into.out, lse)
-    backend.dense.attend_sequences(problem, begins, windowed, window=window)
-    if sampled is None or lse is None:
+    if sampled is None or not sampled.slots.shape[2]:
+        backend.dense.attend_sequences(problem, begins, into, window=window)
         return
+    lse = backend.dense.attend_windows(problem, begins, into, window)
     if problem.impl == "triton":
         load_kernels("sampled_attention").add_sampled_keys(
-            query, key, value, sampled.slots, tokens.bounds, sequences, into.out, lse,
+            *problem[:3], sampled.slots, tokens.bounds, sequences, into.out, lse,
             window=window, scale=problem.scale, weights=sampled.weights,
         )  # fmt: skip
         return
     slots = torch.where(sequences[:, None, None], sampled.slots, tokens.kv_len)
-    fullest = int((slots < tokens.kv_len).sum(-1).max()) if slots.numel() else 0
+    fullest = int((slots < tokens.kv_len).sum(-1).max())
     present = SampledKeys(slots[..., :fullest], sampled.weights[..., :fullest])
-    _add_sampled_keys(problem, present, windowed, window)
+    _add_sampled_keys(problem, present, Attended(into.out, lse), window)
 
 
 def _add_sampled_keys(

@@ -70,10 +70,14 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
     def prepare(self, scores: Tensor | None, problem: Problem, gate: Gate) -> Plan:
         """Sample each head's keys by their scores."""
         assert scores is not None
-        ran_sparse = self._finite(scores, problem)
+        sampled, finite = sample(
+            scores, self.config, problem.tokens, problem.impl, problem.tp_group
+        )
+        if problem.tp_group is not None:
+            finite = gather_heads(finite.to(torch.int32), problem.tp_group).bool()
+        ran_sparse = finite.all(-1)
         if problem.tokens.padded:
             ran_sparse &= _passes(gate, problem)
-        sampled = sample(scores, self.config, problem.tokens, problem.impl, problem.tp_group)
         selection = None
         if problem.aux.selection:
             selection = self._list(sampled, ran_sparse, problem)
@@ -108,20 +112,11 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
             held += 64 * min(scored, max(_ENTRIES, shape.kv_len))
         return held
 
-    def _finite(self, scores: Tensor, problem: Problem) -> Tensor:
-        """Which sequences ``[B]`` have finite scores in all heads, those of other ranks too."""
-        finite = scores.sum(-1).isfinite()  # none is below 0, so nothing cancels
-        if problem.tp_group is not None:
-            finite = gather_heads(finite.to(torch.int32), problem.tp_group).bool()
-        return finite.all(-1)
-
-    def _list(
-        self, sampled: SampledKeys | None, ran_sparse: Tensor, problem: Problem
-    ) -> TokenSelection:
+    def _list(self, sampled: SampledKeys, ran_sparse: Tensor, problem: Problem) -> TokenSelection:
         """Return what every query sees behind its window; dense sequences list all tokens."""
         kv_len, want_indices = problem.kv_len, problem.aux.indices
         dense = dense_selection(problem.tokens, problem.num_heads, want_indices=want_indices)
-        slots = dense.indices[..., :0] if sampled is None else sampled.slots
+        slots = sampled.slots
         lengths = torch.where(ran_sparse[:, None], (slots < kv_len).sum(-1), dense.lengths)
         reasons = torch.where(ran_sparse, 0, DenseReason.SCORES_NOT_FINITE.code)
         selection = dense._replace(
@@ -148,8 +143,8 @@ def sample(
     tokens: RealTokens,
     impl: str,
     tp_group: ProcessGroup | None = None,
-) -> SampledKeys | None:
-    """Return the sinks and the sampled keys of each head, None if there are none.
+) -> tuple[SampledKeys, Tensor]:
+    """Return the sinks and the sampled keys of each head, and whether its scores are finite.
 
     Args:
         scores: ``[B, H, N]`` float32, by slot.
@@ -157,27 +152,30 @@ def sample(
         tokens: where the real tokens are.
         impl: ``"triton"`` or ``"reference"``; both sample the same keys.
         tp_group: the ranks with the layer's other heads, between which budgets are shared out.
+
+    Returns:
+        The keys, and ``[B, H]`` bool.
     """
-    sinks = None
-    if config.sink_size:
-        start, end = tokens.limits(2)
-        first = start + torch.arange(config.sink_size, device=scores.device)
-        sinks = torch.where(first < end, first, tokens.kv_len).expand(*scores.shape[:2], -1)
-    if not config.num_samples:
-        if sinks is None:
-            return None
-        return SampledKeys(sinks, torch.ones_like(sinks, dtype=torch.float32))
-    budgets = None
+    budgets, capacity = None, config.num_samples
     if config.budget == "per_head":
         budgets = sample_budgets(scores, config, tokens, tp_group)
-    sampled = sample_keys(
+        capacity = _MOST * config.num_samples
+    if impl == "triton":
+        slots, weights, finite = load_kernels("sampling").sample_keys(
+            scores, tokens.bounds, tokens.kv_len, config.sliding_window, config.num_samples,
+            capacity, config.sink_size, budgets,
+        )  # fmt: skip
+        return SampledKeys(slots, weights), finite
+    finite = scores.sum(-1).isfinite()  # none is below 0, so nothing cancels
+    start, end = tokens.limits(2)
+    first = start + torch.arange(config.sink_size, device=scores.device)
+    sinks = torch.where(first < end, first, tokens.kv_len).expand(*scores.shape[:2], -1)
+    slots, weights = sample_keys(
         scores, config.num_samples, tokens,
-        window=config.sliding_window, sinks=sinks, budgets=budgets, impl=impl,
+        window=config.sliding_window, sink_size=config.sink_size, budgets=budgets,
     )  # fmt: skip
-    if sinks is None:
-        return sampled
-    weights = torch.cat((torch.ones_like(sinks, dtype=torch.float32), sampled.weights), -1)
-    return SampledKeys(torch.cat((sinks, sampled.slots), -1), weights)
+    certain = weights.new_ones(sinks.shape)
+    return SampledKeys(torch.cat((sinks, slots), -1), torch.cat((certain, weights), -1)), finite
 
 
 def sample_budgets(
@@ -195,7 +193,7 @@ def sample_budgets(
     Returns:
         ``[B, H]`` float64, ``num_samples`` on average, unless a head has the most allowed.
     """
-    behind = _left_behind(tokens, config.sliding_window)[:, None, : scores.shape[2]]
+    behind = _candidates(tokens, config.sliding_window)[:, None, : scores.shape[2]]
     mass = (scores.double().nan_to_num(0.0) * behind).sum(-1)
     all_mass = mass if tp_group is None else gather_heads(mass, tp_group)
     for head in config.dense_heads:  # which need none
@@ -206,11 +204,12 @@ def sample_budgets(
     return budgets if tp_group is None else own_heads(budgets, mass.shape[1], tp_group)
 
 
-def _left_behind(tokens: RealTokens, window: int) -> Tensor:
-    """Which slots ``[B, S_kv]`` the last query's window has left behind."""
+def _candidates(tokens: RealTokens, window: int, sink_size: int = 0) -> Tensor:
+    """Which slots ``[B, S_kv]`` behind the sinks the last query's window has left behind."""
     slot = torch.arange(tokens.kv_len, device=tokens.bounds.device)
     start, end = tokens.limits(1)
-    return ((slot >= start) & (slot < end - window)).expand(len(tokens.bounds), -1)
+    inside = (slot >= start + sink_size) & (slot < end - window)
+    return inside.expand(len(tokens.bounds), -1)
 
 
 def sample_keys(
@@ -219,9 +218,8 @@ def sample_keys(
     tokens: RealTokens,
     *,
     window: int = 0,
-    sinks: Tensor | None = None,
+    sink_size: int = 0,
     budgets: Tensor | None = None,
-    impl: str = "reference",
 ) -> SampledKeys:
     """Sample keys for each head, with probabilities that grow with their scores.
 
@@ -234,10 +232,9 @@ def sample_keys(
         num_samples: M.
         tokens: where the real tokens are.
         window: the last tokens of each sequence, as many as this, are not sampled.
-        sinks: ``[B, H, K]`` slots that are not sampled, S_kv for none.
+        sink_size: the first tokens, as many as this, are not sampled.
         budgets: ``[B, H]`` float64, how many samples for each head, at most four times
             `num_samples`; None for `num_samples` for all.
-        impl: ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[B, H, num_samples]``, four times as many with `budgets`.
@@ -247,41 +244,29 @@ def sample_keys(
     """
     batch_size, num_heads, _ = scores.shape
     capacity = num_samples if budgets is None else _MOST * num_samples
-    if impl == "triton":
-        kernel = load_kernels("sampling").sample_keys
-        return SampledKeys(
-            *kernel(
-                scores, tokens.bounds, tokens.kv_len, window, num_samples, capacity,
-                sinks, budgets,
-            )
-        )  # fmt: skip
     if budgets is None:
         budgets = scores.new_full((batch_size, num_heads), num_samples, dtype=torch.float64)
     slots = scores.new_empty(batch_size, num_heads, capacity, dtype=torch.int64)
     weights = scores.new_empty(batch_size, num_heads, capacity, dtype=torch.float32)
-    candidates = _left_behind(tokens, window)
+    if not num_samples:
+        return SampledKeys(slots, weights)
+    candidates = _candidates(tokens, window, sink_size)
     at_once = max(_ENTRIES // max(batch_size * tokens.kv_len, 1), 1)
     for first in range(0, num_heads, at_once):
         heads = slice(first, first + at_once)
-        excluded = None if sinks is None else sinks[:, heads]
-        shares = _shares(scores[:, heads], candidates, excluded)
+        shares = _shares(scores[:, heads], candidates)
         probabilities = inclusion_probabilities(shares, budgets[:, heads, None], capacity)
         slots[:, heads], weights[:, heads] = _systematic(probabilities, capacity)
     return SampledKeys(slots, weights)
 
 
-def _shares(scores: Tensor, candidates: Tensor, excluded: Tensor | None) -> Tensor:
+def _shares(scores: Tensor, candidates: Tensor) -> Tensor:
     """Each slot's share of the inclusion probabilities, ``[B, H, S_kv]`` float64; adds up to 1."""
-    kv_len = candidates.shape[1]
     real = candidates[:, None]
-    if excluded is not None:
-        real = real.expand(-1, scores.shape[1], -1)
-        others = torch.ones(*real.shape[:2], kv_len + 1, dtype=torch.bool, device=scores.device)
-        real = real & others.scatter_(-1, excluded, False)[..., :kv_len]
-    shares = F.pad(scores.double(), (0, kv_len - scores.shape[2]))
-    shares = shares.nan_to_num(0.0).masked_fill_(~real, 0.0)
+    shares = F.pad(scores.double(), (0, candidates.shape[1] - scores.shape[2]))
+    shares = shares.nan_to_num(0.0, 0.0).masked_fill_(~real, 0.0)
     shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
-    shares += real / real.double().sum(-1, keepdim=True).clamp(min=1)
+    shares += real / real.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=1)
     return shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
