@@ -45,7 +45,7 @@ def smooth(scores: Tensor, pool_size: int) -> Tensor:
 
 
 def token_budget(smoothed: Tensor, config: TokenSelectionConfig) -> Tensor:
-    """Step 3 of selection: how many scored tokens each head keeps; all of them where nothing may be dropped.
+    """Step 3 of selection: how many scored tokens each head keeps, all if none may be dropped.
 
     Sorted by mass, the smallest tokens are dropped as long as their mass together stays below
     ``drop_mass``, and then one more.
@@ -65,7 +65,7 @@ def token_budget(smoothed: Tensor, config: TokenSelectionConfig) -> Tensor:
 
 
 def top_tokens(smoothed: Tensor, kept: Tensor, window_size: int) -> Tensor:
-    """Step 4 of selection: each head's `kept` highest tokens, the lower index on ties, plus the window.
+    """Step 4 of selection: each head's highest tokens, the lower index on ties, plus the window.
 
     Args:
         smoothed: ``[H, N]``.

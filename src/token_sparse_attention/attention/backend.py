@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_sparse_attention.results import Attended
 from token_sparse_attention.inputs import Problem
-from token_sparse_attention.results import PackedSequences
+from token_sparse_attention.results import Attended, PackedSequences
 
 
 class PackedHeads(NamedTuple):

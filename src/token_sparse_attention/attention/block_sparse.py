@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
-from token_sparse_attention.results import Attended
+from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.device import on_its_device
 from token_sparse_attention.inputs import (
     check_attention_inputs,
     check_no_gradients,
     resolve_scale,
 )
+from token_sparse_attention.results import Attended
 
 BLOCK_BACKENDS = ("auto", "fa4", "flex", "reference")
 _REFERENCE_BLOCKS = 32  # blocks of keys the reference gathers at once, which bounds its memory

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.attention.backend import Backend, PackedHeads, single_head
-from token_sparse_attention.results import Attended
 from token_sparse_attention.device import multiprocessors, on_its_device
 from token_sparse_attention.inputs import Problem
-from token_sparse_attention.results import PackedSequences
+from token_sparse_attention.results import Attended, PackedSequences
 
 _TILE = 128  # queries of a head that flash-attn-4 gives to one multiprocessor
 _SPLITTING_GAIN = 3  # so much of the GPU must lie idle: FlashAttention-2 is slower on a full one

@@ -10,10 +10,9 @@ from torch import Tensor
 from token_sparse_attention.attention.backend import Backend, PackedHeads, split_lengths
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE
 from token_sparse_attention.attention.names import pattern_name
-from token_sparse_attention.results import Attended
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.attention.patterns.base import PatternConfig
-from token_sparse_attention.results import PackedSequences
+from token_sparse_attention.results import Attended, PackedSequences
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,8 @@ from token_sparse_attention.attention.backend import (
     PackedHeads,
     split_lengths,
 )
-from token_sparse_attention.results import Attended
 from token_sparse_attention.device import on_its_device
-from token_sparse_attention.results import PackedSequences
+from token_sparse_attention.results import Attended, PackedSequences
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -16,7 +16,6 @@ from torch import Tensor
 from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.softmax import LN_2, LOG2_E, dot_constants, load_rows
 
-
 _GATHERED = 4096  # numbers of K, and as many of V, that a program of the gathering kernel moves
 
 

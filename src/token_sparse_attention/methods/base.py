@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.attention.backend import Backend
-from token_sparse_attention.results import Attended
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE
 from token_sparse_attention.gate import Gate
 from token_sparse_attention.inputs import Problem
-from token_sparse_attention.results import TokenSelection
+from token_sparse_attention.results import Attended, TokenSelection
 
 C = TypeVar("C", bound=SparseConfig)
 _METHODS: dict[type[SparseConfig], type[Method[Any]]] = {}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.attention.backend import Backend
-from token_sparse_attention.results import Attended
 from token_sparse_attention.impls import load_kernels
 from token_sparse_attention.inputs import Problem
+from token_sparse_attention.results import Attended
 
 _LOGITS = 2**21  # at once, where PyTorch adds the sampled keys
 

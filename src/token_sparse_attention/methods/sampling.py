@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention.attention.backend import Backend
-from token_sparse_attention.results import Attended
 from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.crossover import (
     MIN_SAMPLED_LENGTH,
@@ -38,7 +37,7 @@ from token_sparse_attention.methods.base import (
     dense_query_pairs,
 )
 from token_sparse_attention.methods.local import SampledKeys, attend_windows
-from token_sparse_attention.results import TokenSelection, dense_selection
+from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads
 
 if TYPE_CHECKING:

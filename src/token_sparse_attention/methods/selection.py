@@ -19,7 +19,6 @@ from torch import Tensor
 from token_sparse_attention import reference
 from token_sparse_attention.attention.backend import Backend, PackedHeads
 from token_sparse_attention.attention.output import zero_sequences
-from token_sparse_attention.results import Attended
 from token_sparse_attention.compression import compress_sequences, decompress_sequences
 from token_sparse_attention.config import TokenSelectionConfig, single_precision
 from token_sparse_attention.crossover import (
@@ -47,7 +46,7 @@ from token_sparse_attention.methods.base import (
     dense_query_pairs,
 )
 from token_sparse_attention.methods.local import attend_windows
-from token_sparse_attention.results import TokenSelection, dense_selection
+from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads, resolve_tp_group
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from token_sparse_attention.attention.block_sparse import (
     attend_blocks,
     choose_block_backend,
 )
-from token_sparse_attention.results import Attended
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
@@ -45,6 +44,7 @@ from token_sparse_attention.inputs import (
     check_no_gradients,
     resolve_scale,
 )
+from token_sparse_attention.results import Attended
 
 __all__ = [
     "PATTERNS",

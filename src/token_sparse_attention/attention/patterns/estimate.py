@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BlockGrid
-from token_sparse_attention.inputs import unit_stride
 from token_sparse_attention.impls import load_kernels, resolve_impl
+from token_sparse_attention.inputs import unit_stride
 
 
 def query_groups(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:

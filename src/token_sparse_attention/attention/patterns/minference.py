@@ -23,7 +23,6 @@ from torch import Tensor
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import attend_blocks
 from token_sparse_attention.attention.columns import add_columns
-from token_sparse_attention.results import Attended
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import (
     blocks_at_distances,
@@ -31,6 +30,7 @@ from token_sparse_attention.attention.patterns.estimate import (
     check_share,
     last_query_mass,
 )
+from token_sparse_attention.results import Attended
 
 HEAD_PATTERNS = ("vertical_and_slash", "stream_llm")
 
