@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any
+from typing import Annotated, Any
 
-from token_sparse_attention.errors import UsageError
-from token_sparse_attention.evaluation.record import check_entries
+from msgspec import Meta
 
-SCHEMA_VERSION = 1
+from token_sparse_attention.records import JsonFile, encode
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,10 @@ class KeptLayer:
     dense_reason: str | None
     beside_window: bool = False
 
+    def __post_init__(self) -> None:
+        if bool(self.masks) == (self.dense_reason is not None):
+            raise ValueError("a layer must have either masks or a dense_reason")
+
     def kept(self) -> list[int]:
         """Return how many tokens each head kept."""
         return [
@@ -41,7 +41,7 @@ class KeptLayer:
 
 
 @dataclass(frozen=True)
-class KeptText:
+class KeptText(JsonFile):
     """One prompt, and what every layer kept of it.
 
     Attributes:
@@ -50,75 +50,31 @@ class KeptText:
         tokens: the prompt's tokens as text, which together are the prompt.
         reply: what the model answered.
         layers: one entry per layer.
-        version: of this format.
     """
 
     provenance: Mapping[str, Any]
     arguments: Mapping[str, Any]
-    tokens: tuple[str, ...]
+    tokens: Annotated[tuple[str, ...], Meta(min_length=1)]
     reply: str
     layers: tuple[KeptLayer, ...]
-    version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for number, layer in enumerate(self.layers):
+            for head, mask in enumerate(layer.masks):
+                _check_mask(mask, len(self.tokens), f"layers[{number}].masks[{head}]")
 
     def to_json(self) -> str:
-        """Return the file's content."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the file's content, on one line."""
+        return encode(self) + "\n"
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], source: str) -> KeptText:
-        """Build a capture from the parsed content of its file.
 
-        Raises:
-            UsageError: if it is none; the message names `source` and the entry.
-        """
-        check_entries(content, _KINDS, source)
-        if content["version"] != SCHEMA_VERSION:
-            raise UsageError(
-                f"{source} must have version {SCHEMA_VERSION}, got {content['version']!r}"
-            )
-        tokens = content["tokens"]
-        if not tokens or not all(isinstance(token, str) for token in tokens):
-            raise UsageError(f"{source}: tokens must be one or more strings")
-        layers = tuple(
-            _read_layer(layer, len(tokens), f"{source}: layers[{index}]")
-            for index, layer in enumerate(content["layers"])
+def _check_mask(mask: str, num_tokens: int, where: str) -> None:
+    try:
+        bits = base64.b64decode(mask, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise ValueError(f"{where} is not base64: {error}") from error
+    surplus = int.from_bytes(bits, "little") >> num_tokens
+    if len(bits) != -(-num_tokens // 8) or surplus:
+        raise ValueError(
+            f"{where} must hold a bit for each of {num_tokens} tokens, got {len(bits)} bytes"
         )
-        fields = {**content, "tokens": tuple(tokens), "layers": layers}
-        return cls(**fields)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "version": (int,),
-    "provenance": (dict,),
-    "arguments": (dict,),
-    "tokens": (list,),
-    "reply": (str,),
-    "layers": (list,),
-}
-_LAYER_KINDS: dict[str, tuple[type, ...]] = {
-    "masks": (list,),
-    "dense_reason": (str, NoneType),
-    "beside_window": (bool,),
-}
-
-
-def _read_layer(content: Any, num_tokens: int, where: str) -> KeptLayer:
-    if not isinstance(content, dict):
-        raise UsageError(f"{where} must be an object, got {content!r}")
-    content = {"beside_window": False, **content}  # older files do not have it
-    check_entries(content, _LAYER_KINDS, where)
-    masks, reason = content["masks"], content["dense_reason"]
-    if bool(masks) == (reason is not None):
-        raise UsageError(f"{where} must have either masks or a dense_reason")
-    for head, mask in enumerate(masks):
-        try:
-            bits = base64.b64decode(mask, validate=True)
-        except (TypeError, ValueError, binascii.Error) as error:
-            raise UsageError(f"{where}: masks[{head}] is not base64: {error}") from error
-        surplus = int.from_bytes(bits, "little") >> num_tokens
-        if len(bits) != -(-num_tokens // 8) or surplus:
-            raise UsageError(
-                f"{where}: masks[{head}] must hold a bit for each of {num_tokens} tokens, "
-                f"got {len(bits)} bytes"
-            )
-    return KeptLayer(tuple(masks), reason, content["beside_window"])
