@@ -1,6 +1,6 @@
 "use strict";
-// Marks in a prompt which tokens a layer's heads kept. Neighbours that look alike share one
-// element, so that long prompts stay quick.
+// Marks which tokens of a prompt a layer's heads kept. Neighbours of one level share one element,
+// so that long prompts stay fast.
 for (const viewer of document.querySelectorAll(".kept-text")) {
   const { tokens, layers } = JSON.parse(document.getElementById(viewer.dataset.source).textContent);
   const [layerBox, headBox, status, prompt] = [".layer", ".head", ".status", ".prompt"].map(
@@ -18,7 +18,7 @@ for (const viewer of document.querySelectorAll(".kept-text")) {
   }
 
   function show() {
-    const { masks, denseReason, besideWindow } = layers[layerBox.value];
+    const { masks, denseReason, beyondWindow } = layers[layerBox.value];
     const head = Number(headBox.value);
     headBox.disabled = denseReason !== null;
     const chosen = head < 0 ? masks : masks.slice(head, head + 1);
@@ -36,7 +36,7 @@ for (const viewer of document.querySelectorAll(".kept-text")) {
     prompt.replaceChildren(content);
     const by = head < 0 ? "at least one head" : "head " + head;
     const share = ((100 * kept) / tokens.length).toFixed(1);
-    const verb = besideWindow ? "seen besides their windows by every query of" : "kept by";
+    const verb = beyondWindow ? "attended to beyond the sliding window by every query of" : "kept by";
     status.textContent =
       denseReason === null
         ? `${kept.toLocaleString("en")} of ${tokens.length.toLocaleString("en")} tokens (${share}%) ${verb} ${by}.`
