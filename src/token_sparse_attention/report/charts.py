@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ def colour(name: str) -> str:
     return f"#0000{_COLOURS.index(name) + 1:02x}"
 
 
-_STYLE: Mapping[Any, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a name with $ is text
     "font.size": 12,
@@ -92,14 +92,14 @@ class Chart:
 
 
 @contextmanager
-def _new_axes(width: float, height: float) -> Iterator[Axes]:
-    """Give the axes of a new figure of so many CSS pixels, in the report's style."""
+def _new_axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """Give a new figure of so many CSS pixels and its axes, in the report's style."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        yield figure.add_subplot()
+        yield figure, figure.add_subplot()
 
 
 def scatter(title: str, x_label: str, points: Sequence[Point], reference: Point) -> Chart:
@@ -114,7 +114,7 @@ def scatter(title: str, x_label: str, points: Sequence[Point], reference: Point)
     everything = [reference, *points]
     names = [_shortened(point.name) for point in everything]
     columns = 2 if max(map(len, names)) <= 20 else 1
-    with _new_axes(_WIDTH, 280 + 18 * math.ceil(len(names) / columns)) as axes:
+    with _new_axes(_WIDTH, 280 + 18 * math.ceil(len(names) / columns)) as (figure, axes):
         axes.axhline(reference.y, color=colour("text"), linestyle="--", clip_on=False)
         markers = []
         for point in everything:
@@ -137,9 +137,9 @@ def scatter(title: str, x_label: str, points: Sequence[Point], reference: Point)
         axes.grid()
         axes.set_axisbelow(True)
         axes.set_xlabel(x_label)
-        axes.figure.legend(markers, names, loc="outside lower left", ncols=columns, handlelength=1)
+        figure.legend(markers, names, loc="outside lower left", ncols=columns, handlelength=1)
     described = "; ".join(map(str, everything))
-    return Chart(title, f"Accuracy against {x_label}. {described}", axes.figure)
+    return Chart(title, f"Accuracy against {x_label}. {described}", figure)
 
 
 def _look(series: int) -> tuple[str, str]:
@@ -160,18 +160,21 @@ def heat_map(title: str, shares: Sequence[Sequence[float] | None]) -> Chart:
     columns = max((len(heads) for heads in shares if heads is not None), default=1)
     width = _WIDTH if columns > 1 else _WIDTH // 2
     step = 18 if len(shares) <= 24 else 9  # pixels of a layer
-    with _new_axes(width, step * len(shares) + 34) as axes:
+    with _new_axes(width, step * len(shares) + 34) as (figure, axes):
         for layer, heads in enumerate(shares):
-            count = len(heads) if heads else 1
-            colours = [(colour("kept"), share) for share in heads or ()] or [colour("dense")]
-            exact = [f"{share:.1%}" for share in heads or ()] or ["dense"]
-            labels = [f"{100 * share:.0f}" for share in heads or ()] or ["dense"]
+            # Per cell its colour, its label, and the exact share.
+            filled: list[tuple[Any, str, str]] = [
+                ((colour("kept"), share), f"{100 * share:.0f}", f"{share:.1%}")
+                for share in heads or ()
+            ]
+            fills, labels, exact = zip(*(filled or [(colour("dense"), "dense", "dense")]))
+            count = len(fills)
             cells = axes.barh(
                 [layer] * count,
                 columns / count,
                 left=[columns * head / count for head in range(count)],
                 height=1,
-                color=colours,
+                color=fills,
                 edgecolor=colour("page"),
             )
             for head, (cell, share) in enumerate(zip(cells, exact)):
@@ -186,7 +189,7 @@ def heat_map(title: str, shares: Sequence[Sequence[float] | None]) -> Chart:
         axes.set_xticks([head + 0.5 for head in shown], list(map(str, shown)))
         axes.set_yticks(range(0, len(shares), math.ceil(14 / step)))
     described = "Rows are layers, columns heads; the numbers are in the table."
-    return Chart(title, described, axes.figure)
+    return Chart(title, described, figure)
 
 
 def _clean(text: str) -> str:
