@@ -44,7 +44,7 @@ KEPT = KeptText(
     layers=(
         KeptLayer((), "too short & dense"),
         KeptLayer(tuple(map(bitmap, HEADS)), None),
-        KeptLayer((bitmap({9}), bitmap(set(range(10)))), None, beside_window=True),
+        KeptLayer((bitmap({9}), bitmap(set(range(10)))), None, beyond_window=True),
     ),
 )
 

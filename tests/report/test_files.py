@@ -86,8 +86,8 @@ def test_captures_survive_the_file():
 def test_captures_without_far_tokens_are_read_too():
     content = json.loads(KEPT.to_json())
     for layer in content["layers"]:
-        del layer["beside_window"]
-    assert not any(layer.beside_window for layer in KeptText.from_dict(content, "file").layers)
+        del layer["beyond_window"]
+    assert not any(layer.beyond_window for layer in KeptText.from_dict(content, "file").layers)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))

@@ -1,4 +1,4 @@
-"""The file of `tsa capture`: a prompt's tokens, and which of them each layer and head kept."""
+"""The file of `tsa capture`: the tokens of a prompt, and which of them each head kept."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class KeptLayer:
     """What one layer kept.
 
     Attributes:
-        masks: one bitmap per head in base64: token i is bit ``i % 8``, from the lowest, of
-            byte ``i // 8``. Empty where the layer ran dense.
-        dense_reason: why it ran dense, None where it did not.
-        beside_window: whether these are the tokens that every query sees besides its window,
-            in a layer that selects no queries.
+        masks: one bitmap per head in base64; token i is bit ``i % 8``, from the lowest, of
+            byte ``i // 8``. Empty if the layer ran dense.
+        dense_reason: why the layer ran dense, None if it ran sparse.
+        beyond_window: whether the layer drops no query, so that these are the keys that every
+            query attends to beyond its sliding window.
     """
 
     masks: tuple[str, ...]
     dense_reason: str | None
-    beside_window: bool = False
+    beyond_window: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.masks) == (self.dense_reason is not None):
@@ -45,10 +45,10 @@ class KeptText(JsonFile):
     """One prompt, and what every layer kept of it.
 
     Attributes:
-        provenance: device, versions and commit, of `info.provenance`.
-        arguments: what was asked for: the model, the settings, the question.
-        tokens: the prompt's tokens as text, which together are the prompt.
-        reply: what the model answered.
+        provenance: device, versions and commit, from `info.provenance`.
+        arguments: the model, the settings and the question of the run.
+        tokens: the text of each token; joined, they are the prompt.
+        reply: the model's answer.
         layers: one entry per layer.
     """
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,20 +137,12 @@ def _kept_text(kept: KeptText, identifier: str) -> dict[str, Any]:
     """Return what ``kept_text.html.j2`` shows, and the data of its script."""
     counts = [layer.kept() for layer in kept.layers]
     shares: Shares = [[n / len(kept.tokens) for n in heads] or None for heads in counts]
-    beyond = [number for number, layer in enumerate(kept.layers) if layer.beside_window]
+    beyond = [number for number, layer in enumerate(kept.layers) if layer.beyond_window]
     length = f"{len(kept.tokens):,} tokens"
     asked = [
         (label, str(kept.arguments[entry]))
         for entry, label in (("question", "Question"), ("config_source", "Settings"))
         if kept.arguments.get(entry) is not None
-    ]
-    layers = [
-        {
-            "masks": layer.masks,
-            "denseReason": layer.dense_reason,
-            "beyondWindow": layer.beside_window,
-        }
-        for layer in kept.layers
     ]
     return {
         "identifier": identifier,
@@ -157,7 +150,7 @@ def _kept_text(kept: KeptText, identifier: str) -> dict[str, Any]:
         "layers": kept.layers,
         "num_heads": max(map(len, counts), default=0),
         "levels": [(f"h{n}", f"up to {n / LEVELS:.0%} of heads") for n in range(1, LEVELS + 1)],
-        "data": {"tokens": kept.tokens, "layers": layers},
+        "data": {"tokens": kept.tokens, "layers": list(map(asdict, kept.layers))},
         "heat_map": heat_map("this prompt", shares, length, beyond),
         "reasons": [
             (str(number), layer.dense_reason)
