@@ -24,7 +24,9 @@ PUBLIC = sorted(
 NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cpu", "cuda")}
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
-    {"config", "device", "errors"},
+    {"errors"},
+    {"records"},
+    {"config", "device"},
     {"inputs", "crossover", "reference", "bundled", "tensor_parallel"},
     {"limits", "kernels"},
     {"selection"},

@@ -40,7 +40,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
-            "figures need matplotlib: pip install 'token-sparse-attention[bench]'"
+            "figures need matplotlib: pip install 'token-sparse-attention[report]'"
         ) from error
     runs = _of_one_device(runs)
     drawn = {}

@@ -101,7 +101,8 @@ def run_replay(args: argparse.Namespace) -> bool:
             report=status.update,
         ):
             done = Replay(about, asked, tuple(points), tuple(rows))
-            done.save(args.out)  # after each row, so that what is cut off is not lost
+            # After each row, so that what is cut off is not lost.
+            done.save(args.out, f"--out {args.out}")
     return _show(args, evaluations, [done])
 
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from token_sparse_attention import functional
@@ -30,6 +31,7 @@ from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even_of
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.inputs import real_tokens
+from token_sparse_attention.records import Count
 from token_sparse_attention.selection import (
     TokenSelection,
     dense_selection,
@@ -125,7 +127,7 @@ class ReplayPoint:
     dtype: str
     backend: str
     settings: Mapping[str, Any] | None
-    kept: tuple[int, ...] | None
+    kept: Annotated[tuple[Count, ...], Meta(min_length=1)] | None
     kind: str
     median_ms: float | None
     low_ms: float | None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
-from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from benchmarks.replay.layers import (
     LayerRun,
@@ -26,11 +23,10 @@ from token_sparse_attention.evaluation.record import (
     PATTERN,
     EvalResults,
     SampleResult,
-    check_entries,
 )
 from token_sparse_attention.evaluation.summary import chosen_samples, layer_shares
+from token_sparse_attention.records import JsonFile, check_choice
 
-SCHEMA_VERSION = 1
 SUITE = "replay"
 
 
@@ -77,7 +73,7 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(JsonFile):
     """What one run replayed, and where.
 
     Attributes:
@@ -86,15 +82,31 @@ class Replay:
         points: the measurements.
         rows: which measurements make up which configuration.
         suite: ``"replay"``.
-        version: of this format.
     """
 
+    ROWS: ClassVar = ("points", "rows")
     provenance: Mapping[str, Any]
     arguments: Mapping[str, Any]
     points: tuple[ReplayPoint, ...] = field(repr=False)
     rows: tuple[ReplayRow, ...]
     suite: str = SUITE
-    version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        check_choice("suite", self.suite, (SUITE,))
+        for number, row in enumerate(self.rows):
+            if not row.layers:
+                raise ValueError(f"rows[{number}].layers must not be empty")
+            for layer in row.layers:
+                if not _is_layer(layer, len(self.points)):
+                    raise ValueError(
+                        f"rows[{number}].layers must hold pairs of a share and the number of a "
+                        f"point, below {len(self.points)}; got {layer!r}"
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the version and the fields, points and rows last."""
+        content = super().to_dict()
+        return {"version": content.pop("version"), "suite": content.pop("suite"), **content}
 
     @property
     def failures(self) -> list[ReplayPoint]:
@@ -116,62 +128,6 @@ class Replay:
                 dense_ms += share * point.dense_ms
                 sparse_ms += share * point.median_ms
         return Times(dense_ms, sparse_ms)
-
-    def to_json(self) -> str:
-        """Return the file's content; points and rows take one line each."""
-        head = {
-            "version": self.version,
-            "suite": self.suite,
-            "provenance": dict(self.provenance),
-            "arguments": dict(self.arguments),
-        }
-        opened = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
-        lists = [
-            f'  "{name}": [\n'
-            + ",\n".join("    " + json.dumps(_entries(e), allow_nan=False) for e in entries)
-            + "\n  ]"
-            for name, entries in (("points", self.points), ("rows", self.rows))
-        ]
-        return f"{opened},\n" + ",\n".join(lists) + "\n}\n"
-
-    def save(self, path: Path) -> None:
-        """Write the file, and the folder it lies in.
-
-        Raises:
-            UsageError: if it cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--out {path} cannot be written: {error}") from error
-
-    @classmethod
-    def load(cls, path: Path) -> Replay:
-        """Read a file that `save` wrote.
-
-        Raises:
-            UsageError: if it cannot be read or is none; the message names the entry.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise UsageError(f"{path} must be an object, got {type(content).__name__}")
-        check_entries(content, _FILE_KINDS, str(path))
-        for name, wanted in (("version", SCHEMA_VERSION), ("suite", SUITE)):
-            if content[name] != wanted:
-                raise UsageError(f"{path}: {name} must be {wanted!r}, got {content[name]!r}")
-        points = tuple(
-            _read_point(entry, f"{path}: points[{index}]")
-            for index, entry in enumerate(content["points"])
-        )
-        rows = tuple(
-            _read_row(entry, len(points), f"{path}: rows[{index}]")
-            for index, entry in enumerate(content["rows"])
-        )
-        return cls(content["provenance"], content["arguments"], points, rows)
 
 
 def replay(
@@ -323,73 +279,6 @@ def _mean(recorded: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(math.sqrt(fmean(share**2 for share in head)) for head in zip(*full))
 
 
-_NUMBER, _OPTIONAL = (int, float), (int, float, NoneType)
-_FILE_KINDS: dict[str, tuple[type, ...]] = {
-    "version": (int,),
-    "suite": (str,),
-    "provenance": (dict,),
-    "arguments": (dict,),
-    "points": (list,),
-    "rows": (list,),
-}
-_POINT_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "seq_len", "samples"), (int,)),
-    **dict.fromkeys(("dtype", "backend", "kind", "note"), (str,)),
-    **dict.fromkeys(("median_ms", "low_ms", "high_ms", "dense_ms", "error"), _OPTIONAL),
-    "settings": (dict, NoneType),
-    "kept": (list, NoneType),
-    "passed": (bool,),
-}
-_ROW_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("configuration", "digest"), (str,)),
-    **dict.fromkeys(("length", "samples", "reused"), (int,)),
-    "own_shape": (bool,),
-    "layers": (list,),
-}
-
-
-def _entries(entry: ReplayPoint | ReplayRow) -> dict[str, Any]:
-    return {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
-
-
-def _read_point(content: Any, where: str) -> ReplayPoint:
-    _check_object(content, _POINT_KINDS, where)
-    kept = content["kept"]
-    if kept is not None:
-        if not kept or not all(type(count) is int and count >= 0 for count in kept):
-            raise UsageError(f"{where}: kept must hold numbers from 0, got {kept!r}")
-        kept = tuple(kept)
-    return ReplayPoint(**{**content, "kept": kept})
-
-
-def _read_row(content: Any, num_points: int, where: str) -> ReplayRow:
-    _check_object(content, _ROW_KINDS, where)
-    layers = []
-    for layer in content["layers"]:
-        if not _is_layer(layer, num_points):
-            raise UsageError(
-                f"{where}: layers must hold pairs of a share and the number of a point, below "
-                f"{num_points}; got {layer!r}"
-            )
-        layers.append(tuple(Part(share, point) for share, point in layer))
-    if not layers:
-        raise UsageError(f"{where}: layers must not be empty")
-    return ReplayRow(**{**content, "layers": tuple(layers)})
-
-
-def _is_layer(layer: Any, num_points: int) -> bool:
-    if not isinstance(layer, list) or not all(
-        isinstance(part, list) and len(part) == 2 for part in layer
-    ):
-        return False
-    right = all(
-        type(share) in _NUMBER and type(point) is int and 0 <= point < num_points
-        for share, point in layer
-    )
-    return right and math.isclose(sum(share for share, _ in layer), 1, rel_tol=1e-6)
-
-
-def _check_object(content: Any, kinds: Mapping[str, tuple[type, ...]], where: str) -> None:
-    if not isinstance(content, dict):
-        raise UsageError(f"{where} must be an object, got {content!r}")
-    check_entries(content, kinds, where)
+def _is_layer(layer: Sequence[Part], num_points: int) -> bool:
+    in_range = all(0 <= part.point < num_points for part in layer)
+    return in_range and math.isclose(sum(part.share for part in layer), 1, rel_tol=1e-6)

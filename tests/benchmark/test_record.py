@@ -27,13 +27,13 @@ def test_a_run_without_records_is_a_file_too():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.pop("records"), "must be an object with arguments, prov"),
+        (lambda content: content.pop("records"), "has no entry 'records'"),
         (lambda content: content.update(version=2), "must have version 1, got 2"),
-        (lambda content: content.update(records={}), "records must be a list"),
-        (lambda content: content.update(provenance=[]), "provenance must be a dict"),
-        (lambda content: content["records"].append(3), r"records\[20\] must be an object"),
-        (lambda content: content["records"][1].pop("kind"), r"records\[1\] .* entries: kind"),
-        (lambda content: content["records"][1].update(speed=3), "unknown entries: speed"),
+        (lambda content: content.update(records={}), "records must be array, got {}"),
+        (lambda content: content.update(provenance=[]), r"provenance must be object, got \[\]"),
+        (lambda content: content["records"].append(3), r"records\[20\] must be object, got 3"),
+        (lambda content: content["records"][1].pop("kind"), r"records\[1\] has no entry 'kind'"),
+        (lambda content: content["records"][1].update(speed=3), "unknown entry 'speed'"),
         (lambda content: content["records"][2].update(kind="felt"), "one of graph, events"),
         (
             lambda content: content["records"][2].update(suite="x"),
@@ -48,7 +48,7 @@ def test_a_run_without_records_is_a_file_too():
         ),
         (
             lambda content: content["records"][2].update(median_ms=float("inf")),
-            "median_ms must be float or null, got inf",
+            "Infinity is no JSON number",
         ),
     ],
 )

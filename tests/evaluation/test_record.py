@@ -14,10 +14,14 @@ from token_sparse_attention.evaluation.record import (
     load_results,
     open_results,
     save_results,
-    to_line,
 )
+from token_sparse_attention.records import encode
 
 BOTH = results(DENSE, dataclasses.replace(SPARSE, kept=[50, [1, 2, 3, 100]]))
+
+
+def to_line(entry) -> str:
+    return encode(entry) + "\n"
 
 
 def write(path, *samples, header=HEADER):
@@ -41,7 +45,7 @@ def test_a_cut_off_line_is_left_out_and_written_again(tmp_path, cut):
     found, file = open_results(path, HEADER)
     assert found == [DENSE]
     with file:
-        file.write(to_line(SPARSE))
+        file.write(SPARSE)
     assert load_results(path) == results(DENSE, SPARSE)
     assert path.read_text() == "".join(map(to_line, (HEADER, DENSE, SPARSE)))
 
@@ -88,19 +92,19 @@ def test_a_layer_may_see_no_token_besides_its_window(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"score": 1.5}, "score must be from 0 to 1, got 1.5"),
-        ({"score": "1"}, "score must be int or float or null"),
-        ({"length": True}, "length must be int"),
-        ({"index": -1}, "index must be at least 0"),
+        ({"score": 1.5}, "score must be float <= 1.0, got 1.5"),
+        ({"score": "1"}, "score must be float or null, got '1'"),
+        ({"length": True}, "length must be int, got True"),
+        ({"index": -1}, "index must be int >= 0, got -1"),
         ({"kept": [50]}, "kept must have 2 entries"),
         ({"kept": [50, [1, 2, 3]]}, r"kept\[1\].*4 of them"),
         ({"kept": [101, None]}, r"kept\[0\].*0 to 100"),
         ({"kept": [-1, None]}, r"kept\[0\].*0 to 100"),
         ({"task": "other"}, "task 'other' is not in the header"),
         ({"configuration": "other"}, "configuration 'other' is not in the header"),
-        ({"seconds": float("nan")}, "seconds must be"),
-        ({"extra": 1}, "unknown entries: extra"),
-        ({"reply": "drop"}, "missing or unknown entries: reply"),
+        ({"seconds": float("nan")}, "NaN is no JSON number"),
+        ({"extra": 1}, "has an unknown entry 'extra'"),
+        ({"reply": "drop"}, "has no entry 'reply'"),
     ],
 )
 def test_wrong_samples_are_named(tmp_path, entries, message):
@@ -114,8 +118,8 @@ def test_wrong_samples_are_named(tmp_path, entries, message):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"version": 2}, "version must be 1"),
-        ({"model": {"num_layers": 2}}, "model has missing"),
+        ({"version": 2}, "must have version 1, got 2"),
+        ({"model": {"num_layers": 2}}, "model has no entry 'num_heads'"),
         ({"configurations": {}}, "configurations must have 'dense'"),
         ({"configurations": {"dense": None, "a": 3}}, "'a'.* must be an object"),
     ],

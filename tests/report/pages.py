@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 from html.parser import HTMLParser
-from itertools import pairwise
 
 from evaluation.results import DENSE, HEADER, SPARSE
 from studies.synthetic import op_result
@@ -45,20 +44,20 @@ KEPT = KeptText(
     layers=(
         KeptLayer((), "too short & dense"),
         KeptLayer(tuple(map(bitmap, HEADS)), None),
-        KeptLayer((bitmap({9}), bitmap(set(range(10)))), None, beside_window=True),
+        KeptLayer((bitmap({9}), bitmap(set(range(10)))), None, beyond_window=True),
     ),
 )
 
 
-def evaluation() -> EvalResults:
-    """Two lengths, where the sparse configuration loses at the longer one."""
-    configurations = {"dense": None, HOSTILE: TokenSparseConfig.published().to_dict()}
+def evaluation(name: str = HOSTILE) -> EvalResults:
+    """Two lengths; at the longer one the sparse configuration, called `name`, loses."""
+    configurations = {"dense": None, name: TokenSparseConfig.published().to_dict()}
     samples = []
     for length, scores in ((100, (1, 1)), (2048, (0, 1))):
         for index, score in enumerate(scores):
             where = {"length": length, "prompt_tokens": length, "index": index}
             kept = [[length // 2] * 3 + [length // 4], None]
-            sparse = {"configuration": HOSTILE, "kept": kept, "score": float(score)}
+            sparse = {"configuration": name, "kept": kept, "score": float(score)}
             samples += [
                 dataclasses.replace(DENSE, **where),
                 dataclasses.replace(SPARSE, **where, **sparse),
@@ -71,6 +70,36 @@ def all_inputs() -> Inputs:
         evaluations=(("an & evaluation", evaluation()),),
         captures=(("kept", KEPT),),
         runs=(Run("<i>op</i>", op_result()),),
+    )
+
+
+def inputs_of(text: str) -> Inputs:
+    """Inputs with `text` wherever a result file may hold any."""
+    provenance = {"device": text, "versions": {text: text}, "commit": text}
+    results = evaluation(name=text)
+    header = dataclasses.replace(
+        results.header,
+        provenance=provenance,
+        arguments={"model": text},
+        tasks={text: 1.0},
+    )
+    samples = (dataclasses.replace(s, task=text, reply=text) for s in results.samples)
+    kept = KeptText(
+        provenance=provenance,
+        arguments={"model": text, "question": text, "config_source": text},
+        tokens=(text,) * 10,
+        reply=text,
+        layers=(KeptLayer((), text), *KEPT.layers[1:]),
+    )
+    result = op_result()
+    records = (dataclasses.replace(r, dtype=text, note=text) for r in result.records)
+    run = dataclasses.replace(
+        result, provenance=provenance, arguments={"command": text}, records=tuple(records)
+    )
+    return Inputs(
+        evaluations=((text, EvalResults(header, tuple(samples))),),
+        captures=((text, kept),),
+        runs=(Run(text, run),),
     )
 
 
@@ -111,8 +140,3 @@ class Page(HTMLParser):
 
 def texts(page: Page, tag: str) -> list[str]:
     return [text for _, text in page.find(tag)]
-
-
-def overlapping(boxes: list[tuple[float, float]]) -> bool:
-    """Whether any of these intervals overlap."""
-    return any(end > start + 1e-6 for (_, end), (start, _) in pairwise(sorted(boxes)))

@@ -88,7 +88,7 @@ def test_page_marks_what_was_kept_and_runs_no_text(tmp_path):
         assert "".join(text for _, text in state["runs"]) == "".join(TOKENS)
     assert all_heads["status"] == "6 of 10 tokens (60.0%) kept by at least one head."
     assert second["status"] == "4 of 10 tokens (40.0%) kept by head 1."
-    words = "seen besides their windows by every query of head 0."
+    words = "attended to beyond the sliding window by every query of head 0."
     assert last_only["status"] == f"1 of 10 tokens (10.0%) {words}"
     assert len(first["runs"]) == 3  # neighbours share an element
     assert dense["status"] == "This layer ran dense, over all tokens: too short & dense."

@@ -98,7 +98,7 @@ def test_far_tokens_are_captured_where_no_queries_are_selected(tokenizer, select
     }
     config = dataclasses.replace(CONFIG, budget=budget, sparse_layers=(0, 2), **far)
     kept = capture(make_model(), tokenizer, make_ids(203), config, arguments={}, max_new_tokens=3)
-    assert [layer.beside_window for layer in kept.layers] == [True, False, True]
+    assert [layer.beyond_window for layer in kept.layers] == [True, False, True]
     for layer, selection in zip((0, 2), selections, strict=True):
         heads = [[i for i in row if i >= 0] for row in selection.indices[0].tolist()]
         assert [positions(mask) for mask in kept.layers[layer].masks] == heads

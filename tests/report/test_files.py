@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from report.pages import HEADS, KEPT, bitmap, evaluation
 from studies.synthetic import op_result
 from token_sparse_attention.errors import UsageError
-from token_sparse_attention.evaluation.record import save_results, to_line
+from token_sparse_attention.evaluation.record import save_results
+from token_sparse_attention.records import encode
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
 from token_sparse_attention.report.load import load
 
@@ -36,7 +37,7 @@ def test_kinds_are_told_by_content(folder):
 
 def test_unfinished_evaluations_are_read(folder):
     path = folder / "eval.jsonl"
-    path.write_text(to_line(evaluation().header), encoding="utf-8")
+    path.write_text(encode(evaluation().header) + "\n", encoding="utf-8")
     assert load([path]).evaluations[0][1].samples == ()
     save_results(path, evaluation())
     path.write_bytes(path.read_bytes()[:-20])
@@ -59,10 +60,10 @@ def test_files_of_one_name_go_by_their_paths(folder):
         ('{"drop_mass": 0.1}', "must be a result of"),
         ("\x00\xff", "must be a result of"),
         ("[" * 100_000, "must be a result of"),
-        ('{"records": []}', "must be an object with"),
-        ('{"configurations": {}}', "must begin with the header|line 1 has missing"),
-        ('{"configurations": {}}\n{}', "line 1 has missing"),
-        ('{"tokens": []}', "missing or unknown entries"),
+        ('{"records": []}', "must have version 1, got None"),
+        ('{"configurations": {}}', "must begin with the header"),
+        ('{"configurations": {}}\n{}', "line 1 must have version 1"),
+        ('{"tokens": []}', "must have version 1"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path, content, message):
@@ -85,8 +86,8 @@ def test_captures_survive_the_file():
 def test_captures_without_far_tokens_are_read_too():
     content = json.loads(KEPT.to_json())
     for layer in content["layers"]:
-        del layer["beside_window"]
-    assert not any(layer.beside_window for layer in KeptText.from_dict(content, "file").layers)
+        del layer["beyond_window"]
+    assert not any(layer.beyond_window for layer in KeptText.from_dict(content, "file").layers)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
@@ -103,14 +104,14 @@ def change(**entries):
     ("content", "message"),
     [
         (change(version=2), "must have version 1, got 2"),
-        (change(tokens=[]), "tokens must be one or more strings"),
-        (change(tokens=[1]), "tokens must be one or more strings"),
-        (change(tokens="text"), "tokens must be list"),
-        (change(extra=1), "missing or unknown entries: extra"),
-        (change(layers=[3]), r"layers\[0\] must be an object"),
+        (change(tokens=[]), "tokens must be array of length >= 1"),
+        (change(tokens=[1]), r"tokens\[0\] must be str, got 1"),
+        (change(tokens="text"), "tokens must be array"),
+        (change(extra=1), "unknown entry 'extra'"),
+        (change(layers=[3]), r"layers\[0\] must be object, got 3"),
         (change(layers=[{"masks": [], "dense_reason": None}]), "either masks or a dense_reason"),
         (change(layers=[{"masks": ["!"], "dense_reason": None}]), r"masks\[0\] is not base64"),
-        (change(layers=[{"masks": [7], "dense_reason": None}]), r"masks\[0\] is not base64"),
+        (change(layers=[{"masks": [7], "dense_reason": None}]), r"masks\[0\] must be str, got 7"),
         (change(layers=[{"masks": [bitmap({1}, 17)], "dense_reason": None}]), "each of 10 tokens"),
         (change(layers=[{"masks": [bitmap({12}, 16)], "dense_reason": None}]), "of 10 tokens"),
     ],

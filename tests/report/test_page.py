@@ -7,16 +7,28 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 
 import pytest
 
 from evaluation.results import SPARSE
-from report.pages import HOSTILE, KEPT, TOKENS, Page, all_inputs, evaluation, texts
+from report.pages import (
+    HOSTILE,
+    KEPT,
+    TOKENS,
+    Page,
+    all_inputs,
+    evaluation,
+    inputs_of,
+    texts,
+)
+from report.test_charts import intervals_of, markers_of
 from studies.synthetic import op_result
 from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.benchmark.runs import Run
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.summary import summarise
-from token_sparse_attention.report.accuracy import mean_shares
+from token_sparse_attention.report.accuracy import accuracy, mean_shares
 from token_sparse_attention.report.load import Inputs
 from token_sparse_attention.report.page import build_page
 
@@ -52,9 +64,11 @@ def table(page: Page, caption: str) -> list[list[str]]:
 
 def test_nothing_is_loaded_and_only_its_own_script_may_run(html, page):
     for name, attributes, _ in page.elements:
-        assert not {"src", "srcset", "action", "data", "style"} & set(attributes), name
-        assert name not in {"img", "link", "iframe", "object", "embed", "base", "image", "use"}
+        assert not {"src", "srcset", "action", "data"} & set(attributes), name
+        assert name not in {"img", "link", "iframe", "object", "embed", "base", "image"}
         assert attributes.get("href", "#").startswith("#")
+        assert "url" not in attributes.get("style", "")
+        assert attributes.get("clip-path", "url(#").startswith("url(#")
         assert not [key for key in attributes if key.startswith("on")]
     style = "".join(texts(page, "style"))
     assert "url(" not in style
@@ -77,17 +91,41 @@ def test_hostile_texts_come_out_as_they_went_in(page):
     assert "Times: <i>op</i>" in texts(page, "h2")
 
 
+@pytest.mark.parametrize(
+    "text", [HOSTILE, "{{ 7 * 7 }}{% raw %}", "$\\frac{$ _x", "\x00\ud800\n配置"]
+)
+def test_no_text_changes_what_the_page_is_made_of(text):
+    """Texts of every kind stand where harmless ones do, and are no elements or attributes."""
+    page, harmless = (Page(build_page(inputs_of(of), title=of)) for of in (text, "harmless"))
+    for (name, attributes, _), (wanted, others, _) in zip(
+        page.elements, harmless.elements, strict=True
+    ):
+        assert name == wanted
+        assert attributes.keys() == others.keys()
+    assert texts(page, "h1") == [text]
+    assert texts(page, "a") == [link.replace("harmless", text) for link in texts(harmless, "a")]
+    assert table(page, "Layers that ran dense")[1] == ["0", text]
+    assert set(table(page, "Sources")[1][3:]) == {text[:12], f"{text} {text}"}
+
+
+def test_what_a_page_needs_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UsageError, match=r"pip install 'token-sparse-attention\[report\]'"):
+        build_page(all_inputs())
+
+
 def test_the_same_inputs_give_the_same_page(html):
     assert build_page(all_inputs(), title=f"About {HOSTILE}") == html
 
 
-def test_every_section_is_linked_and_every_drawing_described(page):
+def test_every_section_is_linked_and_every_chart_described(page):
     targets = {attributes["href"] for attributes, _ in page.find("a")}
     assert targets == {f"#{attributes['id']}" for attributes, _ in page.find("h2")}
-    drawings = page.find("svg")
-    assert len(drawings) == 4 + 2 + 1  # scatters, heat maps, the capture's
-    for attributes, _ in drawings:
+    charts = page.find("svg")
+    assert len(charts) == 4 + 2 + 1  # scatters, heat maps, the capture's
+    for (attributes, _), description in zip(charts, texts(page, "desc"), strict=True):
         assert attributes["role"] == "img"
+        assert attributes["aria-label"].endswith(f". {description}")
         assert len(attributes["aria-label"]) > 20
     ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -108,18 +146,19 @@ def test_accuracy_table_holds_the_summary(page):
             assert high == pytest.approx(row.difference_high, abs=6e-4)
 
 
-def test_intervals_are_drawn_from_the_dense_accuracy():
-    page = Page(build_page(Inputs((("e", evaluation()),), (), ())))
-    row = next(r for r in summarise(evaluation()) if r.length == 2048 and r.difference is not None)
-    # The third chart is the longer length's first. There dense scores 1, sparse 0.5.
-    dense = float(page.find("circle")[2][0]["cy"])
-    corners = page.find("polygon")[2][0]["points"].split()
-    sparse = sum(float(corner.split(",")[1]) for corner in corners) / len(corners)
-    interval = page.find("line", **{"class": "interval s1"})[2][0]
-    low, high = (1 - 0.5 * (float(interval[e]) - dense) / (sparse - dense) for e in ("y1", "y2"))
+def test_charts_plot_the_summary_with_intervals_from_the_dense_accuracy():
+    charts = accuracy(evaluation())["charts"]
+    rows = [r for r in summarise(evaluation()) if r.task is None and r.length is not None]
+    # For each length its cost in work and in seconds; dense stands first.
+    for number, chart in enumerate(charts):
+        length, cost = (100, 2048)[number // 2], ("work", "seconds")[number % 2]
+        chosen = [row for row in rows if row.length == length]
+        assert markers_of(chart) == [(getattr(row, cost), row.score) for row in chosen]
+    row = next(row for row in rows if row.length == 2048 and row.difference is not None)
+    ((low, high),) = intervals_of(charts[2])
     assert row.score == 0.5
-    assert low == pytest.approx(1 + row.difference_low, abs=2e-3)
-    assert high == pytest.approx(min(1 + row.difference_high, 1), abs=2e-3)
+    assert low == (row.work, 1 + row.difference_low)
+    assert high == (row.work, min(1 + row.difference_high, 1))
 
 
 def test_mean_shares_take_dense_prompts_and_shared_budgets_for_all_heads():
@@ -153,7 +192,7 @@ def test_unscored_results_say_so():
     inputs = Inputs((("e", dataclasses.replace(results, samples=samples)),), (), ())
     page = Page(build_page(inputs))
     assert "2K tokens: nothing has a score yet." in texts(page, "p")
-    assert not page.find("polygon")
+    assert not page.find("svg", role="img")[2:]  # the heat maps
 
 
 def test_times_are_a_table_beside_dense_attentions(page):
@@ -163,6 +202,8 @@ def test_times_are_a_table_beside_dense_attentions(page):
     assert (shown["ours/whole"]["tokens"], shown["ours/whole"]["setting"]) == ("128K", "50% kept")
     assert (shown["dense/fa4"]["ms"], shown["ours/whole"]["ms"]) == ("217", "56")
     assert shown["ours/whole"]["dense / this"] == "3.88x"
+    shape = "Batch 1, 32 heads, 8 KV heads, head size 128, bfloat16."
+    assert texts(page, "p").count(shape) == 1
 
 
 def test_a_failed_check_shows_no_time():
@@ -193,9 +234,9 @@ def test_kept_shares_without_selected_queries_are_called_what_they_are():
     for page, count in ((before, 0), (after, 1)):
         captions = [text for text in texts(page, "figcaption") if "samples" in text]
         assert captions
-        beside = "; what every query sees besides its window)"
-        assert {text.endswith(beside) for text in captions} == {count == 1}
-        assert sum("In layers that select no queries" in p for p in texts(page, "p")) == count
+        beyond = "; keys beyond the sliding window)"
+        assert {text.endswith(beyond) for text in captions} == {count == 1}
+        assert sum("In layers that drop no query" in p for p in texts(page, "p")) == count
 
 
 def test_without_captures_there_is_no_script():
@@ -211,9 +252,7 @@ def test_capture_lists_kept_shares_and_reasons(page):
         ["2", "55.0%", "10.0%", "100.0%"],
     ]
     captions = texts(page, "figcaption")
-    assert (
-        "this prompt (10 tokens; layers 2: what every query sees besides its window)" in captions
-    )
-    assert sum("In layers that select no queries" in text for text in texts(page, "p")) == 1
+    assert "this prompt (10 tokens; layers 2: keys beyond the sliding window)" in captions
+    assert sum("In layers that drop no query" in text for text in texts(page, "p")) == 1
     assert table(page, "Layers that ran dense")[1:] == [["0", "too short & dense"]]
     assert KEPT.layers[2].kept() == [1, 10]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from token_sparse_attention.records import convert, parse, read_text
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
@@ -17,12 +18,16 @@ class Needle:
     """A fact hidden in the demo document, and the question that asks for it.
 
     Attributes:
+        key: what the fact is about.
+        value: what it says of that.
         line: the fact as it stands in the document.
         depth: where it stands, as a share of the document.
         question: asks for the fact.
         answer: must be in the reply.
     """
 
+    key: str
+    value: str
     line: str
     depth: float
     question: str
@@ -31,8 +36,5 @@ class Needle:
 
 def demo_needles() -> list[Needle]:
     """Return the facts hidden in the demo document, in order."""
-    listed = json.loads(DEMO_NEEDLES.read_text(encoding="utf-8"))
-    return [
-        Needle(entry["line"], entry["depth"], entry["question"], entry["answer"])
-        for entry in listed
-    ]
+    content = parse(str(DEMO_NEEDLES), read_text(DEMO_NEEDLES))
+    return convert(content, list[Needle], str(DEMO_NEEDLES))

@@ -199,7 +199,7 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "--plot needs matplotlib: pip install 'token-sparse-attention[bench]'"
+            "--plot needs matplotlib: pip install 'token-sparse-attention[report]'"
         ) from error
 
 

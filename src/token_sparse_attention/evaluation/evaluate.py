@@ -23,7 +23,6 @@ from token_sparse_attention.evaluation.record import (
     Key,
     SampleResult,
     open_results,
-    to_line,
 )
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration, settings_dicts
@@ -220,8 +219,7 @@ def evaluate(
     with file, closing(arriving):
         for sample, name, reply in arriving:
             result = _result(sample, name, reply, scorer)
-            file.write(to_line(result))
-            file.flush()
+            file.write(result)
             results.append(result)
     tell("done")
     return EvalResults(header, tuple(results))

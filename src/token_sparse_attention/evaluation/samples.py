@@ -5,19 +5,22 @@ They travel in a file of their own, because the machine that generates need not 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from token_sparse_attention.errors import UsageError
-from token_sparse_attention.evaluation.record import check_entries
+from token_sparse_attention.records import (
+    JsonFile,
+    convert,
+    encode,
+    parse_object,
+    read_lines,
+    save_lines,
+)
 
-SCHEMA_VERSION = 1
 _SLICE = "prompt_slice"
 _SHORTEST_SLICE = 200  # characters; shorter texts are not worth a reference
 
@@ -72,8 +75,8 @@ def pack_doc(doc: Mapping[str, Any], prompt: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class SampleSet:
-    """Samples, and where they come from.
+class SampleHeader(JsonFile):
+    """Where samples come from.
 
     Attributes:
         lm_eval: version of lm-eval that made them.
@@ -83,8 +86,6 @@ class SampleSet:
         lengths: what was asked for.
         limit: samples per task and length, at most.
         tasks: task -> its version.
-        samples: shortest lengths first.
-        version: of this format.
     """
 
     lm_eval: str
@@ -94,14 +95,23 @@ class SampleSet:
     lengths: list[int]
     limit: int
     tasks: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SampleSet(SampleHeader):
+    """Samples, and where they come from, as in `SampleHeader`.
+
+    Attributes:
+        samples: shortest lengths first.
+    """
+
     samples: Sequence[Sample] = field(repr=False)
-    version: int = SCHEMA_VERSION
 
     def digest(self) -> str:
         """Return a hash of all content, by which a result names the samples it is about."""
         hashed = hashlib.sha256()
         for line in self._lines():
-            hashed.update(line)
+            hashed.update(line.encode() + b"\n")
         return hashed.hexdigest()
 
     def save(self, path: Path) -> None:
@@ -110,21 +120,13 @@ class SampleSet:
         Raises:
             UsageError: if it cannot be written.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                path.open("wb") as raw,
-                gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file,
-            ):
-                for line in self._lines():
-                    file.write(line)
-        except OSError as error:
-            raise UsageError(f"--samples {path} cannot be written: {error}") from error
+        save_lines(path, self._lines(), f"--samples {path}", pack=True)
 
-    def _lines(self) -> list[bytes]:
-        header = {name: getattr(self, name) for name in _HEADER_KINDS}
-        entries = [header, *(vars(sample) for sample in self.samples)]
-        return [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries]
+    def _lines(self) -> Iterator[str]:
+        header = self.to_dict()
+        samples = header.pop("samples")
+        yield encode(header)
+        yield from map(encode, samples)
 
     @classmethod
     def load(cls, path: Path) -> SampleSet:
@@ -133,45 +135,11 @@ class SampleSet:
         Raises:
             UsageError: if it cannot be read or is none; the message names the line.
         """
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                entries = [json.loads(line) for line in file]
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise UsageError(f"--samples {path} cannot be read: {error}") from error
-        if not entries:
+        lines = read_lines(path, f"--samples {path}")
+        where, line = next(lines, ("", None))
+        if line is None:
             raise UsageError(f"--samples {path} must begin with a header, but is empty")
-        header, *rest = (_checked(entry, path, number) for number, entry in enumerate(entries, 1))
-        return cls(samples=[Sample(**entry) for entry in rest], **header)
-
-
-_HEADER_KINDS: dict[str, tuple[type, ...]] = {
-    "version": (int,),
-    "lm_eval": (str,),
-    "tokenizer": (str,),
-    "chat_template": (bool,),
-    "seed": (int,),
-    "lengths": (list,),
-    "limit": (int,),
-    "tasks": (dict,),
-}
-_SAMPLE_KINDS: dict[str, tuple[type, ...]] = {
-    "task": (str,),
-    "length": (int,),
-    "index": (int,),
-    "prompt": (str,),
-    "until": (list,),
-    "max_new_tokens": (int,),
-    "doc": (dict,),
-}
-
-
-def _checked(entry: Any, path: Path, number: int) -> dict[str, Any]:
-    where = f"--samples {path}, line {number}"
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where} must be a JSON object, got {type(entry).__name__}")
-    if number == 1 and entry.get("version") != SCHEMA_VERSION:
-        raise UsageError(
-            f"{where}: version must be {SCHEMA_VERSION}, got {entry.get('version')!r}"
-        )
-    check_entries(entry, _HEADER_KINDS if number == 1 else _SAMPLE_KINDS, where)
-    return entry
+        header = SampleHeader.from_dict(parse_object(where, line), where)
+        entries = {entry.name: getattr(header, entry.name) for entry in fields(header)}
+        samples = [convert(parse_object(where, text), Sample, where) for where, text in lines]
+        return cls(**entries, samples=samples)

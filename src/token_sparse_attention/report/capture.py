@@ -145,8 +145,8 @@ def _layer(record: LayerRecord, mask: Tensor | None) -> KeptLayer:
     if mask is None:
         return KeptLayer((), str(record.reasons[0]))
     selected = record.selection
-    beside_window = selected is not None and not selected.config.select_queries
-    return KeptLayer(tuple(_bitmap(row) for row in mask), None, beside_window)
+    beyond_window = selected is not None and not selected.config.select_queries
+    return KeptLayer(tuple(_bitmap(row) for row in mask), None, beyond_window)
 
 
 def _bitmap(row: Tensor) -> str:

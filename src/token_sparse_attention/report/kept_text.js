@@ -1,6 +1,6 @@
 "use strict";
-// Marks in a prompt which tokens a layer's heads kept. Neighbours that look alike share one
-// element, so that long prompts stay quick.
+// Marks which tokens of a prompt a layer's heads kept. Neighbours of one level share one element,
+// so that long prompts stay fast.
 for (const viewer of document.querySelectorAll(".kept-text")) {
   const { tokens, layers } = JSON.parse(document.getElementById(viewer.dataset.source).textContent);
   const [layerBox, headBox, status, prompt] = [".layer", ".head", ".status", ".prompt"].map(
@@ -18,9 +18,9 @@ for (const viewer of document.querySelectorAll(".kept-text")) {
   }
 
   function show() {
-    const { masks, denseReason, besideWindow } = layers[layerBox.value];
+    const { masks, dense_reason: reason, beyond_window: beyond } = layers[layerBox.value];
     const head = Number(headBox.value);
-    headBox.disabled = denseReason !== null;
+    headBox.disabled = reason !== null;
     const chosen = head < 0 ? masks : masks.slice(head, head + 1);
     const levels = chosen.length ? levelsOf(chosen) : new Uint16Array(tokens.length).fill(LEVELS);
     const content = document.createDocumentFragment();
@@ -28,7 +28,7 @@ for (const viewer of document.querySelectorAll(".kept-text")) {
     for (let start = 0, end; start < tokens.length; start = end) {
       for (end = start + 1; end < tokens.length && levels[end] === levels[start]; end++);
       const run = document.createElement(levels[start] ? "mark" : "span");
-      run.className = "h" + (denseReason === null ? levels[start] : "");
+      run.className = "h" + (reason === null ? levels[start] : "");
       run.textContent = tokens.slice(start, end).join("");
       content.append(run);
       if (levels[start]) kept += end - start;
@@ -36,14 +36,14 @@ for (const viewer of document.querySelectorAll(".kept-text")) {
     prompt.replaceChildren(content);
     const by = head < 0 ? "at least one head" : "head " + head;
     const share = ((100 * kept) / tokens.length).toFixed(1);
-    const verb = besideWindow ? "seen besides their windows by every query of" : "kept by";
+    const verb = beyond ? "attended to beyond the sliding window by every query of" : "kept by";
     status.textContent =
-      denseReason === null
+      reason === null
         ? `${kept.toLocaleString("en")} of ${tokens.length.toLocaleString("en")} tokens (${share}%) ${verb} ${by}.`
-        : `This layer ran dense, over all tokens: ${denseReason}.`;
+        : `This layer ran dense, over all tokens: ${reason}.`;
   }
 
-  const sparse = layers.findIndex((layer) => layer.denseReason === null);
+  const sparse = layers.findIndex((layer) => layer.dense_reason === null);
   layerBox.value = Math.max(sparse, 0);
   headBox.value = -1;
   layerBox.addEventListener("change", show);

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import EvalResults, load_results
+from token_sparse_attention.records import parse_object, read_lines, read_text
 from token_sparse_attention.report.kept_text import KeptText
 
 
@@ -38,16 +39,11 @@ def load(paths: Sequence[Path]) -> Inputs:
     """
     evaluations, captures, runs = [], [], []
     for path, name in zip(paths, _names(paths)):
-        try:
-            text = path.read_bytes().decode("utf-8", errors="replace")
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
-        # A whole file is one object, or else each of its lines is, the first being a header.
-        content = _object(text) or _object(text.partition("\n")[0]) or {}
+        content = _first_object(path)
         if "configurations" in content:
             evaluations.append((name, load_results(path)))
         elif "records" in content:
-            runs.append(Run(name, ResultFile.from_json(text, str(path))))
+            runs.append(Run(name, ResultFile.from_dict(content, str(path))))
         elif "tokens" in content:
             captures.append((name, KeptText.from_dict(content, str(path))))
         else:
@@ -55,12 +51,15 @@ def load(paths: Sequence[Path]) -> Inputs:
     return Inputs(tuple(evaluations), tuple(captures), tuple(runs))
 
 
-def _object(text: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+def _first_object(path: Path) -> dict[str, Any]:
+    """Return what a file holds: one object, or the first of several lines."""
+    _, first = next(read_lines(path), ("", ""))
+    with suppress(UsageError):
+        return parse_object(str(path), first)
+    text = read_text(path)
+    with suppress(UsageError):
+        return parse_object(str(path), text)
+    return {}
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -147,7 +147,7 @@ def test_figures_name_what_they_need(monkeypatch):
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(UsageError, match=r"token-sparse-attention\[bench\]"):
+    with pytest.raises(UsageError, match=r"token-sparse-attention\[report\]"):
         draw(runs())
 
 
