@@ -91,6 +91,8 @@ class SparseConfig:
     """
 
     method: ClassVar[str] = ""
+    calibrated_field: ClassVar[str] = ""  # which `tsa calibrate` chooses per layer
+    calibrated_values: ClassVar[tuple[float, ...]] = ()  # that it tries
     dense_queries: int = 128
     dense_heads: tuple[int, ...] = ()
     crossover: str = "auto"
@@ -170,6 +172,8 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
         (1, 3)
     """
 
+    calibrated_field: ClassVar[str] = "num_samples"
+    calibrated_values: ClassVar[tuple[float, ...]] = (1024, 4096, 16384)
     num_probes: int = 128
     sliding_window: int = 2048
     sink_size: int = 4
@@ -221,6 +225,8 @@ class TokenSelectionConfig(SparseConfig, method="token_selection"):
         (0.005, 128)
     """
 
+    calibrated_field: ClassVar[str] = "drop_mass"
+    calibrated_values: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4)
     drop_mass: float = 0.005
     observation_window: int = 128
     pool_size: int = 7

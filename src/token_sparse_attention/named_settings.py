@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from pathlib import Path
 
 from token_sparse_attention.attention.patterns import PATTERNS
-from token_sparse_attention.config import (
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig, TokenSelectionConfig
+from token_sparse_attention.errors import UsageError
+from token_sparse_attention.profile import (
     PROFILE_FILE,
     LayerProfile,
-    TokenSparseConfig,
     load_config,
+    settings_from_json,
 )
-from token_sparse_attention.errors import UsageError
 
 PROFILES = Path(__file__).parent / "evaluation" / "profiles"  # the paper's layers of two models
 LEADING_PATTERN = re.compile(rf"({'|'.join(PATTERNS)})(?:$|:|\+)")  # that a value begins with
-Settings = TokenSparseConfig | LayerProfile
+Settings = SparseConfig | LayerProfile
 
 
 def keywords() -> list[str]:
@@ -45,11 +45,11 @@ def read_settings(value: str, model: str, given: str | None = None) -> Settings:
 
 def _settings(value: str, model: str) -> Settings:
     if value.startswith("{"):
-        return _parse(value)
+        return settings_from_json(value, "it")
     if value == "default":
-        return TokenSparseConfig()
+        return KVSamplingConfig()
     if value == "published":
-        return TokenSparseConfig.published()
+        return TokenSelectionConfig()
     if value == "profile":
         path = Path(model) / PROFILE_FILE
         if not path.is_file():
@@ -64,11 +64,3 @@ def _settings(value: str, model: str) -> Settings:
             hint = "; a block-sparse pattern holds no settings of token sparsity"
         raise ValueError(f"there is no file {value!r}{hint}")
     return load_config(value)
-
-
-def _parse(text: str) -> Settings:
-    try:
-        is_profile = "version" in json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not valid JSON: {error}") from error
-    return LayerProfile.from_json(text) if is_profile else TokenSparseConfig.from_json(text)

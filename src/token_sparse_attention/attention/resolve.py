@@ -107,3 +107,21 @@ def check_backend(backend: str) -> None:
         raise ValueError(
             f"attention_backend must be one of {', '.join(BACKENDS)}; got {backend!r}"
         )
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, backend: str = "auto"
+) -> Tensor:
+    """Causal attention of every query over every key, aligned at the end.
+
+    Args:
+        query: ``[B, H, S_q, D]``.
+        key: ``[B, H_kv, S_kv, D]``, ``S_kv >= S_q``.
+        value: ``[B, H_kv, S_kv, D]``.
+        scale: factor of the logits.
+        backend: a string form, see `names.parse_backend`.
+
+    Raises:
+        ValueError: if the backend is unknown or cannot run these inputs.
+    """
+    return resolve_backend(backend, query, key).attend(query, key, value, scale=scale).out

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_sparse_attention.attention.far_tokens import far_tokens
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.config import (
+    KVSamplingConfig,
+    SparseConfig,
+    TokenSelectionConfig,
+)
+from token_sparse_attention.impls import resolve_impl
 from token_sparse_attention.inputs import real_tokens
-from token_sparse_attention.selection import TokenSelection, resolve_impl, score_rows
+from token_sparse_attention.methods.sampling import sample
+from token_sparse_attention.results import TokenSelection
+from token_sparse_attention.scoring import score_keys
 
 _ROWS = 16  # sampled queries of each sampled head
 _FLOOR = 1e-5  # what adding up many float32 products may cost
@@ -97,69 +104,81 @@ def check_sparse(
     inputs: Inputs,
     out: Tensor,
     selection: TokenSelection,
-    config: TokenSparseConfig,
+    config: SparseConfig,
     *,
     reference_error: float,
-    kept: float | None = None,
 ) -> Verdict:
-    """Check sparse attention for the selection that was made, and with `kept` the selection.
+    """Check sparse attention for what was chosen, and with a ``keep_ratio`` the choice.
 
     Args:
         inputs: what was attended over.
         out: ``[1, H, S, D]``.
-        selection: what was selected.
-        config: the settings.
+        selection: what was chosen.
+        config: the settings, of one of the two methods.
         reference_error: `dense_error` of the dense kernel; twice this, and rounding, is allowed.
-        kept: the share that was to be kept.
     """
     bound = 2 * reference_error + inputs.eps / 2
+    ratio = config.keep_ratio if isinstance(config, TokenSelectionConfig) else None
     if not bool(selection.ran_sparse[0]):
-        problems = [] if kept is None else ["ran dense, kept was given"]
+        problems = [] if ratio is None else ["ran dense, keep_ratio was given"]
         return judge(dense_error(inputs, out), bound, problems)
     problems, errors = [], []
-    num_slots = inputs.key.shape[2]
-    slots = torch.arange(num_slots, device=out.device)
+    slots = torch.arange(inputs.key.shape[2], device=out.device)
     for head in sorted({*_sampled_heads(inputs), *config.dense_heads[:1]}):
         chosen = selection.indices[0, head, : int(selection.lengths[0, head])].long()
         if not bool((chosen.diff() > 0).all()):
             problems.append(f"head {head}: slots do not ascend")
-        if head in config.dense_heads:
-            positions = _sample(slots)
-            exact = exact_rows(inputs, head, positions, slots)
+        checks = [(slots, slots, None)]
+        if head not in config.dense_heads:
+            checks = list(_sparse_checks(inputs, head, chosen, config))
+        for queries, keys, near in checks:
+            if not len(queries):
+                continue
+            if keys is None:
+                if bool(out[0, head, queries].any()):
+                    problems.append(f"head {head}: dropped queries are not zero")
+                continue
+            positions = _sample(queries)
+            exact = exact_rows(inputs, head, positions, keys, near)
             errors.append(row_error(out[0, head, positions], exact))
-            continue
-        dropped = torch.ones(num_slots, dtype=torch.bool, device=out.device)
-        if config.dense_queries:
-            positions = _sample(slots[-config.dense_queries :])
-            exact = exact_rows(inputs, head, positions, slots)
-            errors.append(row_error(out[0, head, positions], exact))
-            dropped[-config.dense_queries :] = False
-        rows = chosen[chosen < num_slots - config.dense_queries]
-        if config.select_queries and len(rows):
-            positions = _sample(rows)
-            exact = exact_rows(inputs, head, positions, chosen)
-            errors.append(row_error(out[0, head, positions], exact))
-            dropped[chosen] = False
-        rest = dropped.nonzero()[:, 0]
-        if len(rest) and config.fallback == "window":
-            positions = _sample(rest)
-            exact = exact_rows(inputs, head, positions, slots, _near(inputs, head, config))
-            errors.append(row_error(out[0, head, positions], exact))
-        elif len(rest) and bool(out[0, head, rest].any()):
-            problems.append(f"head {head}: dropped rows are not zero")
-        if kept is not None:
-            problems += _selection_problems(inputs, head, chosen, config, kept)
+        if ratio is not None and isinstance(config, TokenSelectionConfig):
+            problems += _selection_problems(inputs, head, chosen, config, ratio)
     return judge(max(errors), bound, problems)
 
 
+def _sparse_checks(
+    inputs: Inputs, head: int, chosen: Tensor, config: SparseConfig
+) -> Iterator[tuple[Tensor, Tensor | None, _Near | None]]:
+    """Yield queries of a head, the keys that they attend to (None: zeros), and their window."""
+    num_slots = inputs.key.shape[2]
+    slots = torch.arange(num_slots, device=chosen.device)
+    last = max(num_slots - config.dense_queries, 0)
+    yield slots[last:], slots, None
+    if isinstance(config, KVSamplingConfig):
+        weights = _sampled_weights(inputs, head, config)
+        yield slots[:last], slots, _Near(config.sliding_window, weights)
+    elif isinstance(config, TokenSelectionConfig):
+        yield chosen[chosen < last], chosen, None
+        dropped = torch.ones(num_slots, dtype=torch.bool, device=chosen.device)
+        dropped[chosen] = False
+        dropped[last:] = False
+        rest = dropped.nonzero()[:, 0]
+        unseen = torch.zeros(num_slots, dtype=torch.float64, device=chosen.device)
+        windowed = config.fallback == "window"
+        near = _Near(config.sliding_window, unseen) if windowed else None
+        yield rest, slots if windowed else None, near
+
+
 def _selection_problems(
-    inputs: Inputs, head: int, chosen: Tensor, config: TokenSparseConfig, kept: float
+    inputs: Inputs, head: int, chosen: Tensor, config: TokenSelectionConfig, ratio: float
 ) -> list[str]:
-    num_slots, window_size = inputs.key.shape[2], config.window_size
-    num_scored = num_slots - window_size
-    count = min(max(round(kept * num_slots) - window_size, 0), num_scored)
-    if len(chosen) != count + window_size:
-        return [f"head {head}: keeps {len(chosen)} tokens, not {count + window_size}"]
+    if head in config.dense_heads:
+        return []
+    num_slots, window = inputs.key.shape[2], config.observation_window
+    num_scored = num_slots - window
+    count = min(max(round(ratio * num_slots) - window, 0), num_scored)
+    if len(chosen) != count + window:
+        return [f"head {head}: keeps {len(chosen)} tokens, not {count + window}"]
     smoothed = _exact_scores(inputs, head, config)
     got = float(smoothed[chosen[chosen < num_scored]].sum())
     best = float(smoothed.topk(count).values.sum())
@@ -168,36 +187,34 @@ def _selection_problems(
     return []
 
 
-def _exact_scores(inputs: Inputs, head: int, config: TokenSparseConfig) -> Tensor:
+def _exact_scores(inputs: Inputs, head: int, config: TokenSelectionConfig) -> Tensor:
     """Smoothed scores ``[N]`` of one head in float64."""
-    window_size = config.window_size
-    query = inputs.query[0, head, -window_size:].double()
+    window = config.observation_window
+    query = inputs.query[0, head, -window:].double()
     logits = query @ inputs.key[0, _kv_head(inputs, head)].double().T * inputs.scale
-    future = torch.ones(window_size, window_size, dtype=torch.bool, device=query.device).triu(1)
-    logits[:, -window_size:].masked_fill_(future, -torch.inf)
-    scores = logits.softmax(-1)[:, :-window_size].mean(0)
+    future = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
+    logits[:, -window:].masked_fill_(future, -torch.inf)
+    scores = logits.softmax(-1)[:, :-window].mean(0)
     return F.avg_pool1d(scores[None, None], config.pool_size, 1, config.pool_size // 2)[0, 0]
 
 
 class _Near(NamedTuple):
-    """The fallback's window, and how many tokens each token before it counts for, 0 if unseen."""
+    """A sliding window, and how often each key before it counts, 0 if it is not seen."""
 
     window: int
-    counts: Tensor
+    weights: Tensor
 
 
-def _near(inputs: Inputs, head: int, config: TokenSparseConfig) -> _Near:
-    """What the fallback's queries see, by the operator's own scores."""
+def _sampled_weights(inputs: Inputs, head: int, config: KVSamplingConfig) -> Tensor:
+    """How often keys behind the windows count, by the operator's own scores."""
     query, key, _ = inputs
     impl = resolve_impl("auto", query, query.shape[-1])
     tokens = real_tokens(None, 1, key.shape[2], query.device, on_device=impl == "triton")
-    scores = score_rows(query, key, config, tokens, inputs.scale, impl)
-    far = far_tokens(scores, config, tokens, impl)
-    counts = torch.zeros(key.shape[2] + 1, dtype=torch.float64, device=key.device)
-    if far is not None:
-        own = 1.0 if far.counts is None else far.counts[0, head].double()
-        counts[far.slots[0, head]] = own
-    return _Near(config.fallback_window, counts[:-1])
+    scores = score_keys(query, key, config.num_probes, tokens, inputs.scale, impl)
+    sampled, _ = sample(scores, config, tokens, impl)
+    weights = torch.zeros(key.shape[2] + 1, dtype=torch.float64, device=key.device)
+    weights[sampled.slots[0, head].long()] = sampled.weights[0, head].double()
+    return weights[:-1]
 
 
 def exact_rows(
@@ -209,14 +226,14 @@ def exact_rows(
 ) -> Tensor:
     """Rows ``[R, D]`` of one head in float64: queries at `positions`, keys at `slots`.
 
-    With `near`, the slots are all, and each query sees its window and what counts before it.
+    With `near`, the slots are all, and each query sees its window and the weighted keys before it.
     """
     kv_head = _kv_head(inputs, head)
     key, value = (tensor[0, kv_head, slots].double() for tensor in (inputs.key, inputs.value))
     logits = inputs.query[0, head, positions].double() @ key.T * inputs.scale
     if near is not None:
         before = slots <= positions[:, None] - near.window
-        logits += torch.where(before, near.counts.log(), 0.0)
+        logits += torch.where(before, near.weights.log(), 0.0)
     return logits.masked_fill(slots > positions[:, None], -torch.inf).softmax(-1) @ value
 
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from token_sparse_attention.attention.backends import BACKENDS
-from token_sparse_attention.attention.dense import causal_attention
+from token_sparse_attention.attention.names import BACKENDS
+from token_sparse_attention.attention.resolve import causal_attention
 from token_sparse_attention.benchmark.checks import Inputs
 from token_sparse_attention.benchmark.timing import Call
-from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.selection import TokenSelection
+from token_sparse_attention.config import TokenSelectionConfig
+from token_sparse_attention.results import TokenSelection
 
 DENSE = (*(name for name in BACKENDS if name != "auto"), "flex")
 _HEADS_AT_ONCE = 4  # keeps the window's float32 probabilities small
@@ -42,25 +42,25 @@ def _flex_call(inputs: Inputs) -> Call:
 
 
 def eager_composition(
-    inputs: Inputs, config: TokenSparseConfig, kept: float
+    inputs: Inputs, config: TokenSelectionConfig, keep_ratio: float
 ) -> tuple[Tensor, TokenSelection]:
     """Run the method as one would first write it: PyTorch operations and FlashAttention-2.
 
     The budget is computed and read on the host, as the count for ``topk`` must be, and then
-    `kept` decides.
+    `keep_ratio` decides.
 
     Returns:
         The output ``[1, H, S, D]`` and the selection.
     """
-    query, num_slots, window_size = inputs.query, inputs.key.shape[2], config.window_size
+    query, num_slots, window_size = inputs.query, inputs.key.shape[2], config.observation_window
     group = query.shape[1] // inputs.key.shape[1]
     key = inputs.key.repeat_interleave(group, dim=1)
     value = inputs.value.repeat_interleave(group, dim=1)
 
     scores = _window_scores(query, key, window_size, inputs.scale)
     smoothed = F.avg_pool1d(scores, config.pool_size, stride=1, padding=config.pool_size // 2)
-    _budget(smoothed, config)  # for its time: `kept` decides
-    count = min(max(round(kept * num_slots) - window_size, 0), smoothed.shape[-1])
+    _budget(smoothed, config)  # for its time: `keep_ratio` decides
+    count = min(max(round(keep_ratio * num_slots) - window_size, 0), smoothed.shape[-1])
     top = smoothed.topk(count, dim=-1).indices.sort(-1).values
     window = torch.arange(num_slots - window_size, num_slots, device=query.device)
     indices = torch.cat([top, window.expand(*top.shape[:2], -1)], dim=-1)
@@ -74,10 +74,10 @@ def eager_composition(
     return out, TokenSelection(indices, lengths, torch.ones_like(lengths[:, 0], dtype=torch.bool))
 
 
-def _budget(smoothed: Tensor, config: TokenSparseConfig) -> int:
+def _budget(smoothed: Tensor, config: TokenSelectionConfig) -> int:
     mass = smoothed.mean(1)
     mass = mass / (mass.sum(-1, keepdim=True) + 1e-8)
-    below = int((mass.sort(-1).values.cumsum(-1) < (config.drop_mass or 0.0)).sum())
+    below = int((mass.sort(-1).values.cumsum(-1) < config.drop_mass).sum())
     return max(config.min_tokens, smoothed.shape[-1] - (below + 1))
 
 

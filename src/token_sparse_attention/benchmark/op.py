@@ -10,16 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.dense import causal_attention, varlen_causal_attention
+from token_sparse_attention.attention.backend import PackedHeads
+from token_sparse_attention.attention.resolve import causal_attention, resolve_backend
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
 from token_sparse_attention.benchmark.contenders import DENSE, dense_call, eager_composition
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.compression import compress, decompress
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig, TokenSelectionConfig
 from token_sparse_attention.errors import UsageError
+from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
-from token_sparse_attention.selection import score_tokens, select_tokens
+from token_sparse_attention.inputs import AuxRequest
+from token_sparse_attention.methods.selection import select_tokens
+from token_sparse_attention.scoring import score_tokens
 
 LENGTHS = tuple(2**power for power in range(12, 19))
 CROSSOVER_LENGTHS = tuple(2**power for power in range(10, 19))
@@ -30,7 +34,9 @@ _FULL_UP_TO = 2**18  # longer points measure one dense kernel and the whole oper
 _LONG_MS = 100.0  # calls so long that the host's part does not matter
 _SLOW_PEERS = ("flash", "flex")
 _NEW_LENGTHS = (1, 37, 101)  # tokens more than a warm length
-_CONFIG = TokenSparseConfig.published()
+_CONFIG = TokenSelectionConfig()
+_SAMPLING = KVSamplingConfig(crossover="off")
+_SELECTION = AuxRequest(selection=True)
 _WINDOWED = replace(_CONFIG, fallback="window")
 
 Report = Callable[[str], object]
@@ -67,8 +73,8 @@ class OpOptions:
         if unknown:
             raise UsageError(f"--backends must be among {', '.join(DENSE)}; got {unknown[0]!r}")
         shortest = min((*self.lengths, *self.crossover_lengths), default=0)
-        if shortest <= _CONFIG.window_size:
-            raise UsageError(f"lengths must exceed {_CONFIG.window_size}, got {shortest}")
+        if shortest <= _CONFIG.observation_window:
+            raise UsageError(f"lengths must exceed {_CONFIG.observation_window}, got {shortest}")
         if not all(0 < kept <= 1 for kept in self.kept) or not self.kept:
             raise UsageError(f"--kept must hold shares in (0, 1], got {self.kept}")
         if not all(0 < mass < 1 for mass in self.drop_mass):
@@ -159,19 +165,22 @@ class Point:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return self.record(name, "skipped", note=reason[:200], **fields)
 
-    def whole(self, config: TokenSparseConfig = _CONFIG, **keywords: Any) -> Callable[..., Any]:
+    def whole(self, config: SparseConfig, **keywords: Any) -> Callable[..., Any]:
         return partial(token_sparse_attention, *self.inputs, config, **keywords)
 
-    def checked_whole(
-        self, name: str, config: TokenSparseConfig, kept: float, **keywords: Any
-    ) -> Contender:
+    def checked_whole(self, name: str, config: SparseConfig, **keywords: Any) -> Contender:
         """Run the whole operator once, check it, and return it for timing."""
-        call = self.whole(config, kept=kept, **keywords)
-        out, selection = call(return_selection=True)
+        call = self.whole(config, **keywords)
+        out, selection, _ = call(return_aux=_SELECTION)
         verdict = checks.check_sparse(
-            self.inputs, out, selection, config, reference_error=self.reference_error, kept=kept
+            self.inputs, out, selection, config, reference_error=self.reference_error
         )
         return Contender(name, call, verdict)
+
+
+def keeping(kept: float) -> TokenSelectionConfig:
+    """Return the paper's settings with a given share of kept tokens."""
+    return replace(_CONFIG, keep_ratio=kept)
 
 
 def _make_inputs(options: OpOptions, seq_len: int) -> Inputs:
@@ -190,18 +199,24 @@ def _measure_length(point: Point, report: Report) -> Iterator[Record]:
     if not full:
         say("whole operator")
         kept = options.main_kept
-        yield from point.timed(point.checked_whole("ours/whole", _CONFIG, kept), kept=kept)
-        yield from point.memory("ours/whole", point.whole(kept=kept), kept=kept)
+        one = point.checked_whole("ours/whole", keeping(kept))
+        yield from point.timed(one, kept=kept)
+        yield from point.memory(one.name, one.call, kept=kept)
         return
+    say("KV sampling")
+    sampling = point.checked_whole("sampling/whole", _SAMPLING)._replace(wall=True)
+    yield from point.timed(sampling)
+    yield from point.memory(sampling.name, sampling.call)
     say("scoring and window")
     query, key, value = point.inputs
-    score = partial(score_tokens, query, key, _CONFIG)
+    score = partial(score_tokens, query, key, _CONFIG.observation_window)
     yield from point.timed(Contender("ours/score", score))
+    backend = resolve_backend("auto", query, key)
     window = partial(
-        causal_attention,
+        backend.attend,
         *(query, key, value),
         scale=point.inputs.scale,
-        window=_CONFIG.fallback_window,
+        window=_CONFIG.sliding_window,
     )
     yield from point.timed(Contender("ours/window", window))
     scores = score()
@@ -231,11 +246,11 @@ def prefixed(report: Report, seq_len: int) -> Report:
 def _first_calls(point: Point) -> Record:
     """How much longer than a warm call the first call takes at lengths not seen before."""
     options, kept = point.options, point.options.main_kept
-    point.whole(kept=kept)()
+    point.whole(keeping(kept))()
     extra_ms = []
     for more in _NEW_LENGTHS:
         inputs = _make_inputs(options, point.seq_len + more)
-        call = partial(token_sparse_attention, *inputs, _CONFIG, kept=kept)
+        call = partial(token_sparse_attention, *inputs, keeping(kept))
         first = timing.wall_ms(call, options.device)
         warm = sorted(timing.wall_ms(call, options.device) for _ in range(3))[1]
         extra_ms.append(first - warm)
@@ -277,18 +292,15 @@ def _dense_peers(point: Point, say: Report, full: bool) -> Iterator[Record]:
 
 def _stages(point: Point, scores: Tensor, kept: float) -> Iterator[Record]:
     query, key, value = point.inputs
-    selection = select_tokens(scores, _CONFIG, kept=kept)
+    select = partial(select_tokens, scores, keeping(kept))
+    selection = select()
     packed = compress(query, key, value, selection)
-    attend = partial(
-        varlen_causal_attention,
-        *packed[:5],
-        scale=point.inputs.scale,
-        max_seqlen_q=packed.max_seqlen_q,
-        max_seqlen_k=packed.max_seqlen_k,
-    )
-    attended = attend()
+    heads = PackedHeads(range(query.shape[1]), query.shape[1])
+    backend = resolve_backend("auto", query, key)
+    attend = partial(backend.attend_packed, packed, heads, scale=point.inputs.scale)
+    attended = attend().out
     stages: dict[str, Callable[..., Any]] = {
-        "ours/select": partial(select_tokens, scores, _CONFIG, kept=kept),
+        "ours/select": select,
         "ours/gather": partial(compress, query, key, value, selection),
         "ours/attend": attend,
         "ours/scatter": partial(decompress, attended, selection, point.seq_len),
@@ -299,12 +311,13 @@ def _stages(point: Point, scores: Tensor, kept: float) -> Iterator[Record]:
 
 def _whole(point: Point, kept: float) -> Iterator[Record]:
     contenders = [
-        point.checked_whole("ours/whole", _CONFIG, kept)._replace(wall=True),
-        point.checked_whole("ours/whole_window", _WINDOWED, kept),
+        point.checked_whole("ours/whole", keeping(kept))._replace(wall=True),
+        point.checked_whole("ours/whole_window", replace(_WINDOWED, keep_ratio=kept)),
     ]
     if kept == point.options.main_kept:
-        heads = point.options.num_heads
-        contenders.append(point.checked_whole("ours/unchunked", _CONFIG, kept, head_chunk=heads))
+        at_once = Execution(head_chunk=point.options.num_heads)
+        unchunked = point.checked_whole("ours/unchunked", keeping(kept), execution=at_once)
+        contenders.append(unchunked)
     yield from point.timed(*contenders, kept=kept)
     for contender in contenders:
         yield from point.memory(contender.name, contender.call, kept=kept)
@@ -314,9 +327,7 @@ def _eager(point: Point, kept: float) -> Iterator[Record]:
     call = partial(eager_composition, point.inputs, _CONFIG, kept)
     out, selection = call()
     verdict = checks.check_sparse(
-        *(point.inputs, out, selection, _CONFIG),
-        reference_error=point.reference_error,
-        kept=kept,
+        *(point.inputs, out, selection, keeping(kept)), reference_error=point.reference_error
     )
     del out, selection
     contender = Contender("eager/whole", call, verdict, kernel=False, wall=True)
@@ -329,12 +340,12 @@ def _measure_crossover(point: Point, report: Report) -> Iterator[Record]:
     say = prefixed(report, point.seq_len)
     for drop_mass in point.options.drop_mass:
         say(f"crossover, drop_mass {drop_mass:g}")
-        config = TokenSparseConfig.published(drop_mass=drop_mass, crossover="auto")
+        config = TokenSelectionConfig(drop_mass=drop_mass, crossover="auto")
         dense = partial(causal_attention, *point.inputs, scale=point.inputs.scale)
         out = dense()
         verdict = checks.check_dense(point.inputs, out)
         ours = point.whole(config)
-        out, selection = ours(return_selection=True)
+        out, selection, _ = ours(return_aux=_SELECTION)
         ours_verdict = checks.check_sparse(
             *(point.inputs, out, selection, config), reference_error=verdict.allowance
         )

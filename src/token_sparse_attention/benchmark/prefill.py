@@ -19,7 +19,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from token_sparse_attention.benchmark import timing
 from token_sparse_attention.benchmark.checks import Verdict, judge
 from token_sparse_attention.benchmark.record import Record
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.config import (
+    KVSamplingConfig,
+    SparseConfig,
+    TokenSelectionConfig,
+)
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
@@ -34,8 +38,8 @@ class PrefillOptions:
     """What to measure; the model has the shape of Llama-3.1-8B unless told otherwise.
 
     Attributes:
-        kept: shares of the tokens to keep where queries are dropped.
-        samples: numbers of samples where none are, the other settings being the defaults.
+        kept: shares of the tokens to keep by token selection.
+        samples: numbers of samples of KV sampling, the other settings being the defaults.
 
     Raises:
         UsageError: if a field is out of range.
@@ -60,7 +64,7 @@ class PrefillOptions:
                 "--hidden must be a multiple of --heads, and that of --kv-heads; got "
                 f"{self.hidden_size}, {self.num_heads} and {self.num_kv_heads}"
             )
-        shortest = TokenSparseConfig().window_size
+        shortest = KVSamplingConfig().num_probes
         if not self.lengths or min(self.lengths) <= shortest:
             raise UsageError(f"--lengths must exceed {shortest}, got {self.lengths}")
         if not all(0 < kept <= 1 for kept in self.kept):
@@ -75,33 +79,33 @@ class _Contender:
         name: as in the records.
         layers: which run sparse.
         config: settings of those layers; None for a dense model.
-        kept: share of the tokens to keep, None where no queries are dropped.
+        kept: share of the tokens to keep, None for KV sampling.
     """
 
     name: str
     layers: tuple[int, ...] = ()
-    config: TokenSparseConfig | None = None
+    config: SparseConfig | None = None
     kept: float | None = None
 
     @classmethod
     def selecting(cls, group: str, layers: tuple[int, ...], kept: float) -> _Contender:
-        config = TokenSparseConfig.published(sparse_layers=layers)
+        config = TokenSelectionConfig(sparse_layers=layers, keep_ratio=kept)
         return cls(f"sparse/{group}", layers, config, kept)
 
     @classmethod
     def sampling(cls, group: str, layers: tuple[int, ...], samples: int) -> _Contender:
-        config = TokenSparseConfig(fallback_samples=samples, sparse_layers=layers, crossover="off")
+        config = KVSamplingConfig(num_samples=samples, sparse_layers=layers, crossover="off")
         return cls(f"samples-{samples}/{group}", layers, config)
 
     def switched_on(self, model: Any) -> AbstractContextManager[PrefillReport | None]:
-        return nullcontext() if self.config is None else apply(model, self.config, kept=self.kept)
+        return nullcontext() if self.config is None else apply(model, self.config)
 
     def too_short(self, seq_len: int) -> str:
         """Why a prompt has nothing to leave out, empty if it has."""
-        if self.kept is not None or self.config is None:
+        if not isinstance(self.config, KVSamplingConfig):
             return ""
-        window = self.config.fallback_window
-        return f"no longer than the window: {window:,} tokens" if seq_len <= window else ""
+        seen = self.config.sliding_window + self.config.sink_size
+        return f"no longer than window and sinks: {seen:,} tokens" if seq_len <= seen else ""
 
 
 @torch.no_grad()
@@ -165,7 +169,7 @@ def _last_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _check(model: Any, options: PrefillOptions, layers: tuple[int, ...]) -> Verdict:
-    """Compare logits with every token kept or drawn in every layer with dense ones.
+    """Compare logits with every token kept or sampled in every layer with dense ones.
 
     What two dense kernels differ by, twice, is the bound.
     """

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.profile import LayerProfile
 
 EPSILON = 1e-8
 _CHUNK_TOKENS = 4096  # whose hidden states are held in float32 at a time
@@ -203,7 +204,7 @@ def drift_threshold(drift: Sequence[float], quantile: float) -> tuple[float, tup
 
 
 def drift_profile(
-    drift: Drift, base: TokenSparseConfig, quantile: float = 0.5
+    drift: Drift, base: SparseConfig, quantile: float = 0.5
 ) -> tuple[float, LayerProfile]:
     """Return the threshold, and the profile with the layers of least drift sparse.
 

@@ -17,7 +17,8 @@ from token_sparse_attention.calibration.record import (
     Sensitivity,
 )
 from token_sparse_attention.calibration.sensitivity import Reference, layer_row, measure
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.profile import LayerProfile
 
 
 def costliest_layers(rows: Sequence[Sensitivity], count: int) -> list[int]:
@@ -49,7 +50,7 @@ def numbers_of_dense_heads(num_heads: int) -> list[int]:
 def measure_heads(
     model: Any,
     references: Sequence[Reference],
-    base: TokenSparseConfig,
+    base: SparseConfig,
     rows: Sequence[Sensitivity],
     count: int,
     *,
@@ -64,7 +65,7 @@ def measure_heads(
     Args:
         model: a transformers causal language model in eval mode.
         references: from `dense_reference`.
-        base: what every layer starts from; it selects no queries.
+        base: what every layer starts from.
         rows: of `measure_sensitivity` with these.
         count: how many layers.
         impl: see `token_sparse_attention`.

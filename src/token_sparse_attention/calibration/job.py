@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from token_sparse_attention.attention.backends import check_backend
+from token_sparse_attention.attention.resolve import check_backend
 from token_sparse_attention.calibration import drift as drifts
 from token_sparse_attention.calibration import sensitivity as sensitivities
 from token_sparse_attention.calibration.choose import UnreachableError
 from token_sparse_attention.calibration.heads import measure_heads
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import (
-    DROP_MASSES,
     METHODS,
-    SAMPLES,
     CalibrationResult,
     Choice,
     HeadSensitivity,
@@ -26,8 +24,9 @@ from token_sparse_attention.calibration.record import (
     PromptLength,
     Sensitivity,
 )
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.config import SparseConfig, TokenSelectionConfig
 from token_sparse_attention.info import provenance
+from token_sparse_attention.profile import LayerProfile
 
 Progress = Callable[[str], None]
 
@@ -41,12 +40,10 @@ class CalibrationOptions:
             choice is measured beside it.
         base: the settings that every layer starts from; its ``sparse_layers`` must be None.
         drift_quantile: layers at or below this quantile of the drift become sparse.
-        drop_masses: what sensitivity tries in each layer where `base` selects queries; None
-            for 0.05, 0.1, 0.2 and 0.4.
-        samples: the numbers of ``fallback_samples`` that it tries where `base` selects none;
-            None for 1024, 4096 and 16384.
+        values: what sensitivity tries in each layer for the ``calibrated_field`` of `base`;
+            None for its ``calibrated_values``.
         heads_of: how many of the costliest layers are measured head by head as well, to leave
-            single heads of theirs dense; only where `base` selects no queries.
+            single heads of theirs dense.
         divergence_budget: nats that the chosen layers may cost together; or
         target_speedup: how many times less attention work they should leave.
         max_reply: tokens of the model's own reply along which divergence is measured, where a
@@ -61,10 +58,9 @@ class CalibrationOptions:
     """
 
     method: str = "drift"
-    base: TokenSparseConfig = field(default_factory=TokenSparseConfig.published)
+    base: SparseConfig = field(default_factory=TokenSelectionConfig)
     drift_quantile: float = 0.5
-    drop_masses: tuple[float, ...] | None = None
-    samples: tuple[int, ...] | None = None
+    values: tuple[float, ...] | None = None
     heads_of: int = 0
     divergence_budget: float | None = None
     target_speedup: float | None = None
@@ -89,8 +85,7 @@ class CalibrationOptions:
             unused = {
                 "divergence_budget": self.divergence_budget,
                 "target_speedup": self.target_speedup,
-                "drop_masses": self.drop_masses,
-                "samples": self.samples,
+                "values": self.values,
                 "heads_of": self.heads_of or None,
             }
             given = [name for name, value in unused.items() if value is not None]
@@ -114,43 +109,24 @@ class CalibrationOptions:
         self._check_settings()
 
     def _check_settings(self) -> None:
-        masses, samples = self.drop_masses, self.samples
-        if masses is not None:
-            if not self.base.select_queries:
-                raise ValueError(
-                    "drop_masses must be left out where the base settings have "
-                    f"select_queries=False, which take samples; got {masses}"
-                )
-            if not masses or not all(0 < mass < 1 for mass in masses):
-                raise ValueError(f"drop_masses must hold numbers between 0 and 1, got {masses}")
-            if len(set(masses)) != len(masses):
-                raise ValueError(f"drop_masses must not repeat a number, got {masses}")
-        if samples is not None:
-            if self.base.select_queries:
-                raise ValueError(
-                    "samples must be left out where the base settings have "
-                    f"select_queries=True, which take drop_masses; got {samples}"
-                )
-            if not samples or not all(type(n) is int and n >= 0 for n in samples):
-                raise ValueError(f"samples must hold whole numbers from 0, got {samples}")
-            if len(set(samples)) != len(samples):
-                raise ValueError(f"samples must not repeat a number, got {samples}")
+        name, values = self.base.calibrated_field, self.values
+        if not name:
+            raise ValueError(f"base must be of a method with a calibrated_field, got {self.base}")
+        if values is not None:
+            if not values:
+                raise ValueError("values must hold at least one number, got none")
+            if len(set(values)) != len(values):
+                raise ValueError(f"values must not repeat a number, got {values}")
+            for value in values:
+                dataclasses.replace(self.base, **{name: value})
         if self.heads_of < 0:
             raise ValueError(f"heads_of must be at least 0, got {self.heads_of}")
-        if self.heads_of and self.base.select_queries:
-            raise ValueError(
-                "heads_of must be left out where the base settings have select_queries=True, "
-                f"which cannot leave heads dense; got {self.heads_of}"
-            )
 
     @property
     def settings(self) -> tuple[LayerSetting, ...]:
         """What sensitivity tries in each layer."""
-        if self.base.select_queries:
-            masses = DROP_MASSES if self.drop_masses is None else self.drop_masses
-            return tuple(LayerSetting("drop_mass", mass) for mass in masses)
-        samples = SAMPLES if self.samples is None else self.samples
-        return tuple(LayerSetting("fallback_samples", count) for count in samples)
+        values = self.base.calibrated_values if self.values is None else self.values
+        return tuple(LayerSetting(self.base.calibrated_field, value) for value in values)
 
     @property
     def goal(self) -> tuple[str, float]:

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.config import SparseConfig, config_from_dict
+from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.records import JsonFile, check_choice, encode
 
 METHODS = ("drift", "sensitivity", "both")
 GOALS = ("drift_quantile", "divergence_budget", "target_speedup")
-DROP_MASSES = (0.05, 0.1, 0.2, 0.4)  # tried by default where queries are selected
-SAMPLES = (1024, 4096, 16384)  # and where they are not
-SETTINGS = ("drop_mass", "fallback_samples")
 
 
 @dataclass(frozen=True)
@@ -54,24 +52,18 @@ class LayerSetting:
     """What one layer changes of the base settings.
 
     Attributes:
-        name: the field of `TokenSparseConfig`: ``"drop_mass"``, or ``"fallback_samples"`` where
-            the base settings select no queries.
-        value: of that field; a whole number for samples.
-        dense_heads: heads that it leaves dense besides.
+        name: the base config's ``calibrated_field``.
+        value: of that field.
+        dense_heads: heads that it leaves dense.
 
     Example:
-        >>> str(LayerSetting("fallback_samples", 1024, (3,)))
-        'fallback_samples 1024, dense heads 3'
+        >>> str(LayerSetting("num_samples", 1024, (3,)))
+        'num_samples 1024, dense heads 3'
     """
 
     name: str
     value: int | float
     dense_heads: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_choice("name", self.name, SETTINGS)
-        if self.name == "fallback_samples" and not isinstance(self.value, int):
-            raise ValueError(f"value must be int, got {self.value!r}")
 
     def __str__(self) -> str:
         dense = ", ".join(map(str, self.dense_heads))
@@ -94,10 +86,10 @@ class Sensitivity:
         divergence: KL(dense || sparse) of the next-token logits in nats, averaged over the
             positions of each prompt and over prompts; 0 for prompts where the layer ran dense.
         standard_error: of `divergence` over prompts; None with one prompt.
-        kept_share: share of the tokens that heads kept, averaged over prompts; of those that
-            every query sees besides its window, where the base settings select no queries.
-        work: mean over heads and prompts of ``(S' / S)^2``; where no queries are selected, of
-            the pairs of a query and a key that are attended to, as a share of all causal ones.
+        kept_share: share of the tokens that the method chose for the heads, averaged over
+            prompts; for KV sampling of sinks and samples.
+        work: pairs of a query and a key that are attended to, as a share of all causal ones;
+            mean over heads and prompts.
         sparse_prompts: on how many prompts the layer ran sparse.
         note: why it ran dense on the others.
     """
@@ -197,7 +189,7 @@ class CalibrationResult(JsonFile):
     dtype: str
     provenance: Mapping[str, Any]
     arguments: Mapping[str, Any]
-    base: TokenSparseConfig | Any  # as `Choice.profile`
+    base: SparseConfig | Any  # as `Choice.profile`
     prompts: tuple[PromptLength, ...]
     drift: tuple[LayerDrift, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
@@ -209,7 +201,7 @@ class CalibrationResult(JsonFile):
         check_choice("method", self.method, METHODS)
         if isinstance(self.base, dict):
             try:
-                base = TokenSparseConfig.from_dict(self.base)
+                base = config_from_dict(self.base)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"base: {error}") from error
             object.__setattr__(self, "base", base)

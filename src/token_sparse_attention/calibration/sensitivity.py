@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.calibration.choose import (
     Combination,
     Option,
@@ -29,11 +28,16 @@ from token_sparse_attention.calibration.choose import (
 from token_sparse_attention.calibration.drift import check_eval, standard_error
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import Choice, LayerSetting, Sensitivity
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, without_crossover
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.gate import DenseReason
 from token_sparse_attention.integrations.record import LayerRecord
 from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.methods import method_of
+from token_sparse_attention.profile import LayerProfile, without_crossover
 
-ALL_KEYS = "far tokens cover the whole prompt"
+ALL_KEYS = "every query attends to every key"
+# Why a layer runs dense under one setting and may run sparse under another.
+_BY_SETTING = (DenseReason.NOTHING_TO_DROP, DenseReason.CROSSOVER_KEPT)
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,10 @@ class LayerReading:
 
     Attributes:
         kept_share: share of the tokens that the heads kept.
-        work: mean over heads of ``(S' / S)^2``; of `attended_share` where queries are not
-            selected.
+        work: mean over heads of the method's `work`.
         sparse: whether the layer ran sparse; not where every query sees every key all the same.
-        undecided: whether the layer ran dense whatever the setting: before scores were asked
-            or, where queries are not selected, because of the prompt.
-        why_dense: empty if it ran sparse, `ALL_KEYS` if its far tokens are all tokens.
+        undecided: whether the layer ran dense whatever the setting.
+        why_dense: empty if it ran sparse, `ALL_KEYS` if every query attends to every key.
     """
 
     kept_share: float
@@ -196,7 +198,7 @@ def divergence(dense: Tensor, sparse: Tensor) -> float:
 def measure(
     model: Any,
     references: Sequence[Reference],
-    config: TokenSparseConfig | LayerProfile,
+    config: SparseConfig | LayerProfile,
     *,
     impl: str = "auto",
     attention_backend: str = "auto",
@@ -228,26 +230,20 @@ def measure(
 
 def _read_layer(record: LayerRecord) -> LayerReading:
     selection = record.selection
-    sparse = "sparse" in record.paths
-    why = "" if sparse else str(record.reasons[0])
-    if selection is None:
-        return LayerReading(1.0, 1.0, sparse, True, why)
-    if selection.config.select_queries:
-        shares = selection.lengths.double() / selection.kv_lens[:, None]
-        return LayerReading(record.kept_share, float(shares.square().mean()), sparse, False, why)
-    if not sparse:
-        return LayerReading(1.0, 1.0, False, True, why)
-    counts = selection.lengths.flatten().tolist()
-    if min(counts) + selection.config.fallback_window >= record.kv_len:
+    if selection is None or "sparse" not in record.paths:
+        why = str(record.reasons[0])
+        return LayerReading(1.0, 1.0, False, why not in map(str, _BY_SETTING), why)
+    method = method_of(selection.config)
+    works = [method.work(n, record.kv_len) for n in selection.lengths.flatten().tolist()]
+    if min(works) >= 1:
         return LayerReading(1.0, 1.0, False, False, ALL_KEYS)
-    works = [attended_share(n, record.kv_len, selection.config) for n in counts]
-    return LayerReading(record.kept_share, math.fsum(works) / len(works), True, False, why)
+    return LayerReading(record.kept_share, math.fsum(works) / len(works), True, False, "")
 
 
 def measure_sensitivity(
     model: Any,
     references: Sequence[Reference],
-    base: TokenSparseConfig,
+    base: SparseConfig,
     settings: Sequence[LayerSetting],
     *,
     impl: str = "auto",
@@ -260,8 +256,7 @@ def measure_sensitivity(
         model: a transformers causal language model in eval mode.
         references: from `dense_reference`.
         base: what every layer starts from.
-        settings: what to try: ``drop_mass``, or ``fallback_samples`` where `base` selects no
-            queries, because the former has no effect then.
+        settings: what to try: values of the config's ``calibrated_field``.
         impl: see `token_sparse_attention`.
         attention_backend: see `token_sparse_attention`.
         on_progress: told what is being done.
@@ -308,7 +303,7 @@ def layer_row(layer: int, setting: LayerSetting, reading: Reading) -> Sensitivit
 
 def choose_profile(
     rows: Sequence[Sensitivity],
-    base: TokenSparseConfig,
+    base: SparseConfig,
     goal: str,
     value: float,
     measure_profile: Callable[[LayerProfile], Reading],
@@ -362,7 +357,7 @@ def choose_profile(
 
 
 def choose_from(
-    rows: Sequence[Sensitivity], base: TokenSparseConfig, goal: str, value: float
+    rows: Sequence[Sensitivity], base: SparseConfig, goal: str, value: float
 ) -> Choice:
     """Choose each layer's setting by the layers' own measurements alone.
 
@@ -399,7 +394,7 @@ def _path(rows: Sequence[Sensitivity]) -> list[Combination]:
     return combinations([by_layer[layer] for layer in sorted(by_layer)])
 
 
-def _profile(combination: Combination, base: TokenSparseConfig) -> LayerProfile:
+def _profile(combination: Combination, base: SparseConfig) -> LayerProfile:
     layers = {
         layer: option.setting.changes
         for layer, option in enumerate(combination)

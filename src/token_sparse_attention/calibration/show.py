@@ -17,6 +17,7 @@ from token_sparse_attention.calibration.record import (
     LayerSetting,
     Sensitivity,
 )
+from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ def layer_table(result: CalibrationResult) -> Table:
     if result.drift:
         table.add_column("drift")
     for setting in settings:
-        selects, value = result.base.select_queries, setting.value
-        table.add_column(f"KL, kept\nat {value}" if selects else f"KL, share\nat {value} samples")
+        table.add_column(f"KL, share\nat {setting.value}")
     for choice in result.choices:
         table.add_column("by drift" if choice.goal == "drift_quantile" else "by KL")
     for layer in range(len(result.drift) or len(rows) // max(len(settings), 1)):
@@ -69,7 +69,7 @@ def _setting(choice: Choice, layer: int) -> str:
     if changes is None:
         return "dense"
     base = choice.profile.base
-    name = "drop_mass" if base.select_queries else "fallback_samples"
+    name = base.calibrated_field
     dense = changes.get("dense_heads", ())
     heads = f", dense heads {ranges(dense)}" if dense else ""
     return f"{changes.get(name, getattr(base, name))}{heads}"
@@ -89,11 +89,8 @@ def sentences(result: CalibrationResult) -> list[str]:
             f"{positions} positions, one layer sparse at a time at each {name}; ± is the standard "
             "error over prompts."
         )
-        if not result.base.select_queries:
-            told.append(
-                "No queries are selected: drop_mass has no effect, and shares are of the tokens "
-                "that every query sees besides its window."
-            )
+        if isinstance(result.base, KVSamplingConfig):
+            told.append("Shares are of sinks and samples, behind the sliding window.")
     told += _notes(of_whole_layers(result.sensitivity))
     for layer in dict.fromkeys(one.layer for one in result.heads):
         own = [one for one in result.heads if one.layer == layer]

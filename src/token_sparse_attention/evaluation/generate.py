@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig
+from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.drafts import propose
 from token_sparse_attention.evaluation.record import LayerKept
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
+from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.run import context_limit
 
 
@@ -114,7 +115,7 @@ def ending(model: Any, tokenizer: Any, until: Sequence[str], max_new_tokens: int
 def reply(
     model: Any,
     ids: Tensor,
-    config: TokenSparseConfig | LayerProfile | None,
+    config: SparseConfig | LayerProfile | None,
     end: Ending,
     *,
     drafts: Sequence[Sequence[int]] = (),

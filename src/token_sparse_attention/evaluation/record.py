@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from token_sparse_attention.config import LayerProfile, TokenSparseConfig, layer_configs
+from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.errors import UsageError
+from token_sparse_attention.profile import layer_configs, settings_from_json
 from token_sparse_attention.records import (
     Count,
     JsonFile,
@@ -69,7 +70,7 @@ class EvalHeader(JsonFile):
             if settings and not isinstance(settings.get(PATTERN, {}), Mapping):
                 raise UsageError(f"configurations[{name!r}].{PATTERN} must be an object")
 
-    def layer_configs(self, configuration: str) -> dict[int, TokenSparseConfig]:
+    def layer_configs(self, configuration: str) -> dict[int, SparseConfig]:
         """Return the settings of each layer that a configuration lets run sparse.
 
         Raises:
@@ -81,8 +82,9 @@ class EvalHeader(JsonFile):
         if settings is None:
             return {}
         try:
-            kind = LayerProfile if "version" in settings else TokenSparseConfig
-            return layer_configs(kind.from_json(encode(settings)), self.model["num_layers"])
+            return layer_configs(
+                settings_from_json(encode(settings)), self.model["num_layers"]
+            )
         except (ValueError, TypeError) as error:
             raise UsageError(f"configuration {configuration!r} cannot be read: {error}") from error
 
@@ -99,10 +101,9 @@ class SampleResult:
         score: from 0 to 1; None if it was not scored yet.
         reply: the text that was scored.
         prompt_tokens: S.
-        kept: one entry per layer: how many tokens the heads kept, window included, or with
-            ``select_queries=False`` how many every query sees besides its window; a list
-            with one number per head where they differ; None where the layer ran dense. None
-            in place of the list without token sparsity.
+        kept: one entry per layer: how many tokens the method chose for the heads, see
+            `TokenSelection`; a list with one number per head where they differ; None where the
+            layer ran dense. None in place of the list without token sparsity.
         new_tokens: length of the reply.
         seconds: from the start of the prefill to the first token.
     """

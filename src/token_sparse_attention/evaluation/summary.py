@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
-from token_sparse_attention.benchmark.work import attended_share
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.evaluation.record import (
     DENSE,
     PATTERN,
@@ -17,6 +16,7 @@ from token_sparse_attention.evaluation.record import (
     LayerKept,
     SampleResult,
 )
+from token_sparse_attention.methods import method_of
 
 # Half a sample for each way that two replies can turn out: both right, one right, both wrong.
 _PSEUDO_PAIRS = ((1.0, 1.0, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5), (0.0, 0.0, 0.5))
@@ -44,10 +44,9 @@ class Row:
         relative_loss: minus the difference, as a share of the dense mean score; None if that
             is 0.
         relative_loss_upper: the relative loss is below this with 95% confidence.
-        kept_share: share of the prompt that a head attends over, mean over samples, layers
-            and heads; with ``select_queries=False`` what every query sees besides its window;
-            1 in dense layers.
-        work: mean over the same of `attended_share`: attention's operations against dense.
+        kept_share: share of the prompt that the method chose for a head, mean over samples,
+            layers and heads; 1 in dense layers.
+        work: mean over the same of `Method.work`: attention's operations against dense.
         seconds: mean time from the start of the prefill to the first token.
         work_is_bound: whether a block-sparse pattern skips more than `work` says, which does
             not count the blocks that a pattern leaves out.
@@ -111,7 +110,7 @@ def chosen_samples(results: EvalResults, configuration: str, length: int) -> lis
 def layer_shares(kept: LayerKept, prompt_tokens: int) -> list[float]:
     """Return what share of the prompt each head of a layer kept; one number if all kept alike.
 
-    Where queries are not selected these are its far tokens.
+    For KV sampling these are its sinks and samples.
     """
     if kept is None:
         return [1.0]
@@ -124,16 +123,16 @@ def kept_share(sample: SampleResult) -> float:
     return fmean(fmean(layer_shares(layer, sample.prompt_tokens)) for layer in layers)
 
 
-def attention_work(sample: SampleResult, configs: Mapping[int, TokenSparseConfig]) -> float:
-    """Return the mean of `attended_share` over layers and heads; `configs` are the layers'."""
+def attention_work(sample: SampleResult, configs: Mapping[int, SparseConfig]) -> float:
+    """Return the mean of `Method.work` over layers and heads; `configs` are the layers'."""
     works = []
     for layer, kept in enumerate(sample.kept or [None]):
         if kept is None:
             works.append(1.0)
             continue
         heads = kept if isinstance(kept, list) else [kept]
-        config = configs.get(layer)
-        works.append(fmean(attended_share(n, sample.prompt_tokens, config) for n in heads))
+        method = method_of(configs[layer])
+        works.append(fmean(method.work(n, sample.prompt_tokens) for n in heads))
     return fmean(works)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from token_sparse_attention.benchmark.runs import tokens
 from token_sparse_attention.calibration.show import ranges
+from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, SampleResult
 from token_sparse_attention.evaluation.summary import Row, layer_shares, summarise
 from token_sparse_attention.report import charts
@@ -121,7 +122,7 @@ def kept_by_layer(results: EvalResults) -> list[HeatMap]:
     maps = []
     for name in results.header.configurations:
         configs = results.header.layer_configs(name)
-        beyond = [layer for layer, config in configs.items() if not config.select_queries]
+        beyond = [n for n, config in configs.items() if isinstance(config, KVSamplingConfig)]
         for length in sorted({sample.length for sample in results.samples}):
             chosen = [
                 sample
