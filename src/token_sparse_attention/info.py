@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import token_sparse_attention
-from token_sparse_attention.attention.backends import BACKENDS, choose_backend
+from token_sparse_attention.attention.names import BACKENDS
 from token_sparse_attention.attention.block_sparse import choose_block_backend
-from token_sparse_attention.attention.dense import causal_attention
+from token_sparse_attention.attention.resolve import causal_attention, resolve_backend
 
 PACKAGES = ("torch", "transformers", "triton", "flash-attn-4", "accelerate")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -115,7 +115,7 @@ def backends(device: str) -> list[dict[str, Any]]:
                 except (ValueError, RuntimeError):
                     continue
             ran.append(backend)
-        chosen = choose_backend("auto", query, key)
+        chosen = resolve_backend("auto", query, key)
         entries.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
