@@ -17,8 +17,8 @@ from token_sparse_attention.config import LayerProfile, TokenSparseConfig, layer
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.records import (
     Count,
-    JsonFile,
     LineFile,
+    Versioned,
     check_keys,
     convert,
     encode,
@@ -36,7 +36,7 @@ Key = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
-class EvalHeader(JsonFile):
+class EvalHeader(Versioned):
     """What was run, on what, and with which settings.
 
     Attributes:
