@@ -17,12 +17,12 @@ import re
 import reprlib
 import secrets
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import BufferedIOBase
 from pathlib import Path
 from types import UnionType
 from typing import (
-    IO,
     Annotated,
     Any,
     ClassVar,
@@ -159,10 +159,12 @@ def _holds_records(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or (Any not in inner and any(map(_holds_records, inner)))
 
 
-@functools.cache
-def _fields_of(kind: Any) -> dict[str, Any]:
+def _read_fields(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+_fields_of: Callable[[Any], dict[str, Any]] = functools.cache(_read_fields)
 
 
 def _place(where: str, path: str) -> str:
@@ -200,7 +202,7 @@ def encode(value: Any, *, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, JsonFile):
+    if isinstance(value, Versioned):
         return value.to_dict()
     if hasattr(value, "to_json"):
         return json.loads(value.to_json())
@@ -214,30 +216,20 @@ def _entries(value: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonFile:
-    """Base of dataclasses that are a JSON file, or the first line of one, with a version.
+class Versioned:
+    """Base of dataclasses that are an object of a file, with the version of its format.
 
     Attributes:
         VERSIONS: that are read; the last is written.
         OPTIONAL: entries that a file need not have, because older versions did not.
-        ROWS: the last fields, lists of which each entry takes a line.
     """
 
     VERSIONS: ClassVar[tuple[int, ...]] = (1,)
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
-    ROWS: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the version and the fields."""
         return {"version": self.VERSIONS[-1], **_entries(self)}
-
-    def to_json(self) -> str:
-        """Return the file's content."""
-        content, lists = self.to_dict(), ""
-        for name in self.ROWS:
-            lines = ",\n".join("    " + encode(entry) for entry in content.pop(name))
-            lists += f',\n  "{name}": [\n{lines}\n  ]'
-        return encode(content, indent=2).removesuffix("\n}") + lists + "\n}\n"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "file") -> Self:
@@ -250,6 +242,25 @@ class JsonFile:
             if name not in entries and name not in cls.OPTIONAL:
                 raise UsageError(f"{source} has no entry {name!r}{near_miss(name, entries)}")
         return convert(entries, cls, source)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonFile(Versioned):
+    """Base of dataclasses that are the whole of a JSON file.
+
+    Attributes:
+        ROWS: the last fields, lists of which each entry takes a line.
+    """
+
+    ROWS: ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> str:
+        """Return the file's content."""
+        content, lists = self.to_dict(), ""
+        for name in self.ROWS:
+            lines = ",\n".join("    " + encode(entry) for entry in content.pop(name))
+            lists += f',\n  "{name}": [\n{lines}\n  ]'
+        return encode(content, indent=2).removesuffix("\n}") + lists + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "file") -> Self:
@@ -296,7 +307,7 @@ def read_lines(
 
 
 @contextmanager
-def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+def _opened(path: Path, name: str) -> Iterator[BufferedIOBase]:
     try:
         with path.open("rb") as file:
             packed = path.suffix == ".gz" or file.peek(2)[:2] == b"\x1f\x8b"
@@ -331,15 +342,17 @@ def save(path: Path, content: str | bytes, name: str = "") -> None:
 
 def save_lines(path: Path, lines: Iterable[str], name: str = "", *, pack: bool = False) -> None:
     """Write lines as `save` does; with `pack` compressed, the same lines to the same bytes."""
-    with _replacing(path, name) as file, ExitStack() as stack:
+    encoded = (line.encode() + b"\n" for line in lines)
+    with _replacing(path, name) as file:
         if pack:
-            packed = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0)
-            file = stack.enter_context(packed)
-        file.writelines(line.encode() + b"\n" for line in lines)
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+                packed.writelines(encoded)
+        else:
+            file.writelines(encoded)
 
 
 @contextmanager
-def _replacing(path: Path, name: str) -> Iterator[IO[bytes]]:
+def _replacing(path: Path, name: str) -> Iterator[BufferedIOBase]:
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

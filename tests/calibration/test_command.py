@@ -293,10 +293,13 @@ def test_prompts_go_through_the_chat_template(folder):
     ("text", "message"),
     [
         ('{"prompt": "a"}\nnonsense', "line 2 is not valid JSON"),
-        ('{"promt": "a"}', "line 1 must be an object with prompt"),
-        ('{"prompt": "a", "answer": "b"}', "line 1 must be an object with prompt"),
+        ('{"promt": "a"}', "line 1 has an unknown entry 'promt'; did you mean 'prompt'"),
+        (
+            '{"prompt": "a", "answer": "b"}',
+            "line 1 has an unknown entry 'answer'; expected prompt",
+        ),
         ('{"prompt": ""}', "line 1: prompt must be text, got ''"),
-        ('{"prompt": "a", "continuation": 3}', "line 1: continuation must be text, got 3"),
+        ('{"prompt": "a", "continuation": 3}', "line 1: continuation must be str or null, got 3"),
         ("\n", "must hold at least one prompt"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.errors import UsageError
+from token_sparse_attention.records import convert, parse_object, read_lines
 from token_sparse_attention.run import encode_prompt
 
 
@@ -74,35 +74,32 @@ def file_prompts(tokenizer: Any, path: Path, count: int | None) -> list[Prompt]:
         UsageError: if the file cannot be read, a line is no such object, or there is
             none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path} cannot be read: {error}") from error
     prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
+    for where, line in read_lines(path, f"--prompts {path}"):
         if len(prompts) == count:
             break
         if line.strip():
-            prompts.append(_read_prompt(tokenizer, line, f"--prompts {path}, line {number}"))
+            entry = convert(parse_object(where, line), _PromptLine, where)
+            prompts.append(_encode(tokenizer, entry))
     if not prompts:
         raise UsageError(f"--prompts {path} must hold at least one prompt, but is empty")
     return prompts
 
 
-def _read_prompt(tokenizer: Any, line: str, where: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(entry, dict) or not {"prompt"} <= set(entry) <= {"prompt", "continuation"}:
-        raise UsageError(
-            f"{where} must be an object with prompt and perhaps continuation, got {line[:80]}"
-        )
-    for name, value in entry.items():
-        if not isinstance(value, str) or not value.strip():
-            raise UsageError(f"{where}: {name} must be text, got {value!r}")
+@dataclass(frozen=True)
+class _PromptLine:
+    prompt: str
+    continuation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, text in (("prompt", self.prompt), ("continuation", self.continuation)):
+            if text is not None and not text.strip():
+                raise ValueError(f"{name} must be text, got {text!r}")
+
+
+def _encode(tokenizer: Any, entry: _PromptLine) -> Prompt:
     continuation = None
-    if "continuation" in entry:
-        encoded = tokenizer(entry["continuation"], add_special_tokens=False, return_tensors="pt")
+    if entry.continuation is not None:
+        encoded = tokenizer(entry.continuation, add_special_tokens=False, return_tensors="pt")
         continuation = encoded["input_ids"]
-    return Prompt(encode_prompt(tokenizer, entry["prompt"], None), continuation)
+    return Prompt(encode_prompt(tokenizer, entry.prompt, None), continuation)

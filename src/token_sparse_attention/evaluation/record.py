@@ -18,8 +18,8 @@ from token_sparse_attention.errors import UsageError
 from token_sparse_attention.profile import layer_configs, settings_from_json
 from token_sparse_attention.records import (
     Count,
-    JsonFile,
     LineFile,
+    Versioned,
     check_keys,
     convert,
     encode,
@@ -37,7 +37,7 @@ Key = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
-class EvalHeader(JsonFile):
+class EvalHeader(Versioned):
     """What was run, on what, and with which settings.
 
     Attributes:

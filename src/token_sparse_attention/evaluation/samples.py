@@ -13,7 +13,7 @@ from typing import Any
 
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.records import (
-    JsonFile,
+    Versioned,
     convert,
     encode,
     parse_object,
@@ -75,7 +75,7 @@ def pack_doc(doc: Mapping[str, Any], prompt: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class SampleHeader(JsonFile):
+class SampleHeader(Versioned):
     """Where samples come from.
 
     Attributes:

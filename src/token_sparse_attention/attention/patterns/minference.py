@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from token_sparse_attention.attention.patterns.estimate import (
     check_share,
     last_query_mass,
 )
+from token_sparse_attention.records import parse, read_text
 from token_sparse_attention.results import Attended
 
 HEAD_PATTERNS = ("vertical_and_slash", "stream_llm")
@@ -69,9 +69,9 @@ class MInferenceConfig(PatternConfig):
             each layer its own; attention without a model takes `heads`.
 
     Raises:
-        FileNotFoundError: if `layers` is a path, and there is no such file.
         TypeError: if a field has the wrong type.
-        ValueError: if it is out of range, or both `heads` and `layers` are given.
+        ValueError: if it is out of range, both `heads` and `layers` are given, or the file
+            cannot be read.
     """
 
     vertical_size: int = 1000
@@ -311,14 +311,10 @@ def load_head_budgets(path: str | Path) -> list[tuple[HeadBudget, ...]]:
     score in published files) is not read.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not of this form, or names an unknown pattern.
+        ValueError: if the file cannot be read, is not of this form, or names an unknown pattern.
         TypeError: if a size is no int.
     """
-    try:
-        layers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    layers = parse(str(path), read_text(Path(path)))
     if not isinstance(layers, list) or not layers:
         raise ValueError(f"{path} must hold a list with an entry per layer")
     return [_layer_budgets(f"{path}: layer {i}", layer) for i, layer in enumerate(layers)]
