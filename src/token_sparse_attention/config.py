@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -11,6 +10,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from token_sparse_attention.records import check_choice, check_keys, parse_object
 
 _CONFIGS: dict[str, type[SparseConfig]] = {}  # the configs by the names of their methods
 
@@ -21,11 +22,6 @@ def check_int(name: str, value: object, minimum: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def _check_number(name: str, value: object) -> None:
@@ -48,27 +44,6 @@ def _sorted_numbers(name: str, given: object, what: str) -> tuple[int, ...]:
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"{name} must not repeat a {what}, got {numbers}")
     return tuple(sorted(numbers))
-
-
-def check_entries(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise ValueError if an object has an entry that is not `known`, with the nearest name."""
-    names = tuple(known)
-    for key in given:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(names)}"
-            raise ValueError(f"{what} has an unknown entry {key!r}{hint}")
-
-
-def parse_object(what: str, text: str) -> dict[str, Any]:
-    """Return the JSON object that `text` holds; ValueError names `what` if it holds none."""
-    try:
-        parsed = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{what} is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{what} must be a JSON object, got {type(parsed).__name__}")
-    return parsed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +86,7 @@ class SparseConfig:
         check_int("dense_queries", self.dense_queries, 0)
         heads = _sorted_numbers("dense_heads", self.dense_heads, "head")
         object.__setattr__(self, "dense_heads", heads)
-        _check_choice("crossover", self.crossover, ("off", "auto"))
+        check_choice("crossover", self.crossover, ("off", "auto"))
         if self.sparse_layers is not None:
             layers = _sorted_numbers("sparse_layers", self.sparse_layers, "layer")
             object.__setattr__(self, "sparse_layers", layers)
@@ -185,7 +160,7 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
         check_int("sliding_window", self.sliding_window, 1)
         check_int("sink_size", self.sink_size, 0)
         check_int("num_samples", self.num_samples, 0)
-        _check_choice("budget", self.budget, ("shared", "per_head"))
+        check_choice("budget", self.budget, ("shared", "per_head"))
         super().__post_init__()
 
 
@@ -247,12 +222,12 @@ class TokenSelectionConfig(SparseConfig, method="token_selection"):
         if self.pool_size % 2 == 0:
             raise ValueError(f"pool_size must be odd, got {self.pool_size}")
         check_int("min_tokens", self.min_tokens, 0)
-        _check_choice("budget", self.budget, ("shared", "per_head"))
+        check_choice("budget", self.budget, ("shared", "per_head"))
         if self.keep_ratio is not None:
             _check_number("keep_ratio", self.keep_ratio)
             if not 0 < self.keep_ratio <= 1:
                 raise ValueError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}")
-        _check_choice("fallback", self.fallback, ("zero", "window"))
+        check_choice("fallback", self.fallback, ("zero", "window"))
         check_int("sliding_window", self.sliding_window, 1)
         super().__post_init__()
 
@@ -283,7 +258,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> SparseConfig:
                 f"config has an entry {name!r}, which the method {method} does not have; "
                 f'add "method": "{others[0]}" for that one'
             )
-    check_entries("config", values, known[method])
+    check_keys("config", values, known[method])
     return _CONFIGS[method](**values)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import token_sparse_attention
-from token_sparse_attention.attention.names import BACKENDS
 from token_sparse_attention.attention.block_sparse import choose_block_backend
+from token_sparse_attention.attention.names import BACKENDS
 from token_sparse_attention.attention.resolve import causal_attention, resolve_backend
 
 PACKAGES = ("torch", "transformers", "triton", "flash-attn-4", "accelerate")

@@ -12,11 +12,10 @@ from typing import Any
 from token_sparse_attention.config import (
     KVSamplingConfig,
     SparseConfig,
-    check_entries,
     check_int,
     config_from_dict,
-    parse_object,
 )
+from token_sparse_attention.records import check_keys, parse_object
 
 PROFILE_VERSION = 2
 PROFILE_FILE = "token_sparse_profile.json"  # a model folder may ship its own settings
@@ -131,7 +130,7 @@ class LayerProfile:
             TypeError: if an entry has the wrong type.
         """
         content = parse_object("profile", text)
-        check_entries("profile", content, ("version", "base", "layers"))
+        check_keys("profile", content, ("version", "base", "layers"))
         if content.get("version") != PROFILE_VERSION:
             raise ValueError(
                 f"profile version must be {PROFILE_VERSION}, got {content.get('version')!r}"
