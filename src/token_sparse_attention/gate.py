@@ -63,6 +63,9 @@ def reason_of(code: int) -> DenseReason | None:
     return _REASONS[code - 1] if code else None
 
 
+_LONGEST = 2**31 - 1
+
+
 class Gate(NamedTuple):
     """From which lengths on a layer's sequences run sparse.
 
@@ -98,7 +101,11 @@ class Gate(NamedTuple):
             kv_lens: ``[B]`` integers.
         """
         codes = torch.zeros_like(kv_lens, dtype=torch.int32)
-        for reason, holds in reversed([*self._rules(query_lens, kv_lens)]):
+        gate = self._replace(  # no length is longer, and no tensor takes larger numbers
+            min_queries=min(self.min_queries, _LONGEST),
+            max_dense_context=min(self.max_dense_context, _LONGEST),
+        )
+        for reason, holds in reversed([*gate._rules(query_lens, kv_lens)]):
             codes = torch.where(torch.as_tensor(holds, device=codes.device), reason.code, codes)
         return codes
 

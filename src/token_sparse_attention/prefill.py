@@ -138,6 +138,7 @@ def _attend_dense_queries(
 ) -> None:
     """Attend all queries of the sequences that run dense, and the others' last `count`."""
     start, end = problem.tokens.bounds.unbind(-1)
+    count = min(count, problem.query.shape[2])
     if backend.dense.attend_last(problem, count, into):
         count = 0
     last = (end - count).maximum(start)

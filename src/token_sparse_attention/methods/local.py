@@ -51,7 +51,7 @@ def attend_windows(
         window: keys each query sees, itself included.
         backend: what attends within the windows.
     """
-    tokens = problem.tokens
+    tokens, window = problem.tokens, min(window, problem.kv_len)
     start, end = tokens.bounds.unbind(-1)
     begins = torch.where(sequences, start, end)
     if sampled is None or not sampled.slots.shape[2]:

@@ -11,6 +11,8 @@ bias of O(1 / M) for M samples. The start is fixed here, so equal scores give eq
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,8 +105,8 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
     def workspace(self, shape: LayerShape) -> int:
         """See `Method.workspace`: scores, probabilities, log-sum-exps, sampled keys and values."""
         config, scored = self.config, shape.num_heads * shape.kv_len
-        most = _MOST if config.budget == "per_head" else 1
-        sampled = config.sink_size + most * config.num_samples
+        capacity = _capacity(config.num_samples, config.budget == "per_head", shape.kv_len)
+        sampled = config.sink_size + capacity
         each = 2 * shape.head_dim * shape.itemsize + 5 * 8
         held = scored * (4 + 8) + shape.num_heads * (3 * 4 * shape.query_len + sampled * each)
         if config.num_samples:
@@ -155,11 +157,14 @@ def sample(
     Returns:
         The keys, and ``[B, H]`` bool.
     """
-    budgets, capacity = None, config.num_samples
+    enough = math.ceil(tokens.kv_len / _LEAST)  # for every head to sample all keys
+    if config.num_samples > enough:
+        config = dataclasses.replace(config, num_samples=enough)
+    budgets = None
     if config.budget == "per_head":
         budgets = sample_budgets(scores, config, tokens, tp_group)
-        capacity = _MOST * config.num_samples
     if impl == "triton":
+        capacity = _capacity(config.num_samples, budgets is not None, tokens.kv_len)
         slots, weights, finite = load_kernels("sampling").sample_keys(
             scores, tokens.bounds, tokens.kv_len, config.sliding_window, config.num_samples,
             capacity, config.sink_size, budgets,
@@ -236,13 +241,13 @@ def sample_keys(
             `num_samples`; None for `num_samples` for all.
 
     Returns:
-        ``[B, H, num_samples]``, four times as many with `budgets`.
+        ``[B, H, num_samples]``, four times as many with `budgets`; not many more than S_kv.
 
     Source:
         An extension; vAttention (arXiv 2510.05688) also completes best-scored keys by samples.
     """
     batch_size, num_heads, _ = scores.shape
-    capacity = num_samples if budgets is None else _MOST * num_samples
+    capacity = _capacity(num_samples, budgets is not None, tokens.kv_len)
     if budgets is None:
         budgets = scores.new_full((batch_size, num_heads), num_samples, dtype=torch.float64)
     slots = scores.new_empty(batch_size, num_heads, capacity, dtype=torch.int64)
@@ -259,6 +264,14 @@ def sample_keys(
     return SampledKeys(slots, weights)
 
 
+def _capacity(num_samples: int, per_head: bool, kv_len: int) -> int:
+    """Return how many samples of a head there is room for.
+
+    Kernels are compiled for this number, so where the prompt bounds it, it is a power of two.
+    """
+    return min(_MOST * num_samples if per_head else num_samples, 1 << (kv_len - 1).bit_length())
+
+
 def _shares(scores: Tensor, candidates: Tensor) -> Tensor:
     """Each slot's share of the inclusion probabilities, ``[B, H, S_kv]`` float64; adds up to 1."""
     real = candidates[:, None]
@@ -273,17 +286,20 @@ def inclusion_probabilities(shares: Tensor, budgets: Tensor, capacity: int) -> T
     """Return probabilities in proportion to the shares, at most 1, that add up to the budgets.
 
     Args:
-        shares: ``[B, H, S]`` float64.
-        budgets: ``[B, H, 1]`` float64, to what they add up, unless there are fewer keys.
+        shares: ``[B, H, S]`` float64, above 0 for every key that may be sampled.
+        budgets: ``[B, H, 1]`` float64, to what they add up; where there are no more keys than
+            that, all are certain.
         capacity: no budget is larger.
     """
     best = shares.topk(min(capacity, shares.shape[-1]), dim=-1).values
     certain = torch.arange(best.shape[-1], device=shares.device)
     rest = (1 - (best.cumsum(-1) - best)).clamp(min=1e-12)  # without those before
     factor = (budgets - certain) / rest  # if that many are certain
+    candidates = (shares > 0).sum(-1, keepdim=True)
     number = (factor * best >= 1).sum(-1, keepdim=True)
-    factor = factor.gather(-1, number.clamp(max=best.shape[-1] - 1))
-    return (shares * factor).clamp(max=1.0)
+    last = (candidates - 1).clamp(0, best.shape[-1] - 1)  # behind it nothing is left to share
+    factor = factor.gather(-1, number.minimum(last))
+    return torch.where(budgets >= candidates, (shares > 0).double(), shares * factor).clamp(max=1)
 
 
 def _systematic(probabilities: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -299,4 +315,4 @@ def _systematic(probabilities: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     slots = probabilities.new_full(shape, num_slots, dtype=torch.int64)
     slots = slots.scatter_(-1, rank, slot)[..., :capacity]
     sampled = units.gather(-1, slots.clamp(max=num_slots - 1)).clamp(min=1)
-    return slots, (_UNITS / sampled).float()
+    return slots, (_UNITS / sampled.double()).float()

@@ -240,7 +240,7 @@ def select_sequences(
             config.drop_mass,
             config.observation_window,
             config.pool_size,
-            config.min_tokens,
+            min(config.min_tokens, 2**31 - 1),
             config.budget == "per_head",
             None if keep_ratio is None else single_precision(keep_ratio),
             even.max_work,
