@@ -18,7 +18,9 @@ from token_sparse_attention import (
 
 
 def select(problem, config=SMALL, **kwargs):
-    return select_tokens(score_tokens(problem.query, problem.key, config), config, **kwargs)
+    return select_tokens(
+        score_tokens(problem.query, problem.key, config.observation_window), config, **kwargs
+    )
 
 
 def test_packed_rows_are_the_selected_rows_of_each_head():
@@ -68,10 +70,10 @@ def test_round_trip_is_identity_on_kept_rows_and_the_fallback_elsewhere(
         assert torch.equal(fallback, before), "the given fallback is not changed"
 
 
-def test_dense_rows_of_a_mixed_batch_can_be_emptied():
+def test_dense_sequences_of_a_mixed_batch_can_be_emptied():
     problem = make_problem(batch=2, query_len=100)
     selection = select(problem)._replace(ran_sparse=torch.tensor([False, True]))
-    packed = compress(*problem, selection.sparse_rows_only())
+    packed = compress(*problem, selection.sparse_only())
     assert (packed.cu_seqlens_k[:5] == 0).all()
     assert len(packed.key) == selection.lengths[1].sum()
 

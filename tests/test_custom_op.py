@@ -3,60 +3,80 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from support import SMALL, make_problem
-from token_sparse_attention import token_sparse_attention
+from support import SAMPLING, SMALL, make_problem
+from token_sparse_attention import AuxRequest, Execution, token_sparse_attention
+from token_sparse_attention.custom_op import aux_text
 
-WANTS = [(selection, lse) for selection in (False, True, "lengths") for lse in (False, True)]
+WANTS = [
+    AuxRequest(selection, indices, lse)
+    for selection, indices, lse in itertools.product((False, True), repeat=3)
+    if selection or indices
+]
+WINDOWED = dataclasses.replace(
+    SMALL, fallback="window", sliding_window=40, dense_queries=11, keep_ratio=0.25
+)
+HEADS = dataclasses.replace(SAMPLING, sliding_window=20, sink_size=3, dense_heads=(1, 2))
+CONFIGS = pytest.mark.parametrize(
+    "config", [SMALL, WINDOWED, HEADS], ids=["selected", "windowed", "dense heads"]
+)
 
 
 @pytest.mark.parametrize("wants", WANTS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_opcheck(wants, padded):
+@CONFIGS
+def test_opcheck(wants, padded, config):
     problem = make_problem(batch=2, query_len=90, kv_len=120)
     mask = torch.ones(2, 120, dtype=torch.bool)
     mask[1, :20] = False
-    arguments = (
-        *problem, mask if padded else None, 0.3, 16, 5, 24, "shared", True, 11, (), "window", 40,
-        3, 4, 9, "off", 0.25, "auto", "auto", None, None,
-        bool(wants[0]), wants[0] is True, wants[1],
-    )  # fmt: skip
+    texts = config.text, Execution().text
+    arguments = (*problem, mask if padded else None, *texts, 0.3, aux_text(wants))
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
 
-HEADS = dataclasses.replace(
-    SMALL, drop_mass=None, select_queries=False, fallback="window", fallback_window=20,
-    fallback_samples=15, dense_heads=(1, 2),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("config", [SMALL, HEADS], ids=["selected", "dense heads"])
+@CONFIGS
 @pytest.mark.parametrize("wants", WANTS)
 def test_traced_into_one_graph_it_gives_the_same(wants, config):
     torch.compiler.reset()
     problem = make_problem(query_len=120)
-    options = {"return_selection": wants[0], "return_lse": wants[1]}
 
     def call(query, key, value):
-        return token_sparse_attention(query * 1, key, value, config, **options)
+        return token_sparse_attention(query * 1, key, value, config, return_aux=wants)
 
     compiled = torch.compile(call, backend="eager", fullgraph=True)(*problem)
     eager = call(*problem)
-    if not any(wants):
-        compiled, eager = (compiled,), (eager,)
-    assert torch.equal(compiled[0], eager[0])
-    if wants[0]:
-        kept = eager[1].indices.shape[2]
-        assert torch.equal(compiled[1].indices[..., :kept], eager[1].indices)
-        assert (compiled[1].indices[..., kept:] == -1).all(), "room for every slot"
-        assert compiled[1].indices.shape[2] == (120 if wants[0] is True else 0)
-        assert torch.equal(compiled[1].lengths, eager[1].lengths)
-        assert torch.equal(compiled[1].ran_sparse, eager[1].ran_sparse)
-    if wants[1]:
-        assert torch.equal(compiled[-1], eager[-1])
+    assert torch.equal(compiled.output, eager.output)
+    if wants.selection:
+        mine, theirs = compiled.selection, eager.selection
+        kept = theirs.indices.shape[2]
+        assert torch.equal(mine.indices[..., :kept], theirs.indices)
+        assert (mine.indices[..., kept:] == -1).all(), "room for every slot"
+        assert mine.indices.shape[2] == (120 if wants.indices else 0)
+        assert torch.equal(mine.lengths, theirs.lengths)
+        assert torch.equal(mine.ran_sparse, theirs.ran_sparse)
+        assert torch.equal(mine.reasons, theirs.reasons)
+        assert mine.kv_len == theirs.kv_len
+    else:
+        assert compiled.selection is None
+    if wants.lse:
+        assert torch.equal(compiled.lse, eager.lse)
+    else:
+        assert compiled.lse is None
+
+
+def test_traced_without_anything_more_it_gives_the_output():
+    torch.compiler.reset()
+    problem = make_problem(query_len=120)
+
+    def call(query, key, value):
+        return token_sparse_attention(query * 1, key, value, HEADS)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)(*problem)
+    assert torch.equal(compiled, call(*problem))
 
 
 def test_views_keep_their_layout():

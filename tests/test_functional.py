@@ -107,6 +107,42 @@ def test_operator_equals_the_oracle(config, heads, kv_heads, query_len, kv_len):
     assert relative_error(out[0], expected) < (1e-5 if samples(config) else 1e-6)
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+@pytest.mark.parametrize("config", VARIANTS, ids=name_of)
+def test_the_default_dtype_changes_nothing(config, default):
+    check_default_dtype(config, default, "reference", 300)
+
+
+@pytest.mark.parametrize("config", [VARIANTS[1], SAMPLED[3]], ids=name_of)
+def test_the_default_dtype_changes_nothing_in_kernels(config):
+    pytest.importorskip("triton")
+    check_default_dtype(config, torch.float16, "triton", 90)
+
+
+def check_default_dtype(config, default, impl, length):
+    problem = make_problem(batch=2, query_len=length)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, :20] = False
+
+    def run():
+        return token_sparse_attention(
+            *problem, config, padding_mask=mask, execution=Execution(impl), return_aux=WITH_BOTH
+        )
+
+    expected = run()
+    assert expected.selection.ran_sparse.all()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.output, expected.output)
+    assert torch.equal(found.lse, expected.lse)
+    assert found.output.dtype == found.lse.dtype == torch.float32
+    for mine, theirs in zip(found.selection, expected.selection):
+        assert mine == theirs if isinstance(mine, int) else torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
 def test_last_queries_attended_apart_change_nothing(monkeypatch, finite, padded):

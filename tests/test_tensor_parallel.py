@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from support import SMALL, Problem, make_problem
+from support import SAMPLING, SMALL, WITH_SELECTION, Problem, make_problem
 from token_sparse_attention import (
-    TokenSparseConfig,
+    Execution,
+    SparseConfig,
     score_tokens,
     select_tokens,
     token_sparse_attention,
@@ -20,26 +21,18 @@ from token_sparse_attention import (
 
 RANKS = 2
 PER_HEAD = dataclasses.replace(SMALL, budget="per_head")
-KEYS_ONLY = dataclasses.replace(
-    PER_HEAD,
-    drop_mass=None,
-    select_queries=False,
-    fallback="window",
-    fallback_window=9,
-    fallback_samples=20,
-)
+SAMPLED = dataclasses.replace(SAMPLING, budget="per_head", num_samples=20)
 
 
 class Case(NamedTuple):
     """A problem of all heads, and how it is called."""
 
-    config: TokenSparseConfig = SMALL
+    config: SparseConfig = SMALL
     batch: int = 1
     query_len: int = 111
     kv_len: int | None = None
     padded: bool = False
-    kept: float | None = None
-    broken: int | None = None  # this query head is NaN in the last row
+    broken: int | None = None  # this query head is NaN in the last sequence
     uniform: int | None = None  # these first heads attend evenly, so they drop little
     on_device: bool = False  # the kernels, slow without a GPU, select as well
 
@@ -58,20 +51,20 @@ class Case(NamedTuple):
         if self.padded:
             mask = torch.ones(self.batch, self.kv_len or self.query_len, dtype=torch.bool)
             mask[0, :30] = False
-        return {"padding_mask": mask, "kept": self.kept, "return_selection": True}
+        return {"padding_mask": mask, "return_aux": WITH_SELECTION}
 
 
 CASES = {
     "shared": Case(on_device=True),
     "per head": Case(PER_HEAD),
-    "windowed": Case(dataclasses.replace(PER_HEAD, fallback="window", fallback_window=9)),
-    "keys only": Case(KEYS_ONLY, batch=2, padded=True),
-    "keys only, one rank's heads are not finite": Case(KEYS_ONLY, batch=2, broken=6),
+    "windowed": Case(dataclasses.replace(PER_HEAD, fallback="window", sliding_window=9)),
+    "sampling": Case(SAMPLED, batch=2, padded=True),
+    "sampling, one rank's heads are not finite": Case(SAMPLED, batch=2, broken=6),
     "padded": Case(batch=2, padded=True, on_device=True),
     "padded, per head": Case(PER_HEAD, batch=2, padded=True),
     "chunk": Case(query_len=40, kv_len=130),
     "short chunk": Case(query_len=9, kv_len=130),
-    "kept": Case(kept=0.4),
+    "kept": Case(dataclasses.replace(SMALL, keep_ratio=0.4)),
     "one rank's heads are not finite": Case(batch=2, broken=6, on_device=True),
     "one rank's heads are not finite, per head": Case(PER_HEAD, batch=2, broken=6),
     "one rank drops nothing": Case(
@@ -84,10 +77,9 @@ CASES = {
 def select(case: Case, query, key, impl: str, tp_group=None):
     """The stages that decide, alone."""
     options = {"padding_mask": case.options()["padding_mask"]}
-    scores = score_tokens(query, key, case.config, impl="reference", **options)
-    return select_tokens(
-        scores, case.config, kept=case.kept, impl=impl, tp_group=tp_group, **options
-    )
+    window = case.config.observation_window
+    scores = score_tokens(query, key, window, impl="reference", **options)
+    return select_tokens(scores, case.config, impl=impl, tp_group=tp_group, **options)
 
 
 def run_rank(rank: int, folder: str) -> None:
@@ -95,13 +87,14 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
     )
+    execution = Execution(tp_group=dist.group.WORLD)
     results = {}
     for name, case in CASES.items():
         query, key, value = (
             tensor.chunk(RANKS, dim=1)[rank].contiguous() for tensor in case.problem()
         )
         results[name] = token_sparse_attention(
-            query, key, value, case.config, tp_group=dist.group.WORLD, **case.options()
+            query, key, value, case.config, execution=execution, **case.options()
         )
         if case.on_device:
             results[name, "triton"] = select(case, query, key, "triton", dist.group.WORLD)
@@ -112,7 +105,7 @@ def run_rank(rank: int, folder: str) -> None:
 
     @torch.compile(backend="eager")
     def compiled(query, key, value):
-        out = token_sparse_attention(query, key, value, SMALL, tp_group=dist.group.WORLD)
+        out = token_sparse_attention(query, key, value, SMALL, execution=execution)
         return out + 1
 
     problem = (
@@ -137,15 +130,15 @@ def joined(parts):
 def assert_same_decisions(parts, expected):
     for mine in parts:
         assert torch.equal(mine.ran_sparse, expected.ran_sparse)
+        assert torch.equal(mine.reasons, expected.reasons)
     assert torch.equal(joined([mine.lengths for mine in parts]), expected.lengths)
-    assert torch.equal(joined([mine.budget for mine in parts]), expected.budget)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_select_as_one_process_does(ranks, name):
     case = CASES[name]
-    out, selection = token_sparse_attention(*case.problem(), case.config, **case.options())
-    outs, selections = zip(*(rank[name] for rank in ranks))
+    out, selection, _ = token_sparse_attention(*case.problem(), case.config, **case.options())
+    outs, selections, _ = zip(*(rank[name] for rank in ranks))
     assert_same_decisions(selections, selection)
     torch.testing.assert_close(joined(outs), out, equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -198,4 +191,6 @@ def test_a_compiled_function_may_call_it(ranks):
 
 def test_a_tp_group_is_a_process_group():
     with pytest.raises(TypeError, match="tp_group must be a"):
-        token_sparse_attention(*make_problem(), SMALL, tp_group=2)
+        Execution(tp_group=2)
+    with pytest.raises(TypeError, match="tp_group must be a"):
+        select_tokens(torch.rand(1, 8, 90), SMALL, tp_group=2)

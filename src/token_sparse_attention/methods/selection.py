@@ -254,7 +254,8 @@ def select_sequences(
         if not want_reasons:
             return selection
         start, end = tokens.bounds.unbind(-1)
-        return selection._replace(reasons=_reasons(scores, ran_sparse, budget, end - start))
+        why = _reasons(scores, ran_sparse, budget, end - start, tp_group)
+        return selection._replace(reasons=why)
     if tp_group is not None:
         scores = gather_heads(scores, tp_group)  # decides for all heads, as one process would
     selection = _select_on_host(scores, config, tokens, first_query, even)
@@ -266,12 +267,23 @@ def select_sequences(
     )
 
 
-def _reasons(scores: Tensor, ran_sparse: Tensor, budget: Tensor, kv_lens: Tensor) -> Tensor:
+def _reasons(
+    scores: Tensor,
+    ran_sparse: Tensor,
+    budget: Tensor,
+    kv_lens: Tensor,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
     """Why sequences that passed the gate run dense ``[B]`` int32, given their heads' budgets."""
-    dropped = (budget < kv_lens[:, None]).any(-1)
-    why = torch.where(dropped, DenseReason.CROSSOVER_KEPT.code, DenseReason.NOTHING_TO_DROP.code)
-    finite = scores.sum((1, 2)).isfinite()  # none is below 0, so nothing cancels
-    why = torch.where(finite, why, DenseReason.SCORES_NOT_FINITE.code)
+    dropped = budget < kv_lens[:, None]
+    finite = scores.sum(2).isfinite()  # none is below 0, so nothing cancels
+    if tp_group is not None:  # any rank's heads may be why
+        both = gather_heads(torch.stack((dropped, finite), -1).to(torch.int32), tp_group)
+        dropped, finite = both.bool().unbind(-1)
+    why = torch.where(
+        dropped.any(-1), DenseReason.CROSSOVER_KEPT.code, DenseReason.NOTHING_TO_DROP.code
+    )
+    why = torch.where(finite.all(-1), why, DenseReason.SCORES_NOT_FINITE.code)
     return torch.where(ran_sparse, 0, why).to(torch.int32)
 
 
