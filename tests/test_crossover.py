@@ -11,22 +11,24 @@ import pytest
 import torch
 from benchmarks.operator.sampling_tables import dense_query_keys, far_keys
 
-from token_sparse_attention import DenseReason, TokenSparseConfig
+from token_sparse_attention import DenseReason, KVSamplingConfig, TokenSelectionConfig
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.crossover import (
     DENSE_QUERY_TOKENS,
-    FALLBACK_TOKENS,
-    FAR_TOKENS,
     LEAST_DENSE_QUERY_TOKENS,
-    MIN_KEYS_ONLY,
     MIN_LENGTH,
+    MIN_SAMPLED_LENGTH,
+    NEVER_DENSE,
     OVERHEAD_TOKENS,
+    SAMPLED_TOKENS,
+    WINDOW_TOKENS,
     BreakEven,
-    break_even,
-    break_even_of,
     effective_length,
 )
+from token_sparse_attention.gate import Gate
+from token_sparse_attention.methods import method_of
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 STAGES = ("ours/score", "ours/select", "ours/gather", "ours/scatter")
 
@@ -56,37 +58,41 @@ def test_effective_length_does_not_depend_on_the_default_dtype():
     assert found.tolist() == [131072, 24501]
 
 
+def break_even_of(config, device=CPU, num_heads=8, head_dim=64):
+    return method_of(config).gate(device, num_heads, head_dim).break_even
+
+
 def test_break_even():
     even = BreakEven(500, 1.0, 190.0)
-    assert even.dense_reason(499, 499) is DenseReason.CROSSOVER_LENGTH
-    assert even.dense_reason(500, 500) is None
+    assert Gate(break_even=even).reason(499, 499) is DenseReason.CROSSOVER_LENGTH
+    assert Gate(break_even=even).reason(500, 500) is None
     assert even.max_share(1000, 1000) == pytest.approx(0.9)
     assert even.max_share(190, 190) == 0
     assert even.max_share(100, 1000) == 0
-    query = torch.zeros(1, 8, 1, 64)
-    off = break_even_of(TokenSparseConfig.published(crossover="off"), query)
-    assert off.dense_reason(1, 1) is None
+    off = break_even_of(TokenSelectionConfig(crossover="off"))
+    assert off == NEVER_DENSE
+    assert Gate(break_even=off).reason(1, 1) is None
     assert off.max_share(1, 1) == 1
-    auto = TokenSparseConfig.published(crossover="auto")
-    zero = break_even_of(auto, query)
-    window = break_even_of(replace(auto, fallback="window"), query)
+    auto = TokenSelectionConfig(crossover="auto")
+    zero = break_even_of(auto)
+    window = break_even_of(replace(auto, fallback="window"))
     assert window.fixed_tokens > zero.fixed_tokens
-    fixed = [
-        break_even_of(replace(auto, fallback="window", **far), query).fixed_tokens
-        for far in ({"fallback_sinks": 4}, {"fallback_sinks": 4, "fallback_landmarks": 100})
-    ]
-    assert window.fixed_tokens < fixed[0] < fixed[1]
-    assert break_even_of(replace(auto, fallback_landmarks=100), query) == zero
+    assert break_even_of(replace(auto, sliding_window=4096)) == zero, "there is no window"
+    assert break_even_of(replace(auto, keep_ratio=0.5)) == NEVER_DENSE
+    alone, sinks, samples = (
+        break_even_of(KVSamplingConfig(sink_size=sinks, num_samples=samples)).fixed_tokens
+        for sinks, samples in ((0, 0), (4, 0), (4, 100))
+    )
+    assert alone < sinks < samples
 
 
-def test_without_selected_queries_lengths_decide():
-    """No scoring is in vain, so shorter rows may run sparse than with selected queries."""
-    query = torch.zeros(1, 8, 1, 64)
-    few, many = (TokenSparseConfig(fallback_samples=samples) for samples in (0, 100_000))
-    assert break_even_of(few, query).min_length == MIN_KEYS_ONLY["cpu"]
-    even = break_even_of(many, query)
-    assert even.min_length == even.fixed_tokens > MIN_KEYS_ONLY["cpu"]
-    assert MIN_KEYS_ONLY["cuda"] < MIN_LENGTH["cuda"]
+def test_where_keys_are_sampled_lengths_decide():
+    """No scoring is in vain, so shorter sequences may run sparse than with selected queries."""
+    few, many = (KVSamplingConfig(num_samples=samples) for samples in (0, 100_000))
+    assert break_even_of(few).min_length == MIN_SAMPLED_LENGTH["cpu"]
+    even = break_even_of(many)
+    assert even.min_length == even.fixed_tokens > MIN_SAMPLED_LENGTH["cpu"]
+    assert MIN_SAMPLED_LENGTH["cuda"] < MIN_LENGTH["cuda"]
 
 
 @pytest.mark.parametrize(
@@ -108,18 +114,18 @@ def test_constants_cover_the_measured_overhead(device, file, kind, dense):
         per_ms = length / measured[dense, length, None]
         overhead = sum(stages) * per_ms
         assert 0.4 * OVERHEAD_TOKENS[device] < overhead <= OVERHEAD_TOKENS[device]
-        base, per_token = FALLBACK_TOKENS[device]
+        base, per_token = WINDOW_TOKENS[device]
         window = measured["ours/window", length, None] * per_ms
         assert 0.7 * (base + 512 * per_token) < window <= base + 512 * per_token
 
 
 @pytest.mark.parametrize("num_heads", [8, 32])
-def test_constants_cover_the_measured_far_tokens_and_dense_queries(num_heads):
-    """The costliest placement of far tokens, at the start, is not far below them."""
+def test_constants_cover_the_measured_samples_and_dense_queries(num_heads):
+    """The costliest placement of sampled keys, at the start, is not far below them."""
     run = Run.load(RESULTS / f"far-h200-{num_heads}-heads.json")
-    lengths = [n for n in run.lengths("far/score") if n >= MIN_KEYS_ONLY["cuda"]]
+    lengths = [n for n in run.lengths("far/score") if n >= MIN_SAMPLED_LENGTH["cuda"]]
     assert len(lengths) == 3
-    base, per_token = FAR_TOKENS["cuda"]
+    base, per_token = SAMPLED_TOKENS["cuda"]
     dense_query = max(DENSE_QUERY_TOKENS["cuda"] / num_heads, LEAST_DENSE_QUERY_TOKENS["cuda"])
     each = []
     for length in lengths:
@@ -135,38 +141,41 @@ def test_constants_cover_the_measured_far_tokens_and_dense_queries(num_heads):
 
 def test_fewer_heads_need_longer_prompts():
     """While the host starts the sparse kernels, dense attention of few heads is done."""
-    cuda = torch.device("cuda")
-    config = TokenSparseConfig(fallback_samples=1024)
-    least = [break_even(config, cuda, heads, 128).min_length for heads in (64, 32, 16, 8, 4, 1)]
+    config = KVSamplingConfig(num_samples=1024)
+    least = [break_even_of(config, CUDA, heads, 128).min_length for heads in (64, 32, 16, 8, 4, 1)]
     assert least == sorted(least)
-    assert least[:2] == [MIN_KEYS_ONLY["cuda"]] * 2
-    assert least[3] == break_even(config, cuda, 16, 64).min_length
+    assert least[:2] == [MIN_SAMPLED_LENGTH["cuda"]] * 2
+    assert least[3] == break_even_of(config, CUDA, 16, 64).min_length
     assert least[5] == pytest.approx(2 * least[4])
-    selecting = TokenSparseConfig.published(crossover="auto")
-    assert break_even(selecting, cuda, 1, 128).min_length > MIN_LENGTH["cuda"]
-    cpu = torch.device("cpu")
-    assert break_even(config, cpu, 1, 64) == break_even(config, cpu, 64, 128)
+    selecting = TokenSelectionConfig(crossover="auto")
+    assert break_even_of(selecting, CUDA, 1, 128).min_length > MIN_LENGTH["cuda"]
+    assert break_even_of(config, CPU, 1, 64) == break_even_of(config, CPU, 64, 128)
 
 
-def test_dense_heads_leave_less_to_gain():
-    cuda = torch.device("cuda")
-    config = TokenSparseConfig(fallback_samples=8192)
-    without = break_even(config, cuda, 32, 128)
-    assert without.min_length == without.fixed_tokens > MIN_KEYS_ONLY["cuda"]
+@pytest.mark.parametrize(
+    "config", [KVSamplingConfig(num_samples=8192), TokenSelectionConfig(crossover="auto")]
+)
+def test_dense_heads_leave_less_to_gain(config):
+    without = break_even_of(config, CUDA, 32, 128)
     quarter, all_of_them = (
-        break_even(replace(config, dense_heads=tuple(range(count))), cuda, 32, 128)
+        method_of(replace(config, dense_heads=tuple(range(count)))).gate(CUDA, 32, 128)
         for count in (8, 32)
     )
-    assert quarter.min_length == pytest.approx(without.min_length / 0.75)
-    assert all_of_them.dense_reason(10**7, 10**7) is DenseReason.CROSSOVER_LENGTH
+    assert quarter.break_even.fixed_tokens == without.fixed_tokens
+    least = max(without.fixed_tokens / 0.75, without.min_length)
+    assert quarter.break_even.min_length == pytest.approx(least)
+    assert all_of_them.reason(10**7, 10**7) is DenseReason.CROSSOVER_LENGTH
+    if isinstance(config, KVSamplingConfig):
+        assert without.min_length == without.fixed_tokens > MIN_SAMPLED_LENGTH["cuda"]
+        assert quarter.break_even.min_length == pytest.approx(without.min_length / 0.75)
 
 
 @pytest.mark.parametrize("num_heads", [4, 8, 16, 32])
 @pytest.mark.parametrize("samples", [1024, 4096])
 def test_whole_prefills_get_faster_from_the_crossover_on_and_hardly_below(num_heads, samples):
     measured = times(f"prefill-h100-{num_heads}-heads.json", "eager")
-    config = TokenSparseConfig(fallback_samples=samples)
-    least = break_even(config, torch.device("cuda"), num_heads, 128).min_length
+    config = KVSamplingConfig(num_samples=samples)
+    least = break_even_of(config, CUDA, num_heads, 128).min_length
     speed_ups = {
         length: measured["dense", length, None] / time
         for (name, length, _), time in measured.items()
