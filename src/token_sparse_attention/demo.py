@@ -9,9 +9,10 @@ from typing import Any
 
 from token_sparse_attention import bundled
 from token_sparse_attention.arguments import loading, within_memory
-from token_sparse_attention.config import LayerProfile
+from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.record import LayerRecord
+from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.run import (
     Answer,
     answer,
@@ -126,20 +127,20 @@ class DemoResult:
 def seen_share(record: LayerRecord) -> float:
     """Share of the prompt's tokens that a layer's sparse queries see, mean over the heads.
 
-    Where queries are selected, these are the tokens kept. Else each query has its window
-    besides, and a token kept may lie in there, so it is at most that share.
+    For token selection these are the tokens kept. For KV sampling each query sees its window as
+    well, in which a sampled key may lie, so it is at most that share.
     """
-    if record.selection is None or record.selection.config.select_queries:
+    if not isinstance(record.config, KVSamplingConfig):
         return record.kept_share
-    window = record.selection.config.fallback_window / record.kv_len
+    window = record.config.sliding_window / record.kv_len
     return min(record.kept_share + window, 1.0)
 
 
 def _summary(record: LayerRecord) -> str:
     share = f"{seen_share(record):.1%} of the prompt's tokens"
-    if record.selection is None or record.selection.config.select_queries:
+    if not isinstance(record.config, KVSamplingConfig):
         return f"the heads of layer {record.layer} kept {share}"
-    last = record.selection.config.dense_queries
+    last = record.config.dense_queries
     others = f", the last {last} aside" if last else ""
     return f"the queries of layer {record.layer} saw at most {share}, windows included{others}"
 
@@ -154,14 +155,13 @@ def demo_settings(name: str) -> tuple[LayerProfile, str]:
         name: the bundled model's folder.
     """
     profile, source = default_config(name)
-    assert isinstance(profile, LayerProfile)
-    samples = "fallback_samples"
+    assert isinstance(profile, LayerProfile) and isinstance(profile.base, KVSamplingConfig)
+    base, samples = profile.base, "num_samples"
     layers = {
-        layer: {**changes, samples: changes.get(samples, profile.base.fallback_samples) // SHRINK}
+        layer: {**changes, samples: changes.get(samples, base.num_samples) // SHRINK}
         for layer, changes in profile.layers.items()
     }
-    window = profile.base.fallback_window // SHRINK
-    base = replace(profile.base, fallback_window=window, crossover="off")
+    base = replace(base, sliding_window=base.sliding_window // SHRINK, crossover="off")
     return LayerProfile(base, layers), f"{source}, windows and samples a sixteenth of its own"
 
 

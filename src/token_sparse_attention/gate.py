@@ -7,6 +7,7 @@ that passes may still run dense by what its scores say; the method then gives th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from enum import Enum
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class DenseReason(str, Enum):
     CROSSOVER_KEPT = "too few tokens would be dropped for sparse to be faster (crossover)"
     LAYER_NOT_SELECTED = "layer is not among the sparse layers"
     DECODE = "decode step"
+    DRAFTS = "draft tokens to verify: a decode step of several tokens"
     NOT_CAUSAL = "layer is not causal self-attention"
     SLIDING_WINDOW = "layer attends within a sliding window"
     SOFT_CAP = "layer caps its attention logits"
@@ -80,6 +82,21 @@ class Gate(NamedTuple):
     max_dense_context: int = 0
     always: DenseReason | None = None
     break_even: BreakEven = NEVER_DENSE
+
+    @property
+    def shortest_prompt(self) -> int | None:
+        """How many tokens a whole prompt must have for its length to let it run sparse.
+
+        None if no length does.
+
+        Example:
+            >>> Gate(min_queries=16, max_dense_context=100).shortest_prompt
+            101
+        """
+        if self.always is not None or math.isinf(self.break_even.min_length):
+            return None
+        least = math.ceil(self.break_even.min_length)
+        return max(self.min_queries, self.max_dense_context + 1, least)
 
     def reason(self, query_len: int, kv_len: int) -> DenseReason | None:
         """Return why the lengths of a sequence make it run dense, None if they do not.

@@ -12,18 +12,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from token_sparse_attention.attention.causal import dense_backend, parse_backend
+from token_sparse_attention.attention.names import parse_backend, pattern_config
 from token_sparse_attention.attention.patterns.base import PatternConfig
-from token_sparse_attention.config import (
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.integrations.record import PrefillReport
+from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
+from token_sparse_attention.methods import method_of
+from token_sparse_attention.profile import (
     PROFILE_FILE,
     LayerProfile,
-    TokenSparseConfig,
     layer_configs,
     load_config,
     without_crossover,
 )
-from token_sparse_attention.integrations.record import PrefillReport
-from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 
 _WARM_UP_TOKENS = 256
 
@@ -101,12 +102,12 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def default_config(name: str) -> tuple[TokenSparseConfig | LayerProfile, str]:
+def default_config(name: str) -> tuple[SparseConfig | LayerProfile, str]:
     """Return the settings for a model, and in words where they come from."""
     profile = Path(name) / PROFILE_FILE
     if profile.is_file():
         return load_config(profile), f"{PROFILE_FILE} of the model"
-    return TokenSparseConfig(), "the library's defaults"
+    return KVSamplingConfig(), "the library's defaults"
 
 
 def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor:
@@ -152,7 +153,7 @@ def warm_up(
     model: Any,
     tokenizer: Any,
     ids: Tensor,
-    config: TokenSparseConfig | LayerProfile | None = None,
+    config: SparseConfig | LayerProfile | None = None,
     *,
     impl: str = "auto",
     attention_backend: str | PatternConfig = "auto",
@@ -164,19 +165,18 @@ def warm_up(
         model: the model.
         tokenizer: its tokenizer.
         ids: ``[1, S]`` token ids of the prompt.
-        config: settings to answer by besides, at the shortest length that they read sparsely,
+        config: settings to answer by as well, at the shortest length that they read sparsely,
             which compiles the kernels that they need; None for none.
-        impl: see `token_sparse_attention`.
-        attention_backend: likewise.
+        impl: see `Execution`.
+        attention_backend: see `Execution`.
         whole: read the whole prompt densely, not only its beginning, so that the first of two
             answers does not pay for the memory of both.
     """
     most = ids.shape[1] if whole else _WARM_UP_TOKENS
-    lengths: list[tuple[TokenSparseConfig | LayerProfile | None, int]] = [(None, most)]
+    lengths: list[tuple[SparseConfig | LayerProfile | None, int]] = [(None, most)]
     if config is not None:
-        layers = layer_configs(config, model.config.get_text_config().num_hidden_layers).values()
-        longest = max((one.min_tokens + one.window_size for one in layers), default=0)
-        lengths.append((without_crossover(config), longest + 1))
+        eager = without_crossover(config)
+        lengths.append((eager, shortest_sparse_prompt(model, eager)))
     for settings, length in lengths:
         answer(
             model, tokenizer, ids[:, :length], settings,
@@ -184,11 +184,28 @@ def warm_up(
         )  # fmt: skip
 
 
+def shortest_sparse_prompt(model: Any, config: SparseConfig | LayerProfile) -> int:
+    """Return how many tokens a prompt must have to run sparse in every layer that ever does.
+
+    Args:
+        model: the model.
+        config: the settings; 1 if no layer ever runs sparse.
+    """
+    sizes = model.config.get_text_config(decoder=True)
+    num_heads = sizes.num_attention_heads
+    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // num_heads
+    gates = (
+        method_of(layer_config).gate(model.device, num_heads, head_dim)
+        for layer_config in layer_configs(config, sizes.num_hidden_layers).values()
+    )
+    return max((gate.shortest_prompt or 1 for gate in gates), default=1)
+
+
 def answer(
     model: Any,
     tokenizer: Any,
     ids: Tensor,
-    config: TokenSparseConfig | LayerProfile | None,
+    config: SparseConfig | LayerProfile | None,
     *,
     max_new_tokens: int = 64,
     impl: str = "auto",
@@ -204,13 +221,13 @@ def answer(
         ids: ``[1, S]`` token ids of the prompt.
         config: the settings, or None.
         max_new_tokens: at most this many tokens are generated.
-        impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`; a pattern runs in every layer, the
+        impl: see `Execution`.
+        attention_backend: see `Execution`; a pattern runs in every layer, the
             dense ones too. Without settings ``"auto"`` takes a pattern's place.
     """
     backend = parse_backend(attention_backend)
     if config is None:
-        with attention_of_every_layer(model, dense_backend(backend)):
+        with attention_of_every_layer(model, "auto" if pattern_config(backend) else backend):
             return _generate(model, tokenizer, ids, max_new_tokens, None)
     every_layer = attention_of_every_layer(model, backend)
     with every_layer, apply(model, config, impl=impl, attention_backend=backend) as report:

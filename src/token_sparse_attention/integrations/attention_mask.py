@@ -37,7 +37,9 @@ def read_mask(mask: Tensor | None, query_len: int, kv_len: int) -> MaskLayout | 
         return MaskLayout(query_len, None)
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (query_len, kv_len):
         return None
-    visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    visible = _visible(mask)
+    if visible is None:
+        return None
     slot = torch.arange(kv_len, device=mask.device)
     query = torch.arange(query_len, device=mask.device)
     # As bytes: index arithmetic over the whole mask would take eight times its memory.
@@ -56,7 +58,20 @@ def read_mask(mask: Tensor | None, query_len: int, kv_len: int) -> MaskLayout | 
     return MaskLayout(used, None if padding_mask.all() else padding_mask)
 
 
+def _visible(mask: Tensor) -> Tensor | None:
+    """Return which keys each query sees ``[B, S_q, S_kv]``; None if a number says neither.
+
+    A number hides a key if it is about the least of its dtype: the sum of two such is -inf, and
+    a mask in single precision may hold bfloat16's least. Any other number but 0 changes weights.
+    """
+    if mask.dtype == torch.bool:
+        return mask[:, 0]
+    visible = (mask == 0)[:, 0]
+    hidden = (mask <= torch.finfo(mask.dtype).min / 2)[:, 0]
+    return visible if bool((visible ^ hidden).all()) else None
+
+
 def _one_run(padding_mask: Tensor) -> bool:
-    """Return whether every row is one run of True."""
+    """Return whether every sequence's slots are one run of True."""
     starts = padding_mask[:, :1].sum(-1) + (padding_mask[:, 1:] & ~padding_mask[:, :-1]).sum(-1)
     return bool((starts == 1).all())

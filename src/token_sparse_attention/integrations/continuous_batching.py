@@ -1,8 +1,8 @@
 """Continuous batching of transformers: the new tokens of many requests in one attention call.
 
 The requests lie one after the other in ``query [1, H, T, D]``; the paged cache hands out their
-keys likewise. Each request is a causal sequence of its own, aligned at its end: a prompt, a
-piece of one, or a decode step. There is no mask, so whoever attends applies causality.
+keys in the same order. Each request is a causal sequence of its own, aligned at its end: a
+prompt, a piece of one, or a decode step. There is no mask, so whoever attends applies causality.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from token_sparse_attention.attention import flash
-from token_sparse_attention.attention.backends import choose_backend, takes_packed
-from token_sparse_attention.attention.dense import causal_attention
-from token_sparse_attention.integrations.implementation import AttentionFunction, obstacle
+from token_sparse_attention.attention.flash import FlashBackend
+from token_sparse_attention.attention.resolve import resolve_backend
+from token_sparse_attention.integrations.obstacles import (
+    AttentionFunction,
+    LayerCall,
+    obstacle,
+)
+from token_sparse_attention.results import PackedSequences
 
 _ARGUMENTS = frozenset(
     {
@@ -38,33 +42,28 @@ _ARGUMENTS = frozenset(
         "write_index",
     }
 )
-_BLOCK_ROWS = 1024  # queries per call where a mask must be written out
+_BLOCK_QUERIES = 1024  # queries per call where a mask must be written out
 
 
 class PackedCall(NamedTuple):
     """One layer's attention call.
 
     Attributes:
-        query: ``[1, H, T, D]``.
-        key: ``[1, H_kv, T_kv, D]``, of the earlier tokens as well.
-        value: likewise.
+        call: query ``[1, H, T, D]``; key and value ``[1, H_kv, T_kv, D]``, of the earlier tokens
+            as well; the layer's arguments that are not of continuous batching.
         cu_seqlens_q: ``[requests + 1]`` int32, where each request's queries begin.
         cu_seqlens_k: ``[requests + 1]`` int32, where each request's keys begin.
         max_seqlen_q: no request has more queries.
         max_seqlen_k: no request has more keys.
         window: keys each query sees, itself included; None for all.
-        arguments: the layer's other arguments.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    call: LayerCall
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
     window: int | None
-    arguments: dict[str, Any]
 
 
 class Request(NamedTuple):
@@ -73,12 +72,13 @@ class Request(NamedTuple):
     queries: slice
     keys: slice
 
-    def of(self, call: PackedCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the request's query, key and value."""
-        return (
-            call.query[:, :, self.queries],
-            call.key[:, :, self.keys],
-            call.value[:, :, self.keys],
+    def of(self, packed: PackedCall) -> LayerCall:
+        """Return the request's own call."""
+        call = packed.call
+        return call._replace(
+            query=call.query[:, :, self.queries],
+            key=call.key[:, :, self.keys],
+            value=call.value[:, :, self.keys],
         )
 
 
@@ -105,38 +105,34 @@ def shares_prefixes(arguments: dict[str, Any]) -> bool:
     return bool(getattr(arguments.get("cache"), "use_prefix_sharing", False))
 
 
-def read_call(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
-) -> PackedCall:
+def read_call(call: LayerCall) -> PackedCall:
     """Put the new keys and values into the cache, and return what to attend over.
 
     Raises:
         ValueError: if the call is not one of continuous batching.
     """
-    if not is_packed(arguments):
+    if not is_packed(call.arguments):
         raise ValueError(
             "model must be run by continuous batching under apply(continuous_batching=True), "
             "got another call; for other calls, leave that argument out"
         )
-    arguments = dict(arguments)  # an update writes into them
+    arguments = dict(call.arguments)  # an update writes into them
     cache = arguments.get("cache")  # from 5.24 on the layer has updated it before
-    keys, values = key, value
+    keys, values = call.key, call.value
     if cache is not None:
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer: int = call.module.layer_idx  # type: ignore[assignment]
         update = partial(_update, cache) if _takes_prefix() else cache.update
         keys, values = update(
-            key_states=key, value_states=value, layer_idx=layer, kwargs=arguments
+            key_states=keys, value_states=values, layer_idx=layer, kwargs=arguments
         )
+    others = {name: argument for name, argument in arguments.items() if name not in _ARGUMENTS}
     return PackedCall(
-        query,
-        keys,
-        values,
+        call._replace(key=keys, value=values, arguments=others),
         arguments["cu_seq_lens_q"],
         arguments["cu_seq_lens_k"],
         arguments["max_length_q"],
         arguments["max_length_k"],
         arguments.get("sliding_window"),
-        {name: argument for name, argument in arguments.items() if name not in _ARGUMENTS},
     )
 
 
@@ -168,28 +164,28 @@ class RequestReader:
     def __init__(self) -> None:
         self._seen: dict[bool, tuple[weakref.ref[Tensor], list[Request]]] = {}
 
-    def __call__(self, call: PackedCall) -> list[Request]:
+    def __call__(self, packed: PackedCall) -> list[Request]:
         """Return where each request lies; those of padding, without queries, are left out.
 
         Raises:
             RuntimeError: while a CUDA graph is captured, which cannot read lengths.
         """
-        windowed = call.window is not None
+        windowed = packed.window is not None
         seen = self._seen.get(windowed)  # another thread may change it
-        if seen is not None and seen[0]() is call.cu_seqlens_k:
+        if seen is not None and seen[0]() is packed.cu_seqlens_k:
             return seen[1]
-        if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        if packed.call.query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "token sparse attention reads each request's length, which a CUDA graph cannot; "
                 "pass ContinuousBatchingConfig(use_cuda_graph=False)"
             )
-        ends = torch.stack((call.cu_seqlens_q, call.cu_seqlens_k)).tolist()
+        ends = torch.stack((packed.cu_seqlens_q, packed.cu_seqlens_k)).tolist()
         requests = [
             Request(slice(*queries), slice(*keys))
-            for queries, keys in zip(*(pairwise(one) for one in ends))
+            for queries, keys in zip(*(pairwise(starts) for starts in ends))
             if queries[0] < queries[1]
         ]
-        self._seen[windowed] = (weakref.ref(call.cu_seqlens_k), requests)
+        self._seen[windowed] = (weakref.ref(packed.cu_seqlens_k), requests)
         return requests
 
 
@@ -210,100 +206,78 @@ def consecutive(numbers: Iterable[int]) -> list[range]:
 
 
 def attend_dense(
-    module: nn.Module,
+    packed: PackedCall,
     function: AttentionFunction,
-    call: PackedCall,
     read: RequestReader,
     numbers: range,
     out: Tensor,
-    *,
-    scale: float | None,
-    dropout: float,
 ) -> None:
-    """Attend densely, as the layer wants it.
+    """Attend some requests densely, as the layer wants it.
 
     Args:
-        module: the layer.
-        function: its own attention function, for what this library's kernels cannot do.
-        call: the call.
+        packed: the call.
+        function: the layer's own attention function, for what this library's kernels cannot do.
         read: tells where the requests lie.
         numbers: which requests.
-        out: ``[1, T, H, D]``, written in their rows.
-        scale: factor of the logits.
-        dropout: the layer's dropout.
+        out: ``[1, T, H, D]``, written in their queries' places.
     """
-    plain = call.arguments | {"sliding_window": None}
-    if obstacle(module, call.query, call.key, call.value, dropout, plain)[0] is not None:
-        for request in read(call)[numbers.start : numbers.stop]:
-            out[:, request.queries] = _with_written_mask(
-                module, function, call, request, scale=scale, dropout=dropout
-            )
+    call = packed.call
+    plain = call._replace(arguments=call.arguments | {"sliding_window": None})
+    if obstacle(plain)[0] is not None:
+        for request in read(packed)[numbers.start : numbers.stop]:
+            out[:, request.queries] = _with_written_mask(packed, function, request)
         return
-    scale = call.query.shape[-1] ** -0.5 if scale is None else scale
-    backend = choose_backend("auto", call.query, call.key).name
-    if takes_packed(backend, call.query):
+    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    backend = resolve_backend("auto", call.query, call.key)
+    if isinstance(backend, FlashBackend):
         cu_seqlens_q, cu_seqlens_k = (
             # Cloned where they start elsewhere: a kernel may want them aligned.
-            every[numbers.start : numbers.stop + 1].clone()
+            starts[numbers.start : numbers.stop + 1].clone()
             if numbers.start
-            else every[: numbers.stop + 1]
-            for every in (call.cu_seqlens_q, call.cu_seqlens_k)
+            else starts[: numbers.stop + 1]
+            for starts in (packed.cu_seqlens_q, packed.cu_seqlens_k)
         )
-        flash.varlen_attention(
-            backend,
+        sequences = PackedSequences(
             call.query[0].transpose(0, 1).contiguous(),
             call.key[0].transpose(0, 1),
             call.value[0].transpose(0, 1),
             cu_seqlens_q,
             cu_seqlens_k,
-            max_seqlen_q=call.max_seqlen_q,
-            max_seqlen_k=call.max_seqlen_k,
-            scale=scale,
-            window=call.window,
-            out=out[0],
+            packed.max_seqlen_q,
+            packed.max_seqlen_k,
         )
+        backend.attend_varlen(sequences, scale=scale, window=packed.window, out=out[0])
         return
-    for request in read(call)[numbers.start : numbers.stop]:
-        attended = causal_attention(
-            *request.of(call), scale=scale, backend=backend, window=call.window
-        )
+    for request in read(packed)[numbers.start : numbers.stop]:
+        query, key, value = request.of(packed)[1:4]
+        attended = backend.attend(query, key, value, scale=scale, window=packed.window).out
         out[:, request.queries] = attended.transpose(1, 2)
 
 
 def _with_written_mask(
-    module: nn.Module,
-    function: AttentionFunction,
-    call: PackedCall,
-    request: Request,
-    *,
-    scale: float | None,
-    dropout: float,
+    packed: PackedCall, function: AttentionFunction, request: Request
 ) -> Tensor:
     """One request by the model's own function ``[1, S_q, H, D]``, in blocks of queries."""
-    query, key, value = request.of(call)
-    device, lowest = query.device, torch.finfo(query.dtype).min
-    first_query = key.shape[2] - query.shape[2]
+    call, window = request.of(packed), packed.window
+    device, lowest = call.query.device, torch.finfo(call.query.dtype).min
+    first_query = call.kv_len - call.query_len
     blocks = []
-    for start in range(0, query.shape[2], _BLOCK_ROWS):
-        rows = torch.arange(start, min(start + _BLOCK_ROWS, query.shape[2]), device=device)
-        at = first_query + rows[:, None]
-        end = first_query + start + len(rows)
-        first_key = 0 if call.window is None else max(first_query + start - call.window + 1, 0)
+    for start in range(0, call.query_len, _BLOCK_QUERIES):
+        number = torch.arange(start, min(start + _BLOCK_QUERIES, call.query_len), device=device)
+        position = first_query + number[:, None]
+        end = first_query + start + len(number)
+        first_key = 0 if window is None else max(first_query + start - window + 1, 0)
         slot = torch.arange(first_key, end, device=device)
-        hidden = slot > at
-        if call.window is not None:
-            hidden |= slot <= at - call.window
-        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=device)
+        hidden = slot > position
+        if window is not None:
+            hidden |= slot <= position - window
+        mask = torch.zeros(hidden.shape, dtype=call.query.dtype, device=device)
         mask.masked_fill_(hidden, lowest)
-        attended, _ = function(
-            module,
-            query[:, :, start : start + len(rows)],
-            key[:, :, first_key:end],
-            value[:, :, first_key:end],
-            mask[None, None],
-            scaling=scale,
-            dropout=dropout,
-            **call.arguments,
+        block = call._replace(
+            query=call.query[:, :, start : start + len(number)],
+            key=call.key[:, :, first_key:end],
+            value=call.value[:, :, first_key:end],
+            mask=mask[None, None],
         )
-        blocks.append(attended)
+        blocks.append(block.run(function)[0])
     return torch.cat(blocks, 1)

@@ -13,59 +13,40 @@ from typing import Any
 
 from torch import Tensor
 
-from token_sparse_attention.config import DenseReason, TokenSparseConfig
-from token_sparse_attention.crossover import BreakEven
-from token_sparse_attention.selection import TokenSelection
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.gate import DenseReason, reason_of
+from token_sparse_attention.results import TokenSelection
 
 MAX_RECORDS = 8192  # the oldest records are forgotten, so that a server's report stays small
 
 
 @dataclass(frozen=True)
 class SelectionRecord:
-    """Device tensors that say what a sparse layer selected.
+    """Device tensors that say what a layer did with each sequence of a batch.
 
     Attributes:
-        config: the layer's settings.
-        lengths: ``[B, H]`` tokens kept; where queries are not selected, the tokens that every
-            query sees beyond its window.
+        lengths: ``[B, H]`` tokens kept; for KV sampling the sinks and sampled keys of a head.
         ran_sparse: ``[B]`` bool.
-        query_lens: ``[B]`` real queries per row.
-        kv_lens: ``[B]`` real keys per row.
-        budget: ``[B, H]`` tokens the method would keep, whether or not the row ran sparse.
-        even: from where on sparse was taken to be faster.
+        reasons: ``[B]`` int32 codes of why a sequence ran dense, see `gate.reason_of`.
+        kv_lens: ``[B]`` real keys of each sequence.
     """
 
-    config: TokenSparseConfig
     lengths: Tensor
     ran_sparse: Tensor
-    query_lens: Tensor
+    reasons: Tensor
     kv_lens: Tensor
-    budget: Tensor
-    even: BreakEven
 
     @classmethod
     def of(
-        cls,
-        selection: TokenSelection,
-        config: TokenSparseConfig,
-        even: BreakEven,
-        query_len: int,
-        kv_len: int,
-        padding_mask: Tensor | None,
+        cls, selection: TokenSelection, kv_len: int, padding_mask: Tensor | None
     ) -> SelectionRecord:
-        """Take down a selection; without a `padding_mask` all rows have these lengths."""
+        """Record a selection; without a `padding_mask` all sequences have `kv_len` keys."""
+        assert selection.reasons is not None, "the operator gives them with the selection"
         if padding_mask is None:
-            query_lens, kv_lens = (
-                selection.lengths.new_full(selection.ran_sparse.shape, length)
-                for length in (query_len, kv_len)
-            )
+            kv_lens = selection.lengths.new_full(selection.ran_sparse.shape, kv_len)
         else:
-            query_lens = padding_mask[:, kv_len - query_len :].sum(-1)
             kv_lens = padding_mask.sum(-1)
-        budget = selection.lengths if selection.budget is None else selection.budget
-        return cls(
-            config, selection.lengths, selection.ran_sparse, query_lens, kv_lens, budget, even
-        )
+        return cls(selection.lengths, selection.ran_sparse, selection.reasons, kv_lens)
 
 
 @dataclass(frozen=True)
@@ -79,6 +60,7 @@ class LayerRecord:
         dense_reason: why the whole call ran dense; None if the method decided.
         detail: what the reason was met on, for example an argument's name.
         selection: what the method decided, None where `dense_reason` is set.
+        config: the layer's settings, None where `dense_reason` is set.
         sequence: number of the sequence in a packed call, as continuous batching makes them.
     """
 
@@ -88,45 +70,30 @@ class LayerRecord:
     dense_reason: DenseReason | None = None
     detail: str = ""
     selection: SelectionRecord | None = None
+    config: SparseConfig | None = None
     sequence: int = 0
 
     @property
     def paths(self) -> list[str]:
-        """``"sparse"`` or ``"dense"`` for each row; one entry if the whole call ran dense."""
+        """``"sparse"`` or ``"dense"`` for each sequence; one entry if the whole call ran dense."""
         if self.selection is None:
             return ["dense"]
         return ["sparse" if ran else "dense" for ran in self.selection.ran_sparse.tolist()]
 
     @property
     def reasons(self) -> list[str | None]:
-        """Why each row ran dense, None for sparse rows; aligned with `paths`."""
+        """Why each sequence ran dense, None for sparse ones; aligned with `paths`."""
         if self.selection is None:
             reason = str(self.dense_reason)
             return [f"{reason}: {self.detail}" if self.detail else reason]
-        reasons: list[str | None] = []
-        for ran, query_len, kv_len, budget in zip(
-            self.selection.ran_sparse.tolist(),
-            self.selection.query_lens.tolist(),
-            self.selection.kv_lens.tolist(),
-            self.selection.budget.tolist(),
-        ):
-            why: DenseReason | None = None
-            if not ran:
-                why = self.selection.config.dense_reason(query_len, kv_len)
-                why = why or self.selection.even.dense_reason(query_len, kv_len)
-                dropped = min(budget) < kv_len
-                why = why or (
-                    DenseReason.CROSSOVER_KEPT if dropped else DenseReason.NOTHING_TO_DROP
-                )
-            reasons.append(None if why is None else str(why))
-        return reasons
+        reasons = [reason_of(code) for code in self.selection.reasons.tolist()]
+        return [None if reason is None else str(reason) for reason in reasons]
 
     @property
     def kept(self) -> list[list[int]] | None:
         """Tokens kept, ``[B][H]``; None if the whole call ran dense.
 
-        With ``select_queries=False`` these are the tokens that every query sees beyond its
-        window: sinks, landmarks and samples.
+        For KV sampling these are a head's sinks and sampled keys, without its window.
         """
         return None if self.selection is None else self.selection.lengths.tolist()
 
@@ -179,10 +146,10 @@ class PrefillReport:
     def prefills(self) -> list[list[LayerRecord]]:
         """Return the records grouped into forward passes, oldest first."""
         passes: list[list[LayerRecord]] = []
-        place = (-1, -1)
+        position = (-1, -1)
         for record in self.records:
-            before, place = place, (record.layer, record.sequence)
-            if not passes or place <= before:
+            before, position = position, (record.layer, record.sequence)
+            if not passes or position <= before:
                 passes.append([])
             passes[-1].append(record)
         return passes
@@ -195,7 +162,7 @@ class PrefillReport:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
         return {
-            "prefills": [[record.to_dict() for record in one] for one in self.prefills()],
+            "prefills": [[record.to_dict() for record in records] for records in self.prefills()],
             "decode_calls": self.decode_calls,
         }
 
@@ -222,7 +189,7 @@ def describe(record: LayerRecord) -> str:
 
 
 def path_name(record: LayerRecord) -> str:
-    """Return ``"sparse"``, ``"dense"``, or ``"mixed"`` where rows differ."""
+    """Return ``"sparse"``, ``"dense"``, or ``"mixed"`` where sequences differ."""
     paths = set(record.paths)
     return paths.pop() if len(paths) == 1 else "mixed"
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from token_sparse_attention.config import DenseReason, TokenSparseConfig
-from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.gate import DenseReason, Gate
+from token_sparse_attention.inputs import AuxRequest
 from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import (
     engine_settings,
@@ -24,23 +27,21 @@ from token_sparse_attention.integrations.vllm.engine import (
     longest_prefill,
     most_decode_tokens,
     step_obstacle,
-    tp_group,
+    tensor_parallel_group,
     usable_layers,
 )
 from token_sparse_attention.integrations.vllm.paged import ReadCache
 from token_sparse_attention.integrations.vllm.plan import (
     Prefill,
-    Rest,
     Split,
+    StockPart,
     list_prefills,
     workspace_bytes,
 )
-from token_sparse_attention.integrations.vllm.settings import Settings
 from token_sparse_attention.integrations.vllm.warm_up import Layer, check_layer, warm_up
+from token_sparse_attention.methods import LayerShape, method_of
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
+_LENGTHS = AuxRequest(selection=True, indices=False)
 _LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
 
 
@@ -50,16 +51,14 @@ class Step:
 
     Attributes:
         splits: what the layers do that run a request of this step sparse, by name.
-        settings: of the plugin.
-        tp_group: the ranks that hold the layers' other heads; None without them.
+        execution: how the operator runs, on the ranks that hold the layers' other heads.
         read_cache: returns a request's keys and values ``[1, H_kv, kv_len, D]``, given the
             cache, its blocks and its length.
         counts: whether this process counts.
     """
 
     splits: dict[str, Split]
-    settings: Settings
-    tp_group: ProcessGroup | None
+    execution: Execution
     read_cache: ReadCache
     counts: bool
 
@@ -73,13 +72,14 @@ class SparsePrefillBuilder:
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        self._configs: dict[str, TokenSparseConfig] = {}
+        self._configs: dict[str, SparseConfig] = {}
         settings = engine_settings(vllm_config)
         if settings is None:
             return
         self._settings = settings
         self._read_cache = self.cache_reader()
-        self._tp_group, rank = tp_group()
+        tp_group, rank = tensor_parallel_group()
+        self._execution = Execution(settings.impl, settings.attention_backend, tp_group=tp_group)
         self._counts = rank == 0
         self._most_decode_tokens = most_decode_tokens(vllm_config)
         self._configs, obstacles = usable_layers(settings, vllm_config)
@@ -93,12 +93,12 @@ class SparsePrefillBuilder:
         if self._counts:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
-        layers = layer_shapes(self._configs, vllm_config, self._tp_group)
-        self._break_evens: dict[TokenSparseConfig, BreakEven] = {}
+        layers = layer_shapes(self._configs, vllm_config, tp_group)
+        self._gates: dict[SparseConfig, Gate] = {}
         for layer, config in zip(layers, self._configs.values()):
-            even = break_even(config, device, layer.num_heads, layer.head_dim)
-            other = self._break_evens.get(config, NEVER_DENSE)  # the last to begin decides
-            self._break_evens[config] = max(other, even)
+            gate = layer.gate(device)
+            other = self._gates.get(config, gate)  # the last to begin decides
+            self._gates[config] = max(gate, other, key=attrgetter("break_even"))
         for layer in dict.fromkeys(layers):
             check_layer(layer, settings, device)
         if settings.warm_up and device.type == "cuda":  # a CPU has nothing to compile
@@ -127,11 +127,10 @@ class SparsePrefillBuilder:
         if seconds is not None and self._counts:
             _LOG.info("Token sparse attention: kernels warmed up in %.1f seconds", seconds)
         flags = torch.tensor([layer in failed for layer in layers], dtype=torch.int32)
-        if self._tp_group is not None and layers:  # a rank's failure is the others' too
+        tp_group = self._execution.tp_group
+        if tp_group is not None and layers:  # a rank's failure is the others' too
             flags = flags.to(device)
-            torch.distributed.all_reduce(
-                flags, torch.distributed.ReduceOp.MAX, group=self._tp_group
-            )
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=tp_group)
         broken = [name for name, flag in zip(self._configs, flags.tolist()) if flag]
         if broken:
             why = "; ".join(dict.fromkeys(failed.values())) or "on another rank"
@@ -164,8 +163,7 @@ class SparsePrefillBuilder:
             if splits:
                 metadata.token_sparse = Step(
                     splits,
-                    self._settings,
-                    self._tp_group,
+                    self._execution,
                     self._read_cache or _no_reader,
                     self._counts,
                 )
@@ -181,64 +179,64 @@ class SparsePrefillBuilder:
             self._most_decode_tokens,
         )
         obstacle = step_obstacle(common)
-        of_config: dict[TokenSparseConfig, Split | None] = {}
-        of_rows: dict[tuple[int, ...], Rest | None] = {}
+        split_of: dict[SparseConfig, Split | None] = {}
+        stock_parts: dict[tuple[int, ...], StockPart | None] = {}  # by the sparse requests
         reasons_of: list[list[str]] = [[] for _ in prefills]  # by the configs that decline
         for config in dict.fromkeys(self._configs.values()):
-            even = self._break_evens[config]
+            gate = self._gates[config]
             reasons = [
-                obstacle or self._obstacle(prefill) or prefill.dense_reason(config, even)
+                obstacle or self._obstacle(prefill) or prefill.dense_reason(gate)
                 for prefill in prefills
             ]
-            chosen = [one for one, reason in zip(prefills, reasons) if reason is None]
+            chosen = [prefill for prefill, reason in zip(prefills, reasons) if reason is None]
             for declined, reason in zip(reasons_of, reasons):
                 if reason is not None:
                     declined.append(reason)
-            of_config[config] = None
+            split_of[config] = None
             if chosen:
-                rows = tuple(one.row for one in chosen)
-                if rows not in of_rows:
-                    of_rows[rows] = self._rest(common, rows)
-                of_config[config] = Split(config, chosen, of_rows[rows])
+                requests = tuple(prefill.request for prefill in chosen)
+                if requests not in stock_parts:
+                    stock_parts[requests] = self._stock_part(common, requests)
+                split_of[config] = Split(config, chosen, stock_parts[requests])
         if self._counts_prefills:
             for declined in reasons_of:
-                everywhere = len(declined) == len(of_config)
+                everywhere = len(declined) == len(split_of)
                 COUNTERS.add_prefill(max(declined, key=declined.count) if everywhere else None)
-        splits = {name: of_config[config] for name, config in self._configs.items()}
+        splits = {name: split_of[config] for name, config in self._configs.items()}
         return {name: split for name, split in splits.items() if split is not None}
 
     def _obstacle(self, prefill: Prefill) -> str | None:
         unread = self._read_cache is None and not prefill.whole
         return str(DenseReason.CACHE_LAYOUT) if unread else None
 
-    def _rest(self, common: Any, rows: tuple[int, ...]) -> Rest | None:
-        """Build the stock metadata of the requests that are not in `rows`."""
+    def _stock_part(self, common: Any, sparse: tuple[int, ...]) -> StockPart | None:
+        """Build the stock metadata of the requests that are not `sparse`."""
         starts = common.query_start_loc_cpu.tolist()
         others = [
-            row
-            for row in range(common.num_reqs)
-            if row not in rows and starts[row + 1] > starts[row]
+            request
+            for request in range(common.num_reqs)
+            if request not in sparse and starts[request + 1] > starts[request]
         ]
         if not others:
             return None
         device = common.query_start_loc.device
-        spans = [torch.arange(starts[row], starts[row + 1]) for row in others]
+        spans = [torch.arange(*starts[request : request + 2]) for request in others]
         tokens = _to_device(torch.cat(spans), device)
         ends = torch.tensor([0] + [len(span) for span in spans]).cumsum(0).to(torch.int32)
-        at = torch.tensor(others)
-        at_device = _to_device(at, device)
+        numbers = torch.tensor(others)
+        on_device = _to_device(numbers, device)
 
         def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[at.to(tensor.device)]
+            return None if tensor is None else tensor[numbers.to(tensor.device)]
 
         part = common.replace(
             query_start_loc=_to_device(ends, device),
             query_start_loc_cpu=ends,
-            seq_lens=common.seq_lens[at_device],
+            seq_lens=common.seq_lens[on_device],
             num_reqs=len(others),
             num_actual_tokens=len(tokens),
             max_query_len=max(len(span) for span in spans),
-            block_table_tensor=common.block_table_tensor[at_device],
+            block_table_tensor=common.block_table_tensor[on_device],
             slot_mapping=common.slot_mapping[tokens],
             positions=None if common.positions is None else common.positions[tokens],
             is_prefilling=pick(common.is_prefilling),
@@ -247,7 +245,7 @@ class SparsePrefillBuilder:
             _token_to_req_indices_cache=None,
         )
         # Fast: a schedule made ahead would overwrite the whole step's, which other layers use.
-        return Rest(tokens, super().build(0, part, True))  # type: ignore[misc]
+        return StockPart(tokens, super().build(0, part, True))  # type: ignore[misc]
 
 
 class SparsePrefillImpl:
@@ -286,22 +284,19 @@ class SparsePrefillImpl:
         if settings is not None:
             model = vllm_config.model_config
             longest = longest_prefill(vllm_config)
-            heads = (num_heads, num_kv_heads, head_size, model.dtype.itemsize)
-            shape = (*heads, longest.query_len, longest.kv_len)
+            itemsize = model.dtype.itemsize
+            shape = LayerShape(
+                num_heads, num_kv_heads, head_size, itemsize, longest.query_len, longest.kv_len
+            )
             # Which layer this is cannot be known here.
             configs = settings.layer_configs(model.get_total_num_hidden_layers()).values()
             device = torch.device(current_platform.device_type)
-            self.workspace = max(
-                (
-                    workspace_bytes(config, *shape)
-                    for config in configs
-                    if longest.dense_reason(
-                        config, break_even(config, device, num_heads, head_size)
-                    )
-                    is None
-                ),
-                default=0,
-            )
+            needed = [0]
+            for config in configs:
+                gate = method_of(config).gate(device, num_heads, head_size)
+                if longest.dense_reason(gate) is None:
+                    needed.append(workspace_bytes(config, shape))
+            self.workspace = max(needed)
         super().__init__(
             num_heads,  # type: ignore[call-arg]
             head_size,
@@ -370,11 +365,11 @@ class SparsePrefillImpl:
             if prefill.whole:
                 keys, values = _as_batch(key[part]), _as_batch(value[part])
             else:
-                table = attn_metadata.block_table[prefill.row]
+                table = attn_metadata.block_table[prefill.request]
                 keys, values = step.read_cache(kv_cache, table, prefill.kv_len)
             self._attend(step, split.config, query[part], keys, values, output[part])
-        if split.rest is not None:
-            tokens, metadata = split.rest
+        if split.stock is not None:
+            tokens, metadata = split.stock
             out = torch.empty_like(output[: len(tokens)])
             stock(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, out)
             output[tokens] = out
@@ -383,26 +378,24 @@ class SparsePrefillImpl:
     def _attend(
         self,
         step: Step,
-        config: TokenSparseConfig,
+        config: SparseConfig,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
         output: Tensor,
     ) -> None:
         """Attend one request's queries ``[T, H, D]``, into `output`."""
-        attended, selection = token_sparse_attention(
+        attended, selection, _ = token_sparse_attention(
             _as_batch(query),
             keys,
             values,
             config,
             scale=self.scale,
-            impl=step.settings.impl,
-            attention_backend=step.settings.attention_backend,
-            tp_group=step.tp_group,
-            return_selection="lengths",
+            execution=step.execution,
+            return_aux=_LENGTHS,
         )
         output.copy_(attended[0].transpose(0, 1))
-        if step.counts:
+        if step.counts and selection is not None:
             COUNTERS.add_layer(selection)
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
-from token_sparse_attention.config import DenseReason
-from token_sparse_attention.selection import TokenSelection
+from token_sparse_attention.gate import DenseReason
+from token_sparse_attention.results import TokenSelection
 
 SPARSE = "sparse"
 _METRICS = {
     "prefills": "Prompts and chunks of prompts, by path and by why they ran dense",
     "layer_calls": "Calls of a sparse layer, by path and by why they ran dense",
     "tokens_seen": "Tokens that heads in sparse layers could attend over",
-    "tokens_kept": "Tokens that heads in sparse layers attended over, or with "
-    "select_queries=False saw beyond their queries' windows",
+    "tokens_kept": "Tokens that heads in sparse layers kept; for KV sampling their sinks and "
+    "sampled keys",
 }
 
 
@@ -55,9 +55,9 @@ class Counters:
         self._layer_calls += 1
         self._tokens_seen += int(selection.kv_len or 0) * selection.lengths.shape[1]
         self._ran_sparse = self._ran_sparse + selection.ran_sparse.sum()
-        if selection.budget is not None:  # that would drop tokens, but not enough to be faster
-            dropped = (selection.budget < int(selection.kv_len or 0)).any(-1)
-            self._slower = self._slower + (dropped & ~selection.ran_sparse).sum()
+        if selection.reasons is not None:
+            slower = selection.reasons == DenseReason.CROSSOVER_KEPT.code
+            self._slower = self._slower + slower.sum()
         self._tokens_kept = self._tokens_kept + selection.lengths.sum()
         self._changed = True
 
@@ -68,8 +68,7 @@ class Counters:
             ``prefills_sparse``, ``prefills_dense`` by reason, ``layer_calls_sparse``,
             ``layer_calls_dense``, of which ``layer_calls_slower`` for the crossover,
             ``tokens_seen`` and ``tokens_kept``, the last two summed over heads and layers.
-            Where queries are not selected, the kept tokens are those that every query sees
-            beyond its window.
+            For KV sampling the kept tokens are the sinks and sampled keys of each head.
         """
         sparse = int(self._ran_sparse)
         return {
@@ -85,7 +84,7 @@ class Counters:
         }
 
     def report(self, log: Callable[..., None], interval: float) -> None:
-        """Log and publish the counts if there is news and the last report is old enough.
+        """Log and publish the counts if they changed and the last report is old enough.
 
         Args:
             log: takes a format and its arguments.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from token_sparse_attention.config import DenseReason, TokenSparseConfig
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.gate import DenseReason
 from token_sparse_attention.inputs import check_dense_heads
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import KEY, Settings, read_settings
@@ -71,7 +72,7 @@ def most_decode_tokens(vllm_config: Any) -> int:
     return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
 
 
-def tp_group() -> tuple[ProcessGroup | None, int]:
+def tensor_parallel_group() -> tuple[ProcessGroup | None, int]:
     """Return the group of tensor-parallel ranks, None if there is one rank; and this rank."""
     from vllm.distributed.parallel_state import get_tp_group
 
@@ -81,7 +82,7 @@ def tp_group() -> tuple[ProcessGroup | None, int]:
 
 def usable_layers(
     settings: Settings, vllm_config: Any
-) -> tuple[dict[str, TokenSparseConfig], dict[str, str]]:
+) -> tuple[dict[str, SparseConfig], dict[str, str]]:
     """Return the config of each layer that can run sparse, and why others cannot, by name."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
@@ -108,14 +109,14 @@ def usable_layers(
 
 
 def layer_shapes(
-    configs: dict[str, TokenSparseConfig], vllm_config: Any, group: ProcessGroup | None
+    configs: dict[str, SparseConfig], vllm_config: Any, tp_group: ProcessGroup | None
 ) -> list[Layer]:
     """Return what the kernels of some layers are compiled for, given their configs by name.
 
     Args:
         configs: of the layers, by their names.
         vllm_config: of the engine.
-        group: the ranks that hold the layers' other heads, None without them.
+        tp_group: the ranks that hold the layers' other heads, None without them.
 
     Raises:
         ValueError: if a layer has no such dense heads.
@@ -127,10 +128,12 @@ def layer_shapes(
     dtype = vllm_config.model_config.dtype
     shapes = []
     for name, config in configs.items():
-        one = layers[name].impl
-        check_dense_heads(config, one.num_heads * (1 if group is None else group.size()))
-        own = replace(config, dense_heads=local_heads(config.dense_heads, one.num_heads, group))
-        shapes.append(Layer(own, one.num_heads, one.num_kv_heads, one.head_size, dtype, one.scale))
+        impl = layers[name].impl
+        check_dense_heads(config, impl.num_heads * (1 if tp_group is None else tp_group.size()))
+        own_heads = local_heads(config.dense_heads, impl.num_heads, tp_group)
+        own = replace(config, dense_heads=own_heads)
+        sizes = (impl.num_heads, impl.num_kv_heads, impl.head_size)
+        shapes.append(Layer(own, *sizes, dtype, impl.scale))
     return shapes
 
 

@@ -1,8 +1,8 @@
 """Reading one request's keys and values from vLLM's paged cache, for chunks of prompts.
 
 A prompt that is processed whole needs no cache: its keys and values are at hand. For a chunk
-all of one request is copied, for one layer at a time: the scoring window attends to every key,
-and the operator takes values of the same length, though no head may keep some of them.
+all of one request is copied, for one layer at a time: the probe queries attend to every
+key, and the operator takes values of the same length, though no head may choose some of them.
 
 On a GPU a block holds ``[H_kv, block, 2 D]``, keys before values; in memory its tokens come
 before its heads unless vLLM is told otherwise. On a CPU a block holds each head's keys and then
@@ -47,7 +47,7 @@ class BlockOrder(NamedTuple):
 
     Attributes:
         key: ``[block, D]``, the place of each token's key numbers in the block's keys.
-        value: likewise.
+        value: the same for the value's numbers.
     """
 
     key: Tensor

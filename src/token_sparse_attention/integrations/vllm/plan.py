@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.crossover import BreakEven
+from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.gate import Gate
+from token_sparse_attention.methods import LayerShape, method_of
 
 
 class Prefill(NamedTuple):
     """A prompt, or a chunk of one, in one engine step.
 
     Attributes:
-        row: the request's place in the step.
+        request: the request's number in the step.
         start: its first query among the step's tokens.
-        stop: behind its last query.
+        stop: the token after its last query.
         kv_len: its tokens so far, the queries included; they are the last of them.
     """
 
-    row: int
+    request: int
     start: int
     stop: int
     kv_len: int
@@ -36,15 +37,14 @@ class Prefill(NamedTuple):
         """Whether all its keys are this step's, so that the cache need not be read."""
         return self.query_len == self.kv_len
 
-    def dense_reason(self, config: TokenSparseConfig, even: BreakEven) -> str | None:
+    def dense_reason(self, gate: Gate) -> str | None:
         """Return why its lengths make it run dense, None if they do not."""
-        reason = config.dense_reason(self.query_len, self.kv_len)
-        reason = reason or even.dense_reason(self.query_len, self.kv_len)
+        reason = gate.reason(self.query_len, self.kv_len)
         return None if reason is None else str(reason)
 
 
-class Rest(NamedTuple):
-    """The other requests of a step, for the stock backend in one call.
+class StockPart(NamedTuple):
+    """The requests of a step that the stock backend attends, in one call.
 
     Attributes:
         tokens: ``[T]``, their tokens among the step's.
@@ -61,44 +61,29 @@ class Split(NamedTuple):
     Attributes:
         config: the layer's settings.
         prefills: the requests that run sparse; at least one.
-        rest: the other requests, None if there are none.
+        stock: the other requests, None if there are none.
     """
 
-    config: TokenSparseConfig
+    config: SparseConfig
     prefills: list[Prefill]
-    rest: Rest | None
+    stock: StockPart | None
 
 
-def workspace_bytes(
-    config: TokenSparseConfig,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    itemsize: int,
-    query_len: int,
-    kv_len: int,
-) -> int:
+def workspace_bytes(config: SparseConfig, shape: LayerShape) -> int:
     """Return what one sparse prefill allocates on a GPU at most, about.
 
-    The chunk's keys and values out of the cache, its output (three times: FlashAttention-2 writes
-    one of its own, which is copied with what was there), scores and their order or indices
-    per head and token; then either the packed heads, of which half a GiB is held at once, or
-    before them the probabilities of the draws, for as many heads at once as have eight million
-    tokens. The fallback takes log-sum-exps, and the far tokens' keys and values.
+    The plugin copies the chunk's keys and values out of the cache. The output is there three
+    times: FlashAttention-2 writes one of its own, which is copied with what was there. The
+    rest is the method's.
+
+    Args:
+        config: the layer's settings.
+        shape: of its longest call.
     """
-    copied = 2 * num_kv_heads * kv_len * head_dim * itemsize
-    output = 3 * num_heads * query_len * head_dim * itemsize
-    scored = num_heads * kv_len
-    selection = scored * (2 * 4 + 4 + 8 if config.select_queries else 4 + 8)
-    at_once = 2**29 if config.select_queries else 0
-    fallback = 0
-    if config.fallback == "window":
-        most = 4 if config.budget == "per_head" else 1  # of samples, times the mean
-        far = config.fallback_sinks + config.fallback_landmarks + most * config.fallback_samples
-        fallback = num_heads * (3 * 4 * query_len + far * (2 * head_dim * itemsize + 5 * 8))
-        if config.fallback_samples:
-            at_once = max(at_once, 64 * min(scored, max(2**23, kv_len)))
-    return copied + output + selection + fallback + at_once
+    per_token = shape.head_dim * shape.itemsize
+    copied = 2 * shape.num_kv_heads * shape.kv_len * per_token
+    output = 3 * shape.num_heads * shape.query_len * per_token
+    return copied + output + method_of(config).workspace(shape)
 
 
 def list_prefills(
@@ -112,16 +97,16 @@ def list_prefills(
     A request that was preempted goes through its generated tokens like a prompt.
 
     Args:
-        query_starts: where each request's queries start, and behind the last one's.
+        query_starts: where each request's queries start, and where the last one's end.
         kv_lens: tokens of each request so far, this step's included.
         is_prefilling: whether each request's prompt is still being processed; None means
             every request with more than one query.
         most_decode_tokens: a request with more queries than these does not decode.
     """
     listed = []
-    for row, kv_len in enumerate(kv_lens):
-        start, stop = query_starts[row], query_starts[row + 1]
-        prefilling = is_prefilling is None or is_prefilling[row] or stop - start == kv_len
+    for request, kv_len in enumerate(kv_lens):
+        start, stop = query_starts[request], query_starts[request + 1]
+        prefilling = is_prefilling is None or is_prefilling[request] or stop - start == kv_len
         if stop - start > 1 and (prefilling or stop - start > most_decode_tokens):
-            listed.append(Prefill(row, start, stop, kv_len))
+            listed.append(Prefill(request, start, stop, kv_len))
     return listed

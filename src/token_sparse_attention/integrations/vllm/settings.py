@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from token_sparse_attention.attention.causal import parse_backend, pattern_config
-from token_sparse_attention.config import (
+from token_sparse_attention.attention.names import parse_backend, pattern_config
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig, check_entries
+from token_sparse_attention.impls import check_impl
+from token_sparse_attention.profile import (
     LayerProfile,
-    TokenSparseConfig,
     layer_configs,
     load_config,
+    settings_from_json,
 )
-from token_sparse_attention.selection import check_impl
 
 KEY = "token_sparse_attention"
 PREFIX_CACHING = ("refuse", "allow")
@@ -31,8 +31,8 @@ class Settings:
 
     Args:
         config: which layers run sparse, and how.
-        impl: which code scores and selects, see `token_sparse_attention`.
-        attention_backend: which kernel or pattern attends in sparse layers, likewise.
+        impl: which code scores and chooses, see `Execution`.
+        attention_backend: which kernel or pattern attends in sparse layers, see `Execution`.
         prefix_caching: ``"refuse"`` does not start while vLLM's prefix caching is on;
             ``"allow"`` starts, see docs/vllm.md for what that changes.
         log_interval: seconds between two lines of counters in the log, at least.
@@ -43,7 +43,7 @@ class Settings:
         ValueError: if a name is unknown or a number out of range.
     """
 
-    config: TokenSparseConfig | LayerProfile = field(default_factory=TokenSparseConfig)
+    config: SparseConfig | LayerProfile = field(default_factory=KVSamplingConfig)
     impl: str = "auto"
     attention_backend: str = "auto"
     prefix_caching: str = "refuse"
@@ -51,14 +51,16 @@ class Settings:
     warm_up: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.config, (TokenSparseConfig, LayerProfile)):
+        if not isinstance(self.config, (SparseConfig, LayerProfile)):
             raise TypeError(
-                f"config must be a TokenSparseConfig or a LayerProfile, got {self.config!r}"
+                f"config must be a SparseConfig or a LayerProfile, got {self.config!r}"
             )
         check_impl(self.impl)
         object.__setattr__(self, "attention_backend", parse_backend(self.attention_backend))
         if getattr(pattern_config(self.attention_backend), "layers", None) is not None:
-            raise ValueError("attention_backend must serve all layers alike, but names layers")
+            raise ValueError(
+                "attention_backend must be the same in all layers, got settings that name layers"
+            )
         if self.prefix_caching not in PREFIX_CACHING:
             raise ValueError(
                 f"prefix_caching must be one of {', '.join(PREFIX_CACHING)}; "
@@ -72,7 +74,7 @@ class Settings:
         if not isinstance(self.warm_up, bool):
             raise TypeError(f"warm_up must be True or False, got {self.warm_up!r}")
 
-    def layer_configs(self, num_layers: int) -> dict[int, TokenSparseConfig]:
+    def layer_configs(self, num_layers: int) -> dict[int, SparseConfig]:
         """Return the config of every layer that may run sparse, by the layer's number.
 
         Raises:
@@ -96,20 +98,16 @@ def read_settings(additional_config: Any) -> Settings | None:
         FileNotFoundError: if there is no such profile.
 
     Example:
-        >>> given = {"token_sparse_attention": {"config": {"drop_mass": 0.05}}}
-        >>> read_settings(given).config.drop_mass
-        0.05
+        >>> given = {"token_sparse_attention": {"config": {"num_samples": 1024}}}
+        >>> read_settings(given).config.num_samples
+        1024
     """
     if not isinstance(additional_config, Mapping) or KEY not in additional_config:
         return None
     given = additional_config[KEY]
     if not isinstance(given, Mapping):
         raise TypeError(f"additional_config[{KEY!r}] must be an object, got {given!r}")
-    for entry in given:
-        if entry not in _ENTRIES:
-            near = difflib.get_close_matches(entry, _ENTRIES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_ENTRIES)}"
-            raise ValueError(f"additional_config[{KEY!r}] has an unknown entry {entry!r}; {hint}")
+    check_entries(f"additional_config[{KEY!r}]", given, _ENTRIES)
     if ("profile" in given) == ("config" in given):
         raise ValueError(
             f"additional_config[{KEY!r}] must have one of 'profile', the path of a config or "
@@ -123,9 +121,7 @@ def read_settings(additional_config: Any) -> Settings | None:
     return Settings(config=_inline(given["config"]), **others)
 
 
-def _inline(content: Any) -> TokenSparseConfig | LayerProfile:
+def _inline(content: Any) -> SparseConfig | LayerProfile:
     if not isinstance(content, Mapping):
         raise TypeError(f"config must be an object, got {content!r}")
-    if "version" in content:
-        return LayerProfile.from_json(json.dumps(content))
-    return TokenSparseConfig.from_dict(content)
+    return settings_from_json(json.dumps(dict(content)), "config")

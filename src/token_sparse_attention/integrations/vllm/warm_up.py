@@ -14,15 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.backends import BACKENDS
-from token_sparse_attention.attention.dense import resolve_kernel
-from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.crossover import break_even
+from token_sparse_attention.attention.resolve import resolve_backend
+from token_sparse_attention.config import (
+    KVSamplingConfig,
+    SparseConfig,
+    TokenSelectionConfig,
+)
+from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.gate import Gate
+from token_sparse_attention.impls import resolve_impl
+from token_sparse_attention.inputs import AuxRequest
 from token_sparse_attention.integrations.vllm.paged import ReadCache
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import Settings
-from token_sparse_attention.selection import TokenSelection, resolve_impl
+from token_sparse_attention.methods import method_of
+from token_sparse_attention.results import TokenSelection
 
 _QUERIES = 512  # attention kernels may have variants of their own for a tile or two of queries
 _MIN_TOKENS = 256  # a number at run time, so a smaller one compiles the same
@@ -35,18 +42,22 @@ class Layer(NamedTuple):
     Attributes:
         config: its settings, its dense heads by this rank's numbers.
         num_heads: query heads on this rank.
-        num_kv_heads: likewise.
+        num_kv_heads: KV heads on this rank.
         head_dim: D.
         dtype: of queries, keys and values.
         scale: factor of the logits.
     """
 
-    config: TokenSparseConfig
+    config: SparseConfig
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     scale: float
+
+    def gate(self, device: torch.device) -> Gate:
+        """Return from which lengths on it runs sparse."""
+        return method_of(self.config).gate(device, self.num_heads, self.head_dim)
 
 
 # What ran in this process, and what stopped it if anything did.
@@ -90,8 +101,7 @@ def warm_up(
     ran, failed = False, {}
     for layer in dict.fromkeys(layers):
         known = (layer, settings.impl, settings.attention_backend, device)
-        even = break_even(layer.config, device, layer.num_heads, layer.head_dim)
-        if longest.dense_reason(layer.config, even) is not None:
+        if longest.dense_reason(layer.gate(device)) is not None:
             continue
         if known not in _WARM:
             ran = True
@@ -119,8 +129,7 @@ def check_layer(layer: Layer, settings: Settings, device: torch.device) -> None:
         for heads in (layer.num_heads, layer.num_kv_heads)
     )
     resolve_impl(settings.impl, query, layer.head_dim)
-    if settings.attention_backend in BACKENDS:
-        resolve_kernel(settings.attention_backend, query, key)
+    resolve_backend(settings.attention_backend, query, key)
 
 
 def run_layer(
@@ -131,12 +140,8 @@ def run_layer(
     device: torch.device,
 ) -> list[TokenSelection]:
     """Run whole prompts and chunks of even and odd lengths; arguments as in `warm_up`."""
-    # Neither changes what is compiled.
-    config = dataclasses.replace(
-        layer.config, crossover="off", min_tokens=min(layer.config.min_tokens, _MIN_TOKENS)
-    )
-    layer = layer._replace(config=config)
-    query_len, kv_len = lengths(config)
+    layer = layer._replace(config=_eager(layer.config))
+    query_len, kv_len = lengths(layer, device)
     selections = []
     for more in (0, 1):
         query, key, value = _fused(layer, kv_len + more, device)
@@ -149,16 +154,32 @@ def run_layer(
     return selections
 
 
-def lengths(config: TokenSparseConfig) -> tuple[int, int]:
+def _eager(config: SparseConfig) -> SparseConfig:
+    """Return settings that run short prompts sparse too, and compile the same."""
+    config = dataclasses.replace(config, crossover="off")
+    if isinstance(config, TokenSelectionConfig):
+        return dataclasses.replace(config, min_tokens=min(config.min_tokens, _MIN_TOKENS))
+    return config
+
+
+def lengths(layer: Layer, device: torch.device) -> tuple[int, int]:
     """Return how many queries and keys a chunk needs to run all that long ones run.
 
-    The keys hold all far tokens: how many there are at most is compiled into a kernel.
+    The keys hold all samples: how many there are at most is compiled into a kernel.
+
+    Raises:
+        ValueError: if no length runs sparse.
     """
-    query_len = max(config.window_size, config.dense_queries, _QUERIES)
-    past = config.min_tokens + config.pool_size
-    if config.fallback == "window":
-        far = config.fallback_sinks + config.fallback_landmarks + 4 * config.fallback_samples
-        past = max(past, far, config.fallback_window)
+    config, gate = layer.config, layer.gate(device)
+    shortest = gate.shortest_prompt
+    if shortest is None:
+        raise ValueError(f"layer must run sparse at some length, got {gate.always}")
+    query_len = max(gate.min_queries, config.dense_queries, _QUERIES)
+    past = shortest
+    if isinstance(config, TokenSelectionConfig):
+        past += config.pool_size
+    if isinstance(config, KVSamplingConfig):
+        past = max(past, config.sink_size + 4 * config.num_samples)
     return -(-query_len // 16) * 16, -(-(query_len + past + 64) // 16) * 16
 
 
@@ -176,7 +197,7 @@ def _fused(layer: Layer, length: int, device: torch.device) -> tuple[Tensor, Ten
 def _paged(
     layer: Layer, length: int, block_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """A cache and its blocks; keys and values of the first half alike, in whatever order."""
+    """A cache and its blocks; keys and values of the first half are light."""
     blocks = -(-length // block_size)
     cache = torch.ones(
         blocks, layer.num_kv_heads, block_size, 2 * layer.head_dim,
@@ -190,14 +211,10 @@ def _attend(
     layer: Layer, settings: Settings, query: Tensor, key: Tensor, value: Tensor
 ) -> TokenSelection:
     """Call the operator as a layer does, but for the other ranks."""
-    _, selection = token_sparse_attention(
-        query,
-        key,
-        value,
-        layer.config,
-        scale=layer.scale,
-        impl=settings.impl,
-        attention_backend=settings.attention_backend,
-        return_selection="lengths",
+    execution = Execution(settings.impl, settings.attention_backend)
+    aux = AuxRequest(selection=True, indices=False)
+    _, selection, _ = token_sparse_attention(
+        query, key, value, layer.config, scale=layer.scale, execution=execution, return_aux=aux
     )
+    assert selection is not None
     return selection
