@@ -155,7 +155,8 @@ def demo_settings(name: str) -> tuple[LayerProfile, str]:
         name: the bundled model's folder.
     """
     profile, source = default_config(name)
-    assert isinstance(profile, LayerProfile) and isinstance(profile.base, KVSamplingConfig)
+    assert isinstance(profile, LayerProfile)
+    assert isinstance(profile.base, KVSamplingConfig)
     base, samples = profile.base, "num_samples"
     layers = {
         layer: {**changes, samples: changes.get(samples, base.num_samples) // SHRINK}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,20 +10,11 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from token_sparse_attention import TokenSparseConfig, reference
+from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, reference
 
-CONFIG = TokenSparseConfig.published(
-    drop_mass=0.3, window_size=16, pool_size=5, min_tokens=32, crossover="off"
-)
-KEYS_ONLY = dataclasses.replace(
-    CONFIG,
-    fallback="window",
-    fallback_window=9,
-    fallback_sinks=2,
-    fallback_samples=24,
-    drop_mass=None,
-    select_queries=False,
-    dense_queries=6,
+CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=16, pool_size=5, min_tokens=32)
+SAMPLING = KVSamplingConfig(
+    num_probes=16, sliding_window=9, sink_size=2, num_samples=24, dense_queries=6, crossover="off"
 )
 LAYERS = 3
 SHAPE = {

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.distributed import DistributedConfig
 
-from integrations.models import CONFIG, KEYS_ONLY, make_ids
+from integrations.models import CONFIG, SAMPLING, make_ids
 from token_sparse_attention.integrations import transformers as integration
 from token_sparse_attention.integrations.transformers import apply
 
@@ -29,20 +29,15 @@ CASES = {
     "per head": ("Llama", PER_HEAD, False),
     "padded": ("Llama", PER_HEAD, True),
     "normalised": ("Qwen3", CONFIG, False),
-    "samples": (
-        "Llama",
-        dataclasses.replace(KEYS_ONLY, drop_mass=CONFIG.drop_mass, select_queries=True),
-        False,
-    ),
-    "keys only": ("Llama", KEYS_ONLY, False),
-    "keys only, per head, padded": (
+    "sampling": ("Llama", SAMPLING, False),
+    "sampling, per head, padded": (
         "Qwen3",
-        dataclasses.replace(KEYS_ONLY, budget="per_head"),
+        dataclasses.replace(SAMPLING, budget="per_head"),
         True,
     ),
     "dense heads, per head": (
         "Llama",
-        dataclasses.replace(KEYS_ONLY, budget="per_head", dense_heads=(1, 2)),
+        dataclasses.replace(SAMPLING, budget="per_head", dense_heads=(1, 2)),
         False,
     ),
     "gathered": ("Olmo2", CONFIG, False),

@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 import weakref
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,19 +15,21 @@ from transformers.generation.continuous_batching import continuous_api, input_ou
 
 from integrations.models import (
     CONFIG,
-    KEYS_ONLY,
     LAYERS,
+    SAMPLING,
     make_ids,
     make_image_model,
     make_model,
 )
-from token_sparse_attention.attention.dense import causal_attention
+from token_sparse_attention.attention.flash import FlashBackend
+from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.integrations import continuous_batching
+from token_sparse_attention.integrations.obstacles import LayerCall
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 
 LENGTHS = (200, 20, 120, 163)
 NEW = 5
-SHORT = "context not longer than min_tokens + window_size"
+SHORT = "context too short for the method to leave any key out"
 SLIDING = "layer attends within a sliding window"
 GREEDY = GenerationConfig(
     max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0, bos_token_id=1
@@ -77,10 +80,10 @@ CASES = {
     "shared": ("Llama", CONFIG, SPARSE),
     "per head, windowed": (
         "Qwen3",
-        dataclasses.replace(CONFIG, budget="per_head", fallback="window", fallback_window=9),
+        dataclasses.replace(CONFIG, budget="per_head", fallback="window", sliding_window=9),
         SPARSE,
     ),
-    "samples, keys only": ("Qwen3", KEYS_ONLY, SPARSE),
+    "sampling": ("Qwen3", SAMPLING, SPARSE),
     "some layers": (
         "Llama",
         dataclasses.replace(CONFIG, sparse_layers=(1,)),
@@ -110,7 +113,7 @@ def test_requests_give_what_each_gives_alone(name):
     assert not {name for name in AttentionInterface._global_mapping if "tsa_" in name}
 
 
-@pytest.mark.parametrize("config", [CONFIG, KEYS_ONLY], ids=["selected", "keys only"])
+@pytest.mark.parametrize("config", [CONFIG, SAMPLING], ids=["selection", "sampling"])
 def test_a_split_prompt_selects_chunk_by_chunk(config):
     """The scheduler's pieces give what `prefill_chunk_size` gives."""
     model, requests = make_model(), [prompts()[0]]
@@ -199,9 +202,8 @@ def test_another_threads_requests_are_not_taken():
     for length in (90, 70):
         ends = torch.tensor([0, length], dtype=torch.int32)
         tensor = torch.zeros(1, 2, length, 8)
-        call = continuous_batching.PackedCall(
-            tensor, tensor, tensor, ends, ends.clone(), length, length, None, {}
-        )
+        call = LayerCall(None, tensor, tensor, tensor, None, None, 0.0, {})
+        call = continuous_batching.PackedCall(call, ends, ends.clone(), length, length, None)
         seen.append((call, reader(call)))
     entries = [(weakref.ref(call.cu_seqlens_k), requests) for call, requests in seen]
     reader._seen = Raced(*entries)
@@ -252,15 +254,22 @@ def test_models_of_text_and_images_answer_texts_or_warn():
         assert by_request(report) == by_request(apart)
 
 
-def varlen_by_hand(_backend, query, key, value, cu_q, cu_k, *, scale, window, out, **_):
-    """What `flash.varlen_attention` computes, one sequence after the other."""
-    for queries, keys in zip(pairwise(cu_q), pairwise(cu_k)):
-        one = (
-            tensor[slice(*lengths)].transpose(0, 1)[None]
-            for tensor, lengths in ((query, queries), (key, keys), (value, keys))
-        )
-        attended = causal_attention(*one, scale=scale, window=window)
-        out[slice(*queries)] = attended[0].transpose(0, 1)
+class VarlenByHand(FlashBackend):
+    """What `FlashBackend.attend_varlen` computes, one sequence after the other."""
+
+    calls: ClassVar[list[int]] = []
+
+    def attend_varlen(self, packed, *, scale, window=None, out=None, want_lse=False):  # noqa: ARG002
+        self.calls.append(len(packed.cu_seqlens_q) - 1)
+        for queries, keys in zip(pairwise(packed.cu_seqlens_q), pairwise(packed.cu_seqlens_k)):
+            query, key, value = (
+                tensor[slice(*lengths)].transpose(0, 1)[None]
+                for tensor, lengths in zip(packed, (queries, keys, keys))
+            )
+            dense = resolve_backend("auto", query, key)
+            attended = dense.attend(query, key, value, scale=scale, window=window).out
+            out[slice(*queries)] = attended[0].transpose(0, 1)
+        return out, None
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
@@ -271,13 +280,8 @@ def test_kernels_that_take_packed_lengths_run_neighbours_at_once(monkeypatch, fa
     with apply(model, config, continuous_batching=True):
         expected = together(model, prompts())
     calls = []
-
-    def varlen(*arguments, **options):
-        calls.append(len(arguments[4]) - 1)
-        varlen_by_hand(*arguments, **options)
-
-    monkeypatch.setattr(continuous_batching, "takes_packed", lambda *_: True)
-    monkeypatch.setattr(continuous_batching.flash, "varlen_attention", varlen)
+    monkeypatch.setattr(VarlenByHand, "calls", calls)
+    monkeypatch.setattr(continuous_batching, "resolve_backend", lambda *_: VarlenByHand("flash"))
     with apply(model, config, continuous_batching=True):
         assert together(model, prompts()) == expected
     full = calls if family == "Llama" else calls[1:]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
 from token_sparse_attention.integrations.transformers import apply
 
-WINDOWED = dataclasses.replace(CONFIG, budget="per_head", fallback="window", fallback_window=9)
+WINDOWED = dataclasses.replace(CONFIG, budget="per_head", fallback="window", sliding_window=9)
 OFFLOADED = f"model.layers.{LAYERS - 1}"
 DEVICES = {
     "model.embed_tokens": "cpu",

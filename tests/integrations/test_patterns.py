@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attention.by_hand import HEADS, LITTLE, by_hand
 from integrations.models import CONFIG, make_ids, make_model
-from token_sparse_attention import LayerProfile, token_sparse_attention
+from token_sparse_attention import AuxRequest, LayerProfile, token_sparse_attention
 from token_sparse_attention.attention.patterns import FlexPrefillConfig, MInferenceConfig
 from token_sparse_attention.attention.patterns.minference import load_head_budgets
 from token_sparse_attention.integrations.transformers import (
@@ -53,8 +53,8 @@ def attention_by_hand(model, pattern, configs, everywhere):
             return sdpa(module, query, key, value, mask, scaling=scaling, **options)
         kept = torch.ones(*query.shape[1:3], dtype=torch.bool)
         if config is not None:
-            _, selection = token_sparse_attention(
-                query, key, value, config, scale=scaling, return_selection=True
+            _, selection, _ = token_sparse_attention(
+                query, key, value, config, scale=scaling, return_aux=AuxRequest(selection=True)
             )
             chosen = selection.indices[0]
             kept = torch.stack(

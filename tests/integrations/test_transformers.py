@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from integrations.models import CONFIG, FAMILIES, LAYERS, make_ids, make_model, oracle
-from token_sparse_attention import DenseReason, LayerProfile, TokenSparseConfig
+from token_sparse_attention import DenseReason, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.integrations.transformers import apply
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -63,7 +63,7 @@ def test_dense_rules_equal_the_model_alone(family, attention):
     mask = torch.ones_like(ids)
     mask[0, :30] = 0
     dense = model(ids, attention_mask=mask).logits
-    with apply(model, TokenSparseConfig.published()) as report:  # min_tokens is 1024
+    with apply(model, TokenSelectionConfig()) as report:  # min_tokens is 1024
         short = model(ids, attention_mask=mask).logits
     assert torch.equal(short, dense)
     assert all(path == ["dense"] for path in paths(report))
@@ -106,7 +106,7 @@ def test_padding_changes_nothing(side):
         batch = model(ids, attention_mask=mask, position_ids=positions).logits
         record = report.last_prefill()[0]
         assert record.paths == ["sparse", "sparse", "dense"]
-        assert record.reasons[2] == "context not longer than min_tokens + window_size"
+        assert record.reasons[2] == "context too short for the method to leave any key out"
         for row in range(3):
             real = mask[row].bool()
             alone = model(ids[row : row + 1, real]).logits[0]
@@ -281,7 +281,7 @@ def test_layers_and_profiles():
 
 def test_windowed_fallback_and_per_head_budgets():
     model, ids = make_model(initializer_range=0.2), make_ids()
-    config = dataclasses.replace(CONFIG, fallback="window", fallback_window=32, budget="per_head")
+    config = dataclasses.replace(CONFIG, fallback="window", sliding_window=32, budget="per_head")
     dense = model(ids).logits
     with apply(model, CONFIG):
         zeros = model(ids).logits
@@ -303,7 +303,7 @@ def test_report_reads_and_prints():
     as_json = json.loads(json.dumps(report.to_dict()))
     assert as_json["decode_calls"] == LAYERS
     assert as_json["prefills"][0][1]["paths"] == ["sparse", "sparse"]
-    assert "context not longer than" in str(report)
+    assert "context too short" in str(report)
     assert len(report) == 2 * LAYERS
     report.clear()
     assert len(report) == 0
@@ -347,6 +347,6 @@ def test_the_crossover_is_reported_with_its_reason(monkeypatch):
         model(ids)
     reasons = {reason for record in report for reason in record.reasons}
     assert reasons == {str(DenseReason.CROSSOVER_KEPT)}
-    with apply(model, auto, kept=0.5) as report:
+    with apply(model, dataclasses.replace(auto, keep_ratio=0.5)) as report:
         model(ids)
     assert {tuple(record.paths) for record in report} == {("sparse", "sparse")}

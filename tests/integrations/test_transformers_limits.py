@@ -26,8 +26,10 @@ from transformers import (
 import token_sparse_attention
 from integrations.models import CONFIG, LAYERS, SHAPE, make_ids, make_image_model, make_model
 from integrations.test_transformers import CLOSE, paths, reasons
-from token_sparse_attention import DenseReason, TokenSparseConfig
+from token_sparse_attention import DenseReason, TokenSelectionConfig, config_from_json
+from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.integrations import implementation
+from token_sparse_attention.integrations.layers import SparseLayers
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 
 needs_compiler = pytest.mark.skipif(
@@ -199,7 +201,7 @@ def test_other_refusals_are_named():
         TypeError, match="model must be a transformers PreTrainedModel, got Linear"
     ):
         apply(nn.Linear(2, 2), CONFIG)
-    with pytest.raises(TypeError, match="config must be a TokenSparseConfig or a LayerProfile"):
+    with pytest.raises(TypeError, match="config must be a SparseConfig or a LayerProfile"):
         apply(model, {"drop_mass": 0.1})
     with pytest.raises(ValueError, match="impl must be one of"):
         apply(model, CONFIG, impl="cuda")
@@ -283,7 +285,7 @@ def test_masks_that_are_not_causal_plus_padding_run_dense():
         with apply(model, CONFIG) as report:
             assert torch.equal(model(ids, attention_mask=mask).logits, dense)
         assert set(reasons(report)) == {
-            "attention mask is not causal with one run of real tokens per row"
+            "attention mask is not causal with one run of real tokens per sequence"
         }
     with apply(model, CONFIG) as report:
         explicit = model(ids, attention_mask=causal[None, None]).logits
@@ -322,7 +324,7 @@ def test_why_the_method_itself_ran_dense_is_said():
     model.model.layers[0].self_attn.q_proj.weight.fill_(torch.nan)
     with apply(model, CONFIG) as report:
         model(ids)
-    assert reasons(report)[0].endswith("or the scores are not finite")
+    assert reasons(report)[0].endswith("scores are not finite")
 
 
 def test_every_reason_can_be_recorded():
@@ -358,7 +360,7 @@ def test_compiled_models_work():
         sparse = model(ids).logits
     compiled = torch.compile(model)
     torch.testing.assert_close(compiled(ids).logits, dense, **CLOSE)
-    for settings in (CONFIG, TokenSparseConfig.published(), CONFIG):
+    for settings in (CONFIG, TokenSelectionConfig(), CONFIG):
         with apply(compiled, settings) as report:
             expected = sparse if settings is CONFIG else dense
             torch.testing.assert_close(compiled(ids).logits, expected, **CLOSE)
@@ -403,7 +405,7 @@ def test_dispatched_models_work(tmp_path):
 def test_profiles_survive_the_way_through_json():
     profile = CONFIG
     model, ids = make_model(), make_ids()
-    with apply(model, TokenSparseConfig.from_json(json.dumps(json.loads(profile.to_json())))):
+    with apply(model, config_from_json(json.dumps(json.loads(profile.to_json())))):
         first = model(ids).logits
     with apply(model, CONFIG):
         assert torch.equal(model(ids).logits, first)
@@ -439,14 +441,13 @@ def test_another_threads_mask_is_not_taken(looks):
     """It may come between the look and the return."""
     mine, others = (torch.ones(1, 1, 90, 90, dtype=torch.bool).tril() for _ in range(2))
     others[..., :20] = False
-    applied = apply(make_model(), CONFIG)
+    layers = SparseLayers({}, {}, "sdpa")
     entries = []
     for mask in (mine, others):
-        applied._read_mask(mask, 90, 90)
-        entries.append(applied._last_mask)
-    applied.remove()
+        layers._read_mask(mask, 0, 90, 90)
+        entries.append(layers._last_mask)
 
-    class Raced(type(applied)):
+    class Raced(SparseLayers):
         """From some look on, the other thread's mask is there."""
 
         looked = 0
@@ -460,9 +461,9 @@ def test_another_threads_mask_is_not_taken(looks):
         def _last_mask(self, entry):
             """It is overwritten at once."""
 
-    del applied._last_mask
-    applied.__class__ = Raced
-    assert applied._read_mask(mine, 90, 90).padding_mask is None
+    del layers._last_mask
+    layers.__class__ = Raced
+    assert layers._read_mask(mine, 0, 90, 90).padding_mask is None
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
@@ -472,7 +473,7 @@ def test_autocast_is_followed(family, use_cache):
     model, ids = make_model(family), make_ids()
     with torch.autocast("cpu", torch.bfloat16):
         dense = model(ids, use_cache=use_cache).logits
-        with apply(model, CONFIG, kept=1.0) as report:
+        with apply(model, dataclasses.replace(CONFIG, keep_ratio=1.0)) as report:
             logits = model(ids, use_cache=use_cache).logits
     assert paths(report) == [["sparse"]] * LAYERS
     torch.testing.assert_close(logits, dense, rtol=0.05, atol=0.05)
@@ -483,12 +484,11 @@ def test_dense_layers_follow_autocast(monkeypatch, backend):
     model, ids = make_model(), make_ids()
     dtypes = set()
 
-    def spy(*tensors, **options):
-        dtypes.update(tensor.dtype for tensor in tensors)
-        return attend(*tensors, **options)
+    def spy(backend, query, key):
+        dtypes.update((query.dtype, key.dtype))
+        return resolve_backend(backend, query, key)
 
-    attend = implementation.attend
-    monkeypatch.setattr(implementation, "attend", spy)
+    monkeypatch.setattr(implementation, "resolve_backend", spy)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(ids, use_cache=False).logits
         model.set_attn_implementation(register_dense_attention(backend))

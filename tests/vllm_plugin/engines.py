@@ -8,31 +8,27 @@ from contextlib import nullcontext
 
 import torch
 
-from token_sparse_attention import TokenSparseConfig, bundled
+from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, bundled
 
 # Harsh enough to change what the model says, so that equal replies mean equal selections.
-CONFIG = TokenSparseConfig.published(
+CONFIG = TokenSelectionConfig(
     drop_mass=0.6,
-    window_size=32,
+    observation_window=32,
     min_tokens=64,
-    fallback="zero",
-    crossover="off",
     sparse_layers=(1, 2, 3, 5, 8, 9, 10, 12),
 )
-# Only keys and values are compressed; with more of them replies stay as dense.
-KEYS_ONLY = dataclasses.replace(
-    CONFIG,
-    drop_mass=None,
-    select_queries=False,
+# Every query is kept; with more samples than these, replies stay as dense.
+SAMPLING = KVSamplingConfig(
+    num_probes=96,  # so that prompts as short as these run dense here, too
+    sliding_window=4,
+    sink_size=1,
+    num_samples=6,
     budget="per_head",
-    fallback="window",
-    fallback_window=4,
-    fallback_sinks=1,
-    fallback_samples=6,
     dense_queries=2,
+    crossover="off",
     sparse_layers=tuple(range(14)),
 )
-HEADS = dataclasses.replace(KEYS_ONLY, budget="shared", dense_heads=(1, 5))
+HEADS = dataclasses.replace(SAMPLING, budget="shared", dense_heads=(1, 5))
 NEW_TOKENS = 32
 
 
@@ -72,19 +68,19 @@ def prompt_ids(tokens: int, seed: int = 0) -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
-    draw = random.Random(seed)
+    chance = random.Random(seed)
     document = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
     ids = tokenizer(document)["input_ids"]
-    name = draw.choice(("quick-otter", "silent-bridge", "golden-ticket", "hollow-anchor"))
-    number = draw.randrange(10**6, 10**7)
+    name = chance.choice(("quick-otter", "silent-bridge", "golden-ticket", "hollow-anchor"))
+    number = chance.randrange(10**6, 10**7)
     fact = tokenizer(f"\nOne of the special magic numbers for {name} is: {number}.\n")["input_ids"]
     question = tokenizer(
         f"\n\nWhat is the special magic number for {name} mentioned in the provided text?\n"
     )["input_ids"]
-    start = draw.randrange(len(ids) - tokens)
+    start = chance.randrange(len(ids) - tokens)
     text = ids[start : start + tokens - len(fact) - len(question)]
-    place = draw.randrange(len(text))
-    return text[:place] + fact + text[place:] + question
+    position = chance.randrange(len(text))
+    return text[:position] + fact + text[position:] + question
 
 
 def generate(engine, prompts, **changes) -> list[list[int]]:

@@ -15,8 +15,8 @@ from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import engine_settings, most_decode_tokens
 from vllm_plugin.engines import (
     CONFIG,
-    KEYS_ONLY,
     NEW_TOKENS,
+    SAMPLING,
     additional_config,
     engine_arguments,
     generate,
@@ -98,28 +98,28 @@ def test_without_settings_nothing_runs_sparse(engines, hf_model):
     assert not any(counted.gain.values())
 
 
-def test_prompts_in_one_step_keep_to_themselves(engines, alone, short_alone, rests):
+def test_prompts_in_one_step_keep_to_themselves(engines, alone, short_alone, stock_parts):
     prompts = [PROMPTS[0], SHORT[0], PROMPTS[1], PROMPTS[2], SHORT[1], PROMPTS[3]]
     expected = [alone[0], short_alone[0], alone[1], alone[2], short_alone[1], alone[3]]
     with Counted() as counted:
         assert generate(engines(), prompts) == expected
     assert counted.gain["prefills_sparse"] == 4
-    assert [len(rest.tokens) for rest in rests] == [len(SHORT[0]) + len(SHORT[1])]
+    assert [len(part.tokens) for part in stock_parts] == [len(SHORT[0]) + len(SHORT[1])]
 
 
 @pytest.fixture
-def rests(monkeypatch):
-    """The parts of steps that go to the stock backend beside sparse prefills."""
+def stock_parts(monkeypatch):
+    """The parts of steps that the stock backend attends next to sparse prefills."""
     listed = []
-    build = SparsePrefillBuilder._rest
+    build = SparsePrefillBuilder._stock_part
 
-    def spy(self, common, rows):
-        rest = build(self, common, rows)
-        if rest is not None:
-            listed.append(rest)
-        return rest
+    def spy(self, common, sparse):
+        part = build(self, common, sparse)
+        if part is not None:
+            listed.append(part)
+        return part
 
-    monkeypatch.setattr(SparsePrefillBuilder, "_rest", spy)
+    monkeypatch.setattr(SparsePrefillBuilder, "_stock_part", spy)
     return listed
 
 
@@ -141,13 +141,13 @@ def run_steps(engine, requests, aborted=()):
     return replies
 
 
-def test_a_prefill_joins_requests_that_decode(engines, alone, short_alone, rests):
+def test_a_prefill_joins_requests_that_decode(engines, alone, short_alone, stock_parts):
     replies = run_steps(
         engines(),
         [("a", 0, SHORT[0]), ("b", 2, PROMPTS[0]), ("c", 4, PROMPTS[1]), ("d", 4, SHORT[1])],
     )
     assert replies == {"a": short_alone[0], "b": alone[0], "c": alone[1], "d": short_alone[1]}
-    assert [rest.metadata.num_actual_tokens for rest in rests] == [1, 2 + len(SHORT[1])]
+    assert [part.metadata.num_actual_tokens for part in stock_parts] == [1, 2 + len(SHORT[1])]
 
 
 def test_an_aborted_request_leaves_the_others_alone(engines, alone):
@@ -185,33 +185,33 @@ def test_a_chunk_shares_its_step_with_decoding(engines, hf_model, short_alone):
     assert replies["b"] == hf_generate(hf_model, PROMPTS[2], prefill_chunk_size=CHUNK - 1)[0]
 
 
-def test_far_tokens_serve_prompts_chunks_and_neighbours(engines, hf_model, short_alone):
-    """As transformers does it, where only keys and values are compressed."""
+def test_sampling_serves_prompts_chunks_and_neighbours(engines, hf_model, short_alone):
+    """As transformers does it, where every query is kept."""
     chunk = 2300  # room for two prompts at once, but not for the last one
     engine = engines(
         max_num_batched_tokens=chunk,
-        additional_config=additional_config(config=KEYS_ONLY.to_dict()),
+        additional_config=additional_config(config=SAMPLING.to_dict()),
     )
     prompts = [*PROMPTS[:2], prompt_ids(3000, 5)]
     kept = []
     for ids in prompts:
         with Counted() as counted:
             reply = generate(engine, [ids])[0]
-        gaps, report = hf_gaps(hf_model, ids, KEYS_ONLY, reply, chunk)
+        gaps, report = hf_gaps(hf_model, ids, SAMPLING, reply, chunk)
         assert max(gaps) < NEARLY_EQUAL
         kept.append(sum(sum(record.kept[0]) for record in report if record.kept))
         assert counted.gain["tokens_kept"] == kept[-1]
-        assert counted.gain["layer_calls_sparse"] == len(KEYS_ONLY.sparse_layers) * (
+        assert counted.gain["layer_calls_sparse"] == len(SAMPLING.sparse_layers) * (
             -(-len(ids) // chunk)
         )
         assert max(hf_gaps(hf_model, ids, None, reply, chunk)[0]) > 1, "else it says nothing"
-    heads = hf_model.config.num_attention_heads * len(KEYS_ONLY.sparse_layers)
+    heads = hf_model.config.num_attention_heads * len(SAMPLING.sparse_layers)
     assert 2 * heads <= kept[0] <= 8 * heads, "a sink, and 6 samples in the mean"
     with Counted() as counted:
         first, short, second = generate(engine, [prompts[0], SHORT[0], prompts[1]])
     assert short == short_alone[0]
     for ids, reply in ((prompts[0], first), (prompts[1], second)):
-        assert max(hf_gaps(hf_model, ids, KEYS_ONLY, reply, chunk)[0]) < NEARLY_EQUAL
+        assert max(hf_gaps(hf_model, ids, SAMPLING, reply, chunk)[0]) < NEARLY_EQUAL
     assert counted.gain["prefills_sparse"] == 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import weakref
 
@@ -11,22 +10,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from token_sparse_attention import LayerProfile, TokenSparseConfig
-from token_sparse_attention.attention.far_tokens import (
-    far_tokens,
-    list_far_tokens,
-    rows_run_sparse,
+from token_sparse_attention import (
+    AuxRequest,
+    DenseReason,
+    KVSamplingConfig,
+    LayerProfile,
+    TokenSelection,
+    TokenSelectionConfig,
 )
-from token_sparse_attention.config import DenseReason
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
-from token_sparse_attention.inputs import real_tokens
+from token_sparse_attention.inputs import Problem, real_tokens
 from token_sparse_attention.integrations.vllm.counters import Counters, describe
 from token_sparse_attention.integrations.vllm.engine import layer_number
 from token_sparse_attention.integrations.vllm.plan import Prefill, list_prefills, workspace_bytes
 from token_sparse_attention.integrations.vllm.settings import Settings, read_settings
-from token_sparse_attention.selection import TokenSelection
+from token_sparse_attention.methods import LayerShape, method_of
 
-CONFIG = TokenSparseConfig.published(drop_mass=0.1, window_size=16, min_tokens=64, crossover="off")
+CONFIG = TokenSelectionConfig(drop_mass=0.1, observation_window=16, min_tokens=64)
 
 
 def given(**entries):
@@ -56,9 +56,14 @@ def test_settings_from_values_and_from_files(tmp_path):
         ({"config": []}, TypeError, "config must be an object"),
         ({"config": {}, "prefix_caching": "yes"}, ValueError, "refuse, allow; got 'yes'"),
         (
-            {"config": {"select_queries": False, "fallback": "zero"}},
+            {"config": {"fallback_samples": 9}},
             ValueError,
-            "needs fallback='window'",
+            "config has the field names of version 1",
+        ),
+        (
+            {"config": {"method": "kv_sampling", "drop_mass": 0.1}},
+            ValueError,
+            "'drop_mass', which the method kv_sampling does not have",
         ),
         ({"config": {"dense_queries": -1}}, ValueError, "dense_queries must be at least 0"),
         ({"config": {}, "impl": "cuda"}, ValueError, "impl must be one of"),
@@ -69,7 +74,7 @@ def test_settings_from_values_and_from_files(tmp_path):
                 "attention_backend": 'minference:{"layers": [[["stream_llm", 9, 9]]]}',
             },
             ValueError,
-            "must serve all layers alike, but names layers",
+            "must be the same in all layers, got settings that name layers",
         ),
         ({"config": {}, "log_interval": -1}, ValueError, "at least 0"),
         ({"config": {}, "log_interval": "9"}, TypeError, "number of seconds"),
@@ -113,7 +118,7 @@ def test_a_later_chunk_of_a_resumed_reply_is_a_prefill():
 
 
 @pytest.mark.parametrize(
-    ("query_len", "kv_len", "even", "reason"),
+    ("query_len", "kv_len", "break_even", "reason"),
     [
         (81, 81, NEVER_DENSE, None),
         (16, 81, NEVER_DENSE, None),
@@ -122,8 +127,9 @@ def test_a_later_chunk_of_a_resumed_reply_is_a_prefill():
         (900, 900, BreakEven(1000, 1.0, 0.0), DenseReason.CROSSOVER_LENGTH),
     ],
 )
-def test_lengths_decide(query_len, kv_len, even, reason):
-    found = Prefill(0, 7, 7 + query_len, kv_len).dense_reason(CONFIG, even)
+def test_lengths_decide(query_len, kv_len, break_even, reason):
+    gate = method_of(CONFIG).gate(torch.device("cpu"), 4, 16)._replace(break_even=break_even)
+    found = Prefill(0, 7, 7 + query_len, kv_len).dense_reason(gate)
     assert found == (None if reason is None else str(reason))
 
 
@@ -148,35 +154,39 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"fallback_samples": 512},
-        {"fallback_samples": 512, "budget": "per_head"},
-        {"fallback_samples": 512, "fallback_sinks": 4, "fallback_landmarks": 512},
-        {"fallback_landmarks": 1024},
+        {"sink_size": 0},
+        {"sink_size": 0, "budget": "per_head"},
+        {"sink_size": 512},
+        {"num_samples": 2048},
     ],
 )
-def test_the_memory_set_aside_holds_what_choosing_far_tokens_takes(changes):
+def test_the_memory_set_aside_holds_what_sampling_keys_takes(changes):
     heads, kv_len = 8, 8192
-    config = dataclasses.replace(
-        CONFIG, fallback="window", drop_mass=None, select_queries=False, **changes
+    config = KVSamplingConfig(
+        **{"num_probes": 16, "num_samples": 512, "crossover": "off"} | changes
     )
-    tokens = real_tokens(None, 1, kv_len, torch.device("cpu"))
+    method, device = method_of(config), torch.device("cpu")
+    tokens = real_tokens(None, 1, kv_len, device)
+    query, key = torch.zeros(1, heads, 1, 1), torch.zeros(1, 1, kv_len, 1)
+    aux = AuxRequest(selection=True, indices=False)
+    problem = Problem(query, key, key, tokens, 1.0, "reference", None, None, aux)
+    gate = method.gate(device, heads, 1)
     with PeakMemory() as memory:
-        scores = torch.rand(1, heads, kv_len - config.window_size)
-        far = far_tokens(scores, config, tokens, "reference")
-        ran_sparse = rows_run_sparse(scores, config, tokens, kv_len, NEVER_DENSE)
-        list_far_tokens(far, ran_sparse, tokens, heads, (), want_indices=False)
-    little = workspace_bytes(config, heads, 1, 1, 1, query_len=1, kv_len=kv_len)
+        scores = torch.rand(1, heads, kv_len - config.num_probes)
+        method.prepare(scores, problem, gate)
+    shape = LayerShape(heads, 1, 1, itemsize=1, query_len=1, kv_len=kv_len)
+    little = workspace_bytes(config, shape)
     assert memory.peak <= little <= 2.5 * memory.peak
-    selected = dataclasses.replace(config, drop_mass=0.1, select_queries=True)
-    assert workspace_bytes(selected, heads, 1, 1, 1, 1, kv_len) > 2**29
+    assert workspace_bytes(CONFIG, shape) > 2**29
 
 
-def selection(lengths, kv_len, ran_sparse=True):
+def selection(lengths, kv_len, ran_sparse=True, reason=None):
     return TokenSelection(
         torch.zeros(1, len(lengths), 1),
         torch.tensor([lengths]),
         torch.tensor([ran_sparse]),
         kv_len,
+        torch.tensor([0 if reason is None else reason.code]),
     )
 
 
@@ -186,9 +196,8 @@ def test_counters_add_up():
         counters.add_prefill(reason)
     counters.add_layer(selection([30, 50], 100))
     counters.add_layer(selection([60, 60], 60, ran_sparse=False))
-    too_few = selection([70, 70], 70, ran_sparse=False)
-    counters.add_layer(too_few._replace(budget=torch.tensor([[65, 69]])))
-    counters.add_layer(too_few._replace(budget=torch.tensor([[70, 70]])))
+    for reason in (DenseReason.CROSSOVER_KEPT, DenseReason.NOTHING_TO_DROP):
+        counters.add_layer(selection([70, 70], 70, ran_sparse=False, reason=reason))
     counts = counters.read()
     assert counts == {
         "prefills_sparse": 2,

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("config", ["CONFIG", "KEYS_ONLY", "HEADS"])
+@pytest.mark.parametrize("config", ["CONFIG", "SAMPLING", "HEADS"])
 def test_two_ranks_say_what_one_says(engines, tmp_path, config):
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT.format(lengths=LENGTHS, config=config))

@@ -93,6 +93,6 @@ def test_a_storm_of_requests(engines, prompts, tmp_path):
     totals = [sum(one) for one in memory]
     assert min(totals[-2:]) < max(totals[:2]) * MEMORY_GROWTH, memory
     assert 'token_sparse_attention_prefills_total{path="sparse",reason=""}' in published
-    assert 'path="dense",reason="context not longer than' in published
+    assert 'path="dense",reason="context too short' in published
     kept = re.search(r"^token_sparse_attention_tokens_kept_total (\S+)", published, re.M)
     assert float(kept.group(1)) > 0

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig
 from token_sparse_attention.integrations.vllm import backend, warm_up
 from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.paged import measure_order, read_cpu, read_gpu
@@ -21,24 +21,17 @@ from token_sparse_attention.integrations.vllm.warm_up import Layer
 CPU = torch.device("cpu")
 BLOCK, DIM = 16, 32
 LONGEST = Prefill(0, 0, 30_000, 30_000)
-CONFIG = TokenSparseConfig.published(
-    drop_mass=0.05, window_size=32, min_tokens=128, crossover="auto"
+CONFIG = TokenSelectionConfig(
+    drop_mass=0.05, observation_window=32, min_tokens=128, crossover="auto"
 )
-KEYS_ONLY = dataclasses.replace(
-    CONFIG,
-    drop_mass=None,
-    select_queries=False,
-    fallback="window",
-    fallback_samples=64,
-    budget="per_head",
-)
+SAMPLING = KVSamplingConfig(num_probes=32, num_samples=64, sliding_window=512, budget="per_head")
 CONFIGS = [
     CONFIG,
-    TokenSparseConfig.published(crossover="auto"),
+    TokenSelectionConfig(crossover="auto"),
     dataclasses.replace(CONFIG, drop_mass=1e-6, min_tokens=9000, pool_size=101),
-    dataclasses.replace(CONFIG, fallback="window", fallback_sinks=4, fallback_landmarks=600),
-    KEYS_ONLY,
-    dataclasses.replace(KEYS_ONLY, window_size=700, dense_queries=900),
+    dataclasses.replace(CONFIG, fallback="window"),
+    SAMPLING,
+    dataclasses.replace(SAMPLING, num_probes=700, dense_queries=900),
 ]
 
 
@@ -54,7 +47,7 @@ def cold(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The operator's calls: query and key lengths, and whether the row ran sparse."""
+    """The operator's calls: query and key lengths, and whether it ran sparse."""
     seen = []
     operator = warm_up.token_sparse_attention
 
@@ -101,7 +94,7 @@ def test_without_a_reader_only_whole_prompts_run(calls):
 
 
 def test_each_kind_of_layer_runs_once(calls):
-    kinds = [layer(CONFIG), layer(KEYS_ONLY), layer(CONFIG, heads=2)]
+    kinds = [layer(CONFIG), layer(SAMPLING), layer(CONFIG, heads=2)]
     kinds.append(layer(CONFIG, dtype=torch.bfloat16))
     warm([*kinds, *kinds])
     assert len(calls) == 4 * len(kinds)
@@ -124,7 +117,7 @@ def test_what_no_prompt_can_run_is_left_out(calls, config, longest):
 
 def test_nothing_is_counted_and_no_random_numbers_are_drawn():
     before, state = COUNTERS.read(), torch.get_rng_state()
-    warm([layer(CONFIG), layer(KEYS_ONLY)])
+    warm([layer(CONFIG), layer(SAMPLING)])
     assert COUNTERS.read() == before
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -133,7 +126,7 @@ def test_an_error_is_returned_and_the_next_layer_runs(calls):
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    kinds = [layer(CONFIG), layer(KEYS_ONLY)]
+    kinds = [layer(CONFIG), layer(SAMPLING)]
     seconds, failed = warm(kinds, read_cache=broken)
     assert seconds > 0
     assert len(calls) == 2
@@ -185,7 +178,7 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
     settings = Settings(warm_up=wanted)
     configs = {"layers.0.attn": CONFIG, "layers.1.attn": BROKEN, "layers.2.attn": CONFIG}
     monkeypatch.setattr(backend, "engine_settings", lambda _: settings)
-    monkeypatch.setattr(backend, "tp_group", lambda: (None, rank))
+    monkeypatch.setattr(backend, "tensor_parallel_group", lambda: (None, rank))
     monkeypatch.setattr(backend, "usable_layers", lambda *_: (configs, {}))
     monkeypatch.setattr(
         backend, "layer_shapes", lambda chosen, *_: [layer(one) for one in chosen.values()]

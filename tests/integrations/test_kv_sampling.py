@@ -1,4 +1,4 @@
-"""Far tokens, queries that are not selected and dense last queries, in whole models."""
+"""Sliding windows, sinks, sampled keys and dense last queries, in whole models."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from integrations.models import CONFIG, KEYS_ONLY, LAYERS, make_ids, make_model, oracle
+from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model, oracle
 from integrations.test_transformers import CLOSE, greedy, paths
 from token_sparse_attention import DenseReason, LayerProfile, crossover
 from token_sparse_attention.integrations.transformers import apply
 
-SAMPLES = dataclasses.replace(
-    KEYS_ONLY, drop_mass=CONFIG.drop_mass, select_queries=True, fallback_sinks=0
-)
-ALL_KINDS = dataclasses.replace(KEYS_ONLY, fallback_landmarks=5, dense_queries=0)
 CONFIGS = {
-    "samples": SAMPLES,
-    "keys only": KEYS_ONLY,
-    "all kinds": ALL_KINDS,
-    "dense heads": dataclasses.replace(KEYS_ONLY, dense_heads=(0, 3)),
-    "per head": dataclasses.replace(KEYS_ONLY, budget="per_head", fallback_window=120),
+    "shared": SAMPLING,
+    "no dense queries": dataclasses.replace(SAMPLING, dense_queries=0),
+    "dense heads": dataclasses.replace(SAMPLING, dense_heads=(0, 3)),
+    "per head": dataclasses.replace(SAMPLING, budget="per_head", sliding_window=90),
 }
 
 
 def sharp(family="Llama"):
-    """A model whose heads prefer different tokens, so that draws differ."""
+    """A model whose heads prefer different tokens, so that samples differ."""
     model = make_model(family)
     for name, weight in model.named_parameters():
         if name.endswith(("q_proj.weight", "q_norm.weight")):
@@ -51,11 +46,11 @@ def test_logits_equal_the_oracle(name, family):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fallback_samples": 400}, {"dense_queries": 400}, {"fallback_window": 400}]
+    "changes", [{"num_samples": 400}, {"dense_queries": 400}, {"sliding_window": 197}]
 )
 def test_where_every_token_is_seen_logits_are_dense(changes):
     model, ids = sharp(), make_ids()
-    config = dataclasses.replace(KEYS_ONLY, **changes)
+    config = dataclasses.replace(SAMPLING, **changes)
     with apply(model, config) as report:
         logits = model(ids).logits
     assert paths(report) == [["sparse"]] * LAYERS
@@ -83,7 +78,7 @@ def test_chunks_and_turns_equal_their_definition(name):
 
 def test_heads_that_the_model_does_not_have_are_refused_at_once():
     with pytest.raises(ValueError, match=r"below the layer's 4 query heads, got \(4,\)"):
-        apply(make_model(), dataclasses.replace(KEYS_ONLY, dense_heads=(4,)))
+        apply(make_model(), dataclasses.replace(SAMPLING, dense_heads=(4,)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -91,7 +86,7 @@ def test_heads_that_the_model_does_not_have_are_refused_at_once():
 def test_padding_changes_nothing(name, side):
     model, ids = sharp(), make_ids(batch=3)
     mask = torch.ones_like(ids)
-    for row, padding in enumerate((0, 50, 180)):
+    for row, padding in enumerate((0, 50, 184)):
         mask[row, :padding] = 0
     if side == "right":
         mask = mask.flip(1)
@@ -107,21 +102,21 @@ def test_padding_changes_nothing(name, side):
             torch.testing.assert_close(batch[row, real], alone, **CLOSE)
 
 
-def test_what_is_kept_are_the_far_tokens():
+def test_what_is_kept_are_sinks_and_sampled_keys():
     model, ids = sharp(), make_ids(batch=2)
     mask = torch.ones_like(ids)
-    mask[1, :180] = 0
-    with apply(model, ALL_KINDS) as report:
+    mask[1, :184] = 0
+    with apply(model, SAMPLING) as report:
         model(ids, attention_mask=mask)
     for record in report:
-        far, dense = record.kept
-        assert all(30 <= count <= 31 for count in far), "2 sinks, 5 landmarks, 24 samples"
-        assert dense == [20] * 4, "too short, so it ran dense"
-        assert record.kept_share == pytest.approx((sum(far) / 200 + 4) / 8)
-    assert "31; context not longer than" in str(report)
-    with apply(model, dataclasses.replace(ALL_KINDS, fallback="window", fallback_samples=0)) as r:
+        kept, dense = record.kept
+        assert all(25 <= count <= 26 for count in kept), "2 sinks, 24 samples"
+        assert dense == [16] * 4, "too short, so it ran dense"
+        assert record.kept_share == pytest.approx((sum(kept) / 200 + 4) / 8)
+    assert "26; context too short" in str(report)
+    with apply(model, dataclasses.replace(SAMPLING, num_samples=0)) as report:
         model(ids[:1])
-    assert [record.kept for record in r] == [[[7] * 4]] * LAYERS
+    assert [record.kept for record in report] == [[[2] * 4]] * LAYERS
 
 
 class Whole(TorchDispatchMode):
@@ -142,22 +137,22 @@ class Whole(TorchDispatchMode):
 def test_reports_list_no_tokens():
     """Neither is a list of every head's tokens made for them, nor does one stay alive."""
     model, ids = sharp(), make_ids()
-    with apply(model, dataclasses.replace(KEYS_ONLY, fallback_samples=0)) as report:
+    with apply(model, dataclasses.replace(SAMPLING, num_samples=0)) as report:
         with Whole() as made:
             model(ids)
         assert paths(report) == [["sparse"]] * LAYERS
         assert (1, 4, 2) in made.shapes, "the sinks"
         assert (1, 4, ids.shape[1]) not in made.shapes
-    for config in (KEYS_ONLY, SAMPLES):
+    for config in (SAMPLING, CONFIG):
         with apply(model, config) as report:
             model(ids)
         for record in report:
             tensors = [x for x in vars(record.selection).values() if isinstance(x, torch.Tensor)]
-            assert len(tensors) == 5
+            assert len(tensors) == 4
             assert all(one.untyped_storage().nbytes() <= 4 * 8 for one in tensors)
 
 
-def test_heads_may_draw_different_numbers():
+def test_heads_may_sample_different_numbers():
     model, ids = sharp(), make_ids()
     with apply(model, CONFIGS["per head"]) as report:
         model(ids)
@@ -167,25 +162,21 @@ def test_heads_may_draw_different_numbers():
         assert sum(far) / len(far) == pytest.approx(26, abs=1), "2 sinks, 24 samples in the mean"
 
 
-def test_some_layers_select_queries_and_others_do_not():
+def test_layers_may_sample_different_numbers():
     model, ids = sharp(), make_ids()
-    profile = LayerProfile(
-        base=SAMPLES, layers={0: {}, 2: {"drop_mass": None, "select_queries": False}}
-    )
+    profile = LayerProfile(base=SAMPLING, layers={0: {}, 2: {"num_samples": 8}})
     with apply(model, profile) as report:
         model(ids)
     shares = [record.kept_share for record in report]
     assert shares[1] == 1
-    assert shares[2] < 0.13 < shares[0] < 1
-    with pytest.raises(ValueError, match=r"kept must be None where select_queries is False"):
-        apply(model, profile, kept=0.5)
+    assert shares[2] < 0.06 < shares[0] < 0.14
 
 
-def test_lengths_alone_decide_where_queries_are_not_selected(monkeypatch):
+def test_lengths_alone_decide(monkeypatch):
     model, ids = sharp(), make_ids()
-    config = dataclasses.replace(KEYS_ONLY, crossover="auto")
-    monkeypatch.setitem(crossover.MIN_KEYS_ONLY, "cpu", 10)
-    for constants in (crossover.FALLBACK_TOKENS, crossover.FAR_TOKENS):
+    config = dataclasses.replace(SAMPLING, crossover="auto")
+    monkeypatch.setitem(crossover.MIN_SAMPLED_LENGTH, "cpu", 10)
+    for constants in (crossover.WINDOW_TOKENS, crossover.SAMPLED_TOKENS):
         monkeypatch.setitem(constants, "cpu", (0.0, 1.0))
     for overhead, reason in ((100.0, None), (160.0, str(DenseReason.CROSSOVER_LENGTH))):
         monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", overhead)
