@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
@@ -59,9 +58,9 @@ class Execution:
         if self.head_chunk is not None:
             check_int("head_chunk", self.head_chunk, 1)
         object.__setattr__(self, "tp_group", resolve_tp_group(self.tp_group))
-        # Made here because a compiler can read an attribute but not trace the encoder.
-        fields = [self.impl, self.attention_backend, self.head_chunk]
-        object.__setattr__(self, "_text", json.dumps(fields))
+        # Made here, and without the JSON encoder, because a compiler cannot trace that.
+        chunk = "-" if self.head_chunk is None else str(self.head_chunk)
+        object.__setattr__(self, "_text", f"{self.impl} {chunk} {self.attention_backend}")
 
     @property
     def backend(self) -> str:
@@ -83,5 +82,5 @@ class Execution:
 @functools.lru_cache(maxsize=256)
 def execution_of(text: str) -> Execution:
     """Return the execution that `Execution.text` stands for."""
-    impl, backend, head_chunk = json.loads(text)
-    return Execution(impl, backend, head_chunk=head_chunk)
+    impl, chunk, backend = text.split(" ", 2)
+    return Execution(impl, backend, head_chunk=None if chunk == "-" else int(chunk))

@@ -24,7 +24,6 @@ class PatternBackend(Backend):
         dense_kernel: what attends within sliding windows, and for the dense last queries.
     """
 
-    name: str = ""
     pattern: PatternConfig
     dense_kernel: Backend
 
