@@ -19,6 +19,7 @@ from token_sparse_attention import (
     reference,
     token_sparse_attention,
 )
+from token_sparse_attention.attention.resolve import resolve_backend
 
 SMALL = TokenSelectionConfig(drop_mass=0.2, observation_window=16, pool_size=5, min_tokens=24)
 SAMPLING = KVSamplingConfig(
@@ -96,6 +97,20 @@ def with_selection(
     result = token_sparse_attention(*problem, config, return_aux=WITH_SELECTION, **options)
     assert result.selection is not None
     return result.output, result.selection
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    backend: str = "auto",
+    window: int | None = None,
+) -> Tensor:
+    """Dense causal attention by a backend."""
+    resolved = resolve_backend(backend, query, key)
+    return resolved.attend(query, key, value, scale=scale, window=window).out
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

@@ -17,6 +17,7 @@ from support import (
     WITH_LSE,
     WITH_SELECTION,
     Problem,
+    causal_attention,
     kept_mask,
     make_problem,
     oracle,
@@ -84,10 +85,6 @@ def name_of(config):
 
 def samples(config):
     return isinstance(config, KVSamplingConfig) and config.num_samples > 0
-
-
-def causal_attention(query, key, value, *, scale, backend="auto"):
-    return resolve_backend(backend, query, key).attend(query, key, value, scale=scale).out
 
 
 def sparse_run(problem, config, **kwargs):

@@ -24,15 +24,16 @@ PUBLIC = sorted(
 NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cpu", "cuda")}
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
-    {"errors"},
+    {"errors", "device"},
     {"records"},
-    {"config", "device"},
-    {"inputs", "crossover", "reference", "bundled", "tensor_parallel"},
-    {"limits", "kernels"},
-    {"selection"},
-    {"compression", "attention", "call"},
+    {"config", "bundled", "impls", "tensor_parallel"},
+    {"inputs", "crossover", "reference", "profile", "kernels"},
+    {"gate", "results"},
+    {"attention", "scoring", "compression"},
+    {"methods", "execution"},
+    {"prefill"},
+    {"custom_op"},
     {"functional"},
-    {"library"},
     {"integrations", "info"},
     {"run", "benchmark"},
     {"named_settings"},
@@ -80,7 +81,7 @@ def test_only_dispatchers_import_the_reference():
         for file in ROOT.rglob("*.py")
         if "reference" in imported_parts(file)
     }
-    assert users == {"selection.py"}
+    assert users == {"scoring.py", "methods/selection.py"}
 
 
 def in_fresh_process(code: str) -> str:
@@ -97,12 +98,15 @@ import sys
 sys.modules["triton"] = sys.modules["transformers"] = None
 import torch, token_sparse_attention as tsa
 q = torch.randn(1, 2, 300, 16)
-out, selection = tsa.token_sparse_attention(
-    q, q, q, tsa.TokenSparseConfig.published(drop_mass=0.2, window_size=16, min_tokens=32),
-    return_selection=True)
-print(bool(selection.ran_sparse))
+for config in (
+    tsa.TokenSelectionConfig(drop_mass=0.2, observation_window=16, min_tokens=32),
+    tsa.KVSamplingConfig(num_probes=16, sliding_window=32, num_samples=20, crossover="off"),
+):
+    aux = tsa.AuxRequest(selection=True)
+    out, selection, _ = tsa.token_sparse_attention(q, q, q, config, return_aux=aux)
+    print(bool(selection.ran_sparse))
 """
-    assert in_fresh_process(code) == "True"
+    assert in_fresh_process(code) == "True\nTrue"
 
 
 def test_importing_has_no_side_effects():
@@ -138,13 +142,17 @@ def test_docstring_examples_run():
                 ran.add(test.name.removeprefix("token_sparse_attention."))
     assert runner.summarize(verbose=False).failed == 0
     operations = {
-        "selection.score_tokens",
-        "selection.select_tokens",
+        "scoring.score_tokens",
+        "methods.selection.select_tokens",
         "compression.compress",
         "compression.decompress",
         "functional.token_sparse_attention",
-        "config.TokenSparseConfig",
-        "config.LayerProfile",
+        "config.KVSamplingConfig",
+        "config.TokenSelectionConfig",
+        "config.config_from_json",
+        "execution.Execution",
+        "profile.LayerProfile",
+        "profile.convert_settings",
         "integrations.transformers.apply",
     }
     assert operations <= ran, "these have no example"

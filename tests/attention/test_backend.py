@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attention.by_hand import HEADS, LITTLE
-from support import make_problem, relative_error
+from support import causal_attention, make_problem, relative_error
 from token_sparse_attention.attention import flash
 from token_sparse_attention.attention.backend import Backend, PackedHeads
 from token_sparse_attention.attention.flash import FlashBackend
@@ -22,11 +22,6 @@ from token_sparse_attention.reference import masked_attention
 from token_sparse_attention.results import Attended, PackedSequences
 
 SCALE = 0.25
-
-
-def causal_attention(query, key, value, *, backend="auto", window=None):
-    resolved = resolve_backend(backend, query, key)
-    return resolved.attend(query, key, value, scale=SCALE, window=window).out
 
 
 def attend_packed(packed, offsets, heads, num_heads, backend="auto", want_lse=False):
@@ -75,14 +70,14 @@ def test_causal_attention(backend, heads, kv_heads, query_len, kv_len, window):
     problem = make_problem(
         batch=2, heads=heads, kv_heads=kv_heads, query_len=query_len, kv_len=kv_len
     )
-    out = causal_attention(*problem, backend=backend, window=window)
+    out = causal_attention(*problem, scale=SCALE, backend=backend, window=window)
     assert relative_error(out, expected(problem, window)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_as_close_as_eager(dtype):
     problem = make_problem(query_len=257, dtype=dtype)
-    out = causal_attention(*problem)
+    out = causal_attention(*problem, scale=SCALE)
     assert out.dtype == dtype
     exact = expected(problem)
     causal = torch.ones(1, 257, 257, dtype=torch.bool).tril()
@@ -103,7 +98,7 @@ def test_packed_sequences_equal_one_call_each(ragged):
         q = query[cu_q[i] : cu_q[i + 1]][None, None]
         k, v = (x[cu_k[i] : cu_k[i + 1]][None, None] for x in (key, value))
         if q.shape[2]:
-            one = causal_attention(q, k, v)
+            one = causal_attention(q, k, v, scale=SCALE)
             torch.testing.assert_close(out[cu_q[i] : cu_q[i + 1]], one[0, 0])
 
 
@@ -122,10 +117,10 @@ def test_auto_names_its_choice_and_why():
 def test_an_explicit_backend_never_falls_back():
     problem = make_problem()
     with pytest.raises(ValueError, match="attention_backend must be one of auto, fa4, flash"):
-        causal_attention(*problem, backend="flash3")
+        causal_attention(*problem, scale=SCALE, backend="flash3")
     for backend in ("cudnn", "efficient"):
         with pytest.raises(ValueError, match=f"{backend!r} cannot run torch.float32.*on cpu"):
-            causal_attention(*problem, backend=backend)
+            causal_attention(*problem, scale=SCALE, backend=backend)
 
 
 def test_keys_and_values_are_never_repeated():
@@ -133,8 +128,8 @@ def test_keys_and_values_are_never_repeated():
     query = torch.randn(1, 16, 2048, 64)
     key, value = torch.randn(2, 1, 1, 2048, 64)
     with torch.profiler.profile(profile_memory=True) as profile:
-        causal_attention(query, key, value, window=256)
-        causal_attention(query, key, value)
+        causal_attention(query, key, value, scale=SCALE, window=256)
+        causal_attention(query, key, value, scale=SCALE)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 1.3 * query.numel() * 4
     names = {event.key for event in profile.key_averages()}
@@ -163,13 +158,14 @@ def test_flash_refuses_on_cuda_what_its_kernel_cannot_run(head_dim, dtype, runs)
 def by_math(monkeypatch):
     """FlashAttention's kernels replaced, with as many multiprocessors as a GPU has."""
 
-    def attend(backend, *tensors, **options):
+    def attend(_, *tensors, **options):
         return SDPABackend("math").attend(*tensors, **options)
 
     monkeypatch.setattr(FlashBackend, "attend", attend)
     monkeypatch.setattr(flash, "multiprocessors", lambda _: 132)
 
 
+@pytest.mark.usefixtures("by_math")
 @pytest.mark.parametrize(
     ("backend", "batch", "heads", "count", "idle"),
     [("fa4", 1, 8, 128, True), ("fa4", 1, 44, 128, True), ("fa4", 1, 45, 128, False),
@@ -177,14 +173,15 @@ def by_math(monkeypatch):
      ("fa4", 1, 8, 0, False), ("fa4", 1, 1, 2999, True), ("fa4", 1, 1, 3000, False),
      ("flash", 1, 8, 128, False)],
 )  # fmt: skip
-def test_few_queries_of_few_heads_leave_a_gpu_idle(by_math, backend, batch, heads, count, idle):
+def test_few_queries_of_few_heads_leave_a_gpu_idle(backend, batch, heads, count, idle):
     tensors = make_problem(batch=batch, heads=heads, kv_heads=1, query_len=3000, head_dim=4)
     into = Attended(torch.zeros_like(tensors.query), None)
     assert FlashBackend(backend).attend_last(problem_of(tensors), count, into) == idle
     assert bool(into.out[:, :, 3000 - count :].any()) == idle
 
 
-def test_nothing_is_idle_off_cuda_or_where_there_is_padding(by_math):
+@pytest.mark.usefixtures("by_math")
+def test_nothing_is_idle_off_cuda_or_where_there_is_padding():
     tensors = make_problem(query_len=300)
     into = Attended(torch.zeros_like(tensors.query), None)
     mask = torch.ones(1, 300, dtype=torch.bool)
@@ -194,8 +191,9 @@ def test_nothing_is_idle_off_cuda_or_where_there_is_padding(by_math):
     assert not into.out.any()
 
 
+@pytest.mark.usefixtures("by_math")
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_last_queries_are_attended_in_place(by_math, with_lse):
+def test_last_queries_are_attended_in_place(with_lse):
     problem = make_problem(batch=2, query_len=60, kv_len=90)
     lse = torch.full(problem.query.shape[:3], 7.0) if with_lse else None
     into = Attended(torch.full_like(problem.query, 7.0), lse)
@@ -299,7 +297,7 @@ def test_settings_per_head_follow_the_heads():
     out = attend_packed(packed, offsets, heads, 2, backend).out
     for number, head in enumerate(heads):
         both = [tensor.expand(-1, 2, -1, -1) for tensor in parts[number]]
-        alone = causal_attention(*both, backend=backend)[0, head]
+        alone = causal_attention(*both, scale=SCALE, backend=backend)[0, head]
         rows = slice(number * 300, (number + 1) * 300)
         torch.testing.assert_close(out[rows], alone, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="each of the 3 query heads, got 2"):

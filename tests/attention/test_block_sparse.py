@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from support import make_problem, relative_error
+from support import causal_attention, make_problem, relative_error
 from token_sparse_attention.attention import block_sparse
 from token_sparse_attention.attention import columns as columns_module
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
@@ -24,8 +24,8 @@ from token_sparse_attention.attention.columns import (
     choose_tiles,
     merge_into,
 )
-from token_sparse_attention.attention.dense import Attended, causal_attention
 from token_sparse_attention.reference import masked_attention
+from token_sparse_attention.results import Attended
 
 SCALE = 0.3
 

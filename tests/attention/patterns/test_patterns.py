@@ -7,9 +7,8 @@ import json
 import pytest
 import torch
 
-from support import make_problem, relative_error
+from support import causal_attention, make_problem, relative_error
 from token_sparse_attention.attention.block_mask import BlockGrid
-from token_sparse_attention.attention.dense import causal_attention
 from token_sparse_attention.attention.patterns import PATTERNS, find_pattern
 from token_sparse_attention.attention.patterns.estimate import block_means
 from token_sparse_attention.attention.patterns.flexprefill import (
