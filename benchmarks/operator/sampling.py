@@ -24,7 +24,7 @@ from benchmarks.command import (
     positive,
     run,
 )
-from benchmarks.operator.sampling_tables import FAR_TABLES, WINDOW
+from benchmarks.operator.sampling_tables import SAMPLING_TABLES, WINDOW
 
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.dense import new_output
@@ -197,7 +197,9 @@ def _run(args: argparse.Namespace) -> bool:
         budget_seconds=args.budget_seconds,
     )
     options = FarOptions(common, args.samples, args.landmarks, args.sinks, args.dense_queries)
-    return measured(args, "benchmarks.operator.sampling", partial(measure, options), FAR_TABLES)
+    return measured(
+        args, "benchmarks.operator.sampling", partial(measure, options), SAMPLING_TABLES
+    )
 
 
 if __name__ == "__main__":

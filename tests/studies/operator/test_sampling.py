@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarks.markdown import build
 from benchmarks.operator import sampling
-from benchmarks.operator.sampling_tables import FAR_TABLES, dense_query_keys, far_keys
+from benchmarks.operator.sampling_tables import SAMPLING_TABLES, dense_query_keys, far_keys
 
 from studies.synthetic import S, changed, far_result
 from token_sparse_attention.benchmark import checks, op
@@ -23,7 +23,7 @@ SETTINGS = ("sinks-20", "landmarks-20", "samples-16", "samples-64", "samples-64-
 
 
 def rows(name, of):
-    lines = build(name, [Run("run", of)], FAR_TABLES).splitlines()[2:]
+    lines = build(name, [Run("run", of)], SAMPLING_TABLES).splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 

@@ -1,9 +1,8 @@
-"""The study's page against its results."""
+"""What the study's pages call what a point ran."""
 
 from __future__ import annotations
 
-from benchmarks.frontier import page
-from benchmarks.markdown import fill
+from benchmarks.frontier import words
 
 from token_sparse_attention import TokenSparseConfig
 
@@ -19,18 +18,9 @@ NO_VARIANT = {
 """As in the headers of results, of points that differed in nothing."""
 
 
-def test_the_pages_are_up_to_date():
-    built = page.tables(page.load_all())
-    texts = [one.read_text(encoding="utf-8") for one in (page.PAGE, page.ROUNDS, page.README)]
-    for text in texts:
-        assert fill(text, built) == text, "run python -m benchmarks.frontier.page"
-    for table in built.values():
-        assert sum(table in text for text in texts) == 1, "every table has its place"
-
-
 def test_whatever_differs_is_said():
     plain = TokenSparseConfig.published(fallback="window").to_dict() | {"sparse_layers": None}
-    texts = {page.describe(plain, {})}
+    texts = {words.describe(plain, {})}
     for field, value in (
         ("sparse_layers", [1, 2, 4]),
         ("sparse_layers", [1, 2, 3, 4]),
@@ -46,7 +36,7 @@ def test_whatever_differs_is_said():
         ("select_queries", False),
         ("pool_size", 63),
     ):
-        texts.add(page.describe(plain | {field: value}, {}))
+        texts.add(words.describe(plain | {field: value}, {}))
     for field, value in (
         ("dense_last", 128),
         ("pooled", 64),
@@ -62,7 +52,7 @@ def test_whatever_differs_is_said():
         ("value_norm", True),
         ("union", True),
     ):
-        texts.add(page.describe(plain, NO_VARIANT | {field: value}))
+        texts.add(words.describe(plain, NO_VARIANT | {field: value}))
     assert len(texts) == 1 + 13 + 13
 
 
@@ -80,15 +70,15 @@ def test_a_profile_names_its_layers_by_what_they_run():
         "4": {"fallback_samples": 1024, "dense_heads": [5]},
         "5": {},
     }
-    label = page.describe({"version": 1, "base": base, "layers": layers}, {})
+    label = words.describe({"version": 1, "base": base, "layers": layers}, {})
     assert label == (
-        "layers 0, 3: 4096 tokens drawn by score; "
-        "layer 4: 1024 tokens drawn by score, head 5 dense; layer 5; "
+        "layers 0, 3: 4096 sampled keys; "
+        "layer 4: 1024 sampled keys, head 5 dense; layer 5; "
         "each 4 sinks, no queries dropped"
     )
     nothing_shared = {
         "1": {"drop_mass": 0.005, "select_queries": True, "fallback_sinks": 0},
         "2": {},
     }
-    label = page.describe({"version": 1, "base": base, "layers": nothing_shared}, {})
+    label = words.describe({"version": 1, "base": base, "layers": nothing_shared}, {})
     assert label == "layer 1: drop mass 0.005; layer 2: 4 sinks, no queries dropped"
