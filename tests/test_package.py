@@ -24,7 +24,7 @@ PUBLIC = sorted(
 NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cpu", "cuda")}
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
-    {"errors"},
+    {"errors", "options"},
     {"records"},
     {"config", "device"},
     {"inputs", "crossover", "reference", "bundled", "tensor_parallel"},
@@ -35,8 +35,7 @@ LEVELS = [
     {"library"},
     {"integrations", "info"},
     {"run", "benchmark"},
-    {"named_settings"},
-    {"arguments"},
+    {"settings"},
     {"demo", "calibration", "evaluation"},
     {"report"},
     {"cli"},

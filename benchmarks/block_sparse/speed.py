@@ -48,7 +48,8 @@ from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, judge
 from token_sparse_attention.benchmark.contenders import dense_call
 from token_sparse_attention.benchmark.measuring import device_named
-from token_sparse_attention.benchmark.op import Contender, OpOptions, Point, prefixed
+from token_sparse_attention.benchmark.op import Contender, Point, prefixed
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.errors import UsageError
 
@@ -98,9 +99,9 @@ class BlockOptions:
     def point(self, seq_len: int) -> Point:
         """Return one length's inputs, and what its records have in common."""
         options = OpOptions(
-            self.device,
-            self.dtype,
-            (seq_len,),
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            lengths=(seq_len,),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

@@ -31,7 +31,7 @@ from token_sparse_attention.evaluation.evaluate import Runner, evaluate, make_he
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration
-from token_sparse_attention.named_settings import Settings
+from token_sparse_attention.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

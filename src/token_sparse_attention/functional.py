@@ -8,6 +8,7 @@ select gets the fallback there. Nothing is evicted: each call chooses again.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -469,3 +470,6 @@ def _all_dense(
         tokens = real_tokens(None, len(query), key.shape[2], query.device)
     selection = dense_selection(tokens, query.shape[1], want_indices=call.want_indices)
     return SparseOutput(into.out, selection, into.lse)
+
+
+importlib.import_module("token_sparse_attention.library")  # registers PyTorch's operator

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 from token_sparse_attention.attention.causal import dense_backend, parse_backend
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import (
-    PROFILE_FILE,
     LayerProfile,
     TokenSparseConfig,
     layer_configs,
-    load_config,
     without_crossover,
 )
 from token_sparse_attention.integrations.record import PrefillReport
@@ -99,14 +96,6 @@ def load_model(
     if device_map is None:
         model = model.to(pick_device(device))
     return model.eval(), tokenizer
-
-
-def default_config(name: str) -> tuple[TokenSparseConfig | LayerProfile, str]:
-    """Return the settings for a model, and in words where they come from."""
-    profile = Path(name) / PROFILE_FILE
-    if profile.is_file():
-        return load_config(profile), f"{PROFILE_FILE} of the model"
-    return TokenSparseConfig(), "the library's defaults"
 
 
 def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor:

@@ -12,7 +12,7 @@ from token_sparse_attention.attention.causal import parse_backend, pattern_confi
 from token_sparse_attention.config import PROFILE_FILE
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import DENSE, PATTERN
-from token_sparse_attention.named_settings import LEADING_PATTERN, Settings, read_settings
+from token_sparse_attention.settings import LEADING_PATTERN, Settings, read_settings
 
 
 @dataclass(frozen=True)

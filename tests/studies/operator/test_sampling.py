@@ -13,6 +13,7 @@ from benchmarks.operator.sampling_tables import SAMPLING_TABLES, dense_query_key
 
 from studies.synthetic import S, changed, far_result
 from token_sparse_attention.benchmark import checks, op
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import NoFigureError, Run
 
@@ -80,7 +81,7 @@ def test_every_setting_and_stage_is_measured(tmp_path):
 
 
 def test_settings_are_what_their_names_say():
-    common = op.OpOptions(torch.device("cpu"), lengths=(640,), backends=("flash",))
+    common = OpOptions(device="cpu", lengths=(640,), backends=("flash",))
     found = sampling.FarOptions(common, (16, 64), (20,), (30,), (8,)).settings()
     shown = {
         name: (c.fallback_sinks, c.fallback_landmarks, c.fallback_samples, c.dense_queries)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from cli.commands import run
 from integrations.models import CONFIG, KEYS_ONLY, LAYERS, make_ids, make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
-from token_sparse_attention.calibration.command import add_commands
 from token_sparse_attention.calibration.prompts import file_prompts, text_prompts
 from token_sparse_attention.calibration.record import CalibrationResult
 from token_sparse_attention.calibration.show import draw, layer_table, ranges, sentences
@@ -52,19 +51,8 @@ def folder(tmp_path_factory):
 
 
 def calibrate(*arguments):
-    """Run the command as `cli` does, and return its exit code."""
-
-    def make(commands, name, summary, example):
-        assert summary[0].islower()
-        assert f"tsa {name}" in example
-        command = commands.add_parser(name)
-        command.add_argument("--json", action="store_true")
-        return command
-
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers(dest="command"), make)
-    args = parser.parse_args(["calibrate", *map(str, arguments)])
-    return args.handler(args)
+    """Run the command, and return its exit code."""
+    return run("calibrate", *arguments)
 
 
 def test_drift_writes_a_profile_and_what_was_measured(folder, tmp_path, capsys):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from evaluation.small import CONFIG, make_samples, run_eval, save_model
+from token_sparse_attention.cli import main
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import evaluate, harness
 from token_sparse_attention.evaluation.record import load_results
@@ -80,7 +81,7 @@ def test_a_run_goes_on_where_it_was_cut_off(
         return reply(self, *arguments)
 
     monkeypatch.setattr(evaluate.Runner, "reply", failing)
-    assert run_eval(*asked, str(out)) == 1
+    assert main(["eval", *asked, str(out)]) == 1
     assert "the device is gone" in capsys.readouterr().err
     assert len(load_results(out).samples) == finished
     assert run_eval(*asked, str(out)) == 0

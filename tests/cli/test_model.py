@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 
 import pytest
 
-from token_sparse_attention import arguments, bundled
-from token_sparse_attention.cli import main
-from token_sparse_attention.errors import UsageError
+from token_sparse_attention import bundled
+from token_sparse_attention.cli import BAD_INPUT, main
+from token_sparse_attention.cli.model import ModelOptions, read_text
+from token_sparse_attention.errors import UsageError, loading
 
 COMMANDS = {
     "run": ["run", "no/such/model", "--prompt-file", "FILE"],
@@ -33,7 +33,7 @@ def given(words: list[str], path: str) -> list[str]:
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_a_model_that_cannot_be_loaded(words, file, capsys):
-    assert main(given(words, file)) == arguments.BAD_INPUT == 2
+    assert main(given(words, file)) == BAD_INPUT == 2
     assert "no/such/model cannot be loaded: " in capsys.readouterr().err
 
 
@@ -58,16 +58,16 @@ def test_texts_that_cannot_be_used(name, file, capsys):
 
 def test_text_comes_from_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("A word."))
-    assert arguments.read_text("--prompt-file", "-") == "A word."
+    assert read_text("--prompt-file", "-") == "A word."
 
 
 def test_only_what_loading_raises_is_bad_input():
-    with pytest.raises(UsageError, match="it cannot be loaded: gone"), arguments.loading("it"):
+    with pytest.raises(UsageError, match="it cannot be loaded: gone"), loading("it"):
         raise OSError("gone")
-    with pytest.raises(ZeroDivisionError), arguments.loading("it"):
+    with pytest.raises(ZeroDivisionError), loading("it"):
         raise ZeroDivisionError
 
 
 def test_the_bundled_model_stands_in():
-    assert arguments.model_name(argparse.Namespace(model=None)) == str(bundled.MODEL)
-    assert arguments.model_name(argparse.Namespace(model="mine")) == "mine"
+    assert ModelOptions().path == str(bundled.MODEL)
+    assert ModelOptions(name="mine").path == "mine"

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from integrations.models import make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig, demo, run
-from token_sparse_attention.arguments import within_memory
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.calibration import job
 from token_sparse_attention.cli import build_parser, main
+from token_sparse_attention.config import PROFILE_FILE
+from token_sparse_attention.errors import within_memory
 from token_sparse_attention.run import (
-    PROFILE_FILE,
     FirstTokenClock,
     answer,
     encode_prompt,
@@ -403,7 +403,7 @@ def test_info_loads_no_heavy_packages():
 
 def test_reading_settings_loads_no_transformers():
     code = (
-        "import sys; from token_sparse_attention.named_settings import read_settings;"
+        "import sys; from token_sparse_attention.settings import read_settings;"
         "print(read_settings('published', 'model').drop_mass, 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

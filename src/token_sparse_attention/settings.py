@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from pathlib import Path
 
-from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.config import (
     PROFILE_FILE,
     LayerProfile,
     TokenSparseConfig,
     load_config,
 )
-from token_sparse_attention.errors import UsageError
+from token_sparse_attention.errors import UsageError, did_you_mean
 
 PROFILES = Path(__file__).parent / "evaluation" / "profiles"  # the paper's layers of two models
-LEADING_PATTERN = re.compile(rf"({'|'.join(PATTERNS)})(?:$|:|\+)")  # that a value begins with
+# Of block-sparse patterns; named here because their modules import torch.
+PATTERN_NAMES = ("flexprefill", "minference", "xattention", "streaming")
+LEADING_PATTERN = re.compile(rf"({'|'.join(PATTERN_NAMES)})(?:$|:|\+)")  # that a value begins with
 Settings = TokenSparseConfig | LayerProfile
 
 
 def keywords() -> list[str]:
     """Return the values that are names of settings."""
     return ["default", "published", "profile", *sorted(p.stem for p in PROFILES.glob("*.json"))]
+
+
+def default_config(model: str) -> tuple[Settings, str]:
+    """Return the settings for a model, and in words where they come from."""
+    profile = Path(model) / PROFILE_FILE
+    if profile.is_file():
+        return load_config(profile), f"{PROFILE_FILE} of the model"
+    return TokenSparseConfig(), "the library's defaults"
 
 
 def read_settings(value: str, model: str, given: str | None = None) -> Settings:
@@ -43,6 +51,11 @@ def read_settings(value: str, model: str, given: str | None = None) -> Settings:
         raise UsageError(f"--config {given or value} cannot be used: {error}") from error
 
 
+def settings_or_default(value: str | None, model: str) -> tuple[Settings, str]:
+    """Return `read_settings` of a value, or without one `default_config`; and their source."""
+    return (read_settings(value, model), value) if value else default_config(model)
+
+
 def _settings(value: str, model: str) -> Settings:
     if value.startswith("{"):
         return _parse(value)
@@ -58,11 +71,11 @@ def _settings(value: str, model: str) -> Settings:
     if value in keywords():
         return load_config(PROFILES / f"{value}.json")
     if not Path(value).is_file():
-        near = difflib.get_close_matches(value, [*keywords(), *PATTERNS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(keywords())}"
+        hint = did_you_mean(value, [*keywords(), *PATTERN_NAMES])
         if LEADING_PATTERN.match(value):
             hint = "; a block-sparse pattern holds no settings of token sparsity"
-        raise ValueError(f"there is no file {value!r}{hint}")
+        none = f", nor one of {', '.join(keywords())}"
+        raise ValueError(f"there is no file {value!r}{hint or none}")
     return load_config(value)
 
 
