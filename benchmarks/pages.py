@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks import summary
 from benchmarks.block_sparse import page as block_sparse
-from benchmarks.command import make_parser, run
+from benchmarks.command import make_parser, run_command
 from benchmarks.frontier import page as frontier
 from benchmarks.markdown import Page
 from benchmarks.operator import page as operator
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the pages."""
     parser = make_parser("benchmarks.pages", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    return run(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 def _run(args: Namespace) -> bool:

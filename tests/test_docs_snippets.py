@@ -25,7 +25,7 @@ from token_sparse_attention.cli import build_parser, main
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
-    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

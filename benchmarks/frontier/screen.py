@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import make_parser, positive
-from benchmarks.command import run as run_command
+from benchmarks.command import make_parser, positive, run_command
 from benchmarks.frontier.answers import Likelihood, likelihood
 from rich.console import Console
 from rich.progress import Progress

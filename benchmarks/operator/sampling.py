@@ -22,7 +22,7 @@ from benchmarks.command import (
     make_parser,
     measured,
     positive,
-    run,
+    run_command,
 )
 from benchmarks.operator.sampling_tables import SAMPLING_TABLES, WINDOW
 
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="dense kernel, also of the windows (default: fa4; off CUDA flash)",
     )
     add_measuring_arguments(parser, 0.2)
-    return run(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> bool:
