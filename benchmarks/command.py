@@ -34,7 +34,7 @@ def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def run(
+def run_command(
     parser: argparse.ArgumentParser,
     handler: Callable[[argparse.Namespace], bool],
     argv: Sequence[str] | None = None,

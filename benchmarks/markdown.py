@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from token_sparse_attention.benchmark.runs import CHECK_FAILED, NoFigureError, Run
 from token_sparse_attention.errors import UsageError
@@ -16,6 +18,35 @@ _MARKER = re.compile(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 
 Rows = Iterator[Sequence[str]]
 Table = Callable[[Sequence[Run]], Rows]
+
+
+class Page(NamedTuple):
+    """A Markdown file whose tables and figures are made from result files.
+
+    Attributes:
+        path: the file.
+        tables: what stands between its markers, by their names.
+        figures: what draws a file of ``figures/``, by its name without ``.svg``.
+    """
+
+    path: Path
+    tables: Mapping[str, str]
+    figures: Mapping[str, Callable[[Path], object]] = {}
+
+    def files(self) -> dict[Path, str]:
+        """Return what the page and its figures are to hold."""
+        text = fill(self.path.read_text(encoding="utf-8"), self.tables)
+        found = {self.path: text}
+        with TemporaryDirectory() as folder:
+            for name, draw in self.figures.items():
+                draw(drawn := Path(folder) / f"{name}.svg")
+                at = self.path.parent / "figures" / drawn.name
+                found[at] = drawn.read_text(encoding="utf-8")
+        return found
+
+    def markers(self) -> list[str]:
+        """Return the names of the page's markers, in order."""
+        return _MARKER.findall(self.path.read_text(encoding="utf-8"))
 
 
 def fill(document: str, tables: Mapping[str, str]) -> str:

@@ -1,27 +1,51 @@
-"""Make every page's tables and figures anew from the committed result files.
+"""Make the tables and figures of every page from the committed result files.
 
-python -m benchmarks.pages
+python -m benchmarks.pages           writes what is not up to date, and names it
+python -m benchmarks.pages --check   only names it; exit code 1 if there is any
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 
-from benchmarks.command import make_parser, run
+from benchmarks import summary
+from benchmarks.block_sparse import page as block_sparse
+from benchmarks.command import make_parser, run_command
+from benchmarks.frontier import page as frontier
+from benchmarks.markdown import Page
 from benchmarks.operator import page as operator
+from benchmarks.serving import page as serving
 
 
-def write(_: Namespace) -> bool:
-    """Write the pages and name each file that changed."""
-    for page in operator.PAGES:
-        for path, text in operator.make_page(page).items():
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-                print(path)
-    return True
+def every_page() -> Iterator[Page]:
+    """Yield every page there is."""
+    for study in (summary, operator, block_sparse, frontier, serving):
+        yield from study.pages()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the pages."""
+    parser = make_parser("benchmarks.pages", __doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    return run_command(parser, _run, argv)
+
+
+def _run(args: Namespace) -> bool:
+    stale = {
+        path: text
+        for page in every_page()
+        for path, text in page.files().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
+    for path, text in stale.items():
+        print(path)
+        if not args.check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return not (args.check and stale)
 
 
 if __name__ == "__main__":
-    sys.exit(run(make_parser("benchmarks.pages", __doc__), write))
+    sys.exit(main())

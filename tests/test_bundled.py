@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from token_sparse_attention import TokenSelection, TokenSparseConfig, bundled, cli, demo
+from token_sparse_attention import TokenSelection, TokenSparseConfig, bundled, demo
 from token_sparse_attention.cli import main
+from token_sparse_attention.cli.demo import show
 from token_sparse_attention.config import PROFILE_FILE, load_config
 from token_sparse_attention.crossover import NEVER_DENSE
 from token_sparse_attention.integrations.record import (
@@ -123,7 +124,7 @@ def test_the_demo_says_why_it_was_slower(dense, sparse, slower, capsys):
     ]
     result = demo.DemoResult(findings, "a test", {})
     assert ("gains no time" in str(result.to_dict()["note"])) == slower
-    cli._print_demo(result)
+    show(result)
     printed = " ".join(capsys.readouterr().out.split())
     assert ("note: so short a document" in printed) == slower
     assert f"dense: first token after {dense[1]:.2f} s ({dense[0]:.2f} to" in printed

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from calibration.test_command import WORDS, make_tokenizer
+from cli.test_calibrate import WORDS, make_tokenizer
 from integrations.models import CONFIG, make_model
 from token_sparse_attention import bundled
 from token_sparse_attention.cli import build_parser, main
@@ -25,7 +25,7 @@ from token_sparse_attention.cli import build_parser, main
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
-    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -92,7 +92,8 @@ def given(page: Path, folder: Path) -> dict[str, object]:
     """Names and files that a page's reader has before its first block."""
     if page.name != "calibration.md":
         return {}
-    from token_sparse_attention.calibration.job import CalibrationOptions, calibrate
+    from token_sparse_attention.calibration.job import calibrate
+    from token_sparse_attention.calibration.options import CalibrationOptions
     from token_sparse_attention.calibration.prompts import text_prompts
 
     known = {"model": make_model(), "tokenizer": make_tokenizer(), "config": CONFIG}

@@ -24,11 +24,11 @@ PUBLIC = sorted(
 NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cpu", "cuda")}
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
-    {"errors", "device"},
+    {"errors", "options", "device"},
     {"records"},
     {"config", "bundled", "impls", "tensor_parallel"},
     {"inputs", "crossover", "reference", "profile", "kernels"},
-    {"gate", "results"},
+    {"gate", "results", "settings"},
     {"attention", "scoring", "compression"},
     {"methods", "execution"},
     {"prefill"},
@@ -36,8 +36,6 @@ LEVELS = [
     {"functional"},
     {"integrations", "info"},
     {"run", "benchmark"},
-    {"named_settings"},
-    {"arguments"},
     {"demo", "calibration", "evaluation"},
     {"report"},
     {"cli"},

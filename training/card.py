@@ -90,7 +90,7 @@ demo`, whose document is short, takes a sixteenth of them.
 
 The profile (at 16384 with `"crossover": "off"`) and the paper's rule in all layers, `published`,
 on other samples of five of these tasks, those on which dense reaches 0.5; how it was chosen is in
-docs/frontier.md:
+docs/results.md:
 
 {profile_table}
 

@@ -1,6 +1,4 @@
-"""Patterns, token sparsity and both: accuracy beside measured speed, in docs/pattern-accuracy.md.
-
-    python -m benchmarks.block_sparse.accuracy
+"""Patterns, token sparsity and both: accuracy beside measured speed.
 
 The results are of `tsa eval`, the times of `benchmarks.frontier.layer_times`, with the same names
 of configurations: attention alone, summed over all layers, on the model's own queries and keys,
@@ -10,26 +8,24 @@ with its own heads and with each of them four times. The densities are of
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.markdown import fill, markdown_table
+from benchmarks.markdown import markdown_table
 from benchmarks.pooling import load_folder, paired_scores, pooled
-from benchmarks.style import figure_file
+from benchmarks.replay.results import Replay
+from benchmarks.style import figure_file, interval
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "pattern-accuracy.md"
-FIGURE = ROOT / "docs" / "figures" / "pattern-accuracy.svg"
-RESULTS = ROOT / "benchmarks" / "results" / "patterns"
+RESULTS = Path(__file__).parents[1] / "results" / "patterns"
 TIMES = {"8 heads": RESULTS / "times.json", "32 heads": RESULTS / "times-32-heads.json"}
 DENSITIES = RESULTS / "density.json"
+REPLAY = RESULTS.parent / "confirm" / "replay-128k.json"
 SPARSE = "F"
 """The configuration of token sparsity alone, which others add to a pattern."""
 
@@ -59,6 +55,42 @@ def table(results: EvalResults, times: Times) -> str:
         speeds = [speeds_of(one, row.length or 0, row.configuration) for one in times.values()]
         cells = _cells(row)
         lines.append([*cells[:4], *map(_median, speeds), *cells[4:]])
+    return markdown_table(lines)
+
+
+def at_length(results: EvalResults, times: Times, length: int) -> str:
+    """Return the score and the speed-up of each configuration at one length.
+
+    Args:
+        results: of `tsa eval`.
+        times: what the speed-ups are from, one column for each.
+        length: in tokens.
+    """
+    lines = [["settings", "score, dense", "95% interval of the difference", "prompts"]]
+    lines[0] += [f"speed-up, {heads}" for heads in times]
+    for row in _rows(results):
+        if row.length == length:
+            cells = [name_of(row.configuration), f"{row.score:.3f}, {row.dense_score:.3f}"]
+            cells += [f"{row.difference_low:+.3f} to {row.difference_high:+.3f}", str(row.pairs)]
+            speeds = (speeds_of(one, length, row.configuration) for one in times.values())
+            lines.append([*cells, *map(_median, speeds)])
+    return markdown_table(lines)
+
+
+def replayed(replay: Replay, configuration: str) -> str:
+    """Return the speed-up of a configuration's attention without launches, by shape.
+
+    Args:
+        replay: of `benchmarks.replay`.
+        configuration: its name there.
+    """
+    lines = [["settings", "heads", "speed-up"]]
+    for row in replay.rows:
+        found = replay.times(row)
+        if row.configuration == configuration and found:
+            point = replay.row_points(row)[0]
+            heads = f"{point.num_heads} and {point.num_kv_heads} of {point.head_dim}"
+            lines.append([name_of(configuration), heads, f"{found.speed_up:.2f}x"])
     return markdown_table(lines)
 
 
@@ -183,18 +215,17 @@ def tables(
         "accuracy": table(results, times),
         "combined": combined(results, times),
         "density": density(densities),
+        "replayed": replayed(Replay.load(REPLAY), SPARSE),
         "runs": runs(rounds, {**files, "densities": densities}),
     }
 
 
-def draw(results: EvalResults, times: Times) -> None:
+def draw(results: EvalResults, times: Times, path: Path) -> None:
     """Draw score differences with their intervals over speed, by length and number of heads."""
-    with figure_file(FIGURE) as plt:
-        rows = _rows(results)
-        lengths = sorted({row.length for row in rows if row.length})
-        _, panels = plt.subplots(
-            len(times), len(lengths), figsize=(13, 7), sharex=True, sharey=True, squeeze=False
-        )
+    rows = _rows(results)
+    lengths = sorted({row.length for row in rows if row.length})
+    shape = (len(times), len(lengths))
+    with figure_file(path, *shape, size=(13, 7), sharex=True, sharey=True) as panels:
         for (heads, timed), line in zip(times.items(), panels):
             for axes, length in zip(line, lengths):
                 _draw_panel(axes, [row for row in rows if row.length == length], timed)
@@ -210,12 +241,11 @@ def draw(results: EvalResults, times: Times) -> None:
 def _draw_panel(axes: Any, rows: Sequence[Row], timed: Mapping[str, Any]) -> None:
     for number, row in enumerate(rows):
         speeds = speeds_of(timed, row.length or 0, row.configuration)
-        if not speeds:
-            continue
-        color, speed = f"C{number}", median(speeds)
-        axes.plot([speed] * 2, [row.difference_low, row.difference_high], color=color)
-        marker = "s" if SPARSE in row.configuration else "o"
-        axes.plot(speed, row.difference, marker, color=color, label=name_of(row.configuration))
+        if speeds:
+            ends = (row.difference_low, row.difference, row.difference_high)
+            marker = "s" if SPARSE in row.configuration else "o"
+            look = {"color": f"C{number}", "marker": marker, "label": name_of(row.configuration)}
+            interval(axes, median(speeds), *ends, **look)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(1, color="black", linewidth=0.8)
 
@@ -225,18 +255,3 @@ def load() -> tuple[list[EvalResults], dict[str, Any], dict[str, Any]]:
     times = {heads: json.loads(path.read_text("utf-8")) for heads, path in TIMES.items()}
     rounds = list(load_folder(RESULTS).values())
     return rounds, times, json.loads(DENSITIES.read_text("utf-8"))
-
-
-def main() -> None:
-    """Write the page and the figure."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    rounds, times, densities = load()
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(fill(text, tables(rounds, times, densities)), encoding="utf-8")
-    draw(pooled(rounds), times)
-
-
-if __name__ == "__main__":
-    main()

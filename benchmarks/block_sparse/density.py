@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import make_parser, run_command
 from benchmarks.frontier.layer_times import new_content, some_of_each_length
 from benchmarks.frontier.observed import prefill_with
 from rich.console import Console
@@ -65,18 +68,19 @@ def densities(model: Any, ids: Tensor) -> dict[str, list[float]]:
     return dict(found)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.block_sparse.density", __doc__)
     parser.add_argument("--model", default=str(bundled.MODEL))
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--lengths", default="16384", help="LIST of lengths of the samples")
     parser.add_argument("--per-length", type=int, default=5, help="samples of each length")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
     settings = {name: vars(config) for name, (_, config) in MASKS.items()}
@@ -88,7 +92,8 @@ def main() -> None:
         facts = {"task": sample.task, "length": sample.length, "index": sample.index}
         content["samples"].append({**facts, "density": densities(model, ids)})
         args.out.write_text(json.dumps(content), encoding="utf-8")
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from benchmarks.block_sparse.inputs import random_mask, structured_inputs
 from benchmarks.block_sparse.tables import BLOCK_TABLES
 from benchmarks.command import (
     add_lists,
@@ -23,11 +24,11 @@ from benchmarks.command import (
     make_parser,
     measured,
     positive,
-    run,
+    run_command,
 )
 from torch import Tensor
 
-from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
+from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
 from token_sparse_attention.attention.block_sparse import attend_blocks, choose_block_backend
 from token_sparse_attention.attention.patterns import (
     FlexPrefillConfig,
@@ -48,7 +49,8 @@ from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, judge
 from token_sparse_attention.benchmark.contenders import dense_call
 from token_sparse_attention.benchmark.measuring import device_named
-from token_sparse_attention.benchmark.op import Contender, OpOptions, Point, prefixed
+from token_sparse_attention.benchmark.op import Contender, Point, prefixed
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.errors import UsageError
 
@@ -59,7 +61,6 @@ EXECUTORS = ("fa4", "flex", "triton", "reference")  # triton: the plain kernel t
 MATMUL_SIDE = 8192
 _FIT_STEPS = 9
 _MOST_APART = 0.01  # share of the chosen blocks in which an estimate may differ from float32's
-_COLUMN_SHARE, _TOPICS, _TOPIC_TOKENS = 0.001, 32, 1024
 
 Report = Callable[[str], object]
 
@@ -98,9 +99,9 @@ class BlockOptions:
     def point(self, seq_len: int) -> Point:
         """Return one length's inputs, and what its records have in common."""
         options = OpOptions(
-            self.device,
-            self.dtype,
-            (seq_len,),
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            lengths=(seq_len,),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
@@ -165,24 +166,6 @@ def executor(name: str, inputs: Inputs, mask: BlockMask) -> Callable[[], Tensor]
     return lambda: attend().out
 
 
-def random_mask(inputs: Inputs, density: float) -> tuple[BlockMask, Tensor]:
-    """Return a mask with every head's own random blocks, and the map it was made of.
-
-    The diagonal is always there; the other blocks are drawn so that the expected density is as
-    asked.
-    """
-    query = inputs.query
-    grid = BlockGrid(query.shape[2], inputs.key.shape[2])
-    causal = int(grid.visible(query.device).sum())
-    earlier = int(grid.earlier(query.device).sum())
-    share = (density * causal - (causal - earlier)) / max(earlier, 1)
-    generator = torch.Generator(query.device).manual_seed(round(1000 * density))
-    shape = (*query.shape[:2], grid.query_blocks, grid.kv_blocks)
-    kept = torch.rand(shape, generator=generator, device=query.device) < share
-    mask = BlockMask.from_block_map(kept, query_len=grid.query_len, kv_len=grid.kv_len)
-    return mask, kept
-
-
 def check_blocks(
     inputs: Inputs,
     out: Tensor,
@@ -210,48 +193,6 @@ def check_blocks(
             exact = checks.exact_rows(inputs, head, place, own)
             errors.append(checks.row_error(out[0, head, place], exact))
     return judge(max(errors), 2 * reference_error + inputs.eps / 2)
-
-
-def structured_inputs(inputs: Inputs) -> Inputs:
-    """Return inputs whose attention has what patterns look for; the value stays.
-
-    To random queries and keys are added: a rotation with the position, as of RoPE, which gives
-    nearness, stronger in later heads; a direction that all queries share with one key in a
-    thousand and the first four, which gives columns; and topics that runs of a thousand tokens
-    have or share, which gives blocks. White noise has no structure, and every pattern would
-    choose nearly everything.
-    """
-    query, key, value = inputs
-    generator = torch.Generator(query.device).manual_seed(0)
-    draw = partial(torch.randn, generator=generator, device=query.device)
-    length, head_dim = query.shape[2:]
-    quarter = head_dim // 4
-    position = torch.arange(length, device=query.device, dtype=torch.float32)
-    speed = 10000.0 ** (-torch.arange(quarter, device=query.device) / quarter)
-    angle = position[:, None] * speed
-    turning = torch.cat([angle.cos(), angle.sin()], -1)
-    direction = draw(head_dim - 2 * quarter)
-    direction = direction / direction.norm()
-    topics = draw(_TOPICS, head_dim - 2 * quarter)
-    topics = topics / topics.norm(dim=-1, keepdim=True) * head_dim**0.25 * 1.8
-    runs = length // _TOPIC_TOKENS + 1
-    made = []
-    for tensor in (query, key):
-        heads = tensor.shape[1]
-        strength = torch.linspace(1.0, 2.0, heads, device=query.device)[:, None, None]
-        which = torch.randint(_TOPICS, (heads, runs), generator=generator, device=query.device)
-        topic = topics[which].repeat_interleave(_TOPIC_TOKENS, 1)[:, :length]
-        if tensor is query:
-            shared = torch.full((heads, length), 4.0, device=query.device)
-        else:
-            chosen = torch.rand(heads, length, generator=generator, device=query.device)
-            shared = (chosen < _COLUMN_SHARE).float()
-            shared[:, :4] = 1.0
-            shared *= 8.0 * head_dim**0.5 / 4.0  # a logit of 8
-        added = torch.cat([turning * strength, topic + shared[..., None] * direction], -1)
-        mixed = (tensor + added).to(tensor.dtype)
-        made.append(mixed.transpose(1, 2).contiguous().transpose(1, 2))
-    return Inputs(made[0], made[1], value)
 
 
 class _Estimator(NamedTuple):
@@ -437,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="dense kernel to compare with (default: fa4; off CUDA math)",
     )
     add_measuring_arguments(parser, 0.4)
-    return run(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> bool:

@@ -1,6 +1,6 @@
 """Time tile choices of the block-sparse kernels, each checked against the default's result.
 
-    python benchmarks/block_sparse/tune.py [--length 131072] [--only product mass plain]
+    python -m benchmarks.block_sparse.tune --length 131072 --only product mass
 
 Needs a CUDA device; about 5 seconds per choice, most of it compiling.
 """
@@ -8,12 +8,14 @@ Needs a CUDA device; about 5 seconds per choice, most of it compiling.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from benchmarks.block_sparse import kernel as block_sparse
-from benchmarks.block_sparse.speed import random_mask, structured_inputs
+from benchmarks.block_sparse.inputs import random_mask, structured_inputs
+from benchmarks.command import make_parser, run_command
 from torch import Tensor
 
 from token_sparse_attention.benchmark.checks import Inputs, random_inputs
@@ -45,12 +47,15 @@ MASS = [
 PLAIN = [block_sparse.Tiles(*sizes) for sizes in ((64, 8, 3), (64, 8, 2), (128, 8, 2), (64, 4, 3))]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print a line per choice: milliseconds, and how far the result is from the first's."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.block_sparse.tune", __doc__)
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--only", nargs="*", default=["product", "mass", "plain"])
-    args = parser.parse_args()
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
     device = torch.device("cuda")
     inputs = structured_inputs(random_inputs(args.length, 32, 8, 128, device, torch.bfloat16))
     kinds = {"product": _products, "mass": _masses, "plain": _plain}
@@ -109,7 +114,8 @@ def _plain(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
                 tiles=tiles,
             ),
         )
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,12 +14,16 @@ are looked at, each head's by itself:
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from benchmarks.frontier.observed import header, make_parser, prefill_with, probabilities
+from benchmarks.command import run_command
+from benchmarks.frontier.observed import examination_parser, header, prefill_with, probabilities
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -95,11 +99,14 @@ def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str
     return layers
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Observe the samples that the command line names."""
-    parser = make_parser(__doc__, fallback_samples=2048)
+    parser = examination_parser("benchmarks.frontier.heads", __doc__, fallback_samples=2048)
     parser.add_argument("--per-task", type=int, default=2, help="samples of each task and length")
-    args = parser.parse_args()
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
     config = TokenSparseConfig(
@@ -124,7 +131,8 @@ def main() -> None:
         sharpest = [min(layer["among"]) for layer in layers]
         worst = [max(layer["error"]) for layer in layers]
         print(facts, [round(x, 1) for x in sharpest], [round(x, 2) for x in worst], flush=True)
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import make_parser, run_command
 from benchmarks.frontier.observed import prefill_with
 from rich.console import Console
 from rich.progress import track
@@ -105,11 +107,9 @@ def speed_up(times: Times, name: str) -> float:
     return dense / own
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Time what the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.frontier.layer_times", __doc__)
     parser.add_argument("--model", default=str(bundled.MODEL))
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--per-length", type=int, default=3, help="samples of each length")
@@ -119,7 +119,10 @@ def main() -> None:
     parser.add_argument("--budget-seconds", type=float, default=0.1)
     parser.add_argument("--repeat-heads", type=int, default=1, help="take each head N times")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
     configurations = read_runs(args.config, args.model)
@@ -178,7 +181,8 @@ def some_of_each_length(samples: SampleSet, per_length: int) -> list[Sample]:
         if len(chosen[sample.length]) < per_length:
             chosen[sample.length].append(sample)
     return [sample for length in sorted(chosen) for sample in chosen[length]]
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.command import make_parser
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -63,11 +64,11 @@ def probabilities(query: Tensor, key: Tensor, positions: Tensor, scale: float) -
         yield logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-def make_parser(description: str | None, fallback_samples: int) -> argparse.ArgumentParser:
+def examination_parser(
+    name: str, doc: str | None, fallback_samples: int
+) -> argparse.ArgumentParser:
     """Return a parser of what every examination needs: a model, samples and an output."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(name, doc)
     parser.add_argument("--model", default=str(bundled.MODEL))
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--fallback-samples", type=int, default=fallback_samples)

@@ -15,15 +15,18 @@ of their attention:
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.command import run_command
 from benchmarks.frontier.answers import likelihood
-from benchmarks.frontier.observed import attending, header, make_parser, probabilities
+from benchmarks.frontier.observed import attending, examination_parser, header, probabilities
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -188,15 +191,18 @@ def examine(
     return {**facts, "dense": dense, "layers": of_layer, "looks": looks}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Examine the samples that the command line names."""
-    parser = make_parser(__doc__, fallback_samples=4096)
+    parser = examination_parser("benchmarks.frontier.positions", __doc__, fallback_samples=4096)
     parser.add_argument("--task", choices=_SENTENCES, default="niah_multikey_3")
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--layer", type=int, action="append", required=True, help="one or more")
     parser.add_argument("--every-head", action="store_true", help="one head at a time besides")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th sample, from the I-th on")
-    args = parser.parse_args()
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
     config = TokenSparseConfig(fallback_samples=args.fallback_samples, crossover="off")
@@ -208,7 +214,8 @@ def main() -> None:
         for sample in track(chosen[first::step], console=Console(stderr=True)):
             row = examine(model, tokenizer, sample, args.layer, config, every_head=args.every_head)
             print(json.dumps(row), file=file, flush=True)
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

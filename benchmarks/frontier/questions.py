@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.markdown import markdown_table
 from benchmarks.pooling import paired_scores
-from benchmarks.style import figure_file
+from benchmarks.style import figure_file, interval
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
@@ -59,6 +59,16 @@ def _difference(row: Row | None) -> str:
         return "-"
     interval = f"{row.difference_low:+.3f} to {row.difference_high:+.3f}"
     return f"{row.difference:+.3f} ({interval})"
+
+
+def defaults(results: EvalResults) -> str:
+    """Return what the default method loses in replies with all layers sparse, by length."""
+    rows = _rows(results)
+    lines = [["tokens", "difference from dense", "prompts"]]
+    for (name, length), row in rows.items():
+        if name == "keys-only-all-layers":
+            lines.append([f"{length // 1024}K", _difference(row), str(row.pairs)])
+    return markdown_table(lines)
 
 
 COMPARISONS = {
@@ -130,12 +140,10 @@ LABELLED = (
 
 def draw(results: EvalResults, path: Path) -> None:
     """Draw each point's difference from dense over its attention work, one panel per length."""
-    with figure_file(path) as plt:
-        rows = _rows(results)
-        lengths = sorted({length for _, length in rows})
-        _, panels = plt.subplots(
-            1, len(lengths), figsize=(5 * len(lengths), 5), sharex=True, sharey=True
-        )
+    rows = _rows(results)
+    lengths = sorted({length for _, length in rows})
+    size = (5 * len(lengths), 5)
+    with figure_file(path, 1, len(lengths), size=size, sharex=True, sharey=True) as panels:
         for axes, length in zip(panels, lengths):
             for (name, where), row in rows.items():
                 if name != DENSE and where == length and row.difference is not None:
@@ -145,15 +153,14 @@ def draw(results: EvalResults, path: Path) -> None:
             axes.set_title(f"{length // 1024}K tokens")
             axes.set_xlabel("attention work, share of dense")
         panels[0].set_ylabel("score minus dense score of the same prompts, 95% interval")
-        kinds = dict([*FAMILIES.values(), OTHERS])
-        marks = [plt.Line2D([], [], marker="o", linestyle="", color=c) for c in kinds.values()]
-        panels[0].legend(marks, kinds, loc="lower left", fontsize=8)
+        for kind, color in (*FAMILIES.values(), OTHERS):
+            panels[0].plot([], [], "o", color=color, label=kind)
+        panels[0].legend(loc="lower left", fontsize=8)
 
 
 def _draw_point(axes: Any, name: str, row: Row) -> None:
-    colour = FAMILIES.get(name.partition("-")[0], OTHERS)[1]
-    axes.plot([row.work] * 2, [row.difference_low, row.difference_high], color=colour, alpha=0.4)
-    axes.plot(row.work, row.difference, "o", color=colour, markersize=5)
+    color = FAMILIES.get(name.partition("-")[0], OTHERS)[1]
+    interval(axes, row.work, row.difference_low, row.difference, row.difference_high, color=color)
     if name in LABELLED:
         right = row.work > 0.6
         axes.annotate(

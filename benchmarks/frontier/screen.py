@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import make_parser, positive
-from benchmarks.command import run as run_command
+from benchmarks.command import make_parser, positive, run_command
 from benchmarks.frontier.answers import Likelihood, likelihood
 from rich.console import Console
 from rich.progress import Progress
@@ -31,7 +30,7 @@ from token_sparse_attention.evaluation.evaluate import Runner, evaluate, make_he
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration
-from token_sparse_attention.named_settings import Settings
+from token_sparse_attention.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

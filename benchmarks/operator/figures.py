@@ -1,17 +1,16 @@
-"""`tsa bench docs`: the figures of the documentation, from result files, as SVG.
-
-The same results give the same bytes: no dates, and identifiers from a fixed salt.
-"""
+"""Figures of what ``tsa bench op`` and ``tsa bench prefill`` measured."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.operator.tables import prefill_setting, tflops
+from benchmarks.style import figure_file, token_axis
 
 from token_sparse_attention.benchmark.runs import (
+    NOT_MEASURED,
     STAGES,
     NoFigureError,
     Run,
@@ -19,40 +18,22 @@ from token_sparse_attention.benchmark.runs import (
     speed_up,
     tokens,
 )
-from token_sparse_attention.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLE: Any = {"svg.hashsalt": "token-sparse-attention", "svg.fonttype": "none", "font.size": 9}
-_SIZE = (6.4, 3.4)
 Lines = dict[str, tuple[list[int], list[float]]]
 
 
-def draw(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the SVG text of every figure that the runs have data for, by name.
+def draw(name: str, runs: Sequence[Run], path: Path) -> None:
+    """Draw one of `FIGURES`.
 
     Raises:
-        UsageError: if matplotlib is not installed.
+        NoFigureError: if the runs have no data for it.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(
-            "figures need matplotlib: pip install 'token-sparse-attention[report]'"
-        ) from error
-    runs = _of_one_device(runs)
-    drawn = {}
-    with mpl.rc_context(_STYLE):
-        for name, plot in FIGURES.items():
-            figure = Figure(figsize=_SIZE, layout="constrained")
-            if plot(figure.add_subplot(), runs):
-                buffer = io.StringIO()
-                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-                lines = (line.rstrip() for line in buffer.getvalue().splitlines())
-                drawn[name] = "\n".join(lines) + "\n"
-    return drawn
+    with figure_file(path) as axes:
+        if not FIGURES[name](axes, _of_one_device(runs)):
+            raise NoFigureError(NOT_MEASURED)
 
 
 def _of_one_device(runs: Sequence[Run]) -> list[Run]:
@@ -114,7 +95,7 @@ def _stages(axes: Axes, runs: Sequence[Run]) -> bool:
         bottom = [low + value for low, value in zip(bottom, values)]
     axes.set_xlabel("tokens")
     axes.set_ylabel("% of attention over the kept tokens")
-    axes.legend(frameon=False)
+    axes.legend()
     return bool(lengths)
 
 
@@ -155,14 +136,11 @@ def _plot_lines(axes: Axes, lines: Lines, what: str) -> bool:
         points = sorted(zip(lengths, values))
         axes.plot(*zip(*points), marker="o", markersize=3, label=label)
     shown = sorted({seq_len for lengths, _ in lines.values() for seq_len in lengths})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(shown, [tokens(seq_len) for seq_len in shown])
+    token_axis(axes, shown)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens")
     axes.set_ylabel(what)
-    axes.grid(alpha=0.3)
     if lines:
-        axes.legend(frameon=False)
+        axes.legend()
     return bool(lines)
 
 

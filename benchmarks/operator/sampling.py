@@ -22,9 +22,9 @@ from benchmarks.command import (
     make_parser,
     measured,
     positive,
-    run,
+    run_command,
 )
-from benchmarks.operator.sampling_tables import FAR_TABLES, WINDOW
+from benchmarks.operator.sampling_tables import SAMPLING_TABLES, WINDOW
 
 from token_sparse_attention.attention.backends import BACKENDS
 from token_sparse_attention.attention.dense import new_output
@@ -33,7 +33,8 @@ from token_sparse_attention.attention.windows import attend_windows
 from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.contenders import dense_call
 from token_sparse_attention.benchmark.measuring import device_named
-from token_sparse_attention.benchmark.op import Contender, OpOptions, Point, Report, prefixed
+from token_sparse_attention.benchmark.op import Contender, Point, Report, prefixed
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.config import TokenSparseConfig
 from token_sparse_attention.errors import UsageError
@@ -96,7 +97,7 @@ def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Re
     for seq_len in options.common.lengths:
         point = Point(options.common, seq_len, "far")
         say = prefixed(report, seq_len)
-        backend = options.common.backends[0]
+        backend = options.common.dense[0]
         say(f"dense, {backend}")
         try:
             dense = dense_call(backend, point.inputs)
@@ -112,7 +113,7 @@ def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Re
 def _stages(options: FarOptions, point: Point, say: Report) -> Iterator[Record]:
     """Time scoring; drawing; windows with and without far tokens in turns."""
     query, key, value = point.inputs
-    backend, scale = options.common.backends[0], point.inputs.scale
+    backend, scale = options.common.dense[0], point.inputs.scale
     impl = resolve_impl("auto", query, query.shape[-1])
     real = real_tokens(None, 1, point.seq_len, query.device, on_device=impl == "triton")
     rows = torch.ones(1, dtype=torch.bool, device=query.device)
@@ -148,7 +149,7 @@ def _whole(options: FarOptions, point: Point, say: Report) -> Iterator[Record]:
             token_sparse_attention,
             *point.inputs,
             config,
-            attention_backend=options.common.backends[0],
+            attention_backend=options.common.dense[0],
         )
         out, selection = call(return_selection=True)
         verdict = checks.check_sparse(
@@ -181,14 +182,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="dense kernel, also of the windows (default: fa4; off CUDA flash)",
     )
     add_measuring_arguments(parser, 0.2)
-    return run(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> bool:
     device = device_named(args.device)
     common = OpOptions(
-        device=device,
-        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        dtype=args.dtype,
         lengths=args.lengths,
         num_heads=args.num_heads,
         num_kv_heads=args.num_kv_heads,
@@ -197,7 +198,9 @@ def _run(args: argparse.Namespace) -> bool:
         budget_seconds=args.budget_seconds,
     )
     options = FarOptions(common, args.samples, args.landmarks, args.sinks, args.dense_queries)
-    return measured(args, "benchmarks.operator.sampling", partial(measure, options), FAR_TABLES)
+    return measured(
+        args, "benchmarks.operator.sampling", partial(measure, options), SAMPLING_TABLES
+    )
 
 
 if __name__ == "__main__":

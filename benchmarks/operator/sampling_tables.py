@@ -144,4 +144,4 @@ def _each(run: Run, seq_len: int, count: int) -> str:
     return f"{number(count * each)}: {number(each)} each"
 
 
-FAR_TABLES: dict[str, Table] = {"far-settings": _settings, "far-stages": _stages}
+SAMPLING_TABLES: dict[str, Table] = {"far-settings": _settings, "far-stages": _stages}

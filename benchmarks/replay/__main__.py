@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.command import add_lists, add_measuring_arguments, make_parser, positive, run
+from benchmarks.command import (
+    add_lists,
+    add_measuring_arguments,
+    make_parser,
+    positive,
+    run_command,
+)
 from benchmarks.replay.accuracy import frontier_table, join, target_of, to_dict
 from benchmarks.replay.layers import ReplayOptions, Shape
 from benchmarks.replay.results import Replay, replay
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     add_measuring_arguments(parser, 0.2)
-    return run(parser, run_replay, argv)
+    return run_command(parser, run_replay, argv)
 
 
 def run_replay(args: argparse.Namespace) -> bool:

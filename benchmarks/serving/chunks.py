@@ -1,6 +1,6 @@
 """What chunked prefill and prefix caching do to answers, on the bundled model in vLLM.
 
-    python benchmarks/serving/chunks.py --out benchmarks/results/serving/chunks-cpu.json
+    python -m benchmarks.serving.chunks --out benchmarks/results/serving/chunks-cpu.json
 
 Two numbers are hidden in a text, and one is asked for. Every setting gets the same prompts.
 """
@@ -15,12 +15,17 @@ import multiprocessing
 import os
 import random
 import re
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import make_parser, run_command
+
 from token_sparse_attention import TokenSparseConfig, bundled
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.info import provenance
 
 CHUNKS = (512, 1024, 2048)
@@ -193,15 +198,18 @@ def plan(lengths: list[int], counts: list[int]) -> list[tuple[str, str, int, int
     return listed
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("benchmarks.serving.chunks", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="result file to write")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--counts", type=int, nargs="+", default=[12, 6])
-    args = parser.parse_args()
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
     if len(args.lengths) != len(args.counts):
-        parser.error("there must be as many --counts as --lengths")
+        raise UsageError("there must be as many --counts as --lengths")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the counters are read in this process
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -227,7 +235,8 @@ def main() -> None:
             "rows": [dataclasses.asdict(row) for row in rows],
         }
         args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Time to the first token in vLLM, dense and sparse, on a model with random weights.
 
-    python benchmarks/serving/first_token.py --out benchmarks/results/serving/first-token.json
+    python -m benchmarks.serving.first_token --out benchmarks/results/serving/first-token.json
 
 Prompts are random tokens, each processed in one step or, with ``--chunk``, in several, without a
 prefix cache. Every engine has a process of its own. Random weights attend almost evenly, so a
@@ -23,13 +23,17 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.command import make_parser, run_command
 
 from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.info import provenance
@@ -372,9 +376,9 @@ def content_of(plan: Plan, engines: dict[str, Engine]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("benchmarks.serving.first_token", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="result file to write")
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -388,18 +392,12 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="compile, and record CUDA graphs")
     parser.add_argument("--chunk", type=int, default=0, help="most tokens of a step")
     parser.add_argument("--decode", type=int, default=0, help="tokens after the first to time")
-    args = parser.parse_args()
-    plan = Plan(
-        args.model,
-        args.device,
-        tuple(args.lengths),
-        args.repetitions,
-        args.impl,
-        args.attention_backend,
-        args.graphs,
-        args.chunk,
-        args.decode,
-    )
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
+    asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)}
+    plan = Plan(**asked | {"lengths": tuple(args.lengths)})
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the counters are read in this process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -413,7 +411,8 @@ def main() -> None:
         content = content_of(plan, engines)
         args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(setting, content["engines"][setting], flush=True)
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,4 @@
-"""Write the tables of docs/vllm.md from the result files.
-
-python benchmarks/serving/page.py
-"""
+"""The page of what was measured in vLLM."""
 
 from __future__ import annotations
 
@@ -10,16 +7,20 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.markdown import fill
+from benchmarks.markdown import Page
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "vllm.md"
-RESULTS = ROOT / "benchmarks" / "results" / "serving"
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parent / "results" / "serving"
+
+
+def pages() -> list[Page]:
+    """Return the page, made from the files in `RESULTS`."""
+    return [Page(FOLDER / "README.md", tables())]
 
 
 def tables() -> dict[str, str]:
     """Return the page's tables as Markdown, by name."""
-    rows = _read("chunks-cpu.json")["rows"]
+    rows = read("chunks-cpu.json")["rows"]
     return {
         "chunks": _chunks(rows),
         "prefix": _prefix(rows),
@@ -29,7 +30,8 @@ def tables() -> dict[str, str]:
     }
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """Return a result file's content."""
     content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return content
 
@@ -66,7 +68,7 @@ def _line(row: dict[str, Any], what: str) -> str:
 
 
 def _stress() -> str:
-    result = _read("stress-cpu.json")
+    result = read("stress-cpu.json")
     memory = [sum(one) for one in result["memory_mib_of_processes_per_round"]]
     lengths = result["prompt_tokens"]
     cells = {
@@ -82,7 +84,7 @@ def _stress() -> str:
 
 def _first_token(name: str) -> str:
     """Return the table of a file, whose name ends with the GPU it was measured on."""
-    result = _read(name)
+    result = read(name)
     gpu = name.removesuffix(".json").rpartition("-")[2].upper()
     dense = {
         row["prompt_tokens"]: row["median"] for row in result["rows"] if row["setting"] == "dense"
@@ -147,7 +149,3 @@ def _first_token_note(result: dict[str, Any], gpu: str) -> str:
         f"{'yes' if as_dense else f'no, log-probabilities differ by up to {apart:g}'}.\n"
         f"{_decoding(result['engines'])}"
     ).rstrip()
-
-
-if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server as a user starts it, stormed by clients, dense and sparse.
 
-    PYTHONPATH=src:tests:. python benchmarks/serving/serve.py --out result.json
+    PYTHONPATH=src:tests python -m benchmarks.serving.serve --out result.json
 
 Chunked prefill and CUDA graphs are as vLLM leaves them. Each prompt hides two numbers and asks
 for one, so that a lost, wrong or mixed-up reply shows in the number that it names. Without a GPU:
@@ -15,11 +15,14 @@ import os
 import random
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.command import make_parser, run_command
 from benchmarks.serving.chunks import SAMPLES, make_questions
 from benchmarks.serving.first_token import vllm_version
 from transformers import AutoTokenizer
@@ -82,16 +85,17 @@ def device_memory() -> int | None:
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.serving.serve", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="result file to write")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--lengths", type=int, nargs="+", default=[900, 2048, 4096, 8192, 16384])
     parser.add_argument("--concurrency", type=int, default=16)
-    args = parser.parse_args()
+    return run_command(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> bool:
     tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
     asked = [
         question
@@ -113,7 +117,8 @@ def main() -> None:
         content["servers"][name] = measure(name, prompts, answers, args.concurrency)
         args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(name, content["servers"][name], flush=True)
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,19 +8,13 @@ from statistics import median
 from typing import Any
 
 from token_sparse_attention import bundled
-from token_sparse_attention.arguments import loading, within_memory
 from token_sparse_attention.config import KVSamplingConfig
+from token_sparse_attention.errors import loading, within_memory
 from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.record import LayerRecord
 from token_sparse_attention.profile import LayerProfile
-from token_sparse_attention.run import (
-    Answer,
-    answer,
-    default_config,
-    encode_prompt,
-    load_model,
-    warm_up,
-)
+from token_sparse_attention.run import Answer, answer, encode_prompt, load_model, warm_up
+from token_sparse_attention.settings import default_config
 
 SHRINK = 16  # 128K tokens, which the model's profile was confirmed at, over the document's
 MIN_CORRECT = 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +13,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from token_sparse_attention.attention.names import parse_backend, pattern_config
 from token_sparse_attention.attention.patterns.base import PatternConfig
-from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.methods import method_of
 from token_sparse_attention.profile import (
-    PROFILE_FILE,
     LayerProfile,
     layer_configs,
-    load_config,
     without_crossover,
 )
 
@@ -100,14 +97,6 @@ def load_model(
     if device_map is None:
         model = model.to(pick_device(device))
     return model.eval(), tokenizer
-
-
-def default_config(name: str) -> tuple[SparseConfig | LayerProfile, str]:
-    """Return the settings for a model, and in words where they come from."""
-    profile = Path(name) / PROFILE_FILE
-    if profile.is_file():
-        return load_config(profile), f"{PROFILE_FILE} of the model"
-    return KVSamplingConfig(), "the library's defaults"
 
 
 def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor:

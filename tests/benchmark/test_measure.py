@@ -14,6 +14,7 @@ from token_sparse_attention.attention import far_tokens
 from token_sparse_attention.benchmark import checks, op, timing
 from token_sparse_attention.benchmark.checks import Inputs, check_dense, check_sparse, judge
 from token_sparse_attention.benchmark.contenders import dense_call, eager_composition
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.cli import main
 from token_sparse_attention.integrations.transformers import apply
@@ -30,7 +31,7 @@ PREFILL += ["--vocab", "199", "--heads", "4", "--kv-heads", "2", "--budget-secon
 
 
 def make_inputs(seq_len=300):
-    options = op.OpOptions(CPU, dtype=torch.float32, num_heads=4, num_kv_heads=2, head_dim=16)
+    options = OpOptions(device="cpu", dtype="float32", num_heads=4, num_kv_heads=2, head_dim=16)
     return op._make_inputs(options, seq_len)
 
 

@@ -16,7 +16,8 @@ from token_sparse_attention.calibration.heads import (
     measure_heads,
     numbers_of_dense_heads,
 )
-from token_sparse_attention.calibration.job import CalibrationOptions, calibrate, choose_again
+from token_sparse_attention.calibration.job import calibrate, choose_again
+from token_sparse_attention.calibration.options import CalibrationOptions
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import (
     CalibrationResult,

@@ -10,9 +10,10 @@ import torch
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
 from token_sparse_attention import LayerProfile, TokenSparseConfig
 from token_sparse_attention.benchmark.work import attended_share
-from token_sparse_attention.calibration import job, sensitivity
+from token_sparse_attention.calibration import sensitivity
 from token_sparse_attention.calibration.choose import UnreachableError
-from token_sparse_attention.calibration.job import CalibrationOptions, calibrate
+from token_sparse_attention.calibration.job import calibrate
+from token_sparse_attention.calibration.options import CalibrationOptions
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import (
     DROP_MASSES,
@@ -470,4 +471,4 @@ def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
 )
 def test_options_name_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
-        job.CalibrationOptions(**changes)
+        CalibrationOptions(**{"method": "drift"} | changes)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 
+from cli.commands import run
 from integrations.models import make_model
 from token_sparse_attention import bundled
-from token_sparse_attention.evaluation.command import add_commands
 from token_sparse_attention.evaluation.samples import Sample, SampleSet, pack_doc
 
 CONFIG = (
@@ -35,14 +34,5 @@ def make_samples(count: int = 3, lm_eval: str = "0.4.13") -> SampleSet:
 
 
 def run_eval(*arguments: str) -> int:
-    """`tsa eval` without the rest of the command line."""
-    parser = argparse.ArgumentParser()
-
-    def make(commands, name, summary, example):  # noqa: ARG001
-        command = commands.add_parser(name)
-        command.add_argument("--json", action="store_true")
-        return command
-
-    add_commands(parser.add_subparsers(), make)
-    args = parser.parse_args(["eval", *arguments])
-    return args.handler(args)
+    """`tsa eval`, whose errors are raised."""
+    return run("eval", *arguments)

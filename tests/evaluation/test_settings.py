@@ -14,7 +14,7 @@ from token_sparse_attention.evaluation.settings import (
     read_runs,
     settings_dicts,
 )
-from token_sparse_attention.run import default_config
+from token_sparse_attention.settings import default_config
 
 MODEL = str(bundled.MODEL)
 

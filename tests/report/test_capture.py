@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from cli.commands import run
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
-from report.commands import run
 from token_sparse_attention import LayerProfile, bundled
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig
 from token_sparse_attention.errors import UsageError

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
+import benchmarks
 import pytest
 
-COMMANDS = ("operator.sampling", "block_sparse.speed", "replay.__main__", "frontier.screen")
+COMMANDS = (
+    *("pages", "operator.sampling", "replay.__main__"),
+    *("block_sparse.density", "block_sparse.speed", "block_sparse.tune"),
+    *("frontier.heads", "frontier.layer_times", "frontier.positions", "frontier.prompts"),
+    *("frontier.screen", "serving.chunks", "serving.first_token", "serving.serve"),
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -19,6 +26,16 @@ def test_help_has_an_example(name, capsys):
     called = f"python -m benchmarks.{name.removesuffix('.__main__')}"
     assert f"usage: {called}" in printed
     assert printed.count(called) >= 2, "an example"
+
+
+def test_every_command_is_tested():
+    folder = Path(benchmarks.__file__).parent
+    runnable = {
+        ".".join(path.relative_to(folder).with_suffix("").parts)
+        for path in folder.rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    }
+    assert runnable == set(COMMANDS)
 
 
 def test_bad_input_exits_2_and_names_it(capsys):

@@ -50,16 +50,9 @@ def collect(
     records: list[Record] = []
     for record in measured:
         if out and records and records[-1].seq_len != record.seq_len:
-            _save(ResultFile(about, arguments, tuple(records)), out)
+            ResultFile(about, arguments, tuple(records)).save(out, f"--out {out}")
         records.append(record)
     result = ResultFile(about, arguments, tuple(records))
     if out:
-        _save(result, out)
+        result.save(out, f"--out {out}")
     return result
-
-
-def _save(result: ResultFile, path: Path) -> None:
-    try:
-        result.save(path)
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be written: {error}") from error

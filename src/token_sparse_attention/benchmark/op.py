@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,22 +14,17 @@ from token_sparse_attention.attention.backend import PackedHeads
 from token_sparse_attention.attention.resolve import causal_attention, resolve_backend
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
-from token_sparse_attention.benchmark.contenders import DENSE, dense_call, eager_composition
+from token_sparse_attention.benchmark.contenders import dense_call, eager_composition
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.compression import compress, decompress
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig, TokenSelectionConfig
-from token_sparse_attention.errors import UsageError
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.inputs import AuxRequest
 from token_sparse_attention.methods.selection import select_tokens
 from token_sparse_attention.scoring import score_tokens
 
-LENGTHS = tuple(2**power for power in range(12, 19))
-CROSSOVER_LENGTHS = tuple(2**power for power in range(10, 19))
-KEPT = (1.0, 0.9, 0.65, 0.5, 0.35, 0.2)
-DROP_MASS = (0.005, 0.1, 0.3, 0.5)
-MAIN_KEPT = 0.5  # where only one share is measured
 _FULL_UP_TO = 2**18  # longer points measure one dense kernel and the whole operator
 _LONG_MS = 100.0  # calls so long that the host's part does not matter
 _SLOW_PEERS = ("flash", "flex")
@@ -40,50 +35,6 @@ _SELECTION = AuxRequest(selection=True)
 _WINDOWED = replace(_CONFIG, fallback="window")
 
 Report = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class OpOptions:
-    """What to measure; the command's help explains the fields.
-
-    Raises:
-        UsageError: if a field is out of range.
-    """
-
-    device: torch.device
-    dtype: torch.dtype = torch.bfloat16
-    lengths: tuple[int, ...] = LENGTHS
-    crossover_lengths: tuple[int, ...] = CROSSOVER_LENGTHS
-    kept: tuple[float, ...] = KEPT
-    drop_mass: tuple[float, ...] = DROP_MASS
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    backends: tuple[str, ...] = ()
-    peers_up_to: int = 2**17
-    budget_seconds: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UsageError(
-                f"--heads must be a multiple of --kv-heads {self.num_kv_heads}, "
-                f"got {self.num_heads}"
-            )
-        unknown = [name for name in self.backends if name not in DENSE]
-        if unknown:
-            raise UsageError(f"--backends must be among {', '.join(DENSE)}; got {unknown[0]!r}")
-        shortest = min((*self.lengths, *self.crossover_lengths), default=0)
-        if shortest <= _CONFIG.observation_window:
-            raise UsageError(f"lengths must exceed {_CONFIG.observation_window}, got {shortest}")
-        if not all(0 < kept <= 1 for kept in self.kept) or not self.kept:
-            raise UsageError(f"--kept must hold shares in (0, 1], got {self.kept}")
-        if not all(0 < mass < 1 for mass in self.drop_mass):
-            raise UsageError(f"--drop-mass must hold shares in (0, 1), got {self.drop_mass}")
-
-    @property
-    def main_kept(self) -> float:
-        """The share to measure where only one is."""
-        return MAIN_KEPT if MAIN_KEPT in self.kept else self.kept[0]
 
 
 class Contender(NamedTuple):
@@ -108,7 +59,7 @@ class Point:
     """One length's inputs, and what its records have in common."""
 
     def __init__(self, options: OpOptions, seq_len: int, suite: str = "op") -> None:
-        timing.free_memory(options.device)
+        timing.free_memory(options.torch_device)
         self.options, self.seq_len, self.suite = options, seq_len, suite
         self.inputs = _make_inputs(options, seq_len)
         self.reference_error = 0.0  # of the first dense kernel that ran
@@ -124,13 +75,13 @@ class Point:
             num_kv_heads=options.num_kv_heads,
             head_dim=options.head_dim,
             seq_len=self.seq_len,
-            dtype=str(options.dtype).removeprefix("torch."),
+            dtype=options.dtype,
             **fields,
         )
 
     def timed(self, *contenders: Contender, **fields: Any) -> Iterator[Record]:
         """Time contenders in turns."""
-        device, budget = self.options.device, self.options.budget_seconds
+        device, budget = self.options.torch_device, self.options.budget_seconds
         kernel = [one for one in contenders if one.kernel]
         timings = timing.kernel_times([one.call for one in kernel], device, budget)
         done = {
@@ -156,12 +107,12 @@ class Point:
             )
 
     def memory(self, name: str, call: Callable[[], Tensor], **fields: Any) -> Iterator[Record]:
-        peak = timing.peak_extra_mib(call, self.options.device)
+        peak = timing.peak_extra_mib(call, self.options.torch_device)
         if peak is not None:
             yield self.record(name, "memory", peak_extra_mib=peak, **fields)
 
     def skipped(self, name: str, error: Exception, **fields: Any) -> Record:
-        timing.free_memory(self.options.device)
+        timing.free_memory(self.options.torch_device)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return self.record(name, "skipped", note=reason[:200], **fields)
 
@@ -185,7 +136,9 @@ def keeping(kept: float) -> TokenSelectionConfig:
 
 def _make_inputs(options: OpOptions, seq_len: int) -> Inputs:
     heads = (options.num_heads, options.num_kv_heads)
-    return random_inputs(seq_len, *heads, options.head_dim, options.device, options.dtype)
+    return random_inputs(
+        seq_len, *heads, options.head_dim, options.torch_device, options.torch_dtype
+    )
 
 
 def _measure_length(point: Point, report: Report) -> Iterator[Record]:
@@ -251,8 +204,8 @@ def _first_calls(point: Point) -> Record:
     for more in _NEW_LENGTHS:
         inputs = _make_inputs(options, point.seq_len + more)
         call = partial(token_sparse_attention, *inputs, keeping(kept))
-        first = timing.wall_ms(call, options.device)
-        warm = sorted(timing.wall_ms(call, options.device) for _ in range(3))[1]
+        first = timing.wall_ms(call, options.torch_device)
+        warm = sorted(timing.wall_ms(call, options.torch_device) for _ in range(3))[1]
         extra_ms.append(first - warm)
     taken = timing.summarize("first_call", extra_ms)
     return point.record(
@@ -270,7 +223,7 @@ def _first_calls(point: Point) -> Record:
 def _dense_peers(point: Point, say: Report, full: bool) -> Iterator[Record]:
     options = point.options
     have_reference = False
-    for backend in options.backends:
+    for backend in options.dense:
         if have_reference and not full:
             return
         if point.seq_len > options.peers_up_to and backend in _SLOW_PEERS and have_reference:

@@ -18,57 +18,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from token_sparse_attention.benchmark import timing
 from token_sparse_attention.benchmark.checks import Verdict, judge
+from token_sparse_attention.benchmark.options import PrefillOptions
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.config import (
     KVSamplingConfig,
     SparseConfig,
     TokenSelectionConfig,
 )
-from token_sparse_attention.errors import UsageError
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 
 _MIN_SAMPLES, _MAX_SAMPLES = 2, 10
 
 Report = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class PrefillOptions:
-    """What to measure; the model has the shape of Llama-3.1-8B unless told otherwise.
-
-    Attributes:
-        kept: shares of the tokens to keep by token selection.
-        samples: numbers of samples of KV sampling, the other settings being the defaults.
-
-    Raises:
-        UsageError: if a field is out of range.
-    """
-
-    device: torch.device
-    lengths: tuple[int, ...]
-    kept: tuple[float, ...]
-    samples: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.bfloat16
-    num_layers: int = 32
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    vocab_size: int = 128256
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    budget_seconds: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise UsageError(
-                "--hidden must be a multiple of --heads, and that of --kv-heads; got "
-                f"{self.hidden_size}, {self.num_heads} and {self.num_kv_heads}"
-            )
-        shortest = KVSamplingConfig().num_probes
-        if not self.lengths or min(self.lengths) <= shortest:
-            raise UsageError(f"--lengths must exceed {shortest}, got {self.lengths}")
-        if not all(0 < kept <= 1 for kept in self.kept):
-            raise UsageError(f"--kept must hold shares in (0, 1], got {self.kept}")
 
 
 @dataclass(frozen=True)
@@ -135,7 +97,7 @@ def measure(options: PrefillOptions, report: Report = lambda _: None) -> Iterato
                 yield _record(
                     options, seq_len, contender, "skipped", note=str(error).splitlines()[0]
                 )
-            timing.free_memory(options.device)
+            timing.free_memory(options.torch_device)
 
 
 def _build_model(options: PrefillOptions) -> Any:
@@ -150,17 +112,19 @@ def _build_model(options: PrefillOptions) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         eos_token_id=None,
     )
-    with torch.device(options.device):  # straight to the device: weights this size take a while
+    with options.torch_device:  # straight to the device: weights this size take a while
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=options.dtype, attn_implementation=register_dense_attention()
+            config, dtype=options.torch_dtype, attn_implementation=register_dense_attention()
         )
     return model.eval()
 
 
 def _random_ids(options: PrefillOptions, seq_len: int) -> Tensor:
-    generator = torch.Generator(options.device).manual_seed(seq_len)
+    generator = torch.Generator(options.torch_device).manual_seed(seq_len)
     shape = (1, seq_len)
-    return torch.randint(options.vocab_size, shape, generator=generator, device=options.device)
+    return torch.randint(
+        options.vocab_size, shape, generator=generator, device=options.torch_device
+    )
 
 
 def _last_logits(model: Any, ids: Tensor) -> Tensor:
@@ -181,7 +145,7 @@ def _check(model: Any, options: PrefillOptions, layers: tuple[int, ...]) -> Verd
     other_dense = _last_logits(model, ids).double()
     model.set_attn_implementation(implementation)
     bound = 2 * float((other_dense - dense).norm() / dense.norm())
-    bound += 4 * torch.finfo(options.dtype).eps
+    bound += 4 * torch.finfo(options.torch_dtype).eps
     error, notes = 0.0, []
     contenders = [_Contender.selecting("all", layers, 1.0)]
     if options.samples:
@@ -207,7 +171,7 @@ def _ran_dense(report: PrefillReport | None, layers: tuple[int, ...]) -> list[st
 def _measure_one(
     model: Any, options: PrefillOptions, ids: Tensor, contender: _Contender, verdict: Verdict
 ) -> Iterator[Record]:
-    seq_len, device = ids.shape[1], options.device
+    seq_len, device = ids.shape[1], options.torch_device
     first_token = partial(_first_token, model, ids)
     with contender.switched_on(model) as report:
         # The first pass also fills the allocator's cache.
@@ -250,7 +214,7 @@ def _record(
         num_kv_heads=options.num_kv_heads,
         head_dim=options.hidden_size // options.num_heads,
         seq_len=seq_len,
-        dtype=str(options.dtype).removeprefix("torch."),
+        dtype=options.dtype,
         kept=contender.kept,
         **fields,
     )

@@ -9,6 +9,7 @@ from token_sparse_attention.records import convert, parse, read_text
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
+NAME = "bundled"  # what results call the model, wherever it lies
 DEMO_DOCUMENT = FOLDER / "demo" / "document.txt"
 DEMO_NEEDLES = FOLDER / "demo" / "needles.json"
 

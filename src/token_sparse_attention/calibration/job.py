@@ -3,139 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from token_sparse_attention.attention.resolve import check_backend
 from token_sparse_attention.calibration import drift as drifts
 from token_sparse_attention.calibration import sensitivity as sensitivities
 from token_sparse_attention.calibration.choose import UnreachableError
 from token_sparse_attention.calibration.heads import measure_heads
+from token_sparse_attention.calibration.options import CalibrationOptions
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import (
-    METHODS,
     CalibrationResult,
     Choice,
     HeadSensitivity,
     LayerDrift,
-    LayerSetting,
     PromptLength,
     Sensitivity,
 )
-from token_sparse_attention.config import SparseConfig, TokenSelectionConfig
 from token_sparse_attention.info import provenance
 from token_sparse_attention.profile import LayerProfile
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to measure, and what the choice should reach.
-
-    Attributes:
-        method: ``"drift"``, ``"sensitivity"``, or ``"both"``: sensitivity decides, and drift's
-            choice is measured beside it.
-        base: the settings that every layer starts from; its ``sparse_layers`` must be None.
-        drift_quantile: layers at or below this quantile of the drift become sparse.
-        values: what sensitivity tries in each layer for the ``calibrated_field`` of `base`;
-            None for its ``calibrated_values``.
-        heads_of: how many of the costliest layers are measured head by head as well, to leave
-            single heads of theirs dense.
-        divergence_budget: nats that the chosen layers may cost together; or
-        target_speedup: how many times less attention work they should leave.
-        max_reply: tokens of the model's own reply along which divergence is measured, where a
-            prompt brings no continuation.
-        impl: see `token_sparse_attention`.
-        attention_backend: the kernel of sparse layers, one of `BACKENDS`: a pattern would add
-            its own divergence to that of token sparsity.
-
-    Raises:
-        ValueError: if a field is out of range or does not go with `base`, or sensitivity has
-            not exactly one goal.
-    """
-
-    method: str = "drift"
-    base: SparseConfig = field(default_factory=TokenSelectionConfig)
-    drift_quantile: float = 0.5
-    values: tuple[float, ...] | None = None
-    heads_of: int = 0
-    divergence_budget: float | None = None
-    target_speedup: float | None = None
-    max_reply: int = 32
-    impl: str = "auto"
-    attention_backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_backend(self.attention_backend)
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
-        if self.base.sparse_layers is not None:
-            raise ValueError(
-                "sparse_layers must be null in the base settings, because calibration chooses "
-                f"the layers; got {list(self.base.sparse_layers)}"
-            )
-        if not 0 <= self.drift_quantile <= 1:
-            raise ValueError(f"drift_quantile must be in [0, 1], got {self.drift_quantile}")
-        if self.max_reply < 0:
-            raise ValueError(f"max_reply must be at least 0, got {self.max_reply}")
-        if self.method == "drift":
-            unused = {
-                "divergence_budget": self.divergence_budget,
-                "target_speedup": self.target_speedup,
-                "values": self.values,
-                "heads_of": self.heads_of or None,
-            }
-            given = [name for name, value in unused.items() if value is not None]
-            if given:
-                raise ValueError(
-                    f"{' and '.join(unused)} need method sensitivity or both; "
-                    f"method drift got {', '.join(given)}"
-                )
-            return
-        goals = [self.divergence_budget, self.target_speedup]
-        if goals.count(None) != 1:
-            raise ValueError(
-                f"method {self.method} needs one goal, divergence_budget or target_speedup; "
-                f"got {'both' if None not in goals else 'neither'}"
-            )
-        budget, speedup = self.divergence_budget, self.target_speedup
-        if budget is not None and not (math.isfinite(budget) and budget >= 0):
-            raise ValueError(f"divergence_budget must be at least 0, got {budget}")
-        if speedup is not None and not (math.isfinite(speedup) and speedup >= 1):
-            raise ValueError(f"target_speedup must be at least 1, got {speedup}")
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        name, values = self.base.calibrated_field, self.values
-        if not name:
-            raise ValueError(f"base must be of a method with a calibrated_field, got {self.base}")
-        if values is not None:
-            if not values:
-                raise ValueError("values must hold at least one number, got none")
-            if len(set(values)) != len(values):
-                raise ValueError(f"values must not repeat a number, got {values}")
-            for value in values:
-                dataclasses.replace(self.base, **{name: value})
-        if self.heads_of < 0:
-            raise ValueError(f"heads_of must be at least 0, got {self.heads_of}")
-
-    @property
-    def settings(self) -> tuple[LayerSetting, ...]:
-        """What sensitivity tries in each layer."""
-        values = self.base.calibrated_values if self.values is None else self.values
-        return tuple(LayerSetting(self.base.calibrated_field, value) for value in values)
-
-    @property
-    def goal(self) -> tuple[str, float]:
-        """What the choice should reach: its name in `record.GOALS`, and its value."""
-        if self.divergence_budget is not None:
-            return "divergence_budget", self.divergence_budget
-        if self.target_speedup is not None:
-            return "target_speedup", self.target_speedup
-        return "drift_quantile", self.drift_quantile
 
 
 def calibrate(

@@ -233,7 +233,8 @@ def _read_layer(record: LayerRecord) -> LayerReading:
     if selection is None or "sparse" not in record.paths:
         why = str(record.reasons[0])
         return LayerReading(1.0, 1.0, False, why not in map(str, _BY_SETTING), why)
-    method = method_of(selection.config)
+    assert record.config is not None, "a layer that ran sparse has settings"
+    method = method_of(record.config)
     works = [method.work(n, record.kv_len) for n in selection.lengths.flatten().tolist()]
     if min(works) >= 1:
         return LayerReading(1.0, 1.0, False, False, ALL_KEYS)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from token_sparse_attention import arguments
+from token_sparse_attention import bundled
 from token_sparse_attention.config import layer_configs
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import generate
@@ -160,7 +160,7 @@ def make_header(
     return EvalHeader(
         provenance=about,
         arguments={
-            "model": model or arguments.BUNDLED,
+            "model": model or bundled.NAME,
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "impl": runner.impl,
             "attention_backend": runner.attention_backend,

@@ -82,9 +82,7 @@ class EvalHeader(Versioned):
         if settings is None:
             return {}
         try:
-            return layer_configs(
-                settings_from_json(encode(settings)), self.model["num_layers"]
-            )
+            return layer_configs(settings_from_json(encode(settings)), self.model["num_layers"])
         except (ValueError, TypeError) as error:
             raise UsageError(f"configuration {configuration!r} cannot be read: {error}") from error
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from token_sparse_attention.attention.names import parse_backend, pattern_config
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import DENSE, PATTERN
-from token_sparse_attention.named_settings import LEADING_PATTERN, Settings, read_settings
 from token_sparse_attention.profile import PROFILE_FILE
+from token_sparse_attention.settings import LEADING_PATTERN, Settings, read_settings
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ from token_sparse_attention.integrations.record import (
 )
 from token_sparse_attention.methods import method_of
 
-_LENGTHS = AuxRequest(selection=True, indices=False)
-
 
 class SparseLayers:
     """The layers of one model under `apply`.
@@ -45,6 +43,7 @@ class SparseLayers:
         configs: the settings of the sparse layers, by number.
         executions: how each of these runs.
         dense_name: the attention implementation that the model had before.
+        record_tokens: whether the report lists the tokens that were chosen.
 
     Attributes:
         report: what every layer did in every prefill so far.
@@ -56,7 +55,10 @@ class SparseLayers:
         configs: Mapping[int, SparseConfig],
         executions: Mapping[int, Execution],
         dense_name: str,
+        *,
+        record_tokens: bool = False,
     ) -> None:
+        self._aux = AuxRequest(selection=True, indices=record_tokens)
         self.report = PrefillReport()
         self.called: set[int] = set()
         self._configs = configs
@@ -222,7 +224,7 @@ class SparseLayers:
             padding_mask=padding_mask,
             scale=call.scale,
             execution=self._executions[layer],
-            return_aux=_LENGTHS,
+            return_aux=self._aux,
         )
         assert selection is not None
         record = SelectionRecord.of(selection, kv_len, padding_mask)

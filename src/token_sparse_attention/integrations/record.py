@@ -29,12 +29,15 @@ class SelectionRecord:
         ran_sparse: ``[B]`` bool.
         reasons: ``[B]`` int32 codes of why a sequence ran dense, see `gate.reason_of`.
         kv_lens: ``[B]`` real keys of each sequence.
+        indices: ``[B, H, K]`` which tokens, see `TokenSelection`; K is 0 unless they were to
+            be recorded.
     """
 
     lengths: Tensor
     ran_sparse: Tensor
     reasons: Tensor
     kv_lens: Tensor
+    indices: Tensor
 
     @classmethod
     def of(
@@ -46,7 +49,8 @@ class SelectionRecord:
             kv_lens = selection.lengths.new_full(selection.ran_sparse.shape, kv_len)
         else:
             kv_lens = padding_mask.sum(-1)
-        return cls(selection.lengths, selection.ran_sparse, selection.reasons, kv_lens)
+        of_selection = (selection.lengths, selection.ran_sparse, selection.reasons)
+        return cls(*of_selection, kv_lens, selection.indices)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def apply(
     impl: str = "auto",
     attention_backend: str | PatternConfig = "auto",
     continuous_batching: bool = False,
+    record_tokens: bool = False,
 ) -> AppliedSparsity:
     """Make a causal language model prefill sparsely, until removed.
 
@@ -84,6 +85,8 @@ def apply(
             give the model one by `register_dense_attention` to run a pattern there too.
         continuous_batching: serve transformers' continuous batching, and only that: the model
             must be on ``"eager"`` or ``"sdpa"``, and other calls raise.
+        record_tokens: record which tokens were chosen for each head, and not only how many: 8
+            bytes per layer, head and token.
 
     Returns:
         A context manager whose value is the `PrefillReport`; or keep the object and call
@@ -121,7 +124,8 @@ def apply(
     backends = backends_of_layers(backend, num_layers, num_heads)
     tp_group = tensor_parallel_group(model)
     executions = {layer: Execution(impl, backends[layer], tp_group=tp_group) for layer in configs}
-    layers = SparseLayers(configs, executions, text_config._attn_implementation)
+    dense_name: str = text_config._attn_implementation
+    layers = SparseLayers(configs, executions, dense_name, record_tokens=record_tokens)
     named = isinstance(config, LayerProfile) or config.sparse_layers is not None
     return AppliedSparsity(
         model, layers, set(configs) if named else set(), continuous_batching=continuous_batching

@@ -28,7 +28,7 @@ _SHARED_BITS, _PER_HEAD_BITS = 8, 4
 
 
 class Rule(NamedTuple):
-    """The selection rule's settings; see `TokenSparseConfig` and `crossover`.
+    """The selection rule's settings; see `TokenSelectionConfig` and `crossover`.
 
     Attributes:
         drop_mass: share of the mass that may be dropped.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.benchmark.show import COLUMNS, times
 from token_sparse_attention.errors import UsageError
+from token_sparse_attention.report import TITLE
 from token_sparse_attention.report.accuracy import Shares, accuracy, heat_map, kept_by_layer
 from token_sparse_attention.report.charts import shapes
 from token_sparse_attention.report.kept_text import KeptText
@@ -21,7 +22,6 @@ from token_sparse_attention.report.load import Inputs
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-TITLE = "Token sparse attention: report"
 LEVELS = 5  # classes h1, h2, ... of the style sheet: how many of the heads keep a token
 _FOLDER = Path(__file__).parent
 

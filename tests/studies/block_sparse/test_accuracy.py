@@ -8,19 +8,11 @@ import pytest
 import torch
 from benchmarks.block_sparse import accuracy, density
 from benchmarks.block_sparse.accuracy import combined, name_of, table
-from benchmarks.markdown import fill
 
 from evaluation.results import pair, results
 from integrations.models import make_ids, make_model
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig, streaming_mask
 from token_sparse_attention.evaluation.record import EvalResults
-
-
-def test_the_page_is_up_to_date():
-    text = accuracy.PAGE.read_text(encoding="utf-8")
-    rounds, times, densities = accuracy.load()
-    built = accuracy.tables(rounds, times, densities)
-    assert fill(text, built) == text, "run python -m benchmarks.block_sparse.accuracy"
 
 
 def test_accuracy_and_the_median_of_the_speed_ups_stand_side_by_side():
@@ -57,6 +49,16 @@ def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
     assert cells[1:5] == ["sparse", "0.750", "0.250", "-0.500"]
     assert cells[5] == "2.00x (3)"
     assert cells[7] == "2"
+
+
+def test_one_length_is_shown_alone():
+    of = results(*pair(1.0, 1.0), *pair(1.0, 0.0, index=1), *pair(1.0, 1.0, length=64))
+    length = of.samples[0].length
+    times = {"2 heads": {"samples": [{"length": length, "speed_up": {"sparse": 2.0}}]}}
+    (row,) = accuracy.at_length(of, times, length).splitlines()[2:]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:2] == ["sparse", "0.500, 1.000"]
+    assert cells[3:] == ["2", "2.00x (1)"]
 
 
 def test_names_are_words():

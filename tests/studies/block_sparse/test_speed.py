@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.block_sparse.inputs import random_mask, structured_inputs
 from benchmarks.block_sparse.speed import (
     ESTIMATORS,
     BlockOptions,
     check_blocks,
     measure,
-    random_mask,
-    structured_inputs,
 )
 from benchmarks.block_sparse.tables import (
     BLOCK_TABLES,

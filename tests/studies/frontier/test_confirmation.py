@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from benchmarks.frontier import calibrated as calibrated_tables
 from benchmarks.frontier import confirmation
 from benchmarks.replay.accuracy import join
 from benchmarks.replay.results import Times
@@ -51,7 +52,7 @@ def test_calibration_shows_each_number_and_the_choice(tmp_path):
     ]
     choice = Choice("drift_quantile", 0.5, LayerProfile(TokenSparseConfig(), {0: {}}))
     drift.write_text(calibrated(drift=tuple(drifts), choices=(choice,)).to_json())
-    table = confirmation.calibration(path, drift)
+    table = calibrated_tables.calibration(path, drift)
     head = ["layer", "0 samples", "9 samples", "chosen", "drift", "by drift"]
     assert cells(table, "layer") == head
     first = ["0", "1.0e-01 ± 2e-05", "1.0e-02 ± 2e-05", "dense", "2.0e-01", "sparse"]
@@ -73,7 +74,7 @@ def test_goals_list_layers_by_their_samples(tmp_path):
     result = calibrated(sensitivity=tuple(rows))
     path = tmp_path / "measured.json"
     path.write_text(result.to_json())
-    table = confirmation.goals(path, (1, 1.3, 2, 2.5, 4))
+    table = calibrated_tables.goals(path, (1, 1.3, 2, 2.5, 4))
     assert cells(table, "attention work")[1:4] == ["dense", "9 samples", "4 samples"]
     assert cells(table, "1/1")[1:] == ["0, 1", "-", "-", "0.0e+00"]
     assert cells(table, "1/1.3")[1:] == ["0", "1", "-", "0.0e+00"]
@@ -140,9 +141,9 @@ def test_at_a_glance_stands_what_was_asked_for(monkeypatch):
         ["| not timed", name, "1.000, 1.000", "0.0%", cells(table, "not timed")[4]],
     ]
     assert [cells(table, one)[5:] for one in ("one", "other", "not timed")] == [
-        ["3.00x", "2"],
-        ["1.50x", "1"],
-        ["-", "1"],
+        ["3.00x", "-", "2"],
+        ["1.50x", "-", "1"],
+        ["-", "-", "1"],
     ]
 
 
@@ -182,6 +183,31 @@ def test_seeds_are_told_apart():
     assert len(confirmation.by_seed(rounds[1:], 1024).splitlines()) == 2, "one sample only"
 
 
+def test_the_aim_is_judged_at_its_length_and_by_later_seeds(monkeypatch):
+    def seeded(seed, length, scores):
+        made = results(length, scores, sparse=True)
+        arguments = {**made.header.arguments, "seed": seed}
+        return EvalResults(dataclasses.replace(made.header, arguments=arguments), made.samples)
+
+    rounds = [
+        seeded(23, 1024, [(1.0, 1.0), (1.0, 1.0)]),
+        seeded(5, 1024, [(1.0, 0.5), (1.0, 0.5)]),
+        seeded(23, 512, [(1.0, 1.0)] * 4),
+    ]
+    monkeypatch.setattr(
+        confirmation,
+        "join",
+        lambda of, _: [dataclasses.replace(row, times=Times(6.0, 2.0)) for row in join(of, [])],
+    )
+    table = confirmation.aim(rounds, [], ("F",), 1024, 23)
+    _, speed, at_length, later, together = cells(table, confirmation.NAMES["F"])
+    assert speed == "3.00x"
+    assert at_length.startswith("+25.0%, below +")
+    assert at_length.endswith("(4)")
+    assert (later[:6], later[-3:]) == ("+50.0%", "(2)")
+    assert (together[:6], together[-3:]) == ("+12.5%", "(8)")
+
+
 def test_single_heads_are_named_by_cost(tmp_path):
     setting = LayerSetting("fallback_samples", 4096)
     costs = {2: 0.1, 0: 0.4, 1: 0.2, 3: 0.05, 4: 0.03}
@@ -191,7 +217,7 @@ def test_single_heads_are_named_by_cost(tmp_path):
     path = tmp_path / "measured.json"
     path.write_text(result.to_json())
     named = "0: 4.0e-01 ± 1e-02; 1: 2.0e-01 ± 1e-02; 2: 1.0e-01 ± 1e-02"
-    assert cells(confirmation.single_heads(path), "6") == ["6", "4,096", named, "8.0e-02"]
+    assert cells(calibrated_tables.single_heads(path), "6") == ["6", "4,096", named, "8.0e-02"]
 
 
 def test_goals_name_dense_heads(tmp_path):
@@ -202,7 +228,7 @@ def test_goals_name_dense_heads(tmp_path):
     result = calibrated(sensitivity=tuple(rows))
     path = tmp_path / "measured.json"
     path.write_text(result.to_json())
-    table = confirmation.goals(path, (2, 3, 10))
+    table = calibrated_tables.goals(path, (2, 3, 10))
     assert cells(table, "1/2")[1:3] == ["-", "0 (heads 0, 2 dense)"]
     assert cells(table, "1/3")[1:3] == ["-", "0 (head 2 dense)"]
     assert cells(table, "1/10")[1:3] == ["-", "0"]

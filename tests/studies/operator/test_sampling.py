@@ -9,10 +9,11 @@ import pytest
 import torch
 from benchmarks.markdown import build
 from benchmarks.operator import sampling
-from benchmarks.operator.sampling_tables import FAR_TABLES, dense_query_keys, far_keys
+from benchmarks.operator.sampling_tables import SAMPLING_TABLES, dense_query_keys, far_keys
 
 from studies.synthetic import S, changed, far_result
 from token_sparse_attention.benchmark import checks, op
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import NoFigureError, Run
 
@@ -23,7 +24,7 @@ SETTINGS = ("sinks-20", "landmarks-20", "samples-16", "samples-64", "samples-64-
 
 
 def rows(name, of):
-    lines = build(name, [Run("run", of)], FAR_TABLES).splitlines()[2:]
+    lines = build(name, [Run("run", of)], SAMPLING_TABLES).splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -80,7 +81,7 @@ def test_every_setting_and_stage_is_measured(tmp_path):
 
 
 def test_settings_are_what_their_names_say():
-    common = op.OpOptions(torch.device("cpu"), lengths=(640,), backends=("flash",))
+    common = OpOptions(device="cpu", lengths=(640,), backends=("flash",))
     found = sampling.FarOptions(common, (16, 64), (20,), (30,), (8,)).settings()
     shown = {
         name: (c.fallback_sinks, c.fallback_landmarks, c.fallback_samples, c.dense_queries)

@@ -1,17 +1,14 @@
-"""Tables, figures and aims from result files, and the committed page of them."""
+"""Tables, figures and aims from result files."""
 
 from __future__ import annotations
 
-import builtins
 import re
+from functools import partial
 
 import pytest
-from benchmarks.markdown import EMPTY
+from benchmarks.markdown import EMPTY, Page, fill
 from benchmarks.markdown import build as build_table
-from benchmarks.operator import figures
-from benchmarks.operator.figures import draw
-from benchmarks.operator.page import PAGES, make_page
-from benchmarks.operator.page import render as render_page
+from benchmarks.operator.figures import FIGURES, draw
 from benchmarks.operator.tables import TABLES
 from benchmarks.operator.targets import TARGETS, outcomes
 
@@ -24,10 +21,6 @@ BLANK = "".join(f"## {name}\n<!-- begin {name} -->\n<!-- end {name} -->\n" for n
 
 def build(name, runs):
     return build_table(name, runs, TABLES)
-
-
-def render(document, runs, figures=()):
-    return render_page(document, runs, figures, TABLES)
 
 
 def runs(op=None):
@@ -80,7 +73,7 @@ def test_aims_can_be_missed():
 
 
 @pytest.mark.parametrize("passed", [False, None])
-def test_nothing_is_claimed_without_a_passed_check(passed):
+def test_nothing_is_claimed_without_a_passed_check(passed, tmp_path):
     word = "check failed" if passed is False else "-"
     wrong = changed(op_result(), "ours/whole", passed=passed)
     wrong = changed(wrong, "ours/whole", "eager", passed=passed)
@@ -89,7 +82,8 @@ def test_nothing_is_claimed_without_a_passed_check(passed):
         assert "x)" not in build(name, runs(wrong))
     assert "%" not in cells("stages", wrong)[0][9]
     assert not {"met", "missed"} & {row[2] for row in list(outcomes(runs(wrong)))[:6]}
-    assert "whole-dense" not in draw(runs(wrong))
+    with pytest.raises(NoFigureError):
+        draw("whole-dense", runs(wrong), tmp_path / "figure.svg")
     base = changed(op_result(), "dense/fa4", passed=passed)
     assert word in cells("whole-dense", base)[0][-1]
     with pytest.raises(NoFigureError):
@@ -106,12 +100,17 @@ def test_runs_are_never_compared_with_each_other():
     assert "x)" not in text
 
 
-def test_pages_are_made_anew():
-    once = render(BLANK, runs(), ["dense"])
-    assert render(once, runs(), ["dense"]) == once
-    assert "![dense](figures/dense.svg)" in once
-    assert once.count("](") == 1
-    assert render(once, []).count(EMPTY) == len(TABLES) - 1, "the aims stay"
+def test_pages_are_made_anew(tmp_path):
+    tables = {name: build(name, runs()) for name in TABLES}
+    page = Page(tmp_path / "page.md", tables, {"dense": partial(draw, "dense", runs())})
+    page.path.write_text(BLANK)
+    once = page.files()
+    assert set(once) == {page.path, tmp_path / "figures" / "dense.svg"}
+    assert "217 (649)" in once[page.path]
+    page.path.write_text(once[page.path])
+    assert page.files() == once
+    assert page.markers() == list(TABLES)
+    assert sum(build(name, []) == EMPTY + "\n" for name in TABLES) == len(TABLES) - 1, "aims stay"
 
 
 @pytest.mark.parametrize(
@@ -123,41 +122,21 @@ def test_pages_are_made_anew():
 )
 def test_pages_without_known_markers_are_refused(page, message):
     with pytest.raises(UsageError, match=message):
-        render(page, runs())
+        fill(page, {"dense": ""})
 
 
-def test_figures_are_the_same_each_time():
-    drawn = draw(runs())
-    assert set(drawn) == set(figures.FIGURES)
+def test_figures_are_the_same_each_time(tmp_path):
+    drawn = {}
+    for name in FIGURES:
+        for again in ("once", "again"):
+            draw(name, runs(), path := tmp_path / f"{name}-{again}.svg")
+            drawn[name, again] = path.read_text(encoding="utf-8")
+        assert drawn[name, "once"] == drawn[name, "again"]
     for label in ("50% kept, all layers", "4,096 samples, all layers"):
-        assert label in drawn["prefill"]
-    assert draw(runs()) == drawn
+        assert label in drawn["prefill", "once"]
     for svg in drawn.values():
         assert svg.startswith("<?xml")
         assert not re.search(r"<dc:date>|\d{4}-\d\d-\d\d", svg)
-    assert draw([]) == {}
-
-
-def test_figures_name_what_they_need(monkeypatch):
-    real = builtins.__import__
-
-    def without_matplotlib(name, *arguments):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(UsageError, match=r"token-sparse-attention\[report\]"):
-        draw(runs())
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_committed_page_is_what_the_results_give(page):
-    for path, text in make_page(page).items():
-        assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.pages"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_page_has_a_place_for_every_table(page):
-    places = re.findall(r"<!-- begin ([\w-]+) -->", page.read_text(encoding="utf-8"))
-    assert sorted(places) == sorted(PAGES[page][1])
+    with pytest.raises(NoFigureError):
+        draw("dense", [], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()

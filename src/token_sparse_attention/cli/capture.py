@@ -1,0 +1,97 @@
+"""``tsa capture``: which text every layer and head keeps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from token_sparse_attention.cli.command import Command, print_json, working
+from token_sparse_attention.cli.model import ModelOptions, PromptOptions, require_transformers
+from token_sparse_attention.errors import JobFailedError, UsageError
+from token_sparse_attention.options import Count
+from token_sparse_attention.records import save
+from token_sparse_attention.settings import settings_or_default
+
+if TYPE_CHECKING:
+    from token_sparse_attention.report.kept_text import KeptText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture(Command):
+    """Note which text of a prompt every layer and head keeps, for tsa report.
+
+    Attributes:
+        out: the capture to write
+        max_new_tokens: most tokens of the reply
+    """
+
+    name: ClassVar[str] = "capture"
+    example: ClassVar[str] = (
+        'tsa capture --prompt-file report.txt --question "Who signed?" --out kept.json\n'
+        "tsa report kept.json --out report.html"
+    )
+    prompt: PromptOptions
+    out: Path
+    max_new_tokens: Count = 32
+    model: ModelOptions
+
+    def run(self) -> bool:
+        """Read the prompt sparsely, and write what was kept."""
+        document = self.prompt.read()
+        require_transformers()
+        try:
+            kept = self._capture(document)
+        except RuntimeError as error:
+            raise JobFailedError(f"the prompt could not be run: {error}") from error
+        save(self.out, kept.to_json(), f"--out {self.out}")
+        sparse = [n for n, layer in enumerate(kept.layers) if layer.dense_reason is None]
+        if not sparse:
+            reasons = dict.fromkeys(str(layer.dense_reason) for layer in kept.layers)
+            print(f"tsa: no layer ran sparse: {'; '.join(reasons)}", file=sys.stderr)
+        if self.json:
+            facts = {
+                "written": str(self.out),
+                "prompt_tokens": len(kept.tokens),
+                "sparse_layers": sparse,
+                "reply": kept.reply,
+            }
+            print_json(facts)
+        else:
+            print(f"{self.out}: {len(kept.tokens):,} tokens, {len(sparse)} sparse layers")
+        return True
+
+    def _capture(self, document: str) -> KeptText:
+        from token_sparse_attention import run
+        from token_sparse_attention.report.capture import capture
+
+        name, prompt = self.model.path, self.prompt
+        config, source = settings_or_default(prompt.config, name)
+        with working(f"loading {name}") as status:
+            model, tokenizer = self.model.load()
+            ids = run.encode_prompt(tokenizer, document, prompt.question)
+            status.update(f"reading {ids.shape[1]:,} tokens")
+            asked = {
+                "model": self.model.recorded,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "question": prompt.question,
+                "config": json.loads(config.to_json()),
+                "config_source": source,
+                "impl": self.model.impl,
+                "attention_backend": prompt.attention_backend,
+            }
+            try:
+                return capture(
+                    model,
+                    tokenizer,
+                    ids,
+                    config,
+                    arguments=asked,
+                    max_new_tokens=self.max_new_tokens,
+                    impl=self.model.impl,
+                    attention_backend=prompt.attention_backend,
+                )
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"{name} cannot be run sparse: {error}") from error

@@ -1,0 +1,84 @@
+"""What every command is: options that are its arguments, an example, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, NoReturn
+
+from rich.console import Console
+from rich.status import Status
+
+from token_sparse_attention.errors import did_you_mean
+from token_sparse_attention.options import HIDDEN
+
+_WRONG_WORD = re.compile(r"(?:invalid choice: '|unrecognized arguments: )([\w-]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Do something.
+
+    Attributes:
+        json: print one JSON object instead
+        asked: every argument's value, JSON-ready, as result files record it.
+    """
+
+    name: ClassVar[str]
+    example: ClassVar[str]
+    json: bool = False
+    asked: Annotated[Mapping[str, Any], HIDDEN] = field(default_factory=dict)
+
+    def run(self) -> bool:
+        """Do it; return whether the job succeeded.
+
+        Raises:
+            UsageError: if something that was given cannot be used.
+            JobFailedError: if the job failed.
+        """
+        raise NotImplementedError
+
+    def asked_but(self, *names: str) -> dict[str, Any]:
+        """Return `asked` without some arguments."""
+        return {name: value for name, value in self.asked.items() if name not in (*names, "json")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads arguments; an error is one line, with the nearest word to a wrong one."""
+
+    def __init__(self, *, example: str, **settings: Any) -> None:
+        lines = "\n  ".join(example.splitlines())
+        super().__init__(
+            epilog=f"example:\n  {lines}\n\n"
+            "exit codes: 0 success, 1 the job failed, 2 bad arguments or input, 130 interrupted\n"
+            "Errors are text on stderr, with --json too.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read all arguments; none may be unknown."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 after one line on standard error."""
+        wrong = _WRONG_WORD.search(message)
+        words = re.findall(r"[\w-]+", message.partition("choose from")[2] or self.format_usage())
+        hint = did_you_mean(wrong[1], words) if wrong else ""
+        self.exit(2, f"{self.prog}: {message}{hint} (usage: {self.prog} --help)\n")
+
+
+def working(message: str) -> Status:
+    """Return a context that shows on standard error that something takes a while."""
+    return Console(stderr=True).status(message)
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print what ``--json`` asks for."""
+    print(json.dumps(content, indent=2))
