@@ -186,12 +186,14 @@ def _with_dense_heads(
     want_indices = problem.aux.indices
     dense = dense_selection(problem.tokens, problem.num_heads, want_indices=want_indices)
     lengths = selection.lengths.clone()
-    lengths[:, list(heads)] = dense.lengths[:, list(heads)].to(lengths.dtype)
+    for head in heads:  # a list of heads as index would be copied to the device, and waited for
+        lengths[:, head] = dense.lengths[:, head]
     if not want_indices:
         return selection._replace(lengths=lengths)
     room = dense.indices.shape[2] - selection.indices.shape[2]
     indices = torch.nn.functional.pad(selection.indices, (0, room), value=-1)
-    indices[:, list(heads)] = dense.indices[:, list(heads)].to(indices.dtype)
+    for head in heads:
+        indices[:, head] = dense.indices[:, head]
     return selection._replace(lengths=lengths, indices=indices)
 
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from token_sparse_attention.attention.flash import fa4_installed
 
 from support import relative_error
-from token_sparse_attention.attention.backends import fa4_installed
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import block_sparse_attention
 from token_sparse_attention.attention.columns import attend_columns

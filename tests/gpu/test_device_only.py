@@ -8,9 +8,25 @@ import time
 import pytest
 import torch
 
-from support import SMALL, kept_mask, make_problem, relative_error
-from token_sparse_attention import TokenSparseConfig, token_sparse_attention
-from token_sparse_attention.attention.backends import choose_backend, fa4_installed
+from support import (
+    SAMPLING,
+    SMALL,
+    WITH_BOTH,
+    Problem,
+    kept_mask,
+    make_problem,
+    relative_error,
+    with_selection,
+)
+from token_sparse_attention import (
+    AuxRequest,
+    Execution,
+    TokenSelectionConfig,
+    token_sparse_attention,
+)
+from token_sparse_attention.attention.flash import fa4_installed
+from token_sparse_attention.attention.resolve import resolve_backend
+from token_sparse_attention.custom_op import aux_text
 
 DEVICE = "cuda"
 FLASH = [
@@ -19,7 +35,14 @@ FLASH = [
     ),
     "flash",
 ]
-CONFIG = TokenSparseConfig.published(drop_mass=0.3, window_size=32, min_tokens=64, crossover="off")
+CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=32, min_tokens=64)
+SAMPLED = dataclasses.replace(
+    SAMPLING, num_probes=32, sliding_window=50, sink_size=3, num_samples=50
+)
+
+
+def on(backend, **others):
+    return Execution(attention_backend=backend, **others)
 
 
 def half_problem(**shape):
@@ -43,20 +66,22 @@ def no_waiting():
     return call
 
 
+METHODS = {
+    "zero": CONFIG,
+    "window": dataclasses.replace(CONFIG, fallback="window", sliding_window=50),
+    "dense heads": dataclasses.replace(CONFIG, dense_heads=(1,), dense_queries=20),
+    "sampling": SAMPLED,
+    "sampling, dense": dataclasses.replace(SAMPLED, dense_heads=(1,), dense_queries=20),
+}
+EACH_METHOD = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+
+
 @pytest.mark.parametrize("backend", FLASH)
-@pytest.mark.parametrize("fallback", ["zero", "window"])
+@EACH_METHOD
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_nothing_waits_for_the_device(no_waiting, backend, fallback, budget, padded):
-    config = dataclasses.replace(
-        CONFIG,
-        fallback=fallback,
-        budget=budget,
-        fallback_window=50,
-        fallback_sinks=3,
-        fallback_landmarks=20,
-        fallback_samples=30,
-    )
+def test_nothing_waits_for_the_device(no_waiting, backend, config, budget, padded):
+    config = dataclasses.replace(config, budget=budget)
     problem = half_problem()
     mask = torch.ones(2, 900, dtype=torch.bool, device=DEVICE)
     mask[1, :100] = False
@@ -66,9 +91,8 @@ def test_nothing_waits_for_the_device(no_waiting, backend, fallback, budget, pad
             *problem,
             config,
             padding_mask=mask if padded else None,
-            attention_backend=backend,
-            return_selection=True,
-            return_lse=True,
+            execution=on(backend),
+            return_aux=WITH_BOTH,
         )
 
     result = no_waiting(call)
@@ -77,17 +101,14 @@ def test_nothing_waits_for_the_device(no_waiting, backend, fallback, budget, pad
 
 
 @pytest.mark.parametrize("backend", FLASH)
-@pytest.mark.parametrize("fallback", ["zero", "window"])
-def test_one_cuda_graph_serves_every_budget(backend, fallback):
+@EACH_METHOD
+def test_one_cuda_graph_serves_every_budget(backend, config):
     """Captured on data that keeps half; replayed on data that keeps little, all, or breaks."""
-    config = dataclasses.replace(
-        CONFIG, fallback=fallback, fallback_window=50, fallback_landmarks=20
-    )
     static = half_problem()
 
     def call(problem):
         return token_sparse_attention(
-            *problem, config, attention_backend=backend, return_selection=True, return_lse=True
+            *problem, config, execution=on(backend), return_aux=WITH_BOTH
         )
 
     stream = torch.cuda.Stream()
@@ -110,32 +131,34 @@ def test_one_cuda_graph_serves_every_budget(backend, fallback):
         assert torch.equal(captured.output, expected.output)
         assert torch.equal(captured.lse, expected.lse)
         kept.add(int(captured.selection.lengths[0, 0]))
-    assert len(kept) == 4, "every replay had another budget"
+    if isinstance(config, TokenSelectionConfig):
+        assert len(kept) == 4, "every replay had another budget"
 
 
 @pytest.mark.parametrize("backend", FLASH)
-@pytest.mark.parametrize("wants", [(False, False), (True, False), (False, True), (True, True)])
-def test_compiles_into_one_graph(backend, wants):
+@EACH_METHOD
+@pytest.mark.parametrize(
+    "wants", [None, AuxRequest(), AuxRequest(True), AuxRequest(lse=True), WITH_BOTH]
+)
+def test_compiles_into_one_graph(backend, config, wants):
+    torch.compiler.reset()
     problem = half_problem()
-    options = {
-        "attention_backend": backend,
-        "return_selection": wants[0],
-        "return_lse": wants[1],
-    }
 
     def call(query, key, value):
-        return token_sparse_attention(query * 1, key, value, CONFIG, **options)
+        return token_sparse_attention(
+            query * 1, key, value, config, execution=on(backend), return_aux=wants
+        )
 
     compiled = torch.compile(call, fullgraph=True)(*problem)
     eager = call(*problem)
-    if not any(wants):
+    if wants is None:
         assert torch.equal(compiled, eager)
         return
-    assert torch.equal(compiled[0], eager[0])
-    if wants[0]:
-        assert torch.equal(compiled[1].indices, eager[1].indices)
-    if wants[1]:
-        assert torch.equal(compiled[-1], eager[-1])
+    assert torch.equal(compiled.output, eager.output)
+    if wants.selection:
+        assert torch.equal(compiled.selection.indices, eager.selection.indices)
+    if wants.lse:
+        assert torch.equal(compiled.lse, eager.lse)
 
 
 @pytest.mark.parametrize("backend", FLASH)
@@ -146,7 +169,7 @@ def test_a_new_length_compiles_nothing(backend):
         problem = half_problem(query_len=length, batch=1)
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        token_sparse_attention(*problem, CONFIG, attention_backend=backend)
+        token_sparse_attention(*problem, CONFIG, execution=on(backend))
         torch.cuda.synchronize()
         return (time.perf_counter() - begin) * 1e3
 
@@ -160,21 +183,21 @@ def test_a_new_length_compiles_nothing(backend):
 @pytest.mark.parametrize(("query_len", "kv_len"), [(700, 700), (300, 700)])
 @pytest.mark.parametrize("fallback", ["zero", "window"])
 def test_backends_agree(backend, query_len, kv_len, fallback):
-    """Rows, padding, chunks and log-sum-exp, against the exact kernels in single precision."""
-    config = dataclasses.replace(CONFIG, budget="per_head", fallback=fallback, fallback_window=70)
+    """Padding, chunks and log-sum-exp, against the exact kernels in single precision."""
+    config = dataclasses.replace(CONFIG, budget="per_head", fallback=fallback, sliding_window=70)
     problem = half_problem(batch=4, query_len=query_len, kv_len=kv_len)
     mask = torch.ones(4, kv_len, dtype=torch.bool, device=DEVICE)
     mask[1, :90] = False
     mask[2, 610:] = False
     mask[3, :650] = False  # too short to run sparse
     for padding_mask in (None, mask):
-        options = {"padding_mask": padding_mask, "return_selection": True, "return_lse": True}
-        mine = token_sparse_attention(*problem, config, attention_backend=backend, **options)
+        options = {"padding_mask": padding_mask, "return_aux": WITH_BOTH}
+        mine = token_sparse_attention(*problem, config, execution=on(backend), **options)
         exact = token_sparse_attention(
-            *problem, config, attention_backend="math", impl="triton", **options
+            *problem, config, execution=on("math", impl="triton"), **options
         )
         single = [tensor.float() for tensor in problem]
-        full = token_sparse_attention(*single, config, attention_backend="math", **options)
+        full = token_sparse_attention(*single, config, execution=on("math"), **options)
         assert torch.equal(mine.selection.indices, exact.selection.indices)
         same = (mine.selection.lengths == full.selection.lengths).all(-1)
         assert same.sum() >= 2, "single precision mostly selects the same"
@@ -188,39 +211,36 @@ def test_backends_agree(backend, query_len, kv_len, fallback):
 @pytest.mark.parametrize("head_chunk", [1, 3, 16, None])
 def test_head_groups_change_nothing(backend, head_chunk):
     problem = half_problem()
-    expected = token_sparse_attention(*problem, CONFIG, attention_backend=backend, head_chunk=16)
-    out = token_sparse_attention(
-        *problem, CONFIG, attention_backend=backend, head_chunk=head_chunk
-    )
+    expected = token_sparse_attention(*problem, CONFIG, execution=on(backend, head_chunk=16))
+    out = token_sparse_attention(*problem, CONFIG, execution=on(backend, head_chunk=head_chunk))
     assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("backend", FLASH)
-def test_output_buffers_are_written_everywhere(backend):
+@EACH_METHOD
+def test_output_buffers_are_written_everywhere(backend, config):
     """Freed memory full of NaN is handed out again for every buffer."""
-    for fallback in ("zero", "window"):
-        config = dataclasses.replace(CONFIG, fallback=fallback, fallback_window=50)
-        problem = half_problem()
-        expected = token_sparse_attention(*problem, config, attention_backend=backend)
-        for _ in range(3):
-            poison = [torch.full((2**22,), torch.nan, device=DEVICE) for _ in range(20)]
-            poison += [torch.full((2**12,), torch.nan, device=DEVICE) for _ in range(200)]
-            del poison
-            out = token_sparse_attention(*problem, config, attention_backend=backend)
-            assert torch.equal(out, expected)
+    problem = half_problem()
+    expected = token_sparse_attention(*problem, config, execution=on(backend))
+    for _ in range(3):
+        poison = [torch.full((2**22,), torch.nan, device=DEVICE) for _ in range(20)]
+        poison += [torch.full((2**12,), torch.nan, device=DEVICE) for _ in range(200)]
+        del poison
+        out = token_sparse_attention(*problem, config, execution=on(backend))
+        assert torch.equal(out, expected)
 
 
 def test_more_than_two_to_the_31_elements():
     """Offsets past 2^31 in query, output and packed tensors, at 32 heads of 128."""
     length, heads = 560_000, 32
-    config = dataclasses.replace(SMALL, window_size=128, pool_size=7)
+    config = dataclasses.replace(SMALL, observation_window=128, pool_size=7, keep_ratio=0.02)
     torch.manual_seed(0)
     query = torch.randn(1, length, heads, 128, device=DEVICE, dtype=torch.bfloat16)
     query = query.transpose(1, 2)
     key, value = torch.randn(2, 1, 2, length, 128, device=DEVICE, dtype=torch.bfloat16)
     assert query.numel() > 2**31
-    out, selection = token_sparse_attention(
-        query, key, value, config, kept=0.02, head_chunk=heads, return_selection=True
+    out, selection = with_selection(
+        Problem(query, key, value), config, execution=Execution(head_chunk=heads)
     )
     for head in (0, 15, 31):
         indices = selection.indices[0, head, : selection.lengths[0, head]]
@@ -234,22 +254,19 @@ def test_more_than_two_to_the_31_elements():
         assert not out[0, head, dropped].any()
 
 
-@pytest.mark.parametrize("wants", [False, True])
-@pytest.mark.parametrize(("drop_mass", "dense_heads"), [(0.3, []), (None, [1])])
-def test_opcheck(drop_mass, dense_heads, wants):
+@pytest.mark.parametrize("wants", [AuxRequest(), WITH_BOTH])
+@EACH_METHOD
+def test_opcheck(config, wants):
     problem = half_problem(query_len=200)
-    arguments = (
-        *problem, None, drop_mass, 16, 5, 24, "shared", drop_mass is not None, 20, dense_heads,
-        "window", 40, 3, 2, 9, "off", 0.125, "auto", "flash", None, None, wants, wants, wants,
-    )  # fmt: skip
+    arguments = (*problem, None, config.text, on("flash").text, 0.125, aux_text(wants))
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
 
 def test_auto_takes_flash_attn_4_where_it_can():
     half, single = half_problem(), make_problem(device=DEVICE, head_dim=64)
-    assert choose_backend("auto", half.query, half.key).name in ("fa4", "flash")
+    assert resolve_backend("auto", half.query, half.key).name in ("fa4", "flash")
     if fa4_installed() and torch.cuda.get_device_capability()[0] == 9:
-        assert choose_backend("auto", half.query, half.key).name == "fa4"
-    assert choose_backend("auto", single.query, single.key).name == "efficient"
+        assert resolve_backend("auto", half.query, half.key).name == "fa4"
+    assert resolve_backend("auto", single.query, single.key).name == "efficient"
     with pytest.raises(ValueError, match=r"'fa4' (cannot run torch.float32|needs flash-attn-4)"):
-        token_sparse_attention(*single, CONFIG, attention_backend="fa4")
+        token_sparse_attention(*single, CONFIG, execution=on("fa4"))

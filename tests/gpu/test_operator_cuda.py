@@ -9,24 +9,28 @@ import torch
 
 from support import (
     GOLDEN_CASES,
+    SAMPLING,
     SMALL,
+    WITH_LSE,
     Problem,
+    causal_attention,
     golden_case,
     kept_mask,
     make_problem,
     oracle,
     relative_error,
+    with_selection,
 )
 from token_sparse_attention import (
-    TokenSparseConfig,
+    KVSamplingConfig,
+    TokenSelectionConfig,
     score_tokens,
     select_tokens,
     token_sparse_attention,
 )
-from token_sparse_attention.attention import flash
-from token_sparse_attention.attention.backends import choose_backend
-from token_sparse_attention.attention.dense import causal_attention
-from token_sparse_attention.reference import far_counts, masked_attention
+from token_sparse_attention.attention.flash import FlashBackend
+from token_sparse_attention.attention.resolve import resolve_backend
+from token_sparse_attention.reference import masked_attention, sampled_weights
 
 DEVICE = "cuda"
 
@@ -36,9 +40,8 @@ def test_golden(case):
     tensors, config, selected = golden_case(case)
     tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
     query = tensors["query"]
-    out, selection = token_sparse_attention(
-        query, tensors["key"], tensors["value"], config, return_selection=True
-    )
+    problem = Problem(query, tensors["key"], tensors["value"])
+    out, selection = with_selection(problem, config)
     published = tensors["output"].view(1, query.shape[2], query.shape[1], -1).transpose(1, 2)
     if selected is not None:
         assert (selection.lengths == selected).all()
@@ -55,58 +58,52 @@ def given_selection_truth(problem, config, selection):
     causal = slot <= position
     exact = [tensor[0].double() for tensor in problem]
     scale = exact[0].shape[-1] ** -0.5
-    allowed = causal & (keep[:, None] | (slot == position))
-    sparse = masked_attention(*exact, allowed, scale)
-    rest = torch.zeros_like(sparse)
-    if config.fallback == "window":
-        near = slot > position - config.fallback_window
-        scores = score_tokens(problem.query, problem.key, config)[0]
-        counts = torch.where(near, 1.0, far_counts(scores, config, kv_len)[:, None])
+    dense = masked_attention(*exact, causal[None], scale)
+    rest = torch.zeros_like(dense)
+    near = slot > position - config.sliding_window
+    if isinstance(config, KVSamplingConfig):
+        scores = score_tokens(problem.query, problem.key, config.num_probes)[0]
+        counts = torch.where(near, 1.0, sampled_weights(scores, config, kv_len)[:, None])
         rest = masked_attention(*exact, causal * counts, scale)
+    elif config.fallback == "window":
+        rest = masked_attention(*exact, (causal & near)[None], scale)
+    if isinstance(config, TokenSelectionConfig):
+        allowed = causal & (keep[:, None] | (slot == position))
+        sparse = masked_attention(*exact, allowed, scale)
+        rest = torch.where(keep[:, kv_len - query_len :, None], sparse, rest)
     if config.dense_queries:
-        rest[:, -config.dense_queries :] = masked_attention(*exact, causal[None], scale)[
-            :, -config.dense_queries :
-        ]
-    if config.dense_heads:
-        heads = list(config.dense_heads)
-        rest[heads] = masked_attention(*exact, causal[None], scale)[heads]
-    if not config.select_queries:
-        return rest
-    keep = keep & (slot < kv_len - config.dense_queries)
-    return torch.where(keep[:, kv_len - query_len :, None], sparse, rest)
+        rest[:, -config.dense_queries :] = dense[:, -config.dense_queries :]
+    heads = list(config.dense_heads)
+    rest[heads] = dense[heads]
+    return rest
+
+
+WINDOW = {"fallback": "window", "sliding_window": 40}
+CONFIGS = {
+    "zero": SMALL,
+    "window": dataclasses.replace(SMALL, **WINDOW),
+    "window, dense queries and heads": dataclasses.replace(
+        SMALL, **WINDOW, dense_queries=40, dense_heads=(1,)
+    ),
+    "sinks": dataclasses.replace(SAMPLING, sliding_window=40, sink_size=5, num_samples=0),
+    "sinks and samples": dataclasses.replace(
+        SAMPLING, sliding_window=40, sink_size=2, num_samples=50
+    ),
+    "samples, dense queries": dataclasses.replace(
+        SAMPLING, sliding_window=40, num_samples=50, dense_queries=40
+    ),
+    "samples, dense heads": dataclasses.replace(
+        SAMPLING, sliding_window=40, num_samples=50, dense_heads=(1,)
+    ),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (8, 1)])
 @pytest.mark.parametrize(("query_len", "kv_len"), [(257, 257), (1111, 1111), (140, 501)])
-@pytest.mark.parametrize(
-    "fallback",
-    [
-        {"fallback": "zero"},
-        {"fallback": "window"},
-        {"fallback": "window", "fallback_sinks": 5},
-        {"fallback": "window", "fallback_sinks": 2, "fallback_landmarks": 30},
-        {"fallback": "window", "fallback_sinks": 2, "fallback_samples": 50},
-        {
-            "fallback": "window",
-            "fallback_samples": 50,
-            "drop_mass": None,
-            "select_queries": False,
-            "dense_queries": 40,
-        },
-        {
-            "fallback": "window",
-            "fallback_samples": 50,
-            "drop_mass": None,
-            "select_queries": False,
-            "dense_heads": (1,),
-        },
-    ],
-    ids=lambda fallback: "-".join(map(str, fallback.values())),
-)
-def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback):
-    config = dataclasses.replace(SMALL, fallback_window=40, **fallback)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, config):
     problem = make_problem(
         heads=heads,
         kv_heads=kv_heads,
@@ -116,7 +113,7 @@ def test_operator(dtype, head_dim, heads, kv_heads, query_len, kv_len, fallback)
         dtype=dtype,
         device=DEVICE,
     )
-    out, selection = token_sparse_attention(*problem, config, return_selection=True)
+    out, selection = with_selection(problem, config)
     assert selection.ran_sparse.all()
     truth = given_selection_truth(problem, config, selection)
     causal = torch.ones(1, query_len, kv_len, dtype=torch.bool, device=DEVICE)
@@ -133,17 +130,17 @@ def test_few_last_queries_split_their_keys(heads, splits, monkeypatch):
     problem = make_problem(
         heads=heads, query_len=3000, head_dim=64, dtype=torch.bfloat16, device=DEVICE
     )
-    if choose_backend("auto", problem.query, problem.key).name != "fa4":
+    if resolve_backend("auto", problem.query, problem.key).name != "fa4":
         pytest.skip("flash-attn-4 on Hopper alone leaves multiprocessors idle")
-    used, real = [], flash.rows_attention
+    used, real = [], FlashBackend.attend
 
     def spy(backend, query, *rest, **named):
-        used.append((backend, query.shape[1]))
+        used.append((backend.name, query.shape[2]))
         return real(backend, query, *rest, **named)
 
-    monkeypatch.setattr(flash, "rows_attention", spy)
-    config = TokenSparseConfig(fallback_window=256, fallback_samples=64, crossover="off")
-    out, lse = token_sparse_attention(*problem, config, return_lse=True)
+    monkeypatch.setattr(FlashBackend, "attend", spy)
+    config = KVSamplingConfig(sliding_window=256, num_samples=64, crossover="off")
+    out, _, lse = token_sparse_attention(*problem, config, return_aux=WITH_LSE)
     assert used == ([("flash", 128)] if splits else [])
     group = heads // problem.key.shape[1]
     exact = [problem.query[0].double()]
@@ -154,10 +151,10 @@ def test_few_last_queries_split_their_keys(heads, splits, monkeypatch):
     torch.testing.assert_close(lse[0, :, -128:].double(), logits.logsumexp(-1), rtol=0, atol=1e-3)
 
 
-def test_rows_without_finite_scores_run_dense_to_their_last_query():
+def test_sequences_without_finite_scores_run_dense_to_their_last_query():
     problem = make_problem(query_len=3000, head_dim=64, dtype=torch.bfloat16, device=DEVICE)
     problem.query[0, 0, -5, 0] = torch.nan
-    config = TokenSparseConfig(fallback_window=256, fallback_samples=64, crossover="off")
+    config = KVSamplingConfig(sliding_window=256, num_samples=64, crossover="off")
     out = token_sparse_attention(*problem, config)
     dense = causal_attention(*problem, scale=0.125)
     torch.testing.assert_close(out, dense, rtol=1e-2, atol=1e-2, equal_nan=True)
@@ -167,42 +164,42 @@ def test_float64_equals_the_oracle():
     problem = make_problem(query_len=300, dtype=torch.float64, device=DEVICE)
     for budget in ("shared", "per_head"):
         config = dataclasses.replace(SMALL, budget=budget)
-        out, selection = token_sparse_attention(*problem, config, return_selection=True)
+        out, selection = with_selection(problem, config)
         expected, keep = oracle(problem, config)
         assert torch.equal(kept_mask(selection.indices, 300)[0], keep)
         assert relative_error(out[0], expected) < 1e-12
 
 
+PER_HEAD = {"budget": "per_head", "sliding_window": 40}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    "config",
     [
-        {"fallback": "zero"},
-        {"fallback": "window", "dense_queries": 40},
-        {"drop_mass": None, "select_queries": False, "dense_queries": 40, "fallback_samples": 50},
-        {"drop_mass": None, "select_queries": False, "dense_heads": (0, 1, 3)},
+        dataclasses.replace(SMALL, **PER_HEAD),
+        dataclasses.replace(SMALL, **PER_HEAD, fallback="window", dense_queries=40),
+        dataclasses.replace(SMALL, **PER_HEAD, dense_heads=(0, 1, 3)),
+        dataclasses.replace(SAMPLING, **PER_HEAD, dense_queries=40, num_samples=50),
+        dataclasses.replace(SAMPLING, **PER_HEAD, num_samples=0, dense_heads=(0, 1, 3)),
     ],
-    ids=["zero", "window", "keys-only", "dense-heads"],
+    ids=["zero", "window", "selection-dense-heads", "sampling", "dense-heads"],
 )
-def test_padded_batches_equal_their_rows(changes):
-    changes = {"fallback": "window", "budget": "per_head", "fallback_window": 40} | changes
-    config = dataclasses.replace(SMALL, **changes)
+def test_padded_batches_equal_their_sequences(config):
     problem = make_problem(batch=4, query_len=333, dtype=torch.bfloat16, device=DEVICE)
     mask = torch.ones(4, 333, dtype=torch.bool, device=DEVICE)
     mask[1, :77] = False
     mask[2, 250:] = False
-    mask[3, config.window_size - 1 :] = False  # runs dense, as it is too short
+    mask[3, 15:] = False  # runs dense, as it is too short
     for tensor in problem:
         tensor.masked_fill_(~mask[:, None, :, None], torch.nan)
-    out, selection = token_sparse_attention(
-        *problem, config, padding_mask=mask, return_selection=True
-    )
+    out, selection = with_selection(problem, config, padding_mask=mask)
     assert selection.ran_sparse.tolist() == [True, True, True, False]
-    for row in range(4):
-        real = mask[row].nonzero().flatten()
-        alone = Problem(*(tensor[row : row + 1, :, real] for tensor in problem))
+    for number in range(4):
+        real = mask[number].nonzero().flatten()
+        alone = Problem(*(tensor[number : number + 1, :, real] for tensor in problem))
         expected = token_sparse_attention(*alone, config)[0]
-        torch.testing.assert_close(out[row][:, real], expected, rtol=1e-2, atol=1e-2)
-        assert not out[row][:, ~mask[row]].any()
+        torch.testing.assert_close(out[number][:, real], expected, rtol=1e-2, atol=1e-2)
+        assert not out[number][:, ~mask[number]].any()
 
 
 @pytest.mark.parametrize("backend", ["auto", "flash", "cudnn", "efficient", "math"])
@@ -229,18 +226,19 @@ def test_backends_are_right(backend, query_len, kv_len, window):
 
 def test_ties_keep_the_lower_index():
     scores = torch.full((1, 2, 5000), 0.1, device=DEVICE)
-    selection = select_tokens(scores, dataclasses.replace(SMALL, pool_size=1), kept=0.5)
-    kept = int(selection.lengths[0, 0]) - SMALL.window_size
+    config = dataclasses.replace(SMALL, pool_size=1, keep_ratio=0.5)
+    selection = select_tokens(scores, config)
+    kept = int(selection.lengths[0, 0]) - SMALL.observation_window
     lowest = torch.arange(kept, device=DEVICE)
     assert torch.equal(selection.indices[0, :, :kept], lowest.expand(2, -1))
 
 
-def test_128k_tokens_fit_and_equal_float64_on_sampled_rows():
-    length, config = 131072, TokenSparseConfig.published(drop_mass=0.3, crossover="off")
+def test_128k_tokens_fit_and_equal_float64_on_some_queries():
+    length, config = 131072, TokenSelectionConfig(drop_mass=0.3)
     torch.manual_seed(0)
     query = torch.randn(1, 32, length, 128, device=DEVICE, dtype=torch.bfloat16)
     key, value = torch.randn(2, 1, 8, length, 128, device=DEVICE, dtype=torch.bfloat16)
-    out, selection = token_sparse_attention(query, key, value, config, return_selection=True)
+    out, selection = with_selection(Problem(query, key, value), config)
     assert selection.ran_sparse.all()
     assert query.numel() < 2**31 < 32 * length * length, "indices must not overflow"
     for head in (0, 17, 31):

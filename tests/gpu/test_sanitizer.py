@@ -11,21 +11,28 @@ import pytest
 
 SCRIPT = """
 import torch
-from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention import (
+    AuxRequest, Execution, KVSamplingConfig, TokenSelectionConfig, token_sparse_attention,
+)
 
-for budget, fallback, query_len in (("shared", "zero", 333), ("per_head", "window", 150)):
+selection = {"drop_mass": 0.3, "observation_window": 16, "min_tokens": 32}
+sampling = {"num_probes": 16, "sliding_window": 40, "num_samples": 50, "crossover": "off"}
+for config, query_len in (
+    (TokenSelectionConfig(**selection), 333),
+    (TokenSelectionConfig(
+        budget="per_head", fallback="window", sliding_window=40, **selection), 150),
+    (KVSamplingConfig(**sampling), 333),
+    (KVSamplingConfig(budget="per_head", dense_heads=(1,), **sampling), 150),
+):
     query = torch.randn(2, 6, query_len, 64, device="cuda", dtype=torch.bfloat16)
     key, value = torch.randn(2, 2, 2, 333, 64, device="cuda", dtype=torch.bfloat16)
     mask = torch.ones(2, 333, dtype=torch.bool, device="cuda")
     mask[1, :50] = False
-    config = TokenSparseConfig.published(
-        drop_mass=0.3, window_size=16, min_tokens=32, budget=budget, fallback=fallback,
-        fallback_window=40, crossover="off",
-    )
     for padding_mask in (None, mask):
         result = token_sparse_attention(
-            query, key, value, config, padding_mask=padding_mask, attention_backend="flash",
-            return_selection=True, return_lse=True,
+            query, key, value, config, padding_mask=padding_mask,
+            execution=Execution(attention_backend="flash"),
+            return_aux=AuxRequest(selection=True, lse=True),
         )
         assert result.selection.ran_sparse.all()
 torch.cuda.synchronize()

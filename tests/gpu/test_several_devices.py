@@ -6,26 +6,21 @@ import pytest
 import torch
 
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
-from support import SMALL, make_problem
-from token_sparse_attention import TokenSparseConfig, token_sparse_attention
-from token_sparse_attention.attention.backends import fa4_installed
+from support import SMALL, make_problem, with_selection
+from token_sparse_attention import Execution, KVSamplingConfig
+from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.integrations.transformers import apply
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-KEYS_ONLY = TokenSparseConfig(
-    window_size=32,
-    min_tokens=64,
-    dense_queries=40,
-    fallback_window=50,
-    fallback_samples=60,
-    crossover="off",
+SAMPLED = KVSamplingConfig(
+    num_probes=32, sliding_window=50, num_samples=60, dense_queries=40, crossover="off"
 )
 FA4 = pytest.param(
     "fa4", marks=pytest.mark.skipif(not fa4_installed(), reason="flash-attn-4 not installed")
 )
 
 
-@pytest.mark.parametrize("config", [SMALL, KEYS_ONLY], ids=["queries selected", "keys only"])
+@pytest.mark.parametrize("config", [SMALL, SAMPLED], ids=["selection", "sampling"])
 @pytest.mark.parametrize(
     "backend", [FA4, "flash", "cudnn", "flexprefill", "minference", "xattention", "streaming"]
 )
@@ -34,16 +29,11 @@ def test_the_operator_gives_the_same_on_either_device(config, backend):
         device="cuda:0", dtype=torch.bfloat16, heads=8, head_dim=64, query_len=900, batch=2
     )
     assert torch.cuda.current_device() == 0
-    expected, there = token_sparse_attention(
-        *problem, config, attention_backend=backend, return_selection=True
-    )
+    execution = Execution(attention_backend=backend)
+    expected, there = with_selection(problem, config, execution=execution)
     assert there.ran_sparse.all()
-    out, selection = token_sparse_attention(
-        *(tensor.to("cuda:1") for tensor in problem),
-        config,
-        attention_backend=backend,
-        return_selection=True,
-    )
+    moved = [tensor.to("cuda:1") for tensor in problem]
+    out, selection = with_selection(moved, config, execution=execution)
     assert out.device.index == 1
     assert torch.cuda.current_device() == 0
     assert torch.equal(selection.lengths.cpu(), there.lengths.cpu())
