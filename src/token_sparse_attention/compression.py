@@ -96,7 +96,7 @@ def compress_sequences(
         )
         packed = (packed_q, packed_k, packed_v)
         kernels.gather(query, key, value, indices, offsets, sequences, packed, max_length)
-        return PackedSequences(*packed, *offsets, max_queries, max_length)
+        return PackedSequences(*packed, offsets[0], offsets[1], max_queries, max_length)
     group = query.shape[1] // key.shape[1]
     batch, head, slot = _listed(selection, first_slot=0)
     query_batch, query_head, query_slot = _listed(selection, first_slot=first_query)

@@ -39,7 +39,7 @@ LEAST_DENSE_QUERY_TOKENS = {"cuda": 5.4, "cpu": 2.0}
 # Dense attention's work, S^2 times heads times head size, while the host starts sparse kernels.
 HOST_WORK = {"cuda": 1.5e12, "cpu": 0.0}
 
-_Length = TypeVar("_Length", float, Tensor)
+Length = TypeVar("Length", float, Tensor)
 
 
 def kind_of(device: torch.device) -> str:
@@ -70,7 +70,7 @@ class BreakEven(NamedTuple):
 NEVER_DENSE = BreakEven(0.0, 2.0, 0.0)
 
 
-def effective_length(query_len: _Length, kv_len: _Length) -> _Length:
+def effective_length(query_len: Length, kv_len: Length) -> Length:
     """Return the prompt length with the same dense time per key: S_q where S_q = S_kv.
 
     A chunk of few queries has little dense time to save, but all keys to score and gather.

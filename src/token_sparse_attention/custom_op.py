@@ -55,9 +55,8 @@ def _prefill(
         output = torch.empty_like(layout, device=query.device).copy_(output)
     lse = _empty(query, torch.float32) if lse is None else lse
     if selection is None:
-        none = _empty(query, torch.int64)
-        reasons = _empty(query, torch.int32)
-        return output, lse, none, none.clone(), reasons, _empty(query, torch.bool)
+        none, no_reasons = _empty(query, torch.int64), _empty(query, torch.int32)
+        return output, lse, none, none.clone(), no_reasons, _empty(query, torch.bool)
     room = key.shape[2] - selection.indices.shape[2] if wanted.indices else 0
     indices = F.pad(selection.indices, (0, room), value=-1)
     reasons = selection.reasons

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, effective_length
+from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, Length, effective_length
 
 
 class DenseReason(str, Enum):
@@ -127,7 +127,7 @@ class Gate(NamedTuple):
         return codes
 
     def _rules(
-        self, query_len: int | Tensor, kv_len: int | Tensor
+        self, query_len: Length, kv_len: Length
     ) -> Iterator[tuple[DenseReason, bool | Tensor]]:
         yield DenseReason.SHORT_CHUNK, query_len < self.min_queries
         yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context

@@ -226,7 +226,7 @@ def load_config(path: str | Path) -> SparseConfig | LayerProfile:
 def is_old(content: Mapping[str, Any]) -> bool:
     """Return whether a JSON object holds settings with the field names of version 1."""
     if "version" in content:
-        return content["version"] == 1
+        return bool(content["version"] == 1)
     old = {*_OLD_SAMPLING, *_OLD_SELECTION, *_OLD_UNUSED, "select_queries"}
     today = {one.name for one in dataclasses.fields(KVSamplingConfig)}
     return "method" not in content and bool((old - today) & set(content))

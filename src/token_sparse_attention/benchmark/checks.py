@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -128,10 +128,10 @@ def check_sparse(
         chosen = selection.indices[0, head, : int(selection.lengths[0, head])].long()
         if not bool((chosen.diff() > 0).all()):
             problems.append(f"head {head}: slots do not ascend")
-        checks = [(slots, slots, None)]
+        parts: Iterable[tuple[Tensor, Tensor | None, _Near | None]] = [(slots, slots, None)]
         if head not in config.dense_heads:
-            checks = list(_sparse_checks(inputs, head, chosen, config))
-        for queries, keys, near in checks:
+            parts = _sparse_parts(inputs, head, chosen, config)
+        for queries, keys, near in parts:
             if not len(queries):
                 continue
             if keys is None:
@@ -146,7 +146,7 @@ def check_sparse(
     return judge(max(errors), bound, problems)
 
 
-def _sparse_checks(
+def _sparse_parts(
     inputs: Inputs, head: int, chosen: Tensor, config: SparseConfig
 ) -> Iterator[tuple[Tensor, Tensor | None, _Near | None]]:
     """Yield queries of a head, the keys that they attend to (None: zeros), and their window."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from token_sparse_attention.calibration.record import METHODS, LayerSetting
-from token_sparse_attention.config import SparseConfig, TokenSelectionConfig
+from token_sparse_attention.config import (
+    SparseConfig,
+    TokenSelectionConfig,
+    config_from_dict,
+)
 from token_sparse_attention.options import HIDDEN, CountFrom0, Option
 
 
@@ -114,7 +117,7 @@ class CalibrationOptions:
             if len(set(values)) != len(values):
                 raise ValueError(f"values must not repeat a number, got {values}")
             for value in values:
-                dataclasses.replace(self.base, **{name: value})
+                config_from_dict({**self.base.to_dict(), name: value})
         if self.heads_of < 0:
             raise ValueError(f"heads_of must be at least 0, got {self.heads_of}")
 

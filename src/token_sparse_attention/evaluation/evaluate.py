@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from token_sparse_attention import bundled
-from token_sparse_attention.config import layer_configs
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.generate import Reply
@@ -29,6 +28,7 @@ from token_sparse_attention.evaluation.settings import Configuration, settings_d
 from token_sparse_attention.info import provenance
 from token_sparse_attention.inputs import check_dense_heads
 from token_sparse_attention.integrations.transformers import register_dense_attention
+from token_sparse_attention.profile import layer_configs
 
 Arrival = tuple[Sample, str, Reply]  # a configuration's reply to a sample
 

@@ -257,14 +257,14 @@ class _PassHooks:
         _end_pass(module)
 
 
-@torch.compiler.disable  # type: ignore[no-untyped-call,untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin_pass(module: nn.Module, logits_to_keep: object) -> None:
     applied = _APPLIED.get(module)
     if applied is not None:
         applied.layers.begin_pass(logits_to_keep)
 
 
-@torch.compiler.disable  # type: ignore[no-untyped-call,untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _end_pass(module: nn.Module) -> None:
     applied = _APPLIED.get(module)
     if applied is not None:

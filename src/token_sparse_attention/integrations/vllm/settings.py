@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from token_sparse_attention.attention.names import parse_backend, pattern_config
-from token_sparse_attention.config import KVSamplingConfig, SparseConfig, check_entries
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.impls import check_impl
 from token_sparse_attention.profile import (
     LayerProfile,
@@ -17,6 +17,7 @@ from token_sparse_attention.profile import (
     load_config,
     settings_from_json,
 )
+from token_sparse_attention.records import check_keys
 
 KEY = "token_sparse_attention"
 PREFIX_CACHING = ("refuse", "allow")
@@ -107,7 +108,7 @@ def read_settings(additional_config: Any) -> Settings | None:
     given = additional_config[KEY]
     if not isinstance(given, Mapping):
         raise TypeError(f"additional_config[{KEY!r}] must be an object, got {given!r}")
-    check_entries(f"additional_config[{KEY!r}]", given, _ENTRIES)
+    check_keys(f"additional_config[{KEY!r}]", given, _ENTRIES)
     if ("profile" in given) == ("config" in given):
         raise ValueError(
             f"additional_config[{KEY!r}] must have one of 'profile', the path of a config or "
