@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 
 from benchmarks.markdown import EMPTY, Table, build
 from token_sparse_attention.benchmark.measuring import collect
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.errors import UsageError
@@ -116,6 +117,19 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, budget: float) -> N
         help=f"to spend on each time, as far as a few samples allow (default: {budget:g})",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the results")
+
+
+def op_options(args: argparse.Namespace) -> OpOptions:
+    """Return the shape, device and time that `add_measuring_arguments` and ``--lengths`` read."""
+    return OpOptions(
+        device=args.device,
+        dtype=args.dtype,
+        lengths=args.lengths,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        head_dim=args.head_dim,
+        budget_seconds=args.budget_seconds,
+    )
 
 
 def measured(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from token_sparse_attention.evaluation.record import EvalResults, load_results
+from token_sparse_attention.evaluation.record import EvalResults, Key, SampleResult, load_results
 
 
 def load_folder(folder: Path) -> dict[str, EvalResults]:
@@ -43,7 +43,8 @@ def beside(rounds: Sequence[EvalResults]) -> EvalResults:
         ValueError: if they are of other models or samples, or have a reply twice that differs.
     """
     first = rounds[0].header
-    configurations, samples = dict(first.configurations), {}
+    configurations = dict(first.configurations)
+    samples: dict[Key, SampleResult] = {}
     for one in rounds:
         if one.header.model != first.model or _samples_of(one) != _samples_of(rounds[0]):
             raise ValueError("results side by side must be of the same model and samples")

@@ -9,7 +9,7 @@ from typing import Any
 
 from token_sparse_attention.benchmark.runs import tokens
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -44,7 +44,7 @@ def figure_file(
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure: Any = Figure(figsize=size, layout="constrained")
         yield figure.subplots(rows, columns, **shared)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -59,7 +59,9 @@ def token_axis(axes: Any, lengths: Sequence[int]) -> None:
     axes.set_xlabel("tokens")
 
 
-def interval(axes: Any, x: float, low: float, middle: float, high: float, **look: Any) -> None:
+def interval(
+    axes: Any, x: float, low: float | None, middle: float | None, high: float | None, **look: Any
+) -> None:
     """Draw a point with its interval; `look` is the point's colour, marker and label."""
     axes.plot([x, x], [low, high], color=look.get("color"), alpha=0.4)
     axes.plot(x, middle, linestyle="", **{"marker": "o", "markersize": 5} | look)

@@ -244,8 +244,8 @@ def _draw_panel(axes: Any, rows: Sequence[Row], timed: Mapping[str, Any]) -> Non
         if speeds:
             ends = (row.difference_low, row.difference, row.difference_high)
             marker = "s" if SPARSE in row.configuration else "o"
-            look = {"color": f"C{number}", "marker": marker, "label": name_of(row.configuration)}
-            interval(axes, median(speeds), *ends, **look)
+            label = name_of(row.configuration)
+            interval(axes, median(speeds), *ends, color=f"C{number}", marker=marker, label=label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(1, color="black", linewidth=0.8)
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from rich.progress import track
 from torch import Tensor
 
 from token_sparse_attention import bundled, run
-from token_sparse_attention.attention.block_mask import BLOCK_SIZE
+from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
 from token_sparse_attention.attention.causal import attend
+from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
     flexprefill_mask,
@@ -35,7 +36,7 @@ from token_sparse_attention.attention.patterns.xattention import XAttentionConfi
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import SampleSet
 
-MASKS = {
+MASKS: dict[str, tuple[Callable[..., BlockMask], PatternConfig]] = {
     "flexprefill": (flexprefill_mask, FlexPrefillConfig()),
     "xattention": (xattention_mask, XAttentionConfig()),
 }

@@ -23,6 +23,7 @@ from benchmarks.command import (
     list_of,
     make_parser,
     measured,
+    op_options,
     positive,
     run_command,
 )
@@ -48,7 +49,6 @@ from token_sparse_attention.attention.patterns.xattention import xattention_mask
 from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.checks import Inputs, Verdict, judge
 from token_sparse_attention.benchmark.contenders import dense_call
-from token_sparse_attention.benchmark.measuring import device_named
 from token_sparse_attention.benchmark.op import Contender, Point, prefixed
 from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
@@ -67,23 +67,24 @@ Report = Callable[[str], object]
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What to measure; the command's help explains the fields.
+    """What to measure.
+
+    Attributes:
+        common: device, lengths, shape and budget.
+        executors: of `EXECUTORS`.
+        dense: the dense kernel to compare with.
+        densities: shares of the blocks, chosen at random.
+        estimate_densities: shares of the blocks that patterns are set to choose.
 
     Raises:
         UsageError: if a field is out of range.
     """
 
-    device: torch.device
+    common: OpOptions
     executors: tuple[str, ...]
     dense: str
-    dtype: torch.dtype = torch.bfloat16
-    lengths: tuple[int, ...] = LENGTHS
     densities: tuple[float, ...] = DENSITIES
     estimate_densities: tuple[float, ...] = ESTIMATE_DENSITIES
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    budget_seconds: float = 0.4
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.executors if name not in EXECUTORS]
@@ -93,28 +94,16 @@ class BlockOptions:
             )
         if not all(0 < share <= 1 for share in (*self.densities, *self.estimate_densities)):
             raise UsageError("densities must be shares in (0, 1]")
-        if not self.lengths or min(self.lengths) < 2 * BLOCK_SIZE[0]:
-            raise UsageError(f"--lengths must be at least {2 * BLOCK_SIZE[0]}, got {self.lengths}")
-
-    def point(self, seq_len: int) -> Point:
-        """Return one length's inputs, and what its records have in common."""
-        options = OpOptions(
-            device=str(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
-            lengths=(seq_len,),
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            budget_seconds=self.budget_seconds,
-        )
-        return Point(options, seq_len, "block")
+        lengths = self.common.lengths
+        if not lengths or min(lengths) < 2 * BLOCK_SIZE[0]:
+            raise UsageError(f"--lengths must be at least {2 * BLOCK_SIZE[0]}, got {lengths}")
 
 
 def measure(options: BlockOptions, report: Report = lambda _: None) -> Iterator[Record]:
     """Yield every record of a run, in order; `report` is told what is being measured."""
-    for seq_len in options.lengths:
+    for seq_len in options.common.lengths:
         say = prefixed(report, seq_len)
-        point = options.point(seq_len)
+        point = Point(options.common, seq_len, "block")
         yield from _speeds(options, point, say)
         if options.estimate_densities:
             point.inputs = structured_inputs(point.inputs)
@@ -263,9 +252,7 @@ def _estimates(options: BlockOptions, point: Point, say: Report) -> Iterator[Rec
     scale = point.inputs.scale
     dense = checks.check_dense(point.inputs, dense_call(options.dense, point.inputs)())
     square = query.new_empty(MATMUL_SIDE if query.is_cuda else 256, 1)
-    left, right = torch.randn(
-        2, len(square), len(square), dtype=options.dtype, device=options.device
-    )
+    left, right = torch.randn(2, len(square), len(square), dtype=query.dtype, device=query.device)
     for estimator in ESTIMATORS:
         for density in options.estimate_densities:
             say(f"{estimator.name}, density {density:g}")
@@ -382,21 +369,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> bool:
-    device = device_named(args.device)
-    on_cuda = device.type == "cuda"
+    common = op_options(args)
+    on_cuda = common.torch_device.type == "cuda"
     executors = ("fa4", "flex", "triton") if on_cuda else ("reference",)
     options = BlockOptions(
-        device=device,
+        common,
         executors=executors if args.executors is None else args.executors,
         dense=args.dense or ("fa4" if on_cuda else "math"),
-        dtype=getattr(torch, args.dtype),
-        lengths=args.lengths,
         densities=args.densities,
         estimate_densities=args.estimate_densities,
-        num_heads=args.num_heads,
-        num_kv_heads=args.num_kv_heads,
-        head_dim=args.head_dim,
-        budget_seconds=args.budget_seconds,
     )
     return measured(args, "benchmarks.block_sparse.speed", partial(measure, options), BLOCK_TABLES)
 

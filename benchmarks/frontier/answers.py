@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from token_sparse_attention import TokenSparseConfig
 from token_sparse_attention.evaluation.generate import Reply, kept_of
 from token_sparse_attention.evaluation.samples import Sample
 from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.settings import Settings
 
 
 class Likelihood:
@@ -26,7 +26,7 @@ class Likelihood:
 
 @torch.no_grad()
 def likelihood(
-    model: Any, tokenizer: Any, ids: Tensor, sample: Sample, config: TokenSparseConfig | None
+    model: Any, tokenizer: Any, ids: Tensor, sample: Sample, config: Settings | None
 ) -> Reply:
     """Return the answer's negative log-likelihood, in nats, as the text of a reply.
 
@@ -38,7 +38,7 @@ def likelihood(
         tokenizer: its tokenizer.
         ids: ``[1, S]`` token ids of the prompt.
         sample: whose document names the answers.
-        config: settings of the prefill, None for dense.
+        config: settings or a profile of the prefill, None for dense.
     """
     text = " " + " ".join(sample.doc["outputs"])
     answer = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]

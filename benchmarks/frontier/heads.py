@@ -101,7 +101,7 @@ def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Observe the samples that the command line names."""
-    parser = examination_parser("benchmarks.frontier.heads", __doc__, fallback_samples=2048)
+    parser = examination_parser("benchmarks.frontier.heads", __doc__, num_samples=2048)
     parser.add_argument("--per-task", type=int, default=2, help="samples of each task and length")
     return run_command(parser, _run, argv)
 
@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> bool:
         dense_queries=0,
         fallback_window=512,
         fallback_sinks=0,
-        fallback_samples=args.fallback_samples,
+        fallback_samples=args.num_samples,
         crossover="off",
     )
     content = header("frontier-heads", model, args.model, samples, config) | {"rows": []}

@@ -151,6 +151,7 @@ def _run(args: argparse.Namespace) -> bool:
         content["samples"].append({**facts, "speed_up": speed, "layers": times})
         args.out.write_text(json.dumps(content), encoding="utf-8")
         print(facts, {name: round(value, 2) for name, value in speed.items()}, flush=True)
+    return True
 
 
 def new_content(name: str, model: Any, samples: SampleSet, **asked: Any) -> dict[str, Any]:
@@ -181,7 +182,6 @@ def some_of_each_length(samples: SampleSet, per_length: int) -> list[Sample]:
         if len(chosen[sample.length]) < per_length:
             chosen[sample.length].append(sample)
     return [sample for length in sorted(chosen) for sample in chosen[length]]
-    return True
 
 
 if __name__ == "__main__":

@@ -64,14 +64,12 @@ def probabilities(query: Tensor, key: Tensor, positions: Tensor, scale: float) -
         yield logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-def examination_parser(
-    name: str, doc: str | None, fallback_samples: int
-) -> argparse.ArgumentParser:
+def examination_parser(name: str, doc: str | None, num_samples: int) -> argparse.ArgumentParser:
     """Return a parser of what every examination needs: a model, samples and an output."""
     parser = make_parser(name, doc)
     parser.add_argument("--model", default=str(bundled.MODEL))
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--fallback-samples", type=int, default=fallback_samples)
+    parser.add_argument("--num-samples", type=int, default=num_samples)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     return parser

@@ -221,7 +221,9 @@ def _layers(rounds: Mapping[str, EvalResults], heads: Mapping[str, Any]) -> str:
         loss = {s.key: float(s.reply) for s in results.samples}
         for name, settings in results.header.configurations.items():
             layer = _single_layer(settings or {})
-            for sample in results.samples if layer is not None else ():
+            if layer is None:
+                continue
+            for sample in results.samples:
                 dense = loss.get((*sample.key[:3], DENSE))
                 if sample.configuration == name and dense is not None:
                     of_task = costs.setdefault(sample.task, {})

@@ -165,13 +165,13 @@ def examine(
     looks: list[dict[str, list[float]]] = []
 
     def watched(
-        module: Any, query: Tensor, key: Tensor, *others: Any, scaling: float, **_: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         if query.shape[2] == ids.shape[1]:
             looks.append(look(query[0], key[0], ids[0], places, scaling, config.fallback_window))
         nothing = places["sentence"][:0]
         return attention(
-            module, query, key, *others, scaling=scaling, layer=-1, sparse=nothing, config=config
+            module, query, key, value, mask, scaling, layer=-1, sparse=nothing, config=config
         )
 
     def nats(function: Callable[..., tuple[Tensor, None]]) -> float:
@@ -193,7 +193,7 @@ def examine(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine the samples that the command line names."""
-    parser = examination_parser("benchmarks.frontier.positions", __doc__, fallback_samples=4096)
+    parser = examination_parser("benchmarks.frontier.positions", __doc__, num_samples=4096)
     parser.add_argument("--task", choices=_SENTENCES, default="niah_multikey_3")
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--layer", type=int, action="append", required=True, help="one or more")
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> bool:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
-    config = TokenSparseConfig(fallback_samples=args.fallback_samples, crossover="off")
+    config = TokenSparseConfig(fallback_samples=args.num_samples, crossover="off")
     about = header("frontier-positions", model, args.model, samples, config)
     first, step = map(int, args.part.split("/"))
     chosen = [one for one in samples.samples if (one.task, one.length) == (args.task, args.length)]

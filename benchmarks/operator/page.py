@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.markdown import Page, build
-from benchmarks.operator.figures import FIGURES, draw
+from benchmarks.operator.charts import FIGURES, draw
 from benchmarks.operator.sampling_tables import SAMPLING_TABLES
 from benchmarks.operator.tables import TABLES
 

@@ -21,6 +21,7 @@ from benchmarks.command import (
     add_measuring_arguments,
     make_parser,
     measured,
+    op_options,
     positive,
     run_command,
 )
@@ -32,7 +33,6 @@ from token_sparse_attention.attention.far_tokens import far_tokens
 from token_sparse_attention.attention.windows import attend_windows
 from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.contenders import dense_call
-from token_sparse_attention.benchmark.measuring import device_named
 from token_sparse_attention.benchmark.op import Contender, Point, Report, prefixed
 from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
@@ -43,28 +43,26 @@ from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.selection import resolve_impl, score_tokens
 
 LENGTHS = (65536, 131072)
-SAMPLES, LANDMARKS, SINKS, DENSE_QUERIES = (1024, 4096, 8192), (4096,), (4096,), (128,)
+SAMPLES, SINKS, DENSE_QUERIES = (1024, 4096, 8192), (4096,), (128,)
 _CONFIG = TokenSparseConfig.published(
     drop_mass=None, select_queries=False, min_tokens=0, fallback="window"
 )
 
 
 @dataclass(frozen=True)
-class FarOptions:
+class SamplingOptions:
     """What to measure.
 
     Attributes:
         common: device, lengths, shape and budget; of its backends only the first is read, the
             dense kernel, which also attends within the windows.
-        samples: numbers of tokens drawn by score.
-        landmarks: numbers of best-scored tokens.
-        sinks: numbers of first tokens, which every query sees: the most that far tokens cost.
+        samples: numbers of sampled keys.
+        sinks: numbers of first keys, which every query sees: the most that sampled keys can cost.
         dense_queries: numbers of last queries that attend to every key.
     """
 
     common: OpOptions
     samples: tuple[int, ...] = SAMPLES
-    landmarks: tuple[int, ...] = LANDMARKS
     sinks: tuple[int, ...] = SINKS
     dense_queries: tuple[int, ...] = DENSE_QUERIES
 
@@ -73,7 +71,6 @@ class FarOptions:
         found = {WINDOW: _CONFIG}
         for name, counts in (
             ("sinks", self.sinks),
-            ("landmarks", self.landmarks),
             ("samples", self.samples),
         ):
             for count in counts:
@@ -88,7 +85,7 @@ class FarOptions:
         return found
 
 
-def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Record]:
+def measure(options: SamplingOptions, report: Report = lambda _: None) -> Iterator[Record]:
     """Yield every record of a run, in order; `report` is told what is being measured.
 
     Raises:
@@ -110,7 +107,7 @@ def measure(options: FarOptions, report: Report = lambda _: None) -> Iterator[Re
         yield from _whole(options, point, say)
 
 
-def _stages(options: FarOptions, point: Point, say: Report) -> Iterator[Record]:
+def _stages(options: SamplingOptions, point: Point, say: Report) -> Iterator[Record]:
     """Time scoring; drawing; windows with and without far tokens in turns."""
     query, key, value = point.inputs
     backend, scale = options.common.dense[0], point.inputs.scale
@@ -140,7 +137,7 @@ def _stages(options: FarOptions, point: Point, say: Report) -> Iterator[Record]:
     yield from point.timed(*windows)
 
 
-def _whole(options: FarOptions, point: Point, say: Report) -> Iterator[Record]:
+def _whole(options: SamplingOptions, point: Point, say: Report) -> Iterator[Record]:
     """Check the operator under every setting, and time all in turns."""
     contenders = []
     for name, config in options.settings().items():
@@ -170,9 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser,
         {
             "lengths": (positive, LENGTHS, "prompt lengths"),
-            "samples": (positive, SAMPLES, "numbers of tokens drawn by score"),
-            "landmarks": (positive, LANDMARKS, "numbers of best-scored tokens"),
-            "sinks": (positive, SINKS, "numbers of first tokens, the costliest place"),
+            "samples": (positive, SAMPLES, "numbers of sampled keys"),
+            "sinks": (positive, SINKS, "numbers of first keys, the costliest place"),
             "dense-queries": (positive, DENSE_QUERIES, "numbers of last, dense queries"),
         },
     )
@@ -186,21 +182,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> bool:
-    device = device_named(args.device)
-    common = OpOptions(
-        device=args.device,
-        dtype=args.dtype,
-        lengths=args.lengths,
-        num_heads=args.num_heads,
-        num_kv_heads=args.num_kv_heads,
-        head_dim=args.head_dim,
-        backends=(args.dense or ("fa4" if device.type == "cuda" else "flash"),),
-        budget_seconds=args.budget_seconds,
-    )
-    options = FarOptions(common, args.samples, args.landmarks, args.sinks, args.dense_queries)
-    return measured(
-        args, "benchmarks.operator.sampling", partial(measure, options), SAMPLING_TABLES
-    )
+    common = op_options(args)
+    dense = args.dense or ("fa4" if common.torch_device.type == "cuda" else "flash")
+    counts = (args.samples, args.sinks, args.dense_queries)
+    options = SamplingOptions(replace(common, backends=(dense,)), *counts)
+    name = "benchmarks.operator.sampling"
+    return measured(args, name, partial(measure, options), SAMPLING_TABLES)
 
 
 if __name__ == "__main__":

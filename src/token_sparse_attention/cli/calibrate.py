@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from token_sparse_attention import bundled
 from token_sparse_attention.calibration.options import CalibrationOptions
-from token_sparse_attention.cli.command import Command, working
+from token_sparse_attention.cli.command import Command, warn, working
 from token_sparse_attention.cli.model import (
     DenseKernel,
     ModelOptions,
@@ -72,7 +71,7 @@ class PromptsOptions:
         for path, text in zip(self.paths(), texts):
             tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             if tokens < length:
-                _warn(f"{path} has {tokens} tokens, which are repeated to fill {length}")
+                warn(f"{path} has {tokens} tokens, which are repeated to fill {length}")
         count = self.num_prompts or _PROMPTS
         return prompts.text_prompts(tokenizer, texts, length, count)
 
@@ -226,10 +225,6 @@ def _without_layers(settings: SparseConfig | LayerProfile) -> SparseConfig:
     return settings.base if isinstance(settings, LayerProfile) else settings
 
 
-def _warn(message: str) -> None:
-    print(f"tsa: warning: {message}", file=sys.stderr)
-
-
 def _warn_of_covering(options: CalibrationOptions, shortest: int) -> None:
     """Say which numbers of samples leave nothing out of the prompts."""
     if options.method == "drift" or not isinstance(options.base, KVSamplingConfig):
@@ -237,7 +232,7 @@ def _warn_of_covering(options: CalibrationOptions, shortest: int) -> None:
     window = options.base.sliding_window
     for setting in options.settings:
         if setting.value + window >= shortest:
-            _warn(
+            warn(
                 f"{setting.value} samples and the window of {window} cover a prompt of "
                 f"{shortest} tokens, which then counts as dense; take longer prompts"
             )

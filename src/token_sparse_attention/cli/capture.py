@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from token_sparse_attention.cli.command import Command, print_json, working
+from token_sparse_attention.cli.command import Command, print_json, warn, working
 from token_sparse_attention.cli.model import ModelOptions, PromptOptions, require_transformers
 from token_sparse_attention.errors import JobFailedError, UsageError
 from token_sparse_attention.options import Count
@@ -50,7 +49,7 @@ class Capture(Command):
         sparse = [n for n, layer in enumerate(kept.layers) if layer.dense_reason is None]
         if not sparse:
             reasons = dict.fromkeys(str(layer.dense_reason) for layer in kept.layers)
-            print(f"tsa: no layer ran sparse: {'; '.join(reasons)}", file=sys.stderr)
+            warn(f"no layer ran sparse: {'; '.join(reasons)}")
         if self.json:
             facts = {
                 "written": str(self.out),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NoReturn
@@ -77,6 +78,11 @@ class Parser(argparse.ArgumentParser):
 def working(message: str) -> Status:
     """Return a context that shows on standard error that something takes a while."""
     return Console(stderr=True).status(message)
+
+
+def warn(message: str) -> None:
+    """Say on standard error what the user should know."""
+    sys.stderr.write(f"tsa: warning: {message}\n")
 
 
 def print_json(content: Mapping[str, Any]) -> None:

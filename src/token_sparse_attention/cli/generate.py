@@ -49,12 +49,16 @@ class Argument(NamedTuple):
         try:
             values = [read(part) for part in parts]
         except (ValueError, TypeError) as error:
-            what = "" if option.read else f"must be {_NUMBERS[self.kind][listed]}, got {text!r}"
-            raise argparse.ArgumentTypeError(what or str(error)) from error
+            if option.read:
+                raise argparse.ArgumentTypeError(str(error)) from error
+            what = _NUMBERS[self.kind][listed]
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from error
         for value in values:
             if choices and value not in choices:
-                what = f"must be one of {', '.join(choices)}; got {value!r}"
-                raise argparse.ArgumentTypeError(what + did_you_mean(value, choices))
+                hint = did_you_mean(value, choices)
+                raise argparse.ArgumentTypeError(
+                    f"must be one of {', '.join(choices)}; got {value!r}{hint}"
+                )
             if option.minimum is not None and value < option.minimum:
                 raise argparse.ArgumentTypeError(f"must be at least {option.minimum}, got {value}")
         return tuple(values) if listed else values[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from token_sparse_attention import bundled, records
+from token_sparse_attention.cli.command import warn
 from token_sparse_attention.errors import UsageError, loading
 from token_sparse_attention.options import Device, Option
 
@@ -149,8 +150,7 @@ def warn_of_length(model: Any, prompt_tokens: int, new_tokens: int = 0) -> None:
     limit = context_limit(model)
     if limit is not None and prompt_tokens + new_tokens > limit:
         reply = f" and {new_tokens} new ones" if new_tokens else ""
-        print(
-            f"tsa: warning: {prompt_tokens} prompt tokens{reply} exceed the {limit} positions "
-            "this model was made for",
-            file=sys.stderr,
+        warn(
+            f"{prompt_tokens} prompt tokens{reply} exceed the {limit} positions this model was "
+            "made for"
         )

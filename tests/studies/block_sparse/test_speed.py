@@ -24,6 +24,7 @@ from studies.synthetic import PROVENANCE, S, changed, record
 from token_sparse_attention.attention.block_mask import BlockMask
 from token_sparse_attention.attention.block_sparse import block_sparse_attention
 from token_sparse_attention.benchmark.checks import random_inputs
+from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.errors import UsageError
@@ -143,19 +144,16 @@ def test_structured_inputs_are_sparser_than_noise():
 
 
 def test_a_small_run_is_checked_and_complete():
-    options = BlockOptions(
-        device=CPU,
-        executors=("reference", "fa4"),
-        dense="math",
-        dtype=torch.float32,
+    common = OpOptions(
+        device="cpu",
+        dtype="float32",
         lengths=(1024,),
-        densities=(0.5,),
-        estimate_densities=(0.4,),
         num_heads=2,
         num_kv_heads=1,
         head_dim=32,
         budget_seconds=0.0,
     )
+    options = BlockOptions(common, ("reference", "fa4"), "math", (0.5,), (0.4,))
     records = list(measure(options))
     assert {one.suite for one in records} == {"block"}
     names = {one.name for one in records}
@@ -168,10 +166,10 @@ def test_a_small_run_is_checked_and_complete():
 
 
 def test_what_cannot_be_measured_is_refused():
-    plain = {"device": CPU, "executors": (), "dense": "math"}
+    plain = {"common": OpOptions(), "executors": (), "dense": "math"}
     with pytest.raises(UsageError, match=r"--executors must be among fa4, .*; got 'cuda'"):
         BlockOptions(**{**plain, "executors": ("cuda",)})
     with pytest.raises(UsageError, match=r"densities must be shares in \(0, 1\]"):
         BlockOptions(**plain, densities=(0.0,))
     with pytest.raises(UsageError, match="--lengths must be at least 256"):
-        BlockOptions(**plain, lengths=(100,))
+        BlockOptions(OpOptions(lengths=(200,)), (), "math")

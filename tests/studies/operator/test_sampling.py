@@ -19,8 +19,8 @@ from token_sparse_attention.benchmark.runs import NoFigureError, Run
 
 FAR = ["--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
 FAR += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "640"]
-FAR += ["--samples", "16,64", "--landmarks", "20", "--sinks", "20", "--dense-queries", "8"]
-SETTINGS = ("sinks-20", "landmarks-20", "samples-16", "samples-64", "samples-64-per-head")
+FAR += ["--samples", "16,64", "--sinks", "20", "--dense-queries", "8"]
+SETTINGS = ("sinks-20", "samples-16", "samples-64", "samples-64-per-head")
 
 
 def rows(name, of):
@@ -82,23 +82,21 @@ def test_every_setting_and_stage_is_measured(tmp_path):
 
 def test_settings_are_what_their_names_say():
     common = OpOptions(device="cpu", lengths=(640,), backends=("flash",))
-    found = sampling.FarOptions(common, (16, 64), (20,), (30,), (8,)).settings()
+    found = sampling.SamplingOptions(common, (16, 64), (30,), (8,)).settings()
     shown = {
-        name: (c.fallback_sinks, c.fallback_landmarks, c.fallback_samples, c.dense_queries)
-        for name, c in found.items()
+        name: (c.fallback_sinks, c.fallback_samples, c.dense_queries) for name, c in found.items()
     }
     assert shown == {
-        "window": (0, 0, 0, 0),
-        "sinks-30": (30, 0, 0, 0),
-        "landmarks-20": (0, 20, 0, 0),
-        "samples-16": (0, 0, 16, 0),
-        "samples-64": (0, 0, 64, 0),
-        "samples-64-per-head": (0, 0, 64, 0),
-        "samples-64-dense-8": (0, 0, 64, 8),
+        "window": (0, 0, 0),
+        "sinks-30": (30, 0, 0),
+        "samples-16": (0, 16, 0),
+        "samples-64": (0, 64, 0),
+        "samples-64-per-head": (0, 64, 0),
+        "samples-64-dense-8": (0, 64, 8),
     }
     assert {c.budget for name, c in found.items() if "per-head" in name} == {"per_head"}
     assert not any(c.select_queries or c.crossover != "off" for c in found.values())
-    alone = sampling.FarOptions(common, (), (), (), (8,)).settings()
+    alone = sampling.SamplingOptions(common, (), (), (8,)).settings()
     assert list(alone) == ["window", "window-dense-8"]
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from benchmarks.markdown import EMPTY, Page, fill
 from benchmarks.markdown import build as build_table
-from benchmarks.operator.figures import FIGURES, draw
+from benchmarks.operator.charts import FIGURES, draw
 from benchmarks.operator.tables import TABLES
 from benchmarks.operator.targets import TARGETS, outcomes
 
