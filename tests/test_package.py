@@ -128,12 +128,13 @@ def test_docstring_examples_run():
 
     transformers.utils.logging.set_verbosity_error()
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    public = {name: getattr(token_sparse_attention, name) for name in token_sparse_attention.__all__}
     ran = set()
     for name in PUBLIC:
         if name in NEED_VLLM:
             continue
         module = importlib.import_module(name)
-        for test in finder.find(module, globs={**vars(module), "torch": torch}):
+        for test in finder.find(module, globs={**public, **vars(module), "torch": torch}):
             if test.examples:
                 torch.manual_seed(0)
                 runner.run(test)
