@@ -67,6 +67,7 @@ SAMPLED = [
         {"sliding_window": 20, "sink_size": 5, "num_samples": 0},
         {},
         {"budget": "per_head"},
+        {"sink_size": 2, "num_samples": 180},  # more than some sequences have keys for
         {"sink_size": 2, "num_samples": 11, "dense_queries": 21},
         {"dense_heads": (0,)},
         {"dense_heads": (0,), "budget": "per_head", "dense_queries": 21},

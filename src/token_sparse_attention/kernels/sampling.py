@@ -127,7 +127,7 @@ def sample_keys_kernel(
     by_score = by_score / both
     uniform = uniform / both
 
-    factor = tl.where(budget >= number, 1e30, budget)  # as large a budget makes all keys certain
+    factor = budget
     certain = 0
     more = stop > start
     while more:

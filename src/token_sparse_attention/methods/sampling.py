@@ -299,7 +299,7 @@ def inclusion_probabilities(shares: Tensor, budgets: Tensor, capacity: int) -> T
     number = (factor * best >= 1).sum(-1, keepdim=True)
     last = (candidates - 1).clamp(0, best.shape[-1] - 1)  # behind it nothing is left to share
     factor = factor.gather(-1, number.minimum(last))
-    return torch.where(budgets >= candidates, (shares > 0).double(), shares * factor).clamp(max=1)
+    return (shares * factor).clamp(max=1.0)
 
 
 def _systematic(probabilities: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
