@@ -9,16 +9,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from token_sparse_attention import TokenSelection, TokenSparseConfig, bundled, demo
+from token_sparse_attention import (
+    KVSamplingConfig,
+    TokenSelection,
+    TokenSelectionConfig,
+    bundled,
+    demo,
+    load_config,
+)
 from token_sparse_attention.cli import main
 from token_sparse_attention.cli.demo import show
-from token_sparse_attention.config import PROFILE_FILE, load_config
-from token_sparse_attention.crossover import NEVER_DENSE
 from token_sparse_attention.integrations.record import (
     LayerRecord,
     PrefillReport,
     SelectionRecord,
 )
+from token_sparse_attention.profile import PROFILE_FILE
 from token_sparse_attention.run import Answer
 
 
@@ -87,8 +93,8 @@ def test_the_demos_settings_are_the_profiles_in_proportion():
     for layer, config in whole.items():
         assert config == dataclasses.replace(
             small[layer],
-            fallback_window=16 * small[layer].fallback_window,
-            fallback_samples=16 * small[layer].fallback_samples,
+            sliding_window=16 * small[layer].sliding_window,
+            num_samples=16 * small[layer].num_samples,
             crossover="auto",
         )
     assert source.startswith(PROFILE_FILE)
@@ -142,34 +148,38 @@ def test_the_demo_fails_on_wrong_answers_and_without_sparsity():
 
 
 @pytest.mark.parametrize(
-    ("changes", "share", "summary"),
+    ("config", "share", "summary"),
     [
-        ({}, 0.25, "the heads of layer 3 kept 25.0% of the prompt's tokens"),
         (
-            {"drop_mass": None, "select_queries": False, "dense_queries": 4},
+            TokenSelectionConfig(fallback="window", sliding_window=40),
+            0.25,
+            "the heads of layer 3 kept 25.0% of the prompt's tokens",
+        ),
+        (
+            KVSamplingConfig(sliding_window=40, dense_queries=4),
             0.25 + 0.1,
             "the queries of layer 3 saw at most 35.0% of the prompt's tokens, windows included, "
             "the last 4 aside",
         ),
         (
-            {"drop_mass": None, "select_queries": False, "fallback_window": 500},
+            KVSamplingConfig(sliding_window=500, dense_queries=0),
             1.0,
             "the queries of layer 2 saw at most 100.0% of the prompt's tokens, windows included",
         ),
     ],
 )
-def test_the_demo_says_what_was_seen(changes, share, summary):
+def test_the_demo_says_what_was_seen(config, share, summary):
     """Of the sparsest layer of the prompt where it saw most; a window counts as seen."""
-    config = TokenSparseConfig.published(fallback="window", fallback_window=40)
-    config = dataclasses.replace(config, **changes)
     findings = []
     for kept, others in ((60, 200), (100, 300)):
         report = PrefillReport()
         for layer, count in ((2, others), (3, kept)):
             lengths = torch.tensor([[count - 20, count + 20]])
-            selection = TokenSelection(lengths[..., None], lengths, torch.tensor([True]))
-            selected = SelectionRecord.of(selection, config, NEVER_DENSE, 400, 400, None)
-            report.add(LayerRecord(layer, 400, 400, selection=selected))
+            selection = TokenSelection(
+                lengths[..., None], lengths, torch.tensor([True]), reasons=torch.tensor([0])
+            )
+            record = SelectionRecord.of(selection, 400, None)
+            report.add(LayerRecord(layer, 400, 400, selection=record, config=config))
         reply = Answer("", 400, 1, 0.1, 0.2, report)
         findings.append(demo.Finding(BUNDLED_NEEDLES[0], reply, reply))
     result = demo.DemoResult(findings, "a test", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,3 +65,21 @@ def test_other_shapes_are_not_read():
     assert read_mask(mask[0], 6, 6) is None
     assert read_mask(mask.expand(1, 2, 6, 6), 6, 6) is None
     assert read_mask(torch.zeros_like(mask), 6, 6) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_hide_a_key_or_leave_it_alone(dtype):
+    """Any other number changes weights, which is neither causal nor padding."""
+    visible = make_mask([(0, 6), (2, 6)], 6, 6, 6)
+    least = torch.finfo(dtype).min
+    for hidden in (least, -torch.inf, torch.tensor(torch.finfo(torch.bfloat16).min).to(dtype)):
+        mask = torch.where(visible, 0.0, hidden).to(dtype)
+        assert read_mask(mask, 6, 6).kv_len == 6
+    for number in (-0.5, 0.5, -100.0, -10_000.0, torch.nan, torch.inf):
+        for whole in (True, False):  # in a column, as padding would be, and in one place
+            mask = torch.where(visible, 0.0, least).to(dtype)
+            if whole:
+                mask[0, :, :, 0] = number
+            else:
+                mask[0, 0, 3, 1] = number
+            assert read_mask(mask, 6, 6) is None
