@@ -14,7 +14,7 @@ from token_sparse_attention import DenseReason
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 
 # As few probes and so small a window that verifying passes would be long enough to run sparse.
-EAGER = dataclasses.reslot(SAMPLING, num_probes=2, dense_queries=1)
+EAGER = dataclasses.replace(SAMPLING, num_probes=2, dense_queries=1)
 CONFIGS = {"selection": CONFIG, "sampling": SAMPLING, "few probes": EAGER}
 
 

@@ -19,7 +19,7 @@ CONFIG = TokenSelectionConfig(
 )
 # Every query is kept; with more samples than these, replies stay as dense.
 SAMPLING = KVSamplingConfig(
-    num_probes=96,  # so that prompts as short as these run dense here, too
+    num_probes=32,
     sliding_window=4,
     sink_size=1,
     num_samples=6,
