@@ -53,7 +53,7 @@ def test_overrides_are_of_the_bases_method():
     ("text", "error", "message"),
     [
         ("nope", ValueError, "profile is not valid JSON"),
-        ('"text"', ValueError, "profile must be a JSON object, got str"),
+        ('"text"', ValueError, "profile must be a JSON object, got 'text'"),
         ("{}", ValueError, "profile version must be 2, got None"),
         ('{"version": 3}', ValueError, "profile version must be 2, got 3"),
         ('{"version": 2, "layer": {}}', ValueError, "did you mean 'layers'"),

@@ -265,7 +265,7 @@ def _check_selection(
     if indices.shape[2] == 0:
         raise ValueError(
             "selection.indices must list the tokens, got none: a selection of lengths alone "
-            "cannot be gathered; ask for return_selection=True"
+            "cannot be gathered; ask for AuxRequest(indices=True)"
         )
     if selection.lengths.shape != indices.shape[:2]:
         raise ValueError(
