@@ -8,7 +8,12 @@ import pytest
 import torch
 from triton import knobs
 
-from token_sparse_attention import TokenSparseConfig, token_sparse_attention
+from token_sparse_attention import (
+    AuxRequest,
+    KVSamplingConfig,
+    TokenSelectionConfig,
+    token_sparse_attention,
+)
 from token_sparse_attention.integrations.vllm.paged import read_gpu
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import Settings
@@ -16,17 +21,15 @@ from token_sparse_attention.integrations.vllm.warm_up import Layer, warm_up
 
 DEVICE = torch.device("cuda", 0)
 BLOCK, LONG = 16, 70_001
-CONFIG = TokenSparseConfig.published(drop_mass=0.1)
-WINDOW = dataclasses.replace(CONFIG, fallback="window", fallback_sinks=4, fallback_landmarks=512)
-KEYS_ONLY = TokenSparseConfig.published(
-    drop_mass=None, select_queries=False, fallback="window", fallback_sinks=4, fallback_samples=256
-)
+CONFIG = TokenSelectionConfig(drop_mass=0.1)
+SAMPLING = KVSamplingConfig(num_samples=256, crossover="off", dense_queries=0)
 CONFIGS = {
-    "default": CONFIG,
-    "per_head": dataclasses.replace(CONFIG, budget="per_head"),
-    "window": WINDOW,
-    "keys_only": KEYS_ONLY,
-    "keys_only_per_head": dataclasses.replace(KEYS_ONLY, budget="per_head", dense_queries=128),
+    "selection": CONFIG,
+    "selection_per_head": dataclasses.replace(CONFIG, budget="per_head"),
+    "selection_window": dataclasses.replace(CONFIG, fallback="window", sliding_window=2048),
+    "sampling": SAMPLING,
+    "sampling_many_sinks": dataclasses.replace(SAMPLING, sink_size=600),
+    "sampling_per_head": dataclasses.replace(SAMPLING, budget="per_head", dense_queries=128),
 }
 
 
@@ -54,8 +57,13 @@ def test_long_prompts_compile_nothing_more(monkeypatch, name, heads):
             shape = (-(-length // BLOCK), num_kv_heads, BLOCK, 2 * dim)
             cache = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
             key, value = read_gpu(cache, torch.arange(len(cache), device=DEVICE), length)
-        _, selection = token_sparse_attention(
-            query[:, :, -chunk:], key, value, config, scale=layer.scale, return_selection=True
+        _, selection, _ = token_sparse_attention(
+            query[:, :, -chunk:],
+            key,
+            value,
+            config,
+            scale=layer.scale,
+            return_aux=AuxRequest(selection=True),
         )
         assert selection.ran_sparse.all()
     assert compiled == []
