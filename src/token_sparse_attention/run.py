@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from token_sparse_attention.attention.names import parse_backend, pattern_config
@@ -24,6 +27,7 @@ from token_sparse_attention.profile import (
 )
 
 _WARM_UP_TOKENS = 256
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,23 @@ class Answer:
         return fields
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The beginning of prompts, read once for all of them.
+
+    Attributes:
+        cache: its keys and values; `ask` takes copies.
+        tokens: how many tokens it has.
+        seconds: how long reading took.
+        report: what the layers did; None for a dense run.
+    """
+
+    cache: DynamicCache
+    tokens: int
+    seconds: float
+    report: PrefillReport | None = None
+
+
 def pick_device(device: str) -> str:
     """Return `device`, or for ``"auto"`` the first CUDA device if there is one."""
     if device != "auto":
@@ -83,10 +104,14 @@ def load_model(
         device: ``"auto"``, or a torch device; not read with a `device_map`.
         device_map: how accelerate spreads the layers over several devices, as for
             ``from_pretrained``; None for all on `device`.
-        dtype: ``"auto"`` for the checkpoint's own, or a torch dtype's name.
+        dtype: ``"auto"`` for the checkpoint's own, or float32 where that is a half precision
+            for which the processor has no units; or a torch dtype's name.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if dtype == "auto" and device_map is None and torch.device(pick_device(device)).type == "cpu":
+        stored = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).dtype
+        dtype = "float32" if lacks_units(stored) else "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=dtype,
@@ -97,6 +122,16 @@ def load_model(
     if device_map is None:
         model = model.to(pick_device(device))
     return model.eval(), tokenizer
+
+
+def lacks_units(dtype: torch.dtype | None) -> bool:
+    """Return whether this processor computes in a half precision without units of its own.
+
+    Such a processor (AVX2, without AVX-512 or AMX) takes about twice as long as in float32.
+    """
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor:
@@ -214,13 +249,66 @@ def answer(
         attention_backend: see `Execution`; a pattern runs in every layer, the
             dense ones too. Without settings ``"auto"`` takes a pattern's place.
     """
+    with _switched(model, config, impl, attention_backend) as report:
+        return _generate(model, tokenizer, ids, max_new_tokens, report)
+
+
+def read(model: Any, ids: Tensor, config: SparseConfig | LayerProfile | None) -> Reading:
+    """Read what several prompts begin with: sparsely under `config`, or densely if it is None.
+
+    Args:
+        model: the model.
+        ids: ``[1, S]`` token ids.
+        config: the settings, or None.
+    """
+    ids, cache = ids.to(model.device), DynamicCache()
+    with _switched(model, config, "auto", "auto") as report, torch.no_grad():
+        _wait(ids)
+        start = time.perf_counter()
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        _wait(ids)
+        return Reading(cache, ids.shape[1], time.perf_counter() - start, report)
+
+
+def ask(model: Any, tokenizer: Any, reading: Reading, ids: Tensor, max_new_tokens: int) -> Answer:
+    """Answer a prompt greedily whose beginning was read; what follows it is attended densely.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        reading: of the prompt's first tokens; its cache stays as it is.
+        ids: ``[1, S]`` token ids of the whole prompt.
+        max_new_tokens: at most this many tokens are generated.
+
+    Returns:
+        The answer; its times begin behind what was read, its report is that of the reading.
+    """
+    cache = copy.deepcopy(reading.cache)
+    with _switched(model, None, "auto", "auto"):
+        return _generate(model, tokenizer, ids, max_new_tokens, reading.report, cache)
+
+
+@contextmanager
+def _switched(
+    model: Any,
+    config: SparseConfig | LayerProfile | None,
+    impl: str,
+    attention_backend: str | PatternConfig,
+) -> Iterator[PrefillReport | None]:
+    """Let a model attend sparsely under `config`, densely without; see `answer`."""
     backend = parse_backend(attention_backend)
     if config is None:
         with attention_of_every_layer(model, "auto" if pattern_config(backend) else backend):
-            return _generate(model, tokenizer, ids, max_new_tokens, None)
+            yield None
+        return
     every_layer = attention_of_every_layer(model, backend)
     with every_layer, apply(model, config, impl=impl, attention_backend=backend) as report:
-        return _generate(model, tokenizer, ids, max_new_tokens, report)
+        yield report
+
+
+def _wait(ids: Tensor) -> None:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
 
 
 @torch.no_grad()
@@ -230,10 +318,10 @@ def _generate(
     ids: Tensor,
     max_new_tokens: int,
     report: PrefillReport | None,
+    cache: DynamicCache | None = None,
 ) -> Answer:
     ids = ids.to(model.device)
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
+    _wait(ids)
     clock = FirstTokenClock()
     generated = model.generate(
         ids,
@@ -241,6 +329,7 @@ def _generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=clock,
+        past_key_values=cache,
     )
     total_time = time.perf_counter() - clock.start
     new = generated[0, ids.shape[1] :]

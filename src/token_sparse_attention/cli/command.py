@@ -6,16 +6,18 @@ import argparse
 import json
 import re
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from rich.console import Console
-from rich.status import Status
 
 from token_sparse_attention.errors import did_you_mean
 from token_sparse_attention.options import HIDDEN
 
+_INTERVAL = 10.0  # seconds between two lines of progress in a log
 _WRONG_WORD = re.compile(r"(?:invalid choice: '|unrecognized arguments: )([\w-]+)")
 
 
@@ -75,9 +77,54 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{hint} (usage: {self.prog} --help)\n")
 
 
-def working(message: str) -> Status:
-    """Return a context that shows on standard error that something takes a while."""
-    return Console(stderr=True).status(message)
+class Progress:
+    """Says on standard error what takes a while: in one line that changes on a terminal.
+
+    Elsewhere, as in a log, each message takes a line, at most one in `_INTERVAL` seconds.
+    """
+
+    def __init__(self, message: str) -> None:
+        console = Console(stderr=True)
+        self._status = console.status(message) if console.is_terminal else None
+        self._message = message
+        self._shown_at = -_INTERVAL
+        self._timer: threading.Timer | None = None
+
+    def update(self, message: str) -> None:
+        """Say what is done now."""
+        if self._status is not None:
+            self._status.update(message)
+            return
+        self._message = message
+        wait = self._shown_at + _INTERVAL - time.monotonic()
+        if wait <= 0:
+            self._show()
+        elif self._timer is None:
+            self._timer = threading.Timer(wait, self._show)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _show(self) -> None:
+        self._shown_at, self._timer = time.monotonic(), None
+        print(f"tsa: {self._message}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        if self._status is None:
+            self._show()
+        else:
+            self._status.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+        elif self._timer is not None:
+            self._timer.cancel()
+
+
+def working(message: str) -> Progress:
+    """Return a context that says on standard error that something takes a while."""
+    return Progress(message)
 
 
 def warn(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.console import Console
@@ -11,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from token_sparse_attention.cli.command import Command, print_json, working
-from token_sparse_attention.cli.model import require_transformers
 from token_sparse_attention.cli.run import layer_table
 from token_sparse_attention.options import Device
 
@@ -33,11 +31,11 @@ class Demo(Command):
 
     def run(self) -> bool:
         """Ask for every fact, and show which were found."""
-        require_transformers()
-        from token_sparse_attention.demo import run_demo
+        with working("importing PyTorch and transformers") as progress:
+            require_transformers()
+            from token_sparse_attention.demo import run_demo
 
-        with working("starting") as status:
-            result = run_demo(device=self.device, on_progress=status.update)
+            result = run_demo(device=self.device, on_progress=progress.update)
         if self.json:
             print_json(result.to_dict())
         else:
@@ -60,14 +58,10 @@ def show(result: DemoResult) -> None:
     console.print(table)
     last = result.findings[-1]
     if last.sparse.report:
-        console.print(f"Last question, {last.sparse.prompt_tokens:,} prompt tokens:")
+        console.print("What each layer did with the document, read sparsely:")
         console.print(layer_table(last.sparse.report.last_prefill()))
-    for path in ("dense", "sparse"):
-        times = result.times(path)
-        console.print(
-            f"{path}: first token after {median(times):.2f} s "
-            f"({times[0]:.2f} to {times[-1]:.2f}, {len(times)} prompts)"
-        )
+    for path, seconds in result.reading_seconds.items():
+        console.print(f"{path}: read the document in {seconds:.2f} s (one run)")
     if result.note is not None:
         console.print(f"[yellow]note[/]: {result.note}", highlight=False)
     for failure in result.failures:
