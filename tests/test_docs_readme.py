@@ -43,9 +43,7 @@ def speed_up(*, own_shape: bool) -> float:
         for row in replay["rows"]
         if (row["configuration"], row["length"], row["own_shape"]) == (SHIPPED, LENGTH, own_shape)
     ]
-    times = [
-        (share, replay["points"][place]) for layer in row["layers"] for share, place in layer
-    ]
+    times = [(share, replay["points"][place]) for layer in row["layers"] for share, place in layer]
     assert all(point["passed"] for _, point in times)
     dense = sum(share * point["dense_ms"] for share, point in times)
     return dense / sum(share * point["median_ms"] for share, point in times)

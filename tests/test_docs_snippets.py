@@ -83,7 +83,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
             exec(code, names)
     if page.name == "patterns.md":
         check_streaming(names)
-    if page.stem in ("README", "index", "quick-start"):
+    if page.stem in ("README", "quick-start"):
         paths = [path for record in names["report"] for path in record.paths]
         assert "sparse" in paths, "the page shows what does not happen"
 
