@@ -1,4 +1,7 @@
-"""The page of what was measured in vLLM."""
+"""Write the tables of benchmarks/serving/README.md from the result files.
+
+python benchmarks/serving/page.py
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,9 @@ from typing import Any
 
 from benchmarks.markdown import Page
 
-FOLDER = Path(__file__).parent
-RESULTS = FOLDER.parent / "results" / "serving"
-
-
-def pages() -> list[Page]:
-    """Return the page, made from the files in `RESULTS`."""
-    return [Page(FOLDER / "README.md", tables())]
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "benchmarks" / "serving" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "serving"
 
 
 def tables() -> dict[str, str]:
