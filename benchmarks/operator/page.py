@@ -12,13 +12,8 @@ from benchmarks.operator.tables import TABLES
 
 from token_sparse_attention.benchmark.runs import Run
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGES: dict[Path, tuple[Path, Mapping[str, Table]]] = {
-    ROOT / "docs" / "benchmarks.md": (RESULTS, {**TABLES, **FAR_TABLES}),
-    ROOT / "benchmarks" / "block_sparse" / "speed.md": (RESULTS / "block", BLOCK_TABLES),
-}
-"""Each page's folder of results and its tables."""
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parent / "results"
 
 
 def load_runs(folder: Path = RESULTS) -> list[Run]:

@@ -1,7 +1,4 @@
-"""Write the tables of benchmarks/serving/README.md from the result files.
-
-python benchmarks/serving/page.py
-"""
+"""The page of what was measured in vLLM."""
 
 from __future__ import annotations
 
@@ -12,9 +9,13 @@ from typing import Any
 
 from benchmarks.markdown import Page
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "benchmarks" / "serving" / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "serving"
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parent / "results" / "serving"
+
+
+def pages() -> list[Page]:
+    """Return the page, made from the files in `RESULTS`."""
+    return [Page(FOLDER / "README.md", tables())]
 
 
 def tables() -> dict[str, str]:
