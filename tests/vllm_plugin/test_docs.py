@@ -22,8 +22,8 @@ def test_every_setting_is_listed():
 
 @pytest.mark.parametrize("text", re.findall(r"--additional-config '(.*?)'", PAGE, re.DOTALL))
 def test_the_settings_shown_can_be_read(text, monkeypatch):
-    from token_sparse_attention import TokenSparseConfig
+    from token_sparse_attention import KVSamplingConfig
     from token_sparse_attention.integrations.vllm import settings
 
-    monkeypatch.setattr(settings, "load_config", lambda _: TokenSparseConfig.published())
+    monkeypatch.setattr(settings, "load_config", lambda _: KVSamplingConfig())
     assert read_settings(json.loads(text)) is not None
