@@ -100,7 +100,7 @@ def given(page: Path, folder: Path) -> dict[str, object]:
     known["text"] = " ".join(WORDS)
     prompts = text_prompts(known["tokenizer"], [known["text"]], length=90, count=1)
     options = CalibrationOptions(
-        method="sensitivity", base=CONFIG, drop_masses=(0.1,), divergence_budget=1.0
+        method="sensitivity", base=CONFIG, values=(0.1,), divergence_budget=1.0
     )
     measured = calibrate(known["model"], prompts, options)
     (folder / "profile.measured.json").write_text(measured.to_json())
