@@ -104,7 +104,7 @@ def _plain(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
             f"density 0.2, {tuple(tiles)}",
             partial(
                 block_sparse.attend_block_lists,
-                *(*inputs, *lists, mask.block_size, inputs.scale),
+                *(*inputs, *lists, mask.grid.block_size, inputs.scale),
                 tiles=tiles,
             ),
         )
