@@ -31,7 +31,7 @@ def select(scores, keep):
     return selection.select_tokens(scores, bounds, length, 0, rule)
 
 
-@pytest.mark.parametrize("keep", [3, 10, 11, 40, 64, 129, 199])
+@pytest.mark.parametrize("keep", [3, 40, 129, 199])
 def test_ties_fill_earlier_chunks_than_higher_scores(monkeypatch, keep):
     """Of 190 equal scores more lie in the first chunk than are kept, or fewer."""
     monkeypatch.setattr(selection, "_CHUNK", 64)

@@ -45,15 +45,9 @@ def block_sparse_attention(
 
 
 def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float | None = None,
-    backend: str = "auto",
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *,
+    scale: float | None = None, backend: str = "auto", return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention of each query over the keys that `mask` leaves it.
 
     Args:
@@ -97,15 +91,9 @@ def block_sparse_attention(
 
 @on_its_device
 def attend_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    backend: str,
-    want_lse: bool,
-) -> Attended:
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *,
+    scale: float, backend: str, want_lse: bool,
+) -> Attended:  # fmt: skip
     """`block_sparse_attention` on checked arguments."""
     chosen = choose_block_backend(backend, query, mask.grid.block_size, want_lse=want_lse).name
     run = {"fa4": _fa4_attention, "flex": _flex_blocks, "reference": attend_reference}[chosen]

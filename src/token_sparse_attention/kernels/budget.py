@@ -73,13 +73,9 @@ class Budget(NamedTuple):
 
 
 def count_tokens(
-    scores: Tensor,
-    bounds: Tensor,
-    first_query: int,
-    rule: Rule,
-    tp_group: ProcessGroup | None,
+    scores: Tensor, bounds: Tensor, first_query: int, rule: Rule, tp_group: ProcessGroup | None,
     spare: int,
-) -> Budget:
+) -> Budget:  # fmt: skip
     """Decide how many tokens each head keeps.
 
     Args:

@@ -47,15 +47,9 @@ def cumulative_lengths(
 
 @on_its_device
 def gather(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    offsets: tuple[Tensor, Tensor],
-    sequences: range,
-    packed: tuple[Tensor, Tensor, Tensor],
-    max_length: int,
-) -> None:
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, offsets: tuple[Tensor, Tensor],
+    sequences: range, packed: tuple[Tensor, Tensor, Tensor], max_length: int,
+) -> None:  # fmt: skip
     """Write the selected rows into ``packed``, ``[T, D]`` each.
 
     Args:
@@ -80,17 +74,10 @@ def gather(
 
 @on_its_device
 def scatter(
-    out: Tensor,
-    indices: Tensor,
-    offsets: tuple[Tensor, Tensor],
-    sequences: range,
-    full: Tensor,
-    ran_sparse: Tensor,
-    *,
-    first_query: int,
-    zeros: bool,
-    lse: tuple[Tensor, Tensor] | None = None,
-) -> None:
+    out: Tensor, indices: Tensor, offsets: tuple[Tensor, Tensor], sequences: range, full: Tensor,
+    ran_sparse: Tensor, *,
+    first_query: int, zeros: bool, lse: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write packed rows ``out [T, D]`` to their positions in ``full [B, H, S_q, D]``.
 
     Args:

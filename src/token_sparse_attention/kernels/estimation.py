@@ -55,14 +55,9 @@ def _pick_tiles(dtype: torch.dtype, probe_rows: int, head_dim: int) -> tuple[sco
 
 @on_its_device
 def last_query_mass(
-    query: Tensor,
-    key: Tensor,
-    num_probes: int,
-    scale: float,
-    *,
-    tiles: tuple[scoring.Tiles, Tiles] | None = None,
-    portion: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, num_probes: int, scale: float, *,
+    tiles: tuple[scoring.Tiles, Tiles] | None = None, portion: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean attention of the last queries by key and by distance back from the query.
 
     Args:
@@ -87,15 +82,9 @@ def last_query_mass(
 
 
 def _add_portion(
-    query: Tensor,
-    key: Tensor,
-    masses: tuple[Tensor, Tensor],
-    later: int,
-    width: int,
-    share: float,
-    scale: float,
-    tiles: tuple[scoring.Tiles, Tiles] | None,
-) -> None:
+    query: Tensor, key: Tensor, masses: tuple[Tensor, Tensor], later: int, width: int,
+    share: float, scale: float, tiles: tuple[scoring.Tiles, Tiles] | None,
+) -> None:  # fmt: skip
     """Add `share` times the mean attention of `width` queries, which `later` queries follow."""
     batch_size, num_heads, query_len, head_dim = query.shape
     end = key.shape[2] - later

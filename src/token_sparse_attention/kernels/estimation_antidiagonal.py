@@ -50,15 +50,9 @@ def can_run(query: Tensor, stride: int, block_size: tuple[int, int]) -> bool:
 
 @on_its_device
 def antidiagonal_scores(
-    query: Tensor,
-    key: Tensor,
-    stride: int,
-    block_size: tuple[int, int],
-    scale: float,
-    *,
-    tiles: Tiles | None = None,
-    kept_elements: int = _KEPT_ELEMENTS,
-) -> Tensor:
+    query: Tensor, key: Tensor, stride: int, block_size: tuple[int, int], scale: float, *,
+    tiles: Tiles | None = None, kept_elements: int = _KEPT_ELEMENTS,
+) -> Tensor:  # fmt: skip
     """Estimate each block's share of attention, ``[B, H, Q, K]`` float32.
 
     Args:

@@ -63,15 +63,9 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> tuple[Tiles, Tiles]:
 
 @on_its_device
 def score_tokens(
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor,
-    num_probes: int,
-    scale: float,
-    *,
-    padded: bool,
-    tiles: tuple[Tiles, Tiles] | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, bounds: Tensor, num_probes: int, scale: float, *,
+    padded: bool, tiles: tuple[Tiles, Tiles] | None = None,
+) -> Tensor:  # fmt: skip
     """Return ``[B, H, S_kv - W]`` float32 scores by slot, W the number of probes.
 
     The scores of a sequence with fewer than W queries are NaN.
@@ -110,14 +104,9 @@ def score_tokens(
 
 
 def probe_statistics(
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor,
-    num_probes: int,
-    end: int,
-    scale: float,
+    query: Tensor, key: Tensor, bounds: Tensor, num_probes: int, end: int, scale: float,
     tiles: Tiles,
-) -> ProbeStatistics:
+) -> ProbeStatistics:  # fmt: skip
     """Run the first pass, over the keys before slot `end`; see `score_tokens`."""
     batch_size, num_heads, query_len, _ = query.shape
     num_kv_heads = key.shape[1]

@@ -42,13 +42,9 @@ class Selected(NamedTuple):
 
 @on_its_device
 def select_tokens(
-    scores: Tensor,
-    bounds: Tensor,
-    kv_len: int,
-    first_query: int,
-    rule: Rule,
+    scores: Tensor, bounds: Tensor, kv_len: int, first_query: int, rule: Rule,
     tp_group: ProcessGroup | None = None,
-) -> Selected:
+) -> Selected:  # fmt: skip
     """Select each head's tokens: those of the highest smoothed scores, and the last W.
 
     Args:

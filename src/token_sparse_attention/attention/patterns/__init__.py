@@ -15,7 +15,6 @@ from torch import Tensor
 from token_sparse_attention.attention.block_mask import (
     BLOCK_SIZE,
     BlockGrid,
-    BlockMask,
     check_grid,
 )
 from token_sparse_attention.attention.block_sparse import (
@@ -23,7 +22,7 @@ from token_sparse_attention.attention.block_sparse import (
     choose_block_backend,
     kv_head_portions,
 )
-from token_sparse_attention.attention.patterns.base import PatternConfig
+from token_sparse_attention.attention.patterns.base import MakeMask, PatternConfig
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
     flexprefill_mask,
@@ -166,8 +165,8 @@ def find_pattern(name: str) -> Pattern:
     return PATTERNS[name]
 
 
-def _from_mask(make_mask: Callable[..., BlockMask]) -> Callable[..., Attended]:
-    """Return the `Pattern.run` of a function that returns a `BlockMask`."""
+def _from_mask(make_mask: MakeMask) -> Callable[..., Attended]:
+    """Return the `Pattern.run` of a function that chooses blocks."""
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, config: Any, *,

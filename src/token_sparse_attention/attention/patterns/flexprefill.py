@@ -71,17 +71,9 @@ def flexprefill_mask(
     query: Tensor, key: Tensor, config: FlexPrefillConfig, scale: float,
     block_size: tuple[int, int] = BLOCK_SIZE, impl: str = "auto",
 ) -> BlockMask:  # fmt: skip
-    """Choose every head's blocks (algorithm 1).
+    """Choose every head's blocks (algorithm 1); see `MakeMask`.
 
-    The first block of keys and those on the diagonal are always kept.
-
-    Args:
-        query: ``[B, H, S_q, D]``.
-        key: ``[B, H_kv, S_kv, D]``.
-        config: the settings.
-        scale: factor of the logits.
-        block_size: queries and keys per block.
-        impl: as in `score_tokens`.
+    The first block of keys and the blocks on the diagonal are always kept.
     """
     grid = BlockGrid(query.shape[2], key.shape[2], block_size)
     key_means = block_means(key, block_size[1], impl=impl)

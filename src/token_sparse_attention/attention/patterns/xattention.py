@@ -75,13 +75,7 @@ def xattention_mask(
 ) -> BlockMask:  # fmt: skip
     """Choose for each block of queries the fewest blocks whose scores sum to the threshold.
 
-    Args:
-        query: ``[B, H, S_q, D]``.
-        key: ``[B, H_kv, S_kv, D]``.
-        config: the settings.
-        scale: factor of the logits.
-        block_size: queries and keys per block.
-        impl: as in `score_tokens`.
+    See `MakeMask`.
 
     Raises:
         ValueError: if the stride does not divide the block size, or thresholds per head are not
