@@ -56,7 +56,7 @@ def _pick_tiles(dtype: torch.dtype, probe_rows: int, head_dim: int) -> tuple[sco
 @on_its_device
 def last_query_mass(
     query: Tensor, key: Tensor, num_probes: int, scale: float, *,
-    tiles: tuple[scoring.Tiles, Tiles] | None = None, portion: int | None = None,
+    tiles: tuple[scoring.Tiles, Tiles] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean attention of the last queries by key and by distance back from the query.
 
@@ -66,7 +66,6 @@ def last_query_mass(
         num_probes: how many of the last queries, at most S_q.
         scale: factor of the logits.
         tiles: of the two passes, for tuning.
-        portion: queries per launch, for tuning.
 
     Returns:
         Two tensors ``[B, H, S_kv]`` float32; each sums to 1 over its last dimension.
@@ -74,7 +73,7 @@ def last_query_mass(
     shape = (*query.shape[:2], key.shape[2])
     masses = torch.zeros(2, *shape, dtype=torch.float32, device=query.device).unbind()
     # More queries fill the registers; the exact products of float32 fill them sooner.
-    portion = portion or (32 if query.dtype == torch.float32 else 64)
+    portion = 32 if query.dtype == torch.float32 else 64
     for later in range(0, num_probes, portion):
         width = min(portion, num_probes - later)
         _add_portion(query, key, masses, later, width, width / num_probes, scale, tiles)
