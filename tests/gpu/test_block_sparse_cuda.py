@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from token_sparse_attention.attention.flash import fa4_installed
 
 from support import relative_error
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import block_sparse_attention
 from token_sparse_attention.attention.columns import Columns, attend_columns
+from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,

@@ -29,12 +29,12 @@ class Columns(NamedTuple):
     """Keys that every later query of a head attends to, where no block covers them.
 
     Attributes:
-        index: ``[B, H, C]`` int64, positions; S_kv and beyond stand for no column.
+        slots: ``[B, H, C]`` int64; S_kv and beyond stand for no column.
         covered: ``[B, H, Q, K]`` bool, the blocks that are attended to elsewhere.
         grid: the blocks.
     """
 
-    index: Tensor
+    slots: Tensor
     covered: Tensor
     grid: BlockGrid
 
@@ -63,7 +63,7 @@ def add_columns(
     portion = max(_GROUP_NUMBERS * num_kv_heads // query.numel(), 1)
     for heads, kv_heads in kv_head_portions(query.shape[1], num_kv_heads, portion):
         lse = None if into.lse is None else into.lse[:, heads]
-        part = Columns(columns.index[:, heads], columns.covered[:, heads], columns.grid)
+        part = Columns(columns.slots[:, heads], columns.covered[:, heads], columns.grid)
         tensors = query[:, heads], key[:, kv_heads], value[:, kv_heads]
         merge_into(
             Attended(into.out[:, heads], lse),
@@ -91,16 +91,16 @@ def attend_columns(
     Returns:
         ``[B, H, S_q, D]`` and ``[B, H, S_q]`` float32.
     """
-    index, covered, grid = columns
-    safe = index.clamp(max=grid.kv_len - 1)
+    slots, covered, grid = columns
+    safe = slots.clamp(max=grid.kv_len - 1)
     kv_block = (safe // grid.block_size[1])[:, :, None].expand(-1, -1, grid.query_blocks, -1)
     # The first position from which a block of queries sees each column; S_kv if covered.
     hidden = covered.gather(-1, kv_block)
-    opens = torch.where(hidden, grid.kv_len, index.int()[:, :, None])
+    opens = torch.where(hidden, grid.kv_len, slots.int()[:, :, None])
     packed_key, packed_value = gather_by_head(key, safe), gather_by_head(value, safe)
     if choose_block_backend(backend, query, want_lse=True).name == "reference":
         # A gathered value that stands for no column must not turn a weight of 0 into NaN.
-        packed_value = packed_value.masked_fill((index >= grid.kv_len)[..., None], 0.0)
+        packed_value = packed_value.masked_fill((slots >= grid.kv_len)[..., None], 0.0)
         return _reference_columns(query, packed_key, packed_value, opens, grid, scale)
     offset = torch.full((), grid.kv_len - grid.query_len, device=query.device)
     rows_per_block = grid.block_size[0]
@@ -108,7 +108,7 @@ def attend_columns(
     def allowed(batch: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         return opens[batch, head, row // rows_per_block, slot] <= row + offset
 
-    packed = BlockGrid(grid.query_len, index.shape[-1])
+    packed = BlockGrid(grid.query_len, slots.shape[-1])
     every = torch.arange(packed.kv_blocks, dtype=torch.int32, device=query.device)
     every = every.expand(1, 1, packed.query_blocks, -1).contiguous()
     count = every.new_full(every.shape[:3], packed.kv_blocks)
