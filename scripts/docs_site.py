@@ -1,13 +1,14 @@
-"""What the documentation site does besides plain Markdown; mkdocs.yml names this file.
+"""What the documentation site needs beyond plain Markdown; mkdocs.yml names this file.
 
-Pages that live elsewhere in the repository become pages of the site, and links that leave
-`docs/` for them lead there, so that the same links work where the repository is read.
+Pages that lie elsewhere in the repository become pages of the site. Links between files of the
+repository become links between pages, so that the same links work in both places.
 """
 
 from __future__ import annotations
 
+import os.path
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from griffe import Docstring, Extension, Object
@@ -18,35 +19,47 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
+    "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "DESIGN.md": "design.md",
+    "LICENSE": "license.md",
     "src/token_sparse_attention/bundled/model/README.md": "bundled-model.md",
 }
+"""Files outside the documentation's folder, and the names of their pages."""
+_SOURCES = {page: source for source, page in ELSEWHERE.items()}
 _CODE = re.compile(r"`[^`\n]+`")
-_LINK_OUT = re.compile(r"(\]\()\.\./([^)#\s]+)")
+_LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie outside the documentation's folder."""
     for path, name in ELSEWHERE.items():
         text = (ROOT / path).read_text(encoding="utf-8")
+        if not path.endswith(".md"):
+            text = f"# {path.capitalize()}\n\n```text\n{text}```\n"
         files.append(File.generated(config, name, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point links that leave the folder at the site's own copy of what they lead to.
+    """Turn links between files of the repository into links between pages.
 
-    A bar in code in a table has a backslash where the repository is read, none here.
+    In the repository a bar in code in a table is escaped by a backslash; here it is not.
     """
+    name = page.file.src_path
+    folder = PurePosixPath(_SOURCES.get(name, f"docs/{name}")).parent
 
     def inside(link: re.Match[str]) -> str:
-        if link[2] not in ELSEWHERE:
-            raise PluginError(f"{page.file.src_path} links to ../{link[2]}, no page of the site")
-        return link[1] + ELSEWHERE[link[2]]
+        path = os.path.normpath(folder / link[2])
+        if path in ELSEWHERE:
+            return link[1] + ELSEWHERE[path]
+        if path.startswith("docs/"):
+            return link[1] + path.removeprefix("docs/")
+        raise PluginError(f"{folder / name} links to {path}, no page of the site")
 
     markdown = _CODE.sub(lambda code: code[0].replace(r"\|", "|"), markdown)
-    return _LINK_OUT.sub(inside, markdown)
+    return _LINK.sub(inside, markdown)
 
 
 class ExampleSections(Extension):

@@ -12,15 +12,19 @@ import pytest
 import torch
 
 import token_sparse_attention
-from token_sparse_attention import TokenSparseConfig, crossover
+from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, crossover
 from token_sparse_attention.attention.patterns import PATTERNS
+from token_sparse_attention.methods import method_of
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "token_sparse_attention"
 DOCS = ROOT / "docs"
 CHOOSING = DOCS / "choosing-a-configuration.md"
 README = ROOT / "README.md"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
-CARD = ROOT / "src" / "token_sparse_attention" / "bundled" / "model" / "README.md"
+IN_ROOT = [ROOT / f"{name}.md" for name in ("README", "DESIGN", "CONTRIBUTING", "CHANGELOG")]
+PAGES = [*IN_ROOT, *sorted(DOCS.glob("*.md"))]
+CARD = PACKAGE / "bundled" / "model" / "README.md"
+MEASURED = [DOCS / "results.md", CARD, *sorted((ROOT / "benchmarks").rglob("*.md"))]
 DOCUMENTED = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
 
 
@@ -36,11 +40,10 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
-def test_settings_are_all_there_is():
-    defaults = {f.name: f.default for f in dataclasses.fields(TokenSparseConfig)}
-    section = read(README).split("## Settings")[1].split("## ")[0]
-    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == set(defaults)
-    section = read(DOCS / "choosing-a-configuration.md").split("## Every field")[1].split("## ")[0]
+@pytest.mark.parametrize("config", [KVSamplingConfig, TokenSelectionConfig])
+def test_settings_are_all_there_is(config):
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    section = read(CHOOSING).split(f"### {config.__name__}\n")[1].split("\n#")[0]
     listed = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows(section)[2:]}
     assert listed == defaults
 
@@ -53,50 +56,75 @@ def test_links_lead_somewhere(page):
         assert not file or (page.parent / file).exists(), link
 
 
-@pytest.mark.parametrize("name", ["index.md", "choosing-a-configuration.md"])
-def test_numbers_are_measured_ones(name):
-    """Each is in a generated table or the model's card, as it is written here."""
-    pages = [DOCS / page for page in ("benchmarks.md", "frontier.md", "vllm.md")]
-    text, measured = read(DOCS / name), "".join(map(read, [*pages, CARD]))
-    numbers = re.findall(r"\d+\.\d\dx|[+-]\d\.\d{3}|\b0\.\d{3}\b|\d+(?:\.\d+)? ms", text)
-    assert numbers
-    for number in numbers:
-        if number != f"{TokenSparseConfig.published().drop_mass}":
-            assert number.removesuffix(" ms") in measured, number
-
-
-def test_rows_about_the_bundled_model_are_the_cards():
-    names = {
-        "published: zeros, `drop_mass=0.005`": "published",
-        "window, `drop_mass=0.2`": "window-0.2",
-        "window, `drop_mass=0.4`": "window-0.4",
-    }
-    _, other_settings = read(CARD).split("Other settings of all layers")
-    card = {tuple(row[:2]): row for row in rows(other_settings)}
-    section = read(DOCS / "choosing-a-configuration.md").split("## What do dropped")[1]
-    listed = [row for row in rows(section.split("\n## ")[0])[2:] if len(row) == 5]
-    assert len(listed) == 7
-    for length, settings, difference, kept, work in listed:
-        row = card[length, names[settings]]
-        assert (row[4].split()[0], row[5], row[6]) == (difference, kept, work)
+def test_numbers_are_measured_ones():
+    """Each speed-up, score and time is in a generated table, as it is written on the page."""
+    measured = "".join(map(read, MEASURED))
+    found = 0
+    for page in PAGES:
+        if page in MEASURED:
+            continue
+        text = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
+        for number in re.findall(r"\d+\.\d\dx|[+-]\d\.\d{3}|\b0\.\d{3}\b|\d+(?:\.\d+)? ms", text):
+            if number != f"{TokenSelectionConfig().drop_mass}":
+                found += 1
+                assert number.removesuffix(" ms") in measured, f"{page.name}: {number}"
+    assert found
 
 
 def test_the_crossovers_lengths_are_the_codes():
-    for page in (README, DOCS / "choosing-a-configuration.md"):
-        for length in (*crossover.MIN_LENGTH.values(), *crossover.MIN_KEYS_ONLY.values()):
-            assert re.search(rf"\b{length // 1024}K\b", read(page)), (page, length)
+    shortest = {*crossover.MIN_LENGTH.values(), *crossover.MIN_SAMPLED_LENGTH.values()}
+    for length in shortest:
+        assert re.search(rf"\b{length // 1024}K\b", read(CHOOSING)), length
 
 
-def test_from_where_on_prompts_run_sparse_is_the_codes():
-    """By default, and with few heads of 128 on a GPU; in thousands of tokens."""
-    wanted = {("cuda", 32): (README, CHOOSING), ("cpu", 32): (README, CHOOSING)}
-    wanted |= {("cuda", 8): (README, CHOOSING), ("cuda", 4): (CHOOSING,)}
-    for (device, heads), pages in wanted.items():
-        even = crossover.break_even(TokenSparseConfig(), torch.device(device), heads, 128)
-        unit = 1024 if even.min_length in crossover.MIN_KEYS_ONLY.values() else 1000
-        length = f"{even.min_length / unit:.0f}K"
-        for page in pages:
-            assert re.search(rf"\b{length}\b", read(page)), (page, device, heads, length)
+@pytest.mark.parametrize(
+    ("device", "heads"), [("cuda", 32), ("cuda", 8), ("cuda", 4), ("cpu", 32)]
+)
+def test_from_where_on_prompts_run_sparse_is_the_codes(device, heads):
+    """By default, for heads of 128; in thousands of tokens."""
+    gate = method_of(KVSamplingConfig()).gate(torch.device(device), heads, 128)
+    least = gate.break_even.min_length
+    unit = 1024 if least in crossover.MIN_SAMPLED_LENGTH.values() else 1000
+    assert re.search(rf"\b{least / unit:.0f}K\b", read(CHOOSING)), (device, heads, least)
+
+
+def test_the_layout_names_what_there_is():
+    package, outside = read(DOCS / "layout.md").split("## Outside the package")
+    for text, root in ((package, PACKAGE), (outside, ROOT)):
+        for path in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE):
+            assert (root / path).exists(), path
+    for path in re.findall(r"`([\w/-]+/[\w./-]*)`", outside):
+        assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
+
+
+def test_the_layout_names_all_that_there_is():
+    named = set(re.findall(r"^\| `([^`]+)` \|", read(DOCS / "layout.md"), re.MULTILINE))
+    there = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    missing = [path for path in there if not any(path.startswith(name) for name in named)]
+    assert not missing, "add to docs/layout.md: " + ", ".join(sorted(missing))
+
+
+def test_files_that_design_cites_are_there():
+    for path in re.findall(
+        r"`((?:benchmarks|scripts|tests|docs)/[\w./-]+)`", read(ROOT / "DESIGN.md")
+    ):
+        assert (ROOT / path).exists(), path
+
+
+OLD_NAMES = r"fallback|far token|drawing|drawn|landmark"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_old_names_are_gone(page):
+    """`fallback` is a field of the paper's method; DESIGN says what was removed."""
+    text = read(page).split("## What was removed")[0]
+    for line in text.splitlines():
+        mine = re.sub(r"`?\"?\bfallback(=|`|\":| must have shape)", "", line)
+        assert not re.search(OLD_NAMES, mine, re.IGNORECASE), line
 
 
 def test_the_patterns_are_all_there_are():

@@ -128,7 +128,9 @@ def test_docstring_examples_run():
 
     transformers.utils.logging.set_verbosity_error()
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
-    public = {name: getattr(token_sparse_attention, name) for name in token_sparse_attention.__all__}
+    public = {
+        name: getattr(token_sparse_attention, name) for name in token_sparse_attention.__all__
+    }
     ran = set()
     for name in PUBLIC:
         if name in NEED_VLLM:

@@ -27,7 +27,7 @@ def random_mask(inputs: Inputs, density: float) -> tuple[BlockMask, Tensor]:
     generator = torch.Generator(query.device).manual_seed(round(1000 * density))
     shape = (*query.shape[:2], grid.query_blocks, grid.kv_blocks)
     kept = torch.rand(shape, generator=generator, device=query.device) < share
-    mask = BlockMask.from_block_map(kept, query_len=grid.query_len, kv_len=grid.kv_len)
+    mask = BlockMask.from_block_map(kept, grid)
     return mask, kept
 
 

@@ -29,7 +29,7 @@ from benchmarks.command import (
 )
 from torch import Tensor
 
-from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
+from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import attend_blocks, choose_block_backend
 from token_sparse_attention.attention.patterns import (
     FlexPrefillConfig,
@@ -127,9 +127,7 @@ def _speeds(options: BlockOptions, point: Point, say: Report) -> Iterator[Record
                 yield point.skipped(f"block/{name}", error, kept=density)
                 continue
             contenders.append(Contender(f"block/{name}", call, _noted(checked, actual)))
-        build = partial(
-            BlockMask.from_block_map, kept, query_len=point.seq_len, kv_len=point.seq_len
-        )
+        build = partial(BlockMask.from_block_map, kept, BlockGrid(point.seq_len, point.seq_len))
         contenders.append(Contender("block/lists", build))
         yield from point.timed(*contenders, kept=density)
 
@@ -142,9 +140,9 @@ def executor(name: str, inputs: Inputs, mask: BlockMask) -> Callable[[], Tensor]
 
         partial_lists = mask.partial_count, mask.partial_index
         full = mask.full_count, mask.full_index
-        size, scale = mask.block_size, inputs.scale
+        size, scale = mask.grid.block_size, inputs.scale
         return partial(attend_block_lists, query, key, value, partial_lists, full, size, scale)
-    choose_block_backend(name, query, mask.block_size)
+    choose_block_backend(name, query, mask.grid.block_size)
     attend = partial(
         attend_blocks,
         *(query, key, value, mask),
@@ -163,21 +161,21 @@ def check_blocks(
     columns: Tensor | None = None,
 ) -> Verdict:
     """Check sampled rows of attention over a mask's blocks, and over `columns`, in float64."""
-    slots = torch.arange(mask.kv_len, device=out.device)
-    inside = torch.arange(mask.block_size[1], device=out.device)
+    slots = torch.arange(mask.grid.kv_len, device=out.device)
+    inside = torch.arange(mask.grid.block_size[1], device=out.device)
     errors = []
     for head in checks._sampled_heads(inputs):
         for position in checks._sample(slots).tolist():
-            block = position // mask.block_size[0]
-            allowed = torch.zeros(mask.kv_len + mask.block_size[1], dtype=torch.bool)
+            block = position // mask.grid.block_size[0]
+            allowed = torch.zeros(mask.grid.kv_len + mask.grid.block_size[1], dtype=torch.bool)
             allowed = allowed.to(out.device)
             for name in ("partial", "full"):
                 count = int(getattr(mask, f"{name}_count")[0, head, block])
                 listed = getattr(mask, f"{name}_index")[0, head, block, :count].long()
-                allowed[(listed[:, None] * mask.block_size[1] + inside).flatten()] = True
+                allowed[(listed[:, None] * mask.grid.block_size[1] + inside).flatten()] = True
             if columns is not None:
-                allowed[columns[0, head].clamp(max=mask.kv_len)] = True
-            own = slots[allowed[: mask.kv_len]]
+                allowed[columns[0, head].clamp(max=mask.grid.kv_len)] = True
+            own = slots[allowed[: mask.grid.kv_len]]
             place = slots[position : position + 1]
             exact = checks.exact_rows(inputs, head, place, own)
             errors.append(checks.row_error(out[0, head, place], exact))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from token_sparse_attention.benchmark.checks import Inputs, random_inputs
 from token_sparse_attention.benchmark.timing import kernel_times
-from token_sparse_attention.kernels import estimation, estimation_antidiagonal
+from token_sparse_attention.kernels import estimation, estimation_antidiagonal, scoring
 
 PRODUCT = [
     estimation_antidiagonal.Tiles(*sizes)
@@ -32,7 +32,7 @@ PRODUCT = [
         (256, 128, 64, 8, 3),
     )
 ]
-STATISTICS = estimation.Tiles(64, 8, 3, 264)
+STATISTICS = scoring.Tiles(128, 64, 8, 3, 264)
 MASS = [
     (STATISTICS, estimation.Tiles(*sizes))
     for sizes in ((64, 8, 2, 528), (64, 4, 2, 528), (64, 4, 3, 1056), (128, 8, 2, 528))
@@ -104,7 +104,7 @@ def _plain(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
             f"density 0.2, {tuple(tiles)}",
             partial(
                 block_sparse.attend_block_lists,
-                *(*inputs, *lists, mask.block_size, inputs.scale),
+                *(*inputs, *lists, mask.grid.block_size, inputs.scale),
                 tiles=tiles,
             ),
         )

@@ -5,7 +5,7 @@ share k of them costs k^2 of that, plus overhead in proportion to S: the time th
 attention spends per query on some fixed number of keys, `BreakEven.fixed_tokens`. So sparse
 wins where ``k^2 < 1 - fixed_tokens / S``. And starting its kernels takes the host a while, in
 which dense attention of a short prompt, or of few heads, is done. The constants come from
-`tsa bench`; see docs/benchmarks.md.
+`tsa bench`; see benchmarks/operator/study.md.
 """
 
 from __future__ import annotations

@@ -28,9 +28,7 @@ def shapes(draw):
 def test_the_token_view_is_kept_blocks_plus_the_diagonal_under_the_causal_rule(shape, share):
     query_len, kv_len, (query_size, kv_size) = shape
     kept = random_map(*shape, share)
-    mask = BlockMask.from_block_map(
-        kept, query_len=query_len, kv_len=kv_len, block_size=(query_size, kv_size)
-    )
+    mask = BlockMask.from_block_map(kept, BlockGrid(*shape))
     mask.validate()
     offset = kv_len - query_len
     view = mask.dense_view()
@@ -48,26 +46,23 @@ def test_the_token_view_is_kept_blocks_plus_the_diagonal_under_the_causal_rule(s
 
 @given(shapes())
 def test_density(shape):
-    query_len, kv_len, block_size = shape
+    query_len, kv_len, _ = shape
     everything = torch.ones_like(random_map(*shape))
-    lengths = {"query_len": query_len, "kv_len": kv_len, "block_size": block_size}
-    full = BlockMask.from_block_map(everything, **lengths)
+    full = BlockMask.from_block_map(everything, BlockGrid(*shape))
     assert (full.density() == 1).all()
     slot = torch.arange(kv_len)
     assert torch.equal(full.dense_view()[1, 2], slot <= slot[kv_len - query_len :, None]), (
         "all blocks are not dense attention"
     )
     some = random_map(*shape)
-    mask = BlockMask.from_block_map(some, **lengths)
+    mask = BlockMask.from_block_map(some, BlockGrid(*shape))
     kept = mask.block_map().sum((2, 3))
     causal = full.block_map()[0, 0].sum()
     torch.testing.assert_close(mask.density(), kept / causal)
 
 
 def test_lists_are_ascending_and_disjoint():
-    mask = BlockMask.from_block_map(
-        random_map(70, 101, (16, 8)), query_len=70, kv_len=101, block_size=(16, 8)
-    )
+    mask = BlockMask.from_block_map(random_map(70, 101, (16, 8)), BlockGrid(70, 101, (16, 8)))
     blocks = mask.block_map()
     for place in torch.cartesian_prod(*(torch.arange(n) for n in mask.full_count.shape)).tolist():
         batch, head, block = place
@@ -80,9 +75,8 @@ def test_lists_are_ascending_and_disjoint():
 
 
 def example():
-    return BlockMask.from_block_map(
-        torch.ones(1, 2, 4, 6, dtype=torch.bool), query_len=60, kv_len=90, block_size=(16, 16)
-    )
+    kept = torch.ones(1, 2, 4, 6, dtype=torch.bool)
+    return BlockMask.from_block_map(kept, BlockGrid(60, 90, (16, 16)))
 
 
 @pytest.mark.parametrize(
@@ -109,15 +103,15 @@ def test_validate_names_what_is_broken(field, place, value, message):
 def test_what_does_not_fit_is_refused():
     kept = torch.ones(1, 2, 4, 6, dtype=torch.bool)
     with pytest.raises(TypeError, match=r"kept must be a bool tensor, got torch\.int64"):
-        BlockMask.from_block_map(kept.long(), query_len=60, kv_len=90, block_size=(16, 16))
+        BlockMask.from_block_map(kept.long(), BlockGrid(60, 90, (16, 16)))
     with pytest.raises(ValueError, match=r"kept must have shape \[B, H, 4, 7\]"):
-        BlockMask.from_block_map(kept, query_len=60, kv_len=100, block_size=(16, 16))
+        BlockMask.from_block_map(kept, BlockGrid(60, 100, (16, 16)))
     with pytest.raises(ValueError, match="query_len must not exceed kv_len, which is 50"):
-        BlockMask.from_block_map(kept, query_len=60, kv_len=50, block_size=(16, 16))
+        BlockMask.from_block_map(kept, BlockGrid(60, 50, (16, 16)))
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
-        BlockMask.from_block_map(kept, query_len=60, kv_len=90, block_size=(16, 0))
+        BlockMask.from_block_map(kept, BlockGrid(60, 90, (16, 0)))
     with pytest.raises(TypeError, match="block_size must be a pair"):
-        BlockMask.from_block_map(kept, query_len=60, kv_len=90, block_size=16)
+        BlockMask.from_block_map(kept, BlockGrid(60, 90, 16))
     mask = example()
     with pytest.raises(TypeError, match=r"full_index must be an int32 tensor, got torch\.int64"):
         dataclasses.replace(mask, full_index=mask.full_index.long())

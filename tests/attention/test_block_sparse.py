@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from support import causal_attention, make_problem, relative_error
-from token_sparse_attention.attention import block_sparse
+from token_sparse_attention.attention import block_reference, block_sparse
 from token_sparse_attention.attention import columns as columns_module
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import (
@@ -19,6 +19,7 @@ from token_sparse_attention.attention.block_sparse import (
     choose_block_backend,
 )
 from token_sparse_attention.attention.columns import (
+    Columns,
     add_columns,
     attend_columns,
     choose_tiles,
@@ -35,12 +36,7 @@ def random_mask(problem, block_size, share=0.4, seed=0):
     grid = BlockGrid(query_len, kv_len, block_size)
     generator = torch.Generator().manual_seed(seed)
     shape = (*problem.query.shape[:2], grid.query_blocks, grid.kv_blocks)
-    return BlockMask.from_block_map(
-        torch.rand(shape, generator=generator) < share,
-        query_len=query_len,
-        kv_len=kv_len,
-        block_size=block_size,
-    )
+    return BlockMask.from_block_map(torch.rand(shape, generator=generator) < share, grid)
 
 
 def expected(problem, allowed):
@@ -77,7 +73,7 @@ def test_reference(query_len, earlier, heads, block_size, share, portion, seed):
     )
     mask = random_mask(problem, block_size, share, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_sparse, "_REFERENCE_BLOCKS", portion)
+        patch.setattr(block_reference, "_BLOCKS", portion)
         out, lse = block_sparse_attention(*problem, mask, scale=SCALE, return_lse=True)
     exact_out, exact_lse = expected(problem, mask.dense_view())
     assert relative_error(out, exact_out) < 1e-6
@@ -97,7 +93,7 @@ def test_dropping_one_block_masks_that_block():
     problem = make_problem(query_len=100)
     kept = torch.ones(1, 4, 7, 7, dtype=torch.bool)
     kept[0, 2, 5, 3] = False
-    mask = BlockMask.from_block_map(kept, query_len=100, kv_len=100, block_size=(16, 16))
+    mask = BlockMask.from_block_map(kept, BlockGrid(100, 100, (16, 16)))
     out = block_sparse_attention(*problem, mask, scale=SCALE)
     allowed = torch.ones(1, 4, 100, 100, dtype=torch.bool).tril()
     allowed[0, 2, 80:96, 48:64] = False
@@ -127,7 +123,7 @@ def test_blocks_that_no_head_selects_are_never_read(block):
     problem = make_problem(query_len=128, heads=4, kv_heads=2)
     kept = torch.rand(1, 4, 8, 8) < 0.5
     kept[..., block] = False  # some counts are below others, so lists are padded
-    mask = BlockMask.from_block_map(kept, query_len=128, kv_len=128, block_size=(16, 16))
+    mask = BlockMask.from_block_map(kept, BlockGrid(128, 128, (16, 16)))
     clean = block_sparse_attention(*problem, mask, scale=SCALE)
     inside = slice(block * 16, block * 16 + 16)
     problem.key[:, :, inside] = torch.nan
@@ -226,9 +222,8 @@ def test_blocks_and_columns_merge_to_attention_over_both(query_len, earlier, see
     columns = torch.where(chosen, torch.arange(kv_len), kv_len).sort(-1).values
     columns = columns[..., : max(int(chosen.sum(-1).max()), 1)]
     blocks = Attended(*block_sparse_attention(*problem, mask, scale=SCALE, return_lse=True))
-    rest = attend_columns(
-        *problem, columns, mask.block_map(), mask.grid, scale=SCALE, backend="reference"
-    )
+    beside = Columns(columns, mask.block_map(), mask.grid)
+    rest = attend_columns(*problem, beside, scale=SCALE, backend="reference")
     assert (rest.lse[0, 1] == -torch.inf).all()
     assert (rest.out[0, 1] == 0).all()
     merged = Attended(blocks.out.clone(), blocks.lse.clone())
@@ -243,13 +238,23 @@ def test_blocks_and_columns_merge_to_attention_over_both(query_len, earlier, see
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(columns_module, "_GROUP_NUMBERS", numbers)
             patch.setattr(columns_module, "_MERGED_NUMBERS", numbers * 64)
-            add_columns(
-                *(in_parts, *problem, columns, mask.block_map(), mask.grid),
-                scale=SCALE,
-                backend="reference",
-            )
+            add_columns(in_parts, *problem, beside, scale=SCALE, backend="reference")
         torch.testing.assert_close(in_parts.out, merged.out, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(in_parts.lse, merged.lse, atol=1e-6, rtol=1e-6)
+
+
+def test_values_that_stand_for_no_column_are_not_attended_to():
+    """What is gathered for an absent column is the last key's, which may hold anything."""
+    problem = make_problem(query_len=40)
+    index = torch.tensor([3, 20, 40, 40]).expand(1, 4, 4)  # two columns, two absent ones
+    grid = BlockGrid(40, 40, (16, 16))
+    columns = Columns(index, torch.zeros(1, 4, 3, 3, dtype=torch.bool), grid)
+    clean = attend_columns(*problem, columns, scale=SCALE, backend="reference")
+    for tensor in problem[1:]:
+        tensor[:, :, -1] = torch.nan
+    out, lse = attend_columns(*problem, columns, scale=SCALE, backend="reference")
+    assert torch.equal(out, clean.out)
+    assert torch.equal(lse, clean.lse)
 
 
 def test_merging_in_parts_is_merging_at_once(monkeypatch):
@@ -305,10 +310,10 @@ def test_adding_columns_needs_no_more_memory_for_more_heads(monkeypatch):
     for heads in (2, 8):
         problem = make_problem(heads=heads, kv_heads=heads, query_len=length, head_dim=head_dim)
         into = Attended(torch.zeros_like(problem.query), torch.zeros(1, heads, length))
-        columns = torch.arange(3).expand(1, heads, 3)
         covered = torch.zeros(1, heads, grid.query_blocks, grid.kv_blocks, dtype=torch.bool)
+        columns = Columns(torch.arange(3).expand(1, heads, 3), covered, grid)
         with LiveBytes() as live:
-            add_columns(into, *problem, columns, covered, grid, scale=SCALE, backend="reference")
+            add_columns(into, *problem, columns, scale=SCALE, backend="reference")
         most.append(live.most)
     assert most[0] == most[1] < 8 * length * head_dim * 4
     assert most[0] > length * head_dim * 4, "a head's output at least"

@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from token_sparse_attention.attention.flash import fa4_installed
 
 from support import relative_error
 from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import block_sparse_attention
-from token_sparse_attention.attention.columns import attend_columns
+from token_sparse_attention.attention.columns import Columns, attend_columns
+from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
@@ -56,7 +56,7 @@ def random_mask(query, key, share):
     kept = torch.rand(
         *query.shape[:2], grid.query_blocks, grid.kv_blocks, generator=generator, device=DEVICE
     )
-    return BlockMask.from_block_map(kept < share, query_len=query.shape[2], kv_len=key.shape[2])
+    return BlockMask.from_block_map(kept < share, grid)
 
 
 def eager(query, key, value, mask):
@@ -101,7 +101,7 @@ def test_columns_of_any_head_size_are_attended_to(head_dim, dtype):
     grid = BlockGrid(700, 1500)
     columns = torch.rand(1, 8, 1500, device=DEVICE).topk(200).indices
     covered = torch.rand(1, 8, grid.query_blocks, grid.kv_blocks, device=DEVICE) < 0.5
-    call = partial(attend_columns, columns=columns, covered=covered, grid=grid)
+    call = partial(attend_columns, columns=Columns(columns, covered, grid))
     exact = call(query.double(), key.double(), value.double(), scale=0.1, backend="reference")
     eager = call(query, key, value, scale=0.1, backend="reference")
     ours = call(query, key, value, scale=0.1, backend="flex")
@@ -117,7 +117,7 @@ def test_blocks_that_nobody_selects_are_not_read(backend):
     query, key, value = make_inputs(1, 8, 2, 1024, 1024, 128)
     kept = torch.rand(1, 8, 8, 8, device=DEVICE) < 0.5
     kept[..., 2] = False
-    mask = BlockMask.from_block_map(kept, query_len=1024, kv_len=1024)
+    mask = BlockMask.from_block_map(kept, BlockGrid(1024, 1024))
     clean = block_sparse_attention(query, key, value, mask, backend=backend)
     key[:, :, 256:384] = value[:, :, 256:384] = torch.nan
     out = block_sparse_attention(query, key, value, mask, backend=backend)
@@ -152,7 +152,7 @@ def test_lists_of_many_heads_stay_within_a_gib():
     kept = torch.zeros(1, 1, 2048, 2048, dtype=torch.bool, device=DEVICE)
     kept[..., :300] = True
     kept = kept.expand(1, 80, -1, -1)
-    mask = BlockMask.from_block_map(kept, query_len=2048 * 128, kv_len=2048 * 128)
+    mask = BlockMask.from_block_map(kept, BlockGrid(2048 * 128, 2048 * 128))
     assert mask.full_index.shape[-1] == 300
     mask.validate()
 

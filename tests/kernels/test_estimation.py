@@ -191,10 +191,9 @@ def test_lists_of_blocks(query_len, kv_len, block_size):
     assert torch.equal(marked, blocks_at_distances(chosen, grid, impl="reference"))
     wider = torch.rand(2, grid.query_blocks, heads, grid.kv_blocks, device=DEVICE) < 0.5
     for kept in (marked, wider.transpose(1, 2), marked[:, :1].expand(-1, 3, -1, -1)):
-        shape = {"query_len": grid.query_len, "kv_len": kv_len, "block_size": block_size}
-        mask = BlockMask.from_block_map(kept, **shape, impl="triton")
+        mask = BlockMask.from_block_map(kept, grid, impl="triton")
         mask.validate()
-        expected = BlockMask.from_block_map(kept, **shape, impl="reference")
+        expected = BlockMask.from_block_map(kept, grid, impl="reference")
         assert torch.equal(mask.full_count, expected.full_count)
         assert torch.equal(mask.full_index, expected.full_index)
 
@@ -244,13 +243,11 @@ def test_the_plain_kernel_attends_over_the_listed_blocks(
     grid = BlockGrid(query_len, kv_len, (32, 32))
     for share in (0.0, 0.5, 1.1):
         kept = torch.rand(batch, heads, grid.query_blocks, grid.kv_blocks, device=DEVICE) < share
-        mask = BlockMask.from_block_map(
-            kept, query_len=query_len, kv_len=kv_len, block_size=(32, 32)
-        )
+        mask = BlockMask.from_block_map(kept, grid)
         partial, full = (
             (mask.partial_count, mask.partial_index),
             (mask.full_count, mask.full_index),
         )
-        out = attend_block_lists(*problem, partial, full, mask.block_size, SCALE)
+        out = attend_block_lists(*problem, partial, full, grid.block_size, SCALE)
         exact = block_sparse_attention(*(x.double() for x in problem), mask, scale=SCALE)
         assert relative_error(out, exact) < (1e-6 if dtype == torch.float32 else 1e-2)

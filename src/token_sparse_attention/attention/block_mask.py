@@ -1,4 +1,4 @@
-"""Which blocks of keys each block of queries attends to: the form every block pattern gives."""
+"""Block masks: which blocks of keys each block of queries attends to."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from token_sparse_attention.impls import load_kernels, resolve_impl
 
 BLOCK_SIZE = (128, 128)
-_WIDE_ENTRIES = 2**28  # list entries (a GiB of them) from which a list is cut to what it holds
+_WIDE_ENTRIES = 2**28  # above this many entries (a GiB), a list is as wide as its longest row
 
 
 class BlockGrid(NamedTuple):
-    """How the queries and keys of one problem fall into blocks.
+    """How the queries and keys of one problem are divided into blocks.
 
-    Queries are the last `query_len` positions and their blocks start at the first of them, so
-    in a chunk the diagonal of the attention matrix need not meet the corners of blocks.
+    Queries are the last `query_len` positions. Their blocks start at the first query, so in a
+    chunk the diagonal of the attention matrix need not pass through the corners of blocks.
 
     Attributes:
         query_len: queries.
@@ -32,17 +32,17 @@ class BlockGrid(NamedTuple):
 
     @property
     def query_blocks(self) -> int:
-        """Blocks of queries, the last of which may be short."""
+        """Number of blocks of queries; the last one may be short."""
         return -(-self.query_len // self.block_size[0])
 
     @property
     def kv_blocks(self) -> int:
-        """Blocks of keys, the last of which may be short."""
+        """Number of blocks of keys; the last one may be short."""
         return -(-self.kv_len // self.block_size[1])
 
     @property
     def diagonal_blocks(self) -> int:
-        """The most blocks of keys on the diagonal of one block of queries."""
+        """Upper bound of the blocks of keys on the diagonal of one block of queries."""
         return min((self.block_size[0] - 2) // self.block_size[1] + 2, self.kv_blocks)
 
     def query_span(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -56,13 +56,13 @@ class BlockGrid(NamedTuple):
         return torch.arange(self.kv_blocks, device=device) * self.block_size[1]
 
     def visible(self, device: torch.device) -> Tensor:
-        """Return ``[Q, K]`` bool: does some query of the block see some key of the block?"""
+        """Return ``[Q, K]`` bool: pairs of blocks in which some query may see some key."""
         return self.kv_begin(device) <= self.query_span(device)[1][:, None]
 
     def earlier(self, device: torch.device) -> Tensor:
-        """Return ``[Q, K]`` bool: does the block of keys end before the block's first query?
+        """Return ``[Q, K]`` bool: blocks of keys that end before the first query of the block.
 
-        The other visible blocks are those on the diagonal: they hold the position of a query.
+        The other visible blocks are on the diagonal: they hold the position of a query.
         """
         end = self.kv_begin(device) + (self.block_size[1] - 1)
         return end < self.query_span(device)[0][:, None]
@@ -70,11 +70,11 @@ class BlockGrid(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
-    """For each batch entry, head and block of queries: the blocks of keys it attends to.
+    """For each sequence, head and block of queries: the blocks of keys it attends to.
 
     Within a full block every query attends to every key; within a partial block the causal
-    rule applies, aligned at the end. The lists are what flash-attn-4 and FlexAttention take:
-    block numbers in ascending order, as many as the count says, then anything.
+    rule applies, aligned at the end. The lists are in the form of flash-attn-4 and
+    FlexAttention: `count` block numbers in ascending order, then arbitrary ones.
 
     Args:
         partial_count: ``[B, H, Q]`` int32.
@@ -82,9 +82,7 @@ class BlockMask:
             partial, so P is small.
         full_count: ``[B, H, Q]`` int32.
         full_index: ``[B, H, Q, W]`` int32, W at most K.
-        query_len: queries; Q is their number of blocks.
-        kv_len: keys, at least `query_len`; K is their number of blocks.
-        block_size: queries and keys per block.
+        grid: the lengths and the block size, which give Q and K.
 
     Raises:
         TypeError: if a field has the wrong type or dtype.
@@ -95,9 +93,7 @@ class BlockMask:
     partial_index: Tensor
     full_count: Tensor
     full_index: Tensor
-    query_len: int
-    kv_len: int
-    block_size: tuple[int, int] = BLOCK_SIZE
+    grid: BlockGrid
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -130,33 +126,18 @@ class BlockMask:
                     f"got room for {index.shape[3]}"
                 )
 
-    @property
-    def grid(self) -> BlockGrid:
-        """How queries and keys fall into blocks."""
-        return BlockGrid(self.query_len, self.kv_len, self.block_size)
-
     @classmethod
-    def from_block_map(
-        cls,
-        kept: Tensor,
-        *,
-        query_len: int,
-        kv_len: int,
-        block_size: tuple[int, int] = BLOCK_SIZE,
-        impl: str = "auto",
-    ) -> BlockMask:
+    def from_block_map(cls, kept: Tensor, grid: BlockGrid, *, impl: str = "auto") -> BlockMask:
         """Build the lists from a map of blocks to keep, and apply the causal rule.
 
-        Blocks that no query of the block sees are left out whatever the map says; those on
-        the diagonal are always kept, as partial blocks, so that every query sees itself. On
-        CUDA this does not wait for the device, unless lists with room for every block would
-        take over a GiB: then the longest one's length is read, and they have room for that.
+        Blocks that no query of the block may see are never listed. Blocks on the diagonal are
+        always kept, as partial blocks, so that every query sees itself. On CUDA this does not
+        wait for the device, unless lists with an entry for every block would exceed a GiB:
+        then the length of the longest list is read, and all are as wide as that one.
 
         Args:
             kept: ``[B, H, Q, K]`` bool.
-            query_len: queries.
-            kv_len: keys.
-            block_size: queries and keys per block.
+            grid: the blocks.
             impl: which code packs the lists, as in `score_tokens`.
 
         Raises:
@@ -166,11 +147,10 @@ class BlockMask:
         Example:
             >>> kept = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
             >>> kept[..., 0] = True
-            >>> mask = BlockMask.from_block_map(kept, query_len=300, kv_len=300)
+            >>> mask = BlockMask.from_block_map(kept, BlockGrid(300, 300))
             >>> mask.full_count.tolist(), mask.partial_index[0, 0, :, 0].tolist()
             ([[[0, 1, 1]]], [0, 1, 2])
         """
-        grid = BlockGrid(query_len, kv_len, block_size)
         check_grid(grid)
         if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
             given = getattr(kept, "dtype", type(kept).__name__)
@@ -178,7 +158,8 @@ class BlockMask:
         if kept.dim() != 4 or kept.shape[2:] != (grid.query_blocks, grid.kv_blocks):
             raise ValueError(
                 f"kept must have shape [B, H, {grid.query_blocks}, {grid.kv_blocks}] for "
-                f"{query_len} queries and {kv_len} keys in blocks of {block_size}, "
+                f"{grid.query_len} queries and {grid.kv_len} keys in blocks of "
+                f"{grid.block_size}, "
                 f"got {list(kept.shape)}"
             )
         full_count, full_index = _pack_earlier(kept, grid, impl)
@@ -190,9 +171,7 @@ class BlockMask:
             partial_index.expand(*heads, -1, -1).contiguous(),
             full_count,
             full_index,
-            query_len,
-            kv_len,
-            block_size,
+            grid,
         )
 
     def block_map(self) -> Tensor:
@@ -211,17 +190,16 @@ class BlockMask:
 
     def dense_view(self) -> Tensor:
         """Return ``[B, H, S_q, S_kv]`` bool, which keys each query attends to. For tests."""
-        query_size, kv_size = self.block_size
-        tokens = self.block_map().repeat_interleave(query_size, -2)[:, :, : self.query_len]
-        tokens = tokens.repeat_interleave(kv_size, -1)[..., : self.kv_len]
-        slot = torch.arange(self.kv_len, device=tokens.device)
-        return tokens & (slot <= slot[self.kv_len - self.query_len :, None])
+        query_len, kv_len, (query_size, kv_size) = self.grid
+        tokens = self.block_map().repeat_interleave(query_size, -2)[:, :, :query_len]
+        tokens = tokens.repeat_interleave(kv_size, -1)[..., :kv_len]
+        slot = torch.arange(kv_len, device=tokens.device)
+        return tokens & (slot <= slot[kv_len - query_len :, None])
 
     def density(self) -> Tensor:
-        """Return ``[B, H]`` float32: kept pairs of blocks over causal pairs of blocks.
+        """Return ``[B, H]`` float32: listed pairs of blocks over visible pairs of blocks.
 
-        A pair is causal if some query of it sees some key of it. A partial block counts as
-        much as a full one. Density 1 is dense attention.
+        A partial block counts as much as a full one. Density 1 is dense attention.
         """
         kept = (self.full_count + self.partial_count).sum(-1)
         return kept / self.grid.visible(kept.device).sum()
@@ -230,7 +208,7 @@ class BlockMask:
         """Check the contents; this waits for the device.
 
         Raises:
-            ValueError: naming the list, the rule and one place where it is broken.
+            ValueError: if a list breaks a rule; it names the list, the rule and one place.
         """
         device = self.full_count.device
         earlier = self.grid.earlier(device)
@@ -256,7 +234,7 @@ class BlockMask:
 
 
 def check_grid(grid: BlockGrid) -> None:
-    """Raise TypeError or ValueError unless the lengths and the block size make sense."""
+    """Raise TypeError or ValueError unless the lengths and the block size are valid."""
     sizes = grid.block_size
     if not isinstance(sizes, tuple) or len(sizes) != 2:
         raise TypeError(f"block_size must be a pair (queries, keys), got {sizes!r}")

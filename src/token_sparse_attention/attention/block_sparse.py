@@ -1,6 +1,6 @@
-"""Attention over the blocks of a `BlockMask`: one executor, three kernels.
+"""Attention over the blocks of a `BlockMask`, by flash-attn-4, FlexAttention or the reference.
 
-Causal and aligned at the end; GQA is native, keys and values are never repeated.
+Causal, aligned at the end. GQA is native: keys and values are never repeated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
+from token_sparse_attention.attention.block_reference import attend_reference
 from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.device import on_its_device
 from token_sparse_attention.inputs import (
@@ -25,47 +26,28 @@ from token_sparse_attention.inputs import (
 from token_sparse_attention.results import Attended
 
 BLOCK_BACKENDS = ("auto", "fa4", "flex", "reference")
-_REFERENCE_BLOCKS = 32  # blocks of keys the reference gathers at once, which bounds its memory
 _FLEX_VARIANTS = 256  # compiled kernels of FlexAttention kept in a process
-_FA4_HEAD_DIM = 128  # beyond it flash-attn-4's Hopper tiles are not 128 keys wide
+_FA4_HEAD_DIM = 128  # above it flash-attn-4's Hopper tiles are not 128 keys wide
 
 
 @overload
 def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float | None = ...,
-    backend: str = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *,
+    scale: float | None = ..., backend: str = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float | None = ...,
-    backend: str = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *,
+    scale: float | None = ..., backend: str = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float | None = None,
-    backend: str = "auto",
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *,
+    scale: float | None = None, backend: str = "auto", return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention of each query over the keys that `mask` leaves it.
 
     Args:
@@ -76,7 +58,7 @@ def block_sparse_attention(
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
         backend: ``"auto"``, ``"fa4"`` (flash-attn-4, Hopper), ``"flex"`` (PyTorch's
             FlexAttention, compiled at the first call) or ``"reference"``, which reads counts
-            on the host. An explicit choice never falls back.
+            on the host. An explicit choice is never replaced by another.
         return_lse: also return the log-sum-exp of each query's scaled logits.
 
     Returns:
@@ -88,10 +70,11 @@ def block_sparse_attention(
             run the input.
 
     Example:
+        >>> from token_sparse_attention.attention.block_mask import BlockGrid
         >>> query = torch.randn(1, 4, 300, 32)
         >>> key, value = torch.randn(2, 1, 2, 300, 32)
         >>> kept = torch.rand(1, 4, 3, 3) < 0.5
-        >>> mask = BlockMask.from_block_map(kept, query_len=300, kv_len=300)
+        >>> mask = BlockMask.from_block_map(kept, BlockGrid(300, 300))
         >>> block_sparse_attention(query, key, value, mask).shape
         torch.Size([1, 4, 300, 32])
     """
@@ -108,27 +91,31 @@ def block_sparse_attention(
 
 @on_its_device
 def attend_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    backend: str,
-    want_lse: bool,
-) -> Attended:
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *,
+    scale: float, backend: str, want_lse: bool,
+) -> Attended:  # fmt: skip
     """`block_sparse_attention` on checked arguments."""
-    chosen = choose_block_backend(backend, query, mask.block_size, want_lse=want_lse).name
-    run = {"fa4": _fa4_attention, "flex": _flex_blocks, "reference": _reference_attention}[chosen]
+    chosen = choose_block_backend(backend, query, mask.grid.block_size, want_lse=want_lse).name
+    run = {"fa4": _fa4_attention, "flex": _flex_blocks, "reference": attend_reference}[chosen]
     out, lse = run(query, key, value, mask, scale, want_lse)
     return Attended(out, lse if want_lse else None)
+
+
+def kv_head_portions(
+    num_heads: int, num_kv_heads: int, portion: int
+) -> Iterator[tuple[slice, slice]]:
+    """Yield a portion of the KV heads at a time: its query heads, and its KV heads."""
+    group = num_heads // num_kv_heads
+    for first in range(0, num_kv_heads, portion):
+        last = min(first + portion, num_kv_heads)
+        yield slice(first * group, last * group), slice(first, last)
 
 
 def check_mask(mask: BlockMask, query: Tensor, key: Tensor) -> None:
     """Raise TypeError or ValueError unless `mask` was made for these tensors."""
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
-    made_for = (*mask.full_count.shape[:2], mask.query_len, mask.kv_len)
+    made_for = (*mask.full_count.shape[:2], mask.grid.query_len, mask.grid.kv_len)
     given = (*query.shape[:3], key.shape[2])
     if made_for != given:
         raise ValueError(
@@ -154,9 +141,9 @@ def choose_block_backend(
     *,
     want_lse: bool = False,
 ) -> BlockBackendChoice:
-    """Return the block-sparse backend to run: the given one, or the first that can.
+    """Return the block-sparse backend to run: the given one, or the first that can run.
 
-    Order for ``"auto"``: fa4 on Hopper, flex on CUDA, the reference.
+    The order for ``"auto"`` is fa4 on Hopper, flex on CUDA, the reference.
 
     Args:
         backend: one of `BLOCK_BACKENDS`.
@@ -221,10 +208,10 @@ def _fa4_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """flash-attn-4's block-sparse forward pass.
 
-    With ``causal=True`` it applies the causal rule inside every listed block, aligned at the
-    end, which is what partial blocks need and full blocks do not mind; it checks the end of
-    the keys in the highest block of each list only, so lists must ascend. Heads differ, so
-    groups cannot be packed.
+    With ``causal=True`` it applies the causal rule, aligned at the end, inside every listed
+    block: partial blocks need the rule, in full ones it masks nothing. It checks the end of the
+    keys in the highest block of each list only, so lists must ascend. The heads of a group list
+    different blocks, so groups cannot be packed.
     """
     interface = importlib.import_module("flash_attn.cute.interface")
     blocks = interface.BlockSparseTensorsTorch(
@@ -232,7 +219,7 @@ def _fa4_attention(
         mask_block_idx=mask.partial_index,
         full_block_cnt=mask.full_count,
         full_block_idx=mask.full_index,
-        block_size=mask.block_size,
+        block_size=mask.grid.block_size,
     )
     out, lse = interface._flash_attn_fwd(
         query.transpose(1, 2),
@@ -250,68 +237,70 @@ def _fa4_attention(
 def _flex_blocks(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, want_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    # A tensor, because a number would be compiled in and every length would compile anew.
-    offset = torch.full((), mask.kv_len - mask.query_len, device=query.device)
+    # A tensor: an int would be compiled in, and every length would compile anew.
+    offset = torch.full((), mask.grid.kv_len - mask.grid.query_len, device=query.device)
 
     def causal(batch: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:  # noqa: ARG001
         return slot <= row + offset
 
-    partial = mask.partial_count, mask.partial_index
-    full = mask.full_count, mask.full_index
-    return flex_attention(
-        query, key, value, partial, full, causal, mask.block_size, scale, want_lse
-    )
+    partial, full = (mask.partial_count, mask.partial_index), (mask.full_count, mask.full_index)
+    blocks = FlexBlocks(partial, full, causal, mask.grid.block_size)
+    return flex_attention(query, key, value, blocks, scale, want_lse)
+
+
+class FlexBlocks(NamedTuple):
+    """Lists of blocks for FlexAttention.
+
+    Attributes:
+        partial: counts ``[B, H, Q]`` and numbers ``[B, H, Q, K]`` of the blocks in which
+            `allowed` masks.
+        full: counts and numbers of the blocks without a mask; None for no such blocks.
+        allowed: whether ``(batch, head, query, key)`` may attend.
+        block_size: queries and keys per block.
+    """
+
+    partial: tuple[Tensor, Tensor]
+    full: tuple[Tensor, Tensor] | None
+    allowed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    block_size: tuple[int, int]
 
 
 def flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    partial: tuple[Tensor, Tensor],
-    full: tuple[Tensor, Tensor] | None,
-    allowed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    block_size: tuple[int, int],
-    scale: float,
-    want_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, blocks: FlexBlocks, scale: float, want_lse: bool,
     tiles: Mapping[str, int] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """FlexAttention on lists of blocks made by hand, compiled.
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """FlexAttention on given lists of blocks, compiled.
 
     Args:
         query: ``[B, H, S_q, D]``.
         key: ``[B, H_kv, S_kv, D]``.
-        value: likewise.
-        partial: counts ``[B, H, Q]`` and numbers ``[B, H, Q, K]`` of the blocks in which
-            `allowed` is asked.
-        full: of the blocks in which it is not.
-        allowed: may ``(batch, head, query, key)`` attend?
-        block_size: queries and keys per block.
+        value: ``[B, H_kv, S_kv, D]``.
+        blocks: the lists.
         scale: factor of the logits.
-        want_lse: whether the log-sum-exp is wanted, which the CPU does not give.
-        tiles: FlexAttention's kernel options on CUDA, where its own choice does not do.
+        want_lse: whether to return the log-sum-exp, which the CPU kernel does not give.
+        tiles: kernel options on CUDA, in place of FlexAttention's own choice.
     """
     flex = importlib.import_module("torch.nn.attention.flex_attention")
-    kv_blocks = -(-key.shape[2] // block_size[1])
-    lists = [_of_width(*some, kv_blocks) for some in (partial, full) if some]
-    blocks = flex.BlockMask.from_kv_blocks(
-        *lists[0],
-        *(lists[1] if full else (None, None)),
-        BLOCK_SIZE=block_size,
-        mask_mod=allowed,
+    kv_blocks = -(-key.shape[2] // blocks.block_size[1])
+    mask = flex.BlockMask.from_kv_blocks(
+        *_of_width(*blocks.partial, kv_blocks),
+        *(_of_width(*blocks.full, kv_blocks) if blocks.full else (None, None)),
+        BLOCK_SIZE=blocks.block_size,
+        mask_mod=blocks.allowed,
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
     )
-    # Lengths do not compile anew; head sizes, dtypes, factors and the like do.
+    # A new length compiles nothing; a new head size, dtype or scale compiles a kernel.
     dynamo = importlib.import_module("torch._dynamo")
     with dynamo.config.patch(recompile_limit=_FLEX_VARIANTS):
         result = _compiled_flex()(
             query,
             key,
             value,
-            block_mask=blocks,
+            block_mask=mask,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
-            # Its kernel for few queries wants the heads of a group to share their blocks.
+            # Its kernel for few queries requires the heads of a group to share their blocks.
             kernel_options=(
                 {"FORCE_USE_FLEX_ATTENTION": True, **(tiles or {})} if query.is_cuda else None
             ),
@@ -335,8 +324,8 @@ def _compiled_flex() -> Any:
     flex = importlib.import_module("torch.nn.attention.flex_attention")
 
     def compiled_only(*tensors: Tensor, **options: Any) -> Any:
-        # Where compiling is off or gives up, this runs as it is, and FlexAttention would then
-        # attend to every block: it reads the lists only when compiled.
+        # Where compiling is off or gives up, this runs eagerly. FlexAttention would then attend
+        # to every block: it reads the lists only when compiled.
         if not torch.compiler.is_compiling():
             raise ValueError(
                 "backend 'flex' needs torch.compile, which is disabled here or has given up; "
@@ -345,97 +334,3 @@ def _compiled_flex() -> Any:
         return flex.flex_attention(*tensors, **options)
 
     return torch.compile(compiled_only, dynamic=True, fullgraph=True)
-
-
-def _reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, want_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """A block of queries at a time, over the blocks of keys it lists and no others."""
-    precision = torch.promote_types(query.dtype, torch.float32)
-    key_blocks, value_blocks = (_in_blocks(x, mask) for x in (key, value))
-    first_query = mask.kv_len - mask.query_len
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if want_lse else None
-    for block, most_full in enumerate(mask.full_count.amax((0, 1)).tolist()):
-        rows = slice(block * mask.block_size[0], (block + 1) * mask.block_size[0])
-        part = query[:, :, rows].to(precision) * scale
-        position = torch.arange(part.shape[2], device=query.device) + rows.start + first_query
-        state = OnlineSoftmax.start(part)
-        for numbers, listed in _listed_blocks(mask, block, most_full):
-            keys, values = _gather(key_blocks, numbers), _gather(value_blocks, numbers)
-            logits = part @ keys.to(precision).transpose(2, 3)
-            inside = torch.arange(mask.block_size[1], device=query.device)
-            slots = (numbers[..., None] * mask.block_size[1] + inside).flatten(2)[:, :, None]
-            seen = (slots <= position[:, None]) & listed.repeat_interleave(mask.block_size[1], -1)[
-                :, :, None
-            ]
-            state = state.add(logits.masked_fill(~seen, -torch.inf), values.to(precision))
-        out[:, :, rows] = state.output().to(out.dtype)
-        if lse is not None:
-            lse[:, :, rows] = state.lse()
-    return out, lse
-
-
-def _in_blocks(tensor: Tensor, mask: BlockMask) -> Tensor:
-    """``[B, H_kv, S_kv, D]`` as ``[B, H_kv, K, block, D]``, the last block padded with zeros."""
-    padding = mask.grid.kv_blocks * mask.block_size[1] - mask.kv_len
-    padded = F.pad(tensor, (0, 0, 0, padding))
-    return padded.reshape(*tensor.shape[:2], -1, mask.block_size[1], tensor.shape[3])
-
-
-def _gather(blocks: Tensor, numbers: Tensor) -> Tensor:
-    """Blocks ``[B, H_kv, K, block, D]`` by ``numbers [B, H, N]``: ``[B, H, N * block, D]``."""
-    batch = torch.arange(numbers.shape[0], device=numbers.device)[:, None, None]
-    head = torch.arange(numbers.shape[1], device=numbers.device)[:, None]
-    return blocks[batch, head // (numbers.shape[1] // blocks.shape[1]), numbers].flatten(2, 3)
-
-
-def _listed_blocks(mask: BlockMask, block: int, most_full: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield block numbers ``[B, H, N]`` and whether each is listed, in bounded portions.
-
-    What is not listed is replaced by the diagonal block, so no other block is read.
-    """
-    for name, most in (("partial", mask.partial_index.shape[-1]), ("full", most_full)):
-        count = getattr(mask, f"{name}_count")[:, :, block, None]
-        index = getattr(mask, f"{name}_index")[:, :, block]
-        for begin in range(0, most, _REFERENCE_BLOCKS):
-            portion = index[..., begin : min(begin + _REFERENCE_BLOCKS, most)].long()
-            listed = torch.arange(portion.shape[-1], device=count.device) + begin < count
-            yield torch.where(listed, portion, mask.partial_index[:, :, block, :1]), listed
-
-
-class OnlineSoftmax(NamedTuple):
-    """Softmax attention over portions of keys: running maximum, sum and weighted values.
-
-    Attributes:
-        top: ``[B, H, S_q]``, the highest logit so far.
-        total: ``[B, H, S_q]``, the sum of ``exp(logit - top)``.
-        weighted: ``[B, H, S_q, D]``, the values weighted likewise.
-    """
-
-    top: Tensor
-    total: Tensor
-    weighted: Tensor
-
-    @classmethod
-    def start(cls, query: Tensor) -> OnlineSoftmax:
-        """No keys yet, for queries ``[B, H, S_q, D]``."""
-        zero = query.new_zeros(query.shape[:3])
-        return cls(zero - torch.inf, zero, torch.zeros_like(query))
-
-    def add(self, logits: Tensor, values: Tensor) -> OnlineSoftmax:
-        """Add keys by their logits ``[B, H, S_q, N]`` and values ``[B, H, N, D]``."""
-        top = torch.maximum(self.top, logits.amax(-1))
-        base = top.masked_fill(top == -torch.inf, 0.0)  # where nothing was seen yet
-        faded = (self.top - base).exp()
-        weights = (logits - base[..., None]).exp()
-        total = self.total * faded + weights.sum(-1)
-        return OnlineSoftmax(top, total, self.weighted * faded[..., None] + weights @ values)
-
-    def output(self) -> Tensor:
-        """Return the attention output; zero where no key was seen."""
-        return self.weighted / self.total.masked_fill(self.total == 0, 1.0)[..., None]
-
-    def lse(self) -> Tensor:
-        """Return the log-sum-exp in float32; -inf where no key was seen."""
-        return (self.top + self.total.log()).float()

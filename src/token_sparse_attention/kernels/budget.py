@@ -1,10 +1,10 @@
 """Smooth the scores and count how many tokens each head keeps, on the device, by radix.
 
-Scores are non-negative floats, so their bits order like integers. A histogram of the top bits
-says in which bin the mass of all smaller values reaches ``drop_mass``, one of the next bits
-where in that bin, and so on down to the value itself. A program counts its chunk for itself
-before it adds to the others' counts: attention gives most tokens about the same score, and
-adding them one by one to the same few bins would queue them up.
+The bits of non-negative floats order like integers. A histogram of the scores' top bits gives
+the bin in which the mass of all smaller values reaches ``drop_mass``, a histogram of the next
+bits the bin within that bin, and so on down to the value itself. A program counts its chunk in
+registers before it adds to global memory: most tokens have about the same score, and one atomic
+addition per token would serialize on a few bins.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _TILE = 4096  # scores per program of the smoothing kernel
-# The budget's levels. A bin costs a comparison per token: many bins and few levels suit the
-# one row of a shared budget, the reverse a row per head.
+# Bits per level of the budget's histogram. A bin costs a comparison per token: many bins and few
+# levels are fastest for a sequence's shared budget, few bins and many levels for one per head.
 _SHARED_BITS, _PER_HEAD_BITS = 8, 4
 
 
 class Rule(NamedTuple):
-    """The selection rule's settings; see `TokenSelectionConfig` and `crossover`.
+    """The settings by which tokens are selected, and sequences run dense.
 
     Attributes:
         drop_mass: share of the mass that may be dropped.
-        num_probes: W.
+        num_probes: W, the queries that score; the last W tokens are always kept.
         pool_size: width of the smoothing.
         min_tokens: fewest scored tokens to keep.
         per_head: whether each head has its own budget.
-        keep_ratio: share of a row's tokens to keep in place of the budget, None for the budget.
-        max_work: a row runs dense if the mean square of its heads' kept shares exceeds
+        keep_ratio: share of a sequence's tokens to keep; None for as many as `drop_mass` says.
+        max_work: a sequence runs dense if the mean square of its heads' kept shares exceeds
             ``max_work - fixed_tokens / effective_length``, see `crossover.effective_length`.
         fixed_tokens: see `max_work`.
-        min_length: rows of a smaller effective length run dense.
+        min_length: sequences of a smaller effective length run dense.
     """
 
     drop_mass: float
@@ -61,8 +61,8 @@ class Budget(NamedTuple):
         smoothed: ``[B, H, N]`` float32, the scores that the heads choose by.
         lengths: ``[B, H]`` int32, tokens that each head keeps.
         ran_sparse: ``[B]`` bool.
-        budget: ``[B, H]`` int32, tokens the rule keeps, whether or not the row ran sparse.
-        spare: zeros, int32, as many as were asked for.
+        budget: ``[B, H]`` int32, tokens that the rule keeps, even where the sequence ran dense.
+        spare: zeros, int32, as many as requested.
     """
 
     smoothed: Tensor
@@ -73,31 +73,26 @@ class Budget(NamedTuple):
 
 
 def count_tokens(
-    scores: Tensor,
-    bounds: Tensor,
-    first_query: int,
-    rule: Rule,
-    tp_group: ProcessGroup | None,
+    scores: Tensor, bounds: Tensor, first_query: int, rule: Rule, tp_group: ProcessGroup | None,
     spare: int,
-) -> Budget:
+) -> Budget:  # fmt: skip
     """Decide how many tokens each head keeps.
 
     Args:
-        scores: see `selection.select_tokens`, as for what follows.
-        bounds: each row's real slots.
+        scores: ``[B, H, N]`` float32, contiguous, by slot.
+        bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
         first_query: slot of the first query.
         rule: the settings.
         tp_group: the ranks that hold the layer's other heads.
-        spare: how many zeros to return besides: one launch makes those of both stages.
+        spare: how many zeros to return for the caller's use, from the same launch.
     """
     batch_size, num_heads, num_scored = scores.shape
     device = scores.device
-    mass_rows = batch_size * num_heads if rule.per_head else batch_size
+    num_budgets = batch_size * num_heads if rule.per_head else batch_size
     smoothed = torch.empty_like(scores)
     mean = smoothed if rule.per_head else scores.new_empty(batch_size, num_scored)
-    bits = _PER_HEAD_BITS if rule.per_head else _SHARED_BITS
-    levels = triton.cdiv(31, bits)
-    mass_bins = mass_rows * levels * 2**bits
+    bits, levels = _radix(rule)
+    mass_bins = num_budgets * levels * 2**bits
     sizes = (2 * mass_bins, mass_bins, spare, batch_size)  # mass sums are float64
     zeros = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
     mass_sum, mass_count, spare_zeros, not_finite = zeros.split(sizes)
@@ -112,20 +107,7 @@ def count_tokens(
     )  # fmt: skip
     if tp_group is not None and not rule.per_head:
         mean, not_finite = mean_of_ranks(mean, not_finite, tp_group)
-    mass_chunk = 16 * _TILE // 2**bits
-    for level in range(levels):
-        width = min(bits, 31 - bits * level)
-        count_mass_kernel[(triton.cdiv(num_scored, mass_chunk), mass_rows)](
-            mean, mass_sum, mass_count, bounds, float(rule.drop_mass), num_scored,
-            ROWS_PER_BATCH=mass_rows // batch_size, WINDOW=rule.num_probes,
-            BITS=bits, LEVELS=levels, LEVEL=level, WIDTH=width,
-            SHIFT=31 - bits * level - width, CHUNK=mass_chunk, num_warps=8,
-        )  # fmt: skip
-    droppable = torch.empty(mass_rows, dtype=torch.int32, device=device)
-    count_droppable_kernel[(mass_rows,)](
-        mass_sum, mass_count, droppable, float(rule.drop_mass),
-        BITS=bits, LEVELS=levels, num_warps=4,
-    )  # fmt: skip
+    droppable = _count_droppable(mean, mass_sum, mass_count, bounds, rule)
     decided_heads = num_heads
     if tp_group is not None and rule.per_head:
         droppable, not_finite = counts_of_ranks(
@@ -150,9 +132,39 @@ def count_tokens(
     return Budget(smoothed, lengths, ran_sparse, budget, spare_zeros)
 
 
+def _count_droppable(
+    mean: Tensor, mass_sum: Tensor, mass_count: Tensor, bounds: Tensor, rule: Rule
+) -> Tensor:
+    """Return how many tokens each budget may drop, int32; the sums and counts must be zero."""
+    batch_size, num_scored = len(bounds), mean.shape[-1]
+    num_budgets = mean.numel() // num_scored
+    bits, levels = _radix(rule)
+    chunk = 16 * _TILE // 2**bits
+    for level in range(levels):
+        width = min(bits, 31 - bits * level)
+        count_mass_kernel[(triton.cdiv(num_scored, chunk), num_budgets)](
+            mean, mass_sum, mass_count, bounds, float(rule.drop_mass), num_scored,
+            BUDGETS=num_budgets // batch_size, WINDOW=rule.num_probes,
+            BITS=bits, LEVELS=levels, LEVEL=level, WIDTH=width,
+            SHIFT=31 - bits * level - width, CHUNK=chunk, num_warps=8,
+        )  # fmt: skip
+    droppable = torch.empty(num_budgets, dtype=torch.int32, device=mean.device)
+    count_droppable_kernel[(num_budgets,)](
+        mass_sum, mass_count, droppable, float(rule.drop_mass),
+        BITS=bits, LEVELS=levels, num_warps=4,
+    )  # fmt: skip
+    return droppable
+
+
+def _radix(rule: Rule) -> tuple[int, int]:
+    """Return the bits of a level of the budget's histogram, and the number of levels."""
+    bits = _PER_HEAD_BITS if rule.per_head else _SHARED_BITS
+    return bits, triton.cdiv(31, bits)
+
+
 @triton.jit
 def bits_of(b_value):
-    """Bits of non-negative floats; anything else counts as zero."""
+    """Bits of positive floats; 0 for all other values."""
     return tl.where(b_value > 0, b_value.to(tl.int32, bitcast=True), 0)
 
 
@@ -162,22 +174,22 @@ def smooth_kernel(
     WINDOW: tl.constexpr, POOL: tl.constexpr, PER_HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Average pooling of every head's scores, and their mean over heads."""
+    """Average pooling of every head's scores, and the mean over heads of the pooled scores."""
     b = tl.program_id(1).to(tl.int64)
     start = tl.load(bounds_ptr + 2 * b)
     stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_h = tl.arange(0, BLOCK_H)
-    o_row = (b * num_heads + o_h) * num_scored
+    o_head = (b * num_heads + o_h) * num_scored
     b_sum = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     for offset in tl.static_range(POOL):
         o_from = o_n + (offset - POOL // 2)
         mask = (o_h < num_heads)[:, None] & ((o_from >= start) & (o_from < stop))[None, :]
-        b_sum += tl.load(scores_ptr + o_row[:, None] + o_from[None, :], mask=mask, other=0.0)
+        b_sum += tl.load(scores_ptr + o_head[:, None] + o_from[None, :], mask=mask, other=0.0)
     b_smooth = tl.math.div_rn(b_sum, tl.full([BLOCK_H, BLOCK_N], POOL, tl.float32))
     scored = (o_n >= start) & (o_n < stop)
     valid = (o_h < num_heads)[:, None] & scored[None, :]
-    tl.store(smoothed_ptr + o_row[:, None] + o_n[None, :], b_smooth, mask=valid)
+    tl.store(smoothed_ptr + o_head[:, None] + o_n[None, :], b_smooth, mask=valid)
     broken = valid & ((b_smooth != b_smooth) | (tl.abs(b_smooth) == float("inf")))
     any_broken = tl.max(tl.max(broken.to(tl.int32), 1), 0)
     tl.atomic_max(not_finite_ptr + b, 1, mask=any_broken > 0, sem="relaxed")
@@ -188,11 +200,13 @@ def smooth_kernel(
 
 @triton.jit
 def _mass_below(p_sum, p_count, drop_mass, BITS: tl.constexpr, DONE: tl.constexpr):
-    """Where the mass of the smallest tokens reaches the share `drop_mass` of all mass.
+    """Find the token at which the mass of the smallest tokens reaches the target.
+
+    The target is the share `drop_mass` of all mass.
 
     Returns:
-        The first `DONE` levels' bits of that token's mass, how many tokens have smaller ones,
-        their mass, the mass to reach, and whether it is reached at all.
+        The first `DONE` levels' bits of that token's score, the number of tokens with smaller
+        bits, their mass, the target, and whether it is reached at all.
     """
     BINS: tl.constexpr = 2**BITS
     o_bin = tl.arange(0, BINS)
@@ -219,18 +233,18 @@ def _mass_below(p_sum, p_count, drop_mass, BITS: tl.constexpr, DONE: tl.constexp
 @triton.jit(do_not_specialize=["num_scored", "drop_mass"])
 def count_mass_kernel(
     mean_ptr, mass_sum_ptr, mass_count_ptr, bounds_ptr, drop_mass, num_scored,
-    ROWS_PER_BATCH: tl.constexpr, WINDOW: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr,
+    BUDGETS: tl.constexpr, WINDOW: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr,
     LEVEL: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One level of the budget's histogram, of the tokens that share the bits found so far."""
+    """One level of a budget's histogram, over the tokens that have the bits found so far."""
     BINS: tl.constexpr = 2**BITS
     SUB: tl.constexpr = CHUNK // 16
-    row = tl.program_id(1).to(tl.int64)
-    b = row // ROWS_PER_BATCH
+    budget = tl.program_id(1).to(tl.int64)  # a head's or a sequence's
+    b = budget // BUDGETS
     start = tl.load(bounds_ptr + 2 * b)
     stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
-    p_sum = mass_sum_ptr + row * (LEVELS * BINS)
-    p_count = mass_count_ptr + row * (LEVELS * BINS)
+    p_sum = mass_sum_ptr + budget * (LEVELS * BINS)
+    p_count = mass_count_ptr + budget * (LEVELS * BINS)
     prefix, _, _, _, reached = _mass_below(p_sum, p_count, drop_mass, BITS, LEVEL)
     o_bin = tl.arange(0, BINS)
     b_counts = tl.zeros([BINS, SUB], tl.int32)
@@ -238,7 +252,7 @@ def count_mass_kernel(
     for first in range(0, CHUNK, SUB):
         o_n = tl.program_id(0) * CHUNK + first + tl.arange(0, SUB)
         inside = (o_n >= start) & (o_n < stop)
-        b_mass = tl.load(mean_ptr + row * num_scored + o_n, mask=inside, other=0.0)
+        b_mass = tl.load(mean_ptr + budget * num_scored + o_n, mask=inside, other=0.0)
         b_bits = bits_of(b_mass)
         if LEVEL > 0:
             inside = inside & (reached > 0) & ((b_bits >> (SHIFT + WIDTH)) == prefix)
@@ -258,13 +272,13 @@ def count_droppable_kernel(
     mass_sum_ptr, mass_count_ptr, droppable_ptr, drop_mass,
     BITS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """How many of a row's smallest tokens stay below the target together."""
+    """How many of the smallest tokens have less mass together than the target."""
     BINS: tl.constexpr = 2**BITS
-    row = tl.program_id(0).to(tl.int64)
-    p_sum = mass_sum_ptr + row * (LEVELS * BINS)
-    p_count = mass_count_ptr + row * (LEVELS * BINS)
+    budget = tl.program_id(0).to(tl.int64)
+    p_sum = mass_sum_ptr + budget * (LEVELS * BINS)
+    p_count = mass_count_ptr + budget * (LEVELS * BINS)
     bits, count, mass, target, reached = _mass_below(p_sum, p_count, drop_mass, BITS, LEVELS)
-    # The tokens in the last bin are equal: as many of them fit as stay below the target.
+    # The tokens in the last bin are equal: as many fit as keep the mass below the target.
     LAST_WIDTH: tl.constexpr = 31 - BITS * (LEVELS - 1)
     equal = tl.load(p_count + (LEVELS - 1) * BINS + (bits & (2**LAST_WIDTH - 1)))
     value = bits.to(tl.float32, bitcast=True).to(tl.float64)
@@ -272,7 +286,7 @@ def count_droppable_kernel(
     fitting = tl.minimum(tl.maximum(fitting, 0.0), equal.to(tl.float64)).to(tl.int32)
     count += tl.where(value > 0, fitting, equal)
     everything = tl.sum(tl.load(p_count + tl.arange(0, BINS)), 0)
-    tl.store(droppable_ptr + row, tl.where(reached > 0, count, everything))
+    tl.store(droppable_ptr + budget, tl.where(reached > 0, count, everything))
 
 
 @triton.jit(do_not_specialize=[
@@ -284,7 +298,7 @@ def decide_kernel(
     drop_mass, min_tokens, keep_ratio, max_work, fixed_tokens, min_length, first_query, num_heads,
     WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, GIVEN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Each head's number of tokens, and whether the row runs sparse at all."""
+    """Each head's number of tokens, and whether the sequence runs sparse."""
     b = tl.program_id(0).to(tl.int64)
     start = tl.load(bounds_ptr + 2 * b)
     end = tl.load(bounds_ptr + 2 * b + 1)

@@ -1,7 +1,7 @@
 """Gather Q, K and V of each head's tokens in one launch, and scatter the output back.
 
-A sequence is one head of one batch entry, numbered ``b * H + h``; launches take a range of
-sequences, so that heads can be processed in groups.
+A packed sequence is one head of one batch entry, numbered ``b * H + h``. Launches take a range
+of them, so that heads can be processed in groups.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from token_sparse_attention.device import on_its_device
 
 _ROWS = 64  # rows of D elements per program
 _SLOTS = 1024  # indices per program
-# Attention kernels load whole tiles of values and multiply what lies beyond a sequence's end
-# by zero, which must not be NaN: so many rows behind the last sequence are zeroed.
+# Attention kernels load whole tiles of values and multiply the rows beyond a sequence's end by
+# zero, so these must not be NaN: this many rows behind the last sequence are zeroed.
 _TAIL = tl.constexpr(256)
 
 
@@ -27,7 +27,7 @@ def cumulative_lengths(
     """Return where each sequence's packed queries and keys start, ``[sequences + 1]`` int32.
 
     Args:
-        indices: ``[B, H, K]`` kept slots, ascending, contiguous.
+        indices: ``[B, H, K]`` selected slots, ascending, contiguous.
         lengths: ``[B, H]``, entries of `indices` to use.
         first_query: slot of the first query.
         sequences: which sequences.
@@ -39,7 +39,7 @@ def cumulative_lengths(
     cumulative_lengths_kernel[(1,)](
         indices, lengths, offsets_q, offsets_k, first_query, indices.shape[2],
         sequences.start, len(sequences),
-        # For all sequences, not this group's: how many are in a group follows from the length.
+        # Of all sequences, not of the range: the size of a range depends on the length.
         BLOCK=triton.next_power_of_2(indices.shape[0] * indices.shape[1]), num_warps=4,
     )  # fmt: skip
     return offsets_q, offsets_k
@@ -47,26 +47,20 @@ def cumulative_lengths(
 
 @on_its_device
 def gather(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    offsets: tuple[Tensor, Tensor],
-    sequences: range,
-    packed: tuple[Tensor, Tensor, Tensor],
-    max_length: int,
-) -> None:
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, offsets: tuple[Tensor, Tensor],
+    sequences: range, packed: tuple[Tensor, Tensor, Tensor], max_length: int,
+) -> None:  # fmt: skip
     """Write the selected rows into ``packed``, ``[T, D]`` each.
 
     Args:
         query: ``[B, H, S_q, D]``, unit stride over D.
         key: ``[B, H_kv, S_kv, D]``, unit stride over D.
-        value: likewise.
+        value: ``[B, H_kv, S_kv, D]``, unit stride over D.
         indices: ``[B, H, K]``, contiguous.
         offsets: from `cumulative_lengths`.
         sequences: which sequences.
         packed: query, key and value to fill.
-        max_length: no sequence keeps more tokens.
+        max_length: an upper bound of the sequences' lengths.
     """
     num_heads, query_len, head_dim = query.shape[1:]
     gather_kernel[(triton.cdiv(max_length + _TAIL.value, _ROWS), len(sequences))](
@@ -80,17 +74,10 @@ def gather(
 
 @on_its_device
 def scatter(
-    out: Tensor,
-    indices: Tensor,
-    offsets: tuple[Tensor, Tensor],
-    sequences: range,
-    full: Tensor,
-    ran_sparse: Tensor,
-    *,
-    first_query: int,
-    zeros: bool,
-    lse: tuple[Tensor, Tensor] | None = None,
-) -> None:
+    out: Tensor, indices: Tensor, offsets: tuple[Tensor, Tensor], sequences: range, full: Tensor,
+    ran_sparse: Tensor, *,
+    first_query: int, zeros: bool, lse: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write packed rows ``out [T, D]`` to their positions in ``full [B, H, S_q, D]``.
 
     Args:
@@ -98,12 +85,12 @@ def scatter(
         indices: ``[B, H, K]``, contiguous.
         offsets: from `cumulative_lengths`.
         sequences: which sequences.
-        full: written in place, in batch entries that ran sparse only; unit stride over D.
+        full: written in batch entries that ran sparse only; unit stride over D.
         ran_sparse: ``[B]`` bool.
         first_query: slot of the first query.
-        zeros: whether rows that were not selected become zero, or stay as they are.
-        lse: packed ``[T]`` and full ``[B, H, S_q]`` (contiguous) float32 log-sum-exp, to be
-            written alike, -inf where not selected.
+        zeros: whether rows that were not selected become zero, or keep their values.
+        lse: packed ``[T]`` and full ``[B, H, S_q]`` (contiguous) float32 log-sum-exp; with
+            `zeros`, -inf is written where no row was selected.
     """
     num_heads, query_len, head_dim = full.shape[1:]
     ranks = torch.full(
@@ -127,7 +114,7 @@ def cumulative_lengths_kernel(
     indices_ptr, lengths_ptr, offsets_q_ptr, offsets_k_ptr,
     first_query, capacity, first_sequence, num_sequences, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count each sequence's keys and queries, and add up."""
+    """Cumulative sums of the sequences' numbers of keys and of queries."""
     o_s = tl.arange(0, BLOCK)
     real = o_s < num_sequences
     o_sequence = (first_sequence + o_s).to(tl.int64)
@@ -179,7 +166,7 @@ def gather_kernel(
         o_slot = tl.load(indices_ptr + sequence * capacity + o_row, mask=selected, other=0)
         o_slot = o_slot.to(tl.int64)
         mask = selected[:, None] & (o_d < HEAD_DIM)[None, :]
-        # Keys of a chunk's past have no queries; those come last.
+        # In a chunk the first keys have no queries.
         o_query = o_row - (count_k - count_q)
         mask_q = mask & (o_query >= 0)[:, None]
         p_k = key_ptr + b * stride_kb + kv_head * stride_kh + o_slot[:, None] * stride_ks
@@ -202,7 +189,7 @@ def rank_kernel(
     indices_ptr, offsets_q_ptr, offsets_k_ptr, ranks_ptr,
     first_query, capacity, query_len, first_sequence, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Invert one sequence's indices: each query's row among the sequence's packed queries."""
+    """Invert one sequence's indices: each query's row in the packed queries of the sequence."""
     s = tl.program_id(1)
     count_q = tl.load(offsets_q_ptr + s + 1) - tl.load(offsets_q_ptr + s)
     count_k = tl.load(offsets_k_ptr + s + 1) - tl.load(offsets_k_ptr + s)

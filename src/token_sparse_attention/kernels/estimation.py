@@ -1,8 +1,8 @@
 """What the block patterns estimate with: block means, and the last queries' attention.
 
-Both read query and key where they lie. The last queries' attention is recomputed rather than
-stored: a first pass keeps the statistics of its softmax, a second adds the probabilities up by
-key and by distance, tile by tile.
+Both read query and key in place. The last queries' attention is recomputed rather than stored:
+the first pass of the scoring kernels keeps its softmax statistics, and a second pass sums the
+probabilities by key and by distance, tile by tile.
 """
 
 from __future__ import annotations
@@ -15,15 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from token_sparse_attention.device import on_its_device
-from token_sparse_attention.kernels.scoring import (
-    _MAX_SPLITS,
-    _log_norm,
-    _split,
-    window_statistics_kernel,
-)
-from token_sparse_attention.kernels.softmax import LOG2_E, load_rows
-
-_MOST_QUERIES = 64  # at a time; more fill the registers
+from token_sparse_attention.kernels import scoring
+from token_sparse_attention.kernels.scoring import probe_constants, probe_statistics, split_keys
+from token_sparse_attention.kernels.softmax import LOG2_E, load_rows, log_denominators
 
 
 @on_its_device
@@ -44,7 +38,7 @@ def block_means(tokens: Tensor, size: int) -> Tensor:
 
 
 class Tiles(NamedTuple):
-    """Keys per tile and launch options; programs wanted per launch."""
+    """Keys per tile and launch options of the second pass; programs wanted per launch."""
 
     block_n: int
     num_warps: int
@@ -52,30 +46,24 @@ class Tiles(NamedTuple):
     programs: int
 
 
-def _pick_tiles(dtype: torch.dtype, window_rows: int, head_dim: int) -> tuple[Tiles, Tiles]:
+def _pick_tiles(dtype: torch.dtype, probe_rows: int, head_dim: int) -> tuple[scoring.Tiles, Tiles]:
     if dtype == torch.float32:
-        return Tiles(32, 4, 2, 264), Tiles(window_rows, 8, 1, 264)
-    return (
-        Tiles(64, 8, 3 if head_dim <= 128 else 2, 264),
-        Tiles(64, 4, 3 if head_dim <= 128 else 2, 1056),
-    )
+        return scoring.Tiles(32, 32, 4, 2, 264), Tiles(probe_rows, 8, 1, 264)
+    stages = 3 if head_dim <= 128 else 2
+    return scoring.Tiles(128, 64, 8, stages, 264), Tiles(64, 4, stages, 1056)
 
 
 @on_its_device
 def last_query_mass(
-    query: Tensor,
-    key: Tensor,
-    count: int,
-    scale: float,
-    *,
-    tiles: tuple[Tiles, Tiles] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean attention of the last `count` queries by key and by distance back from the query.
+    query: Tensor, key: Tensor, num_probes: int, scale: float, *,
+    tiles: tuple[scoring.Tiles, Tiles] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean attention of the last queries by key and by distance back from the query.
 
     Args:
         query: ``[B, H, S_q, D]``, unit stride over D.
         key: ``[B, H_kv, S_kv, D]``, unit stride over D.
-        count: queries, at most S_q.
+        num_probes: how many of the last queries, at most S_q.
         scale: factor of the logits.
         tiles: of the two passes, for tuning.
 
@@ -83,64 +71,37 @@ def last_query_mass(
         Two tensors ``[B, H, S_kv]`` float32; each sums to 1 over its last dimension.
     """
     shape = (*query.shape[:2], key.shape[2])
-    by_key, by_distance = torch.zeros(2, *shape, dtype=torch.float32, device=query.device)
-    # Exact products of float32 do not use tensor cores, and fill the registers sooner.
-    most = 32 if query.dtype == torch.float32 else _MOST_QUERIES
-    for later in range(0, count, most):  # a portion of the queries at a time
-        width = min(most, count - later)
-        _add_portion(query, key, by_key, by_distance, later, width, count, scale, tiles)
-    return by_key, by_distance
+    masses = torch.zeros(2, *shape, dtype=torch.float32, device=query.device).unbind()
+    # More queries fill the registers; the exact products of float32 fill them sooner.
+    portion = 32 if query.dtype == torch.float32 else 64
+    for later in range(0, num_probes, portion):
+        width = min(portion, num_probes - later)
+        _add_portion(query, key, masses, later, width, width / num_probes, scale, tiles)
+    return masses
 
 
 def _add_portion(
-    query: Tensor,
-    key: Tensor,
-    by_key: Tensor,
-    by_distance: Tensor,
-    later: int,
-    width: int,
-    count: int,
-    scale: float,
-    tiles: tuple[Tiles, Tiles] | None,
-) -> None:
-    """Add the attention of `width` queries, behind which `later` queries follow."""
+    query: Tensor, key: Tensor, masses: tuple[Tensor, Tensor], later: int, width: int,
+    share: float, scale: float, tiles: tuple[scoring.Tiles, Tiles] | None,
+) -> None:  # fmt: skip
+    """Add `share` times the mean attention of `width` queries, which `later` queries follow."""
     batch_size, num_heads, query_len, head_dim = query.shape
-    num_kv_heads, end = key.shape[1], key.shape[2] - later
-    group = num_heads // num_kv_heads
-    window_rows = max(triton.next_power_of_2(width), 16)
-    first, second = tiles or _pick_tiles(query.dtype, window_rows, head_dim)
-    most_rows = 32 if query.dtype == torch.float32 else 128
-    block_m = min(most_rows, triton.next_power_of_2(group * window_rows))
-    row_blocks = triton.cdiv(group * window_rows, block_m)
-    programs = batch_size * num_kv_heads * row_blocks
-    splits, tiles_per_split = _split(end, first.block_n, programs, first.programs)
-    stats_shape = (2, batch_size * num_kv_heads, row_blocks * block_m, _MAX_SPLITS)
-    stats = torch.empty(stats_shape, dtype=torch.float32, device=query.device)
+    end = key.shape[2] - later
+    constants = probe_constants(query, width)
+    probe_rows = constants["PROBE_ROWS"]
+    first, second = tiles or _pick_tiles(query.dtype, probe_rows, head_dim)
     bounds = torch.zeros(batch_size, 2, dtype=torch.int32, device=query.device)
     bounds[:, 1].fill_(end)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
-        "WINDOW": width,
-        "WINDOW_ROWS": window_rows,
-        "MAX_SPLITS": _MAX_SPLITS,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "UPCAST": not query.is_cuda,  # the interpreter's bfloat16 arithmetic is wrong
-    }
-    strides = (*query.stride()[:3], *key.stride()[:3])
-    first_query = key.shape[2] - query_len
-    window_statistics_kernel[(programs, splits)](
-        query, key, bounds, stats[0], stats[1], scale * LOG2_E.value, *strides,
-        num_kv_heads, first_query, row_blocks, tiles_per_split, GROUP=group, **constants,
-        BLOCK_M=block_m, BLOCK_N=first.block_n,
-        num_warps=first.num_warps, num_stages=first.num_stages,
-    )  # fmt: skip
-    block_n = max(second.block_n, window_rows)
-    mass_splits, tiles_per_split = _split(end, block_n, batch_size * num_heads, second.programs)
+    statistics = probe_statistics(query, key, bounds, width, end, scale, first)
+    block_n = max(second.block_n, probe_rows)
+    mass_splits, tiles_per_split = split_keys(
+        end, block_n, batch_size * num_heads, second.programs
+    )
     key_distance_kernel[(batch_size * num_heads, mass_splits)](
-        query, key, stats[0], stats[1], by_key, by_distance, scale * LOG2_E.value, width / count,
-        *strides, num_heads, group, first_query, stats_shape[2], end, key.shape[2],
-        splits, tiles_per_split, **constants, BLOCK_N=block_n,
+        query, key, statistics.maximum, statistics.total, *masses, scale * LOG2_E.value, share,
+        *query.stride()[:3], *key.stride()[:3], num_heads, num_heads // key.shape[1],
+        key.shape[2] - query_len, statistics.maximum.shape[1], end, key.shape[2],
+        statistics.num_splits, tiles_per_split, **constants, BLOCK_N=block_n,
         num_warps=second.num_warps, num_stages=second.num_stages,
     )  # fmt: skip
 
@@ -177,30 +138,34 @@ def key_distance_kernel(
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_ks: tl.int64,
     num_heads, group, first_query, stat_rows, end, kv_len, num_splits, tiles_per_split,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr, MAX_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NUM_PROBES: tl.constexpr,
+    PROBE_ROWS: tl.constexpr, MAX_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the probabilities of one head's window queries, over one split of the keys.
+    """Add the probabilities of one head's probes, over one split of the keys.
 
-    Query r stands at ``end - WINDOW + r``, so an entry's key less its r is the same along a
-    diagonal. Shifting column r of a tile by r rows, round and round, lays a diagonal into one
-    row: the part that did not wrap belongs to this tile's diagonals, the part that did to the
-    previous tile's. A split reads one tile more than it owns to complete its last diagonals.
+    Probe r has slot ``end - NUM_PROBES + r``, so key slot minus r is constant along a diagonal.
+    Rotating column r of a tile by r rows puts each diagonal into one row: the entries that did
+    not wrap belong to this tile's diagonals, those that did to the previous tile's. A split
+    reads one tile more than it owns, to complete its last diagonals.
     """
     b = (tl.program_id(0) // num_heads).to(tl.int64)
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     kv_head = head // group
-    o_r = tl.arange(0, WINDOW_ROWS)
+    o_r = tl.arange(0, PROBE_ROWS)
     o_n = tl.arange(0, BLOCK_N)
-    o_slot = end - WINDOW + o_r
+    o_slot = end - NUM_PROBES + o_r
     p_q = query_ptr + b * stride_qb + head * stride_qh
     p_k = key_ptr + b * stride_kb + kv_head * stride_kh
-    b_q = load_rows(p_q, o_slot - first_query, stride_qs, o_r < WINDOW, HEAD_DIM, BLOCK_D, UPCAST)
+    b_q = load_rows(
+        p_q, o_slot - first_query, stride_qs, o_r < NUM_PROBES, HEAD_DIM, BLOCK_D, UPCAST
+    )  # fmt: skip
     num_kv_heads = num_heads // group
-    o_stat = (b * num_kv_heads + kv_head) * stat_rows + (head % group) * WINDOW_ROWS
-    b_norm = _log_norm(max_ptr + o_stat * MAX_SPLITS, sum_ptr + o_stat * MAX_SPLITS, o_r,
-                       num_splits, WINDOW, MAX_SPLITS)  # fmt: skip
+    o_stat = (b * num_kv_heads + kv_head) * stat_rows + (head % group) * PROBE_ROWS
+    b_norm = log_denominators(
+        max_ptr + o_stat * MAX_SPLITS, sum_ptr + o_stat * MAX_SPLITS, o_r,
+        num_splits, NUM_PROBES, MAX_SPLITS,
+    )  # fmt: skip
     p_by_key = by_key_ptr + (b * num_heads + head) * kv_len
     p_by_distance = by_distance_ptr + (b * num_heads + head) * kv_len
     o_shifted = o_n[:, None] + o_r[None, :]
@@ -223,7 +188,7 @@ def key_distance_kernel(
         p_own = p_by_key + o_key
         owned = (o_key < end) & (o_key < last * BLOCK_N)
         tl.store(p_own, tl.load(p_own, mask=owned, other=0.0) + b_own, mask=owned)
-        o_distance = end - WINDOW - (o_key - BLOCK_N)
+        o_distance = end - NUM_PROBES - (o_key - BLOCK_N)
         exists = (o_distance >= 0) & (o_distance < end) & (o_key - BLOCK_N >= lowest)
         p_done = p_by_distance + o_distance
         tl.store(p_done, tl.load(p_done, mask=exists, other=0.0) + b_done, mask=exists)

@@ -1,9 +1,9 @@
 """XAttention's estimate in one product: antidiagonal sums, their softmax, sums by block.
 
-The product of strided rows is computed once. What is kept of it is a log-sum-exp per row and
-block of keys, a sixteenth of the logits at a stride of 8; a second kernel makes a row's softmax
-of these and averages the rows of a block. The descriptors of the tensor memory accelerator
-read strided rows in place: `stride` tokens of a head are columns of one matrix row.
+The product of strided rows is computed once and reduced to a log-sum-exp per row and block of
+keys, a sixteenth of the logits at a stride of 8. A second kernel computes each row's softmax
+over these and averages the rows of a block. Tensor memory accelerator descriptors read strided
+rows in place: `stride` tokens of a head are columns of one matrix row.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from token_sparse_attention.device import on_its_device
+from token_sparse_attention.kernels.softmax import LOG2_E, finite_maximum, update_statistics
 
-_LOG2_E = 1.4426950408889634
 _KEPT_ELEMENTS = 2**27  # log-sum-exps held at once: half a GiB
-_BAND = 8  # rows of tiles that run side by side, so that they share keys in the cache
+_BAND = 8  # rows of tiles that run side by side, to share keys in the cache
 
 
 class Tiles(NamedTuple):
@@ -50,15 +50,9 @@ def can_run(query: Tensor, stride: int, block_size: tuple[int, int]) -> bool:
 
 @on_its_device
 def antidiagonal_scores(
-    query: Tensor,
-    key: Tensor,
-    stride: int,
-    block_size: tuple[int, int],
-    scale: float,
-    *,
-    tiles: Tiles | None = None,
-    kept_elements: int = _KEPT_ELEMENTS,
-) -> Tensor:
+    query: Tensor, key: Tensor, stride: int, block_size: tuple[int, int], scale: float, *,
+    tiles: Tiles | None = None, kept_elements: int = _KEPT_ELEMENTS,
+) -> Tensor:  # fmt: skip
     """Estimate each block's share of attention, ``[B, H, Q, K]`` float32.
 
     Args:
@@ -70,63 +64,52 @@ def antidiagonal_scores(
         tiles: options of the product, for tuning.
         kept_elements: log-sum-exps to hold at once, as far as a band of tiles allows.
     """
-    batch_size, num_heads, query_len, head_dim = query.shape
-    offset = key.shape[2] - query_len
-    kv_blocks = triton.cdiv(key.shape[2], block_size[1])
+    num_heads, query_len = query.shape[1:3]
+    num_problems = len(query) * num_heads
+    kv_len, offset = key.shape[2], key.shape[2] - query_len
+    kv_blocks = triton.cdiv(kv_len, block_size[1])
     per_row, per_column = block_size[0] // stride, block_size[1] // stride
-    tiles = tiles or _pick_tiles(query.dtype, head_dim, per_column)
+    tiles = tiles or _pick_tiles(query.dtype, query.shape[3], per_column)
     left, right = _strided(query, stride), _strided(key, stride)
-    rows, columns = triton.cdiv(query_len, stride), triton.cdiv(key.shape[2], stride)
+    num_rows = triton.cdiv(query_len, stride)
     scores = torch.empty(
-        batch_size, num_heads, triton.cdiv(query_len, block_size[0]), kv_blocks,
+        len(query), num_heads, triton.cdiv(query_len, block_size[0]), kv_blocks,
         dtype=torch.float32, device=query.device,
     )  # fmt: skip
     band_rows = max(_BAND * tiles.block_m, per_row)
     at_once = max(kept_elements // kv_blocks // band_rows, 1) * band_rows
-    row_step = min(at_once, triton.cdiv(rows, band_rows) * band_rows)
-    head_step = min(max(at_once // row_step, 1), batch_size * num_heads)
+    row_step = min(at_once, triton.cdiv(num_rows, band_rows) * band_rows)
+    head_step = min(max(at_once // row_step, 1), num_problems)
     kept = scores.new_empty(head_step, row_step, kv_blocks)
-    for head in range(0, batch_size * num_heads, head_step):
-        heads = min(head_step, batch_size * num_heads - head)
-        for row in range(0, rows, row_step):
-            count = min(row_step, rows - row)
-            _keep_block_sums(
-                left, right, kept, heads, head, row, count, columns, offset, stride, per_column,
-                num_heads, num_heads // key.shape[1], scale, tiles,
+    for head in range(0, num_problems, head_step):
+        heads = range(num_problems)[head : head + head_step]
+        for row in range(0, num_rows, row_step):
+            rows = range(num_rows)[row : row + row_step]
+            # Tiles of keys that the rows before this portion's first already see.
+            earlier = triton.cdiv(offset + row * stride, tiles.block_n * stride)
+            band_columns = max(_BAND * tiles.block_m // tiles.block_n, 1)
+            bands = triton.cdiv(triton.cdiv(len(rows), tiles.block_m), _BAND)
+            programs = _BAND * (band_columns * bands * (bands + 1) // 2 + bands * earlier)
+            strided_product_kernel[(programs, len(heads))](
+                left.descriptor(tiles.block_m, tiles.block_k),
+                right.descriptor(tiles.block_n, tiles.block_k),
+                kept, scale / stride * LOG2_E.value, head, row, len(rows),
+                triton.cdiv(kv_len, stride), offset, earlier,
+                num_heads, num_heads // key.shape[1], row_step, kv_blocks,
+                *left.places(), *right.places(),
+                STRIDE=stride, HEAD_DIM=left.head_dim, PER_COLUMN=per_column,
+                BAND=_BAND, BAND_COLUMNS=band_columns,
+                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+                PRECISION="ieee" if query.is_cuda and query.dtype == torch.float32 else "tf32",
+                UPCAST=not query.is_cuda,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
-            mean_share_kernel[(triton.cdiv(count, per_row), heads)](
-                kept, scores, head, row, count, offset, row_step, kv_blocks, scores.shape[2],
+            mean_share_kernel[(triton.cdiv(len(rows), per_row), len(heads))](
+                kept, scores, head, row, len(rows), offset, row_step, kv_blocks, scores.shape[2],
                 STRIDE=stride, PER_ROW=per_row, KV_BLOCK=block_size[1],
                 BLOCK_K=min(triton.next_power_of_2(kv_blocks), 4096 // per_row), num_warps=4,
             )  # fmt: skip
     return scores
-
-
-def _keep_block_sums(
-    left: _Strided, right: _Strided, kept: Tensor, heads: int, head: int, row: int, count: int,
-    columns: int, offset: int, stride: int, per_column: int, num_heads: int, group: int,
-    scale: float, tiles: Tiles,
-) -> None:  # fmt: skip
-    """Fill ``kept[:heads, :count]`` for the heads from `head` and the rows from `row`."""
-    band_columns = max(_BAND * tiles.block_m // tiles.block_n, 1)
-    # Tiles of keys that the rows before this portion's first already see.
-    earlier = triton.cdiv(offset + row * stride, tiles.block_n * stride)
-    bands = triton.cdiv(triton.cdiv(count, tiles.block_m), _BAND)
-    programs = _BAND * (band_columns * bands * (bands + 1) // 2 + bands * earlier)
-    strided_product_kernel[(programs, heads)](
-        left.descriptor(tiles.block_m, tiles.block_k),
-        right.descriptor(tiles.block_n, tiles.block_k),
-        kept, scale / stride * _LOG2_E, head, row, count, columns, offset, earlier,
-        num_heads, group, kept.shape[1], kept.shape[2],
-        left.per_batch, left.per_head, left.head_columns, left.token_columns,
-        right.per_batch, right.per_head, right.head_columns, right.token_columns,
-        STRIDE=stride, HEAD_DIM=left.head_dim, PER_COLUMN=per_column,
-        BAND=_BAND, BAND_COLUMNS=band_columns,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        PRECISION="ieee" if kept.is_cuda and left.matrix.dtype == torch.float32 else "tf32",
-        UPCAST=not kept.is_cuda,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
 
 
 class _Strided(NamedTuple):
@@ -145,6 +128,9 @@ class _Strided(NamedTuple):
 
     def descriptor(self, rows: int, columns: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(self.matrix, [rows, columns])
+
+    def places(self) -> tuple[int, ...]:
+        return self[2:]
 
 
 def _strided(tokens: Tensor, stride: int) -> _Strided:
@@ -199,15 +185,15 @@ def strided_product_kernel(
     within a band; tiles above the diagonal have no number except in a band's last columns.
     """
     # Tiles before band g: BAND * (BAND_COLUMNS * g * (g + 1) / 2 + earlier * g).
-    place = tl.program_id(0) // BAND
+    column = tl.program_id(0) // BAND
     half = BAND_COLUMNS * 0.5
     linear = half + earlier
-    root = tl.sqrt(linear * linear + 4 * half * place.to(tl.float32))
+    root = tl.sqrt(linear * linear + 4 * half * column.to(tl.float32))
     band = ((root - linear) / (2 * half)).to(tl.int32)
-    band += tl.where(_tiles_before(band + 1, earlier, BAND_COLUMNS) <= place, 1, 0)
-    band -= tl.where(_tiles_before(band, earlier, BAND_COLUMNS) > place, 1, 0)
+    band += tl.where(_tiles_before(band + 1, earlier, BAND_COLUMNS) <= column, 1, 0)
+    band -= tl.where(_tiles_before(band, earlier, BAND_COLUMNS) > column, 1, 0)
     o_m = (band * BAND + tl.program_id(0) % BAND) * BLOCK_M
-    o_n = (place - _tiles_before(band, earlier, BAND_COLUMNS)) * BLOCK_N
+    o_n = (column - _tiles_before(band, earlier, BAND_COLUMNS)) * BLOCK_N
     last_position = (row_begin + o_m + BLOCK_M) * STRIDE - 1 + offset
     if (o_m < count) & (o_n < columns) & (o_n * STRIDE <= last_position):
         b = (head_begin + tl.program_id(1)) // num_heads
@@ -233,8 +219,7 @@ def strided_product_kernel(
         seen = (o_column * STRIDE)[None, :] <= position[:, None]
         seen = seen & (o_column < columns)[None, :]
         b_logits = tl.where(seen, b_sums * scale_log2, float("-inf"))
-        b_max = tl.max(b_logits, 1)
-        b_safe = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_safe = finite_maximum(tl.max(b_logits, 1))
         b_exp = tl.exp2(b_logits - b_safe[:, None])
         b_sum = tl.sum(tl.reshape(b_exp, [BLOCK_M, BLOCK_N // PER_COLUMN, PER_COLUMN]), 2)
         # A block so far below the tile's highest logit that its sum is 0 has no share either.
@@ -276,18 +261,15 @@ def mean_share_kernel(
         seen = exists[:, None] & ((o_block * KV_BLOCK)[None, :] <= position[:, None])
         seen = seen & (o_block < kv_blocks)[None, :]
         b_lse = tl.load(p_kept + o_block[None, :], mask=seen, other=float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_lse, 1))
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_lse - b_safe[:, None]), 1)
-        b_max = b_new
+        b_max, b_sum = update_statistics(b_lse, b_max, b_sum)
     b_norm = tl.where(exists, b_max + tl.log2(b_sum), float("inf"))
     rows = tl.minimum(count - tl.program_id(0) * PER_ROW, PER_ROW)
-    place = (head_begin + tl.program_id(1)).to(tl.int64) * query_blocks
-    place += row_begin // PER_ROW + tl.program_id(0)
+    block_row = (head_begin + tl.program_id(1)).to(tl.int64) * query_blocks
+    block_row += row_begin // PER_ROW + tl.program_id(0)
     for first in range(0, kv_blocks, BLOCK_K):
         o_block = first + o_k
         seen = exists[:, None] & ((o_block * KV_BLOCK)[None, :] <= position[:, None])
         seen = seen & (o_block < kv_blocks)[None, :]
         b_lse = tl.load(p_kept + o_block[None, :], mask=seen, other=float("-inf"))
         b_share = tl.sum(tl.exp2(b_lse - b_norm[:, None]), 0) / rows
-        tl.store(scores_ptr + place * kv_blocks + o_block, b_share, mask=o_block < kv_blocks)
+        tl.store(scores_ptr + block_row * kv_blocks + o_block, b_share, mask=o_block < kv_blocks)

@@ -132,6 +132,26 @@ def pack_blocks(
     )  # fmt: skip
 
 
+@triton.jit
+def _load_masses(mass_ptr, row, first, length, BLOCK: tl.constexpr):
+    """A row's entries from `first` on: numbers, which exist, masses, and bits (-1 beyond)."""
+    o_n = first + tl.arange(0, BLOCK)
+    exists = o_n < length
+    b_mass = tl.load(mass_ptr + row.to(tl.int64) * length + o_n, mask=exists, other=0.0)
+    return o_n, exists, b_mass, tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def _lightest_bits(b_bits, b_weight, wanted, BITS: tl.constexpr):
+    """The most bits, as a number, from which on the entries weigh at least as much as wanted."""
+    lightest = 0
+    for step in range(BITS):
+        bit = 1 << (BITS - 1 - step)
+        b_from = b_bits >= (lightest + bit)
+        lightest += tl.where(tl.sum(tl.where(b_from, b_weight, 0), 0) >= wanted, bit, 0)
+    return lightest
+
+
 @triton.jit(do_not_specialize=["length", "rows_per_share", "minimum"])
 def cover_row_kernel(
     mass_ptr, share_ptr, marked_ptr, length, rows_per_share, minimum,
@@ -139,22 +159,14 @@ def cover_row_kernel(
 ):  # fmt: skip
     """The cover of one row that fits into registers; without `SHARED`, of a share of 0."""
     row = tl.program_id(0)
-    o_n = tl.arange(0, BLOCK)
-    exists = o_n < length
-    place = row.to(tl.int64) * length
-    b_mass = tl.load(mass_ptr + place + o_n, mask=exists, other=0.0)
-    b_bits = tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
+    o_n, exists, b_mass, b_bits = _load_masses(mass_ptr, row, 0, length, BLOCK)
     total = tl.sum(b_mass, 0)
     b_nothing = tl.zeros([BLOCK], tl.float32)
     b_marked = b_nothing > 0
     if SHARED:
         share = tl.load(share_ptr + row // rows_per_share)
         wanted = share * total
-        lightest = 0  # of the cover, in bits
-        for step in range(BITS):
-            bit = 1 << (BITS - 1 - step)
-            b_from = b_bits >= (lightest + bit)
-            lightest += tl.where(tl.sum(tl.where(b_from, b_mass, 0.0), 0) >= wanted, bit, 0)
+        lightest = _lightest_bits(b_bits, b_mass, wanted, BITS)  # of the cover
         b_above = b_bits > lightest
         b_equal = b_bits == lightest
         value = tl.max(tl.where(b_equal, b_mass, 0.0), 0)
@@ -163,18 +175,16 @@ def cover_row_kernel(
         b_marked = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.float32), 0) <= needed))
         b_marked = (b_marked & (b_nothing + wanted > 0)) | (b_nothing + share >= 1)
     if minimum > 0:
-        fewest = 0  # of the heaviest `minimum`
-        for step in range(BITS):
-            bit = 1 << (BITS - 1 - step)
-            b_from = b_bits >= (fewest + bit)
-            fewest += tl.where(tl.sum(b_from.to(tl.int32), 0) >= minimum, bit, 0)
-        b_above = b_bits > fewest
-        b_equal = b_bits == fewest
+        b_one = tl.full([BLOCK], 1, tl.int32)
+        lightest = _lightest_bits(b_bits, b_one, minimum, BITS)  # of the heaviest `minimum`
+        b_above = b_bits > lightest
+        b_equal = b_bits == lightest
         needed_count = minimum - tl.sum(b_above.to(tl.int32), 0)
         b_marked = b_marked | b_above
         b_marked = b_marked | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= needed_count))
     b_marked = b_marked | (b_nothing + total != b_nothing + total)
-    tl.store(marked_ptr + place + o_n, b_marked.to(tl.uint8), mask=exists)
+    p_marked = marked_ptr + row.to(tl.int64) * length + o_n
+    tl.store(p_marked, b_marked.to(tl.uint8), mask=exists)
 
 
 @triton.jit(do_not_specialize=["length", "rows", "low"])
@@ -184,10 +194,7 @@ def digit_sum_kernel(
 ):  # fmt: skip
     """Mass and number of a chunk's entries from each value of the next digit on."""
     row, chunk = tl.program_id(0), tl.program_id(1)
-    o_n = chunk * BLOCK + tl.arange(0, BLOCK)
-    exists = o_n < length
-    b_mass = tl.load(mass_ptr + row.to(tl.int64) * length + o_n, mask=exists, other=0.0)
-    b_bits = tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
+    _, _, b_mass, b_bits = _load_masses(mass_ptr, row, chunk * BLOCK, length, BLOCK)
     p_mass = by_chunk_ptr + (row * tl.num_programs(1) + chunk) * DIGITS
     p_number = p_mass + rows * tl.num_programs(1) * DIGITS
     by_mass = tl.load(floors_ptr + row)
@@ -204,10 +211,7 @@ def digit_sum_kernel(
 def edge_kernel(mass_ptr, floors_ptr, by_chunk_ptr, length, rows, BLOCK: tl.constexpr):
     """Of a chunk: mass above the lightest, number equal to it; number above, number equal."""
     row, chunk = tl.program_id(0), tl.program_id(1)
-    o_n = chunk * BLOCK + tl.arange(0, BLOCK)
-    exists = o_n < length
-    b_mass = tl.load(mass_ptr + row.to(tl.int64) * length + o_n, mask=exists, other=0.0)
-    b_bits = tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
+    _, _, b_mass, b_bits = _load_masses(mass_ptr, row, chunk * BLOCK, length, BLOCK)
     by_mass = tl.load(floors_ptr + row)
     by_number = tl.load(floors_ptr + rows + row)
     p_mass = by_chunk_ptr + (row * tl.num_programs(1) + chunk) * 16
@@ -218,33 +222,33 @@ def edge_kernel(mass_ptr, floors_ptr, by_chunk_ptr, length, rows, BLOCK: tl.cons
     tl.store(p_number + 1, tl.sum((b_bits == by_number).to(tl.float32), 0))
 
 
+@triton.jit
+def _mark_heaviest(floors_ptr, missing_ptr, earlier_ptr, b_bits, row, chunk):
+    """Mark a chunk's entries above a row's lightest, and as many equal to it as are missing."""
+    lightest = tl.load(floors_ptr + row)
+    b_equal = b_bits == lightest
+    b_rank = tl.cumsum(b_equal.to(tl.float32), 0)
+    b_rank += tl.load(earlier_ptr + row * tl.num_programs(1) + chunk)
+    return (b_bits > lightest) | (b_equal & (b_rank <= tl.load(missing_ptr + row)))
+
+
 @triton.jit(do_not_specialize=["length", "rows"])
 def mark_kernel(
     mass_ptr, floors_ptr, missing_ptr, earlier_ptr, covers_ptr, marked_ptr, length, rows,
     MINIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Mark a chunk's entries above the lightest, and as many equal to it as are missing."""
+    """Mark a chunk's entries of the cover, and of the heaviest `minimum`."""
     row, chunk = tl.program_id(0), tl.program_id(1)
-    o_n = chunk * BLOCK + tl.arange(0, BLOCK)
-    exists = o_n < length
-    place = row.to(tl.int64) * length + o_n
-    b_mass = tl.load(mass_ptr + place, mask=exists, other=0.0)
-    b_bits = tl.where(exists, b_mass.to(tl.int32, bitcast=True), -1)
+    o_n, exists, _, b_bits = _load_masses(mass_ptr, row, chunk * BLOCK, length, BLOCK)
     everything = tl.load(covers_ptr + row) + tl.load(covers_ptr + 2 * rows + row) > 0
-    lightest = tl.load(floors_ptr + row)
-    b_equal = b_bits == lightest
-    b_rank = tl.cumsum(b_equal.to(tl.float32), 0)
-    b_rank += tl.load(earlier_ptr + row * tl.num_programs(1) + chunk)
-    b_marked = (b_bits > lightest) | (b_equal & (b_rank <= tl.load(missing_ptr + row)))
+    b_marked = _mark_heaviest(floors_ptr, missing_ptr, earlier_ptr, b_bits, row, chunk)
     b_marked = (b_marked & (tl.load(covers_ptr + rows + row) > 0)) | everything
     if MINIMUM:
-        lightest = tl.load(floors_ptr + rows + row)
-        b_equal = b_bits == lightest
-        b_rank = tl.cumsum(b_equal.to(tl.float32), 0)
-        b_rank += tl.load(earlier_ptr + (rows + row) * tl.num_programs(1) + chunk)
-        b_marked = b_marked | (b_bits > lightest)
-        b_marked = b_marked | (b_equal & (b_rank <= tl.load(missing_ptr + rows + row)))
-    tl.store(marked_ptr + place, b_marked.to(tl.uint8), mask=exists)
+        b_marked = b_marked | _mark_heaviest(
+            floors_ptr, missing_ptr, earlier_ptr, b_bits, rows + row, chunk
+        )  # fmt: skip
+    p_marked = marked_ptr + row.to(tl.int64) * length + o_n
+    tl.store(p_marked, b_marked.to(tl.uint8), mask=exists)
 
 
 @triton.jit(do_not_specialize=["offset", "kv_len", "kv_blocks"])

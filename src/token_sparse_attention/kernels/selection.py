@@ -1,6 +1,7 @@
-"""Choose each head's tokens on the device, by radix: no sort, no wait for the host.
+"""Select each head's tokens on the device, by radix, without a sort or a host synchronization.
 
-As in `budget`, histograms of the scores' bits lead to a value, here to each head's k-th largest.
+As in `budget`, histograms of the scores' bits lead to a value, here each head's k-th largest. In
+the kernels a head is numbered ``b * H + h``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Selected(NamedTuple):
     """What `select_tokens` of this module returns.
 
     Attributes:
-        indices: ``[B, H, S_kv]`` int32, kept slots ascending, then -1.
+        indices: ``[B, H, S_kv]`` int32, the selected slots ascending, then -1.
         lengths: ``[B, H]`` int32.
         ran_sparse: ``[B]`` bool.
         budget: ``[B, H]`` int32, see `budget.Budget`.
@@ -41,18 +42,14 @@ class Selected(NamedTuple):
 
 @on_its_device
 def select_tokens(
-    scores: Tensor,
-    bounds: Tensor,
-    kv_len: int,
-    first_query: int,
-    rule: Rule,
+    scores: Tensor, bounds: Tensor, kv_len: int, first_query: int, rule: Rule,
     tp_group: ProcessGroup | None = None,
-) -> Selected:
-    """Choose each head's tokens from ``scores [B, H, N]``, N at least 1.
+) -> Selected:  # fmt: skip
+    """Select each head's tokens: those of the highest smoothed scores, and the last W.
 
     Args:
-        scores: float32, contiguous, by slot.
-        bounds: ``[B, 2]`` int32, each row's real slots ``[start, end)``.
+        scores: ``[B, H, N]`` float32, contiguous, by slot, N at least 1.
+        bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
         kv_len: S_kv.
         first_query: slot of the first query.
         rule: the settings.
@@ -90,7 +87,7 @@ def _threshold(p_count, wanted, LEVELS: tl.constexpr):
     """The top bits of a head's k-th largest score, from the levels counted so far.
 
     Returns:
-        The bits, and how many tokens are still wanted from those that share them.
+        The bits, and how many of the tokens with these bits are among the k largest.
     """
     o_bin = tl.arange(0, _TOP_BINS)
     bits = 0
@@ -111,18 +108,18 @@ def count_top_kernel(
     smoothed_ptr, top_count_ptr, bounds_ptr, lengths_ptr, ran_sparse_ptr, num_heads, num_scored,
     WINDOW: tl.constexpr, LEVEL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One level of a head's histogram, of the tokens that share the bits found so far."""
-    row = tl.program_id(1).to(tl.int64)
-    b = row // num_heads
+    """One level of a head's histogram, over the tokens that have the bits found so far."""
+    head = tl.program_id(1).to(tl.int64)
+    b = head // num_heads
     if tl.load(ran_sparse_ptr + b):
         start = tl.load(bounds_ptr + 2 * b)
         stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
-        p_count = top_count_ptr + row * (_TOP_LEVELS * _TOP_BINS)
+        p_count = top_count_ptr + head * (_TOP_LEVELS * _TOP_BINS)
         o_n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
         inside = (o_n >= start) & (o_n < stop)
-        b_bits = bits_of(tl.load(smoothed_ptr + row * num_scored + o_n, mask=inside, other=0.0))
+        b_bits = bits_of(tl.load(smoothed_ptr + head * num_scored + o_n, mask=inside, other=0.0))
         if LEVEL > 0:
-            bits, _ = _threshold(p_count, tl.load(lengths_ptr + row) - WINDOW, LEVEL)
+            bits, _ = _threshold(p_count, tl.load(lengths_ptr + head) - WINDOW, LEVEL)
             inside = inside & ((b_bits >> (31 - 8 * LEVEL)) == (bits >> (31 - 8 * LEVEL)))
         if LEVEL < 3:
             b_digit = (b_bits >> (23 - 8 * LEVEL)) & 255
@@ -131,7 +128,7 @@ def count_top_kernel(
         o_bin = tl.arange(0, _TOP_BINS)
         b_count = tl.histogram(tl.where(inside, b_digit, 0), _TOP_BINS)
         outside = CHUNK - tl.sum(inside.to(tl.int32), 0)
-        b_count -= tl.where(o_bin == 0, outside, 0)  # those were counted as bin 0
+        b_count -= tl.where(o_bin == 0, outside, 0)  # these were counted as bin 0
         p_bin = p_count + LEVEL * _TOP_BINS + o_bin
         tl.atomic_add(p_bin, b_count, mask=b_count > 0, sem="relaxed")
 
@@ -143,22 +140,22 @@ def count_above_kernel(
     WINDOW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Each head's k-th largest score, and how many tokens of a chunk lie above or at it."""
-    row = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
-    b = row // num_heads
+    b = head // num_heads
     if tl.load(ran_sparse_ptr + b):
         start = tl.load(bounds_ptr + 2 * b)
         stop = tl.load(bounds_ptr + 2 * b + 1) - WINDOW
-        p_count = top_count_ptr + row * (_TOP_LEVELS * _TOP_BINS)
-        wanted = tl.load(lengths_ptr + row) - WINDOW
+        p_count = top_count_ptr + head * (_TOP_LEVELS * _TOP_BINS)
+        wanted = tl.load(lengths_ptr + head) - WINDOW
         threshold, wanted = _threshold(p_count, wanted, _TOP_LEVELS)
         if chunk == 0:
-            tl.store(thresholds_ptr + 2 * row, threshold)
-            tl.store(thresholds_ptr + 2 * row + 1, wanted)
+            tl.store(thresholds_ptr + 2 * head, threshold)
+            tl.store(thresholds_ptr + 2 * head + 1, wanted)
         o_n = chunk * CHUNK + tl.arange(0, CHUNK)
         inside = (o_n >= start) & (o_n < stop)
-        b_bits = bits_of(tl.load(smoothed_ptr + row * num_scored + o_n, mask=inside, other=0.0))
-        o_chunk = row * tl.num_programs(0) + chunk
+        b_bits = bits_of(tl.load(smoothed_ptr + head * num_scored + o_n, mask=inside, other=0.0))
+        o_chunk = head * tl.num_programs(0) + chunk
         above = tl.sum((inside & (b_bits > threshold)).to(tl.int32), 0)
         tl.store(above_ptr + o_chunk, above)
         equal = tl.sum((inside & (b_bits == threshold)).to(tl.int32), 0)
@@ -170,32 +167,32 @@ def list_tokens_kernel(
     smoothed_ptr, bounds_ptr, lengths_ptr, ran_sparse_ptr, thresholds_ptr, above_ptr, equal_ptr,
     indices_ptr, num_heads, num_scored, kv_len, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write a chunk's kept slots in ascending order; of equal ones the lower slots first."""
-    row = tl.program_id(1).to(tl.int64)
+    """Write a chunk's selected slots in ascending order; of equal scores the lower slots."""
+    head = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
-    b = row // num_heads
+    b = head // num_heads
     start = tl.load(bounds_ptr + 2 * b)
     end = tl.load(bounds_ptr + 2 * b + 1)
-    length = tl.load(lengths_ptr + row)
+    length = tl.load(lengths_ptr + head)
     o_slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    p_indices = indices_ptr + row * kv_len
+    p_indices = indices_ptr + head * kv_len
     tl.store(p_indices + o_slot, -1, mask=(o_slot >= length) & (o_slot < kv_len))
     if tl.load(ran_sparse_ptr + b):
-        threshold = tl.load(thresholds_ptr + 2 * row)
-        wanted = tl.load(thresholds_ptr + 2 * row + 1)
-        # Kept before this chunk: all above the threshold, and the first equal ones.
+        threshold = tl.load(thresholds_ptr + 2 * head)
+        wanted = tl.load(thresholds_ptr + 2 * head + 1)
+        # Selected before this chunk: all above the threshold, and the first equal ones.
         chunks = tl.cdiv(num_scored, CHUNK)
         above = 0
         equal = 0
         for first in range(0, tl.minimum(chunk, chunks), 1024):
             o_before = first + tl.arange(0, 1024)
             before = o_before < tl.minimum(chunk, chunks)
-            o_before = row * chunks + o_before
+            o_before = head * chunks + o_before
             above += tl.sum(tl.load(above_ptr + o_before, mask=before, other=0), 0)
             equal += tl.sum(tl.load(equal_ptr + o_before, mask=before, other=0), 0)
         stop = end - WINDOW
         inside = (o_slot >= start) & (o_slot < stop)
-        p_smoothed = smoothed_ptr + row * num_scored + o_slot
+        p_smoothed = smoothed_ptr + head * num_scored + o_slot
         b_bits = bits_of(tl.load(p_smoothed, mask=inside, other=0.0))
         at = (inside & (b_bits == threshold)).to(tl.int32)
         fits = (at > 0) & (equal + tl.cumsum(at, 0) <= wanted)

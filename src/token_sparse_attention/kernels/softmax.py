@@ -49,3 +49,23 @@ def update_statistics(b_logits, b_max, b_sum):
 def finite_maximum(b_max):
     """The maximum to subtract: 0 for a row that has seen no key yet."""
     return tl.where(b_max == float("-inf"), 0.0, b_max)
+
+
+@triton.jit
+def log_denominators(
+    p_max, p_sum, o_probe, num_splits, NUM_PROBES: tl.constexpr, MAX_SPLITS: tl.constexpr
+):  # fmt: skip
+    """Base-2 logarithm of each probe's softmax denominator times the number of probes.
+
+    The statistics ``[probes, MAX_SPLITS]`` are each of one split of the keys.
+    """
+    o_split = tl.arange(0, MAX_SPLITS)
+    o_stat = o_probe[:, None] * MAX_SPLITS + o_split[None, :]
+    mask = (o_probe < NUM_PROBES)[:, None] & (o_split < num_splits)[None, :]
+    b_max = tl.load(p_max + o_stat, mask=mask, other=float("-inf"))
+    b_sum = tl.load(p_sum + o_stat, mask=mask, other=0.0)
+    b_top = tl.max(b_max, 1)
+    b_safe = finite_maximum(b_top)
+    b_total = tl.sum(b_sum * tl.exp2(b_max - b_safe[:, None]), 1) * NUM_PROBES
+    # A row beyond the probes has an infinite denominator: its probabilities are 0.
+    return tl.where(o_probe < NUM_PROBES, b_safe + tl.log2(b_total), float("inf"))

@@ -21,7 +21,7 @@ from benchmarks.markdown import build
 from benchmarks.operator.targets import outcomes
 
 from studies.synthetic import PROVENANCE, S, changed, record
-from token_sparse_attention.attention.block_mask import BlockMask
+from token_sparse_attention.attention.block_mask import BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import block_sparse_attention
 from token_sparse_attention.benchmark.checks import random_inputs
 from token_sparse_attention.benchmark.options import OpOptions
@@ -126,7 +126,7 @@ def test_the_check_finds_a_wrong_block():
     out = block_sparse_attention(*inputs, mask)
     assert check_blocks(inputs, out, mask, 1e-6).passed
     kept[0, 0, 7, :3] = ~kept[0, 0, 7, :3]
-    other = BlockMask.from_block_map(kept, query_len=1024, kv_len=1024)
+    other = BlockMask.from_block_map(kept, BlockGrid(1024, 1024))
     assert not check_blocks(inputs, out, other, 1e-6).passed
 
 

@@ -1,6 +1,6 @@
 """Block-sparse patterns by name: each is a config and a function from Q and K to blocks.
 
-Another pattern costs one of each and a line in `PATTERNS`; `streaming` is the shortest one.
+A new pattern adds one of each and a line in `PATTERNS`; `streaming` is the shortest one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from token_sparse_attention.attention.block_mask import (
     BLOCK_SIZE,
     BlockGrid,
-    BlockMask,
     check_grid,
 )
 from token_sparse_attention.attention.block_sparse import (
     attend_blocks,
     choose_block_backend,
+    kv_head_portions,
 )
-from token_sparse_attention.attention.patterns.base import PatternConfig
+from token_sparse_attention.attention.patterns.base import MakeMask, PatternConfig
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
     flexprefill_mask,
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-_BLOCK_PAIRS = 2**27  # pairs of blocks at once: half a GiB of float32
+_BLOCK_PAIRS = 2**27  # pairs of blocks per portion: half a GiB of float32
 
 
 def _same_for_all_heads(config: Any, heads: Sequence[int], num_heads: int) -> Any:  # noqa: ARG001
@@ -74,11 +74,11 @@ class Pattern(NamedTuple):
 
     Attributes:
         config: class of its settings.
-        run: what `attend` calls on checked arguments.
-        of_heads: given settings, numbers of query heads and how many heads there are, returns
-            the settings for these heads alone; only settings that name heads need it.
-        of_layer: given settings, the number of a layer and how many layers there are, returns
-            the settings for this layer; only settings that name layers need it.
+        run: `attend` on checked arguments.
+        of_heads: maps settings, the numbers of some query heads and the number of all heads to
+            the settings of these heads; only settings that name heads need it.
+        of_layer: maps settings, a layer's number and the number of layers to the settings of
+            that layer; only settings that name layers need it.
     """
 
     config: type[PatternConfig]
@@ -88,55 +88,34 @@ class Pattern(NamedTuple):
 
     @overload
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        config: Any = ...,
-        *,
-        scale: float | None = ...,
-        backend: str = ...,
-        return_lse: Literal[False] = ...,
+        self, query: Tensor, key: Tensor, value: Tensor, config: Any = ..., *,
+        scale: float | None = ..., backend: str = ..., return_lse: Literal[False] = ...,
         block_size: tuple[int, int] = ...,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
 
     @overload
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        config: Any = ...,
-        *,
-        scale: float | None = ...,
-        backend: str = ...,
-        return_lse: Literal[True],
+        self, query: Tensor, key: Tensor, value: Tensor, config: Any = ..., *,
+        scale: float | None = ..., backend: str = ..., return_lse: Literal[True],
         block_size: tuple[int, int] = ...,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        config: Any = None,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-        return_lse: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, config: Any = None, *,
+        scale: float | None = None, backend: str = "auto", return_lse: bool = False,
         block_size: tuple[int, int] = BLOCK_SIZE,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Causal attention by this pattern: a replacement of dense causal attention.
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Causal attention by this pattern, in place of dense causal attention.
 
         Args:
             query: ``[B, H, S_q, D]``, the last S_q positions.
             key: ``[B, H_kv, S_kv, D]``, H a multiple of H_kv.
-            value: likewise.
-            config: an instance of `config`; its defaults if None.
+            value: ``[B, H_kv, S_kv, D]``.
+            config: an instance of the pattern's `config` class; its defaults if None.
             scale: factor of the logits, ``1 / sqrt(D)`` if None.
             backend: as in `block_sparse_attention`.
             return_lse: also return the log-sum-exp.
-            block_size: queries and keys per block; fa4 and flex want the default on CUDA.
+            block_size: queries and keys per block; fa4 and flex need the default on CUDA.
 
         Returns:
             ``[B, H, S_q, D]``, or a pair with the log-sum-exp ``[B, H, S_q]`` float32.
@@ -160,14 +139,11 @@ class Pattern(NamedTuple):
                 f"config must be a {self.config.__name__}, got {type(config).__name__}"
             )
         check_grid(BlockGrid(query.shape[2], key.shape[2], block_size))
-        # Before the estimate, so that a name that cannot run costs nothing.
+        # Before the estimate: a backend that cannot run is refused at no cost.
         choose_block_backend(backend, query, block_size, want_lse=return_lse)
         with torch.no_grad():
             out, lse = self.run(
-                query,
-                key,
-                value,
-                config,
+                *(query, key, value, config),
                 scale=resolve_scale(scale, query.shape[-1]),
                 backend=backend,
                 block_size=block_size,
@@ -189,20 +165,13 @@ def find_pattern(name: str) -> Pattern:
     return PATTERNS[name]
 
 
-def _from_mask(make_mask: Callable[..., BlockMask]) -> Callable[..., Attended]:
-    """Return the `Pattern.run` of a function that gives a `BlockMask`."""
+def _from_mask(make_mask: MakeMask) -> Callable[..., Attended]:
+    """Return the `Pattern.run` of a function that chooses blocks."""
 
     def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        config: Any,
-        *,
-        scale: float,
-        backend: str,
-        block_size: tuple[int, int],
-        want_lse: bool,
-    ) -> Attended:
+        query: Tensor, key: Tensor, value: Tensor, config: Any, *,
+        scale: float, backend: str, block_size: tuple[int, int], want_lse: bool,
+    ) -> Attended:  # fmt: skip
         mask = make_mask(query, key, config, scale, block_size)
         return attend_blocks(
             query, key, value, mask, scale=scale, backend=backend, want_lse=want_lse
@@ -211,44 +180,40 @@ def _from_mask(make_mask: Callable[..., BlockMask]) -> Callable[..., Attended]:
     return run
 
 
-def _in_head_groups(
+def _in_portions(
     run: Callable[..., Attended],
     of_heads: Callable[[Any, Sequence[int], int], Any] = _same_for_all_heads,
 ) -> Callable[..., Attended]:
-    """Return a `Pattern.run` that takes some KV heads at a time where blocks are many.
+    """Return a `Pattern.run` that takes a portion of the KV heads at a time for many blocks.
 
     Estimates and lists have an entry for every pair of blocks of a head: at a million tokens
-    and 32 heads, eight GiB a tensor.
+    and 32 heads, eight GiB per tensor.
     """
 
-    def grouped(
+    def in_portions(
         query: Tensor, key: Tensor, value: Tensor, config: Any, **settings: Any
     ) -> Attended:
         grid = BlockGrid(query.shape[2], key.shape[2], settings["block_size"])
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        group = num_heads // num_kv_heads
-        pairs = query.shape[0] * group * grid.query_blocks * grid.kv_blocks
-        at_once = max(_BLOCK_PAIRS // pairs, 1)
-        if at_once >= num_kv_heads:
+        pairs = len(query) * num_heads // num_kv_heads * grid.query_blocks * grid.kv_blocks
+        portion = max(_BLOCK_PAIRS // pairs, 1)
+        if portion >= num_kv_heads:
             return run(query, key, value, config, **settings)
         out, lse = torch.empty_like(query), None
         if settings["want_lse"]:
             lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-        for first in range(0, num_kv_heads, at_once):
-            kv_heads = slice(first, first + at_once)
-            heads = range(num_heads)[first * group : (first + at_once) * group]
-            place = slice(heads.start, heads.stop)
+        for heads, kv_heads in kv_head_portions(num_heads, num_kv_heads, portion):
             part = run(
-                *(query[:, place], key[:, kv_heads], value[:, kv_heads]),
-                of_heads(config, heads, num_heads),
+                *(query[:, heads], key[:, kv_heads], value[:, kv_heads]),
+                of_heads(config, range(num_heads)[heads], num_heads),
                 **settings,
             )
-            out[:, place] = part.out
+            out[:, heads] = part.out
             if lse is not None and part.lse is not None:
-                lse[:, place] = part.lse
+                lse[:, heads] = part.lse
         return Attended(out, lse)
 
-    return grouped
+    return in_portions
 
 
 def _minference(*arguments: Any, want_lse: bool, **settings: Any) -> Attended:
@@ -257,14 +222,14 @@ def _minference(*arguments: Any, want_lse: bool, **settings: Any) -> Attended:
 
 
 PATTERNS = {
-    "flexprefill": Pattern(FlexPrefillConfig, _in_head_groups(_from_mask(flexprefill_mask))),
+    "flexprefill": Pattern(FlexPrefillConfig, _in_portions(_from_mask(flexprefill_mask))),
     "minference": Pattern(
-        MInferenceConfig, _in_head_groups(_minference, of_heads), of_heads, of_layer
+        MInferenceConfig, _in_portions(_minference, of_heads), of_heads, of_layer
     ),
     "xattention": Pattern(
         XAttentionConfig,
-        _in_head_groups(_from_mask(xattention_mask), thresholds_of_heads),
+        _in_portions(_from_mask(xattention_mask), thresholds_of_heads),
         thresholds_of_heads,
     ),
-    "streaming": Pattern(StreamingConfig, _in_head_groups(_from_mask(streaming_mask))),
+    "streaming": Pattern(StreamingConfig, _in_portions(_from_mask(streaming_mask))),
 }

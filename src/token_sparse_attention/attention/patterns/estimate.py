@@ -1,12 +1,14 @@
 """What the patterns estimate with: block means, the last queries' attention, coverage.
 
-Shapes are fixed, so nothing waits for the device, and nothing is quadratic in tokens. Each has a
-Triton kernel and a reference in tensor operations; `impl` is that of `selection.score_tokens`.
+Shapes depend on no data, so nothing waits for the device; no memory is quadratic in tokens. Each
+estimate has a Triton kernel and a reference in tensor operations; `impl` is as in `score_tokens`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,20 @@ def check_share(name: str, value: object, *, zero: bool = False) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and (0 < value <= 1 or (zero and value == 0))):
         raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
+
+
+def check_per_head(name: str, what: str, values: Sequence[object], num_heads: int) -> None:
+    """Raise ValueError unless there is a value for each query head."""
+    if len(values) != num_heads:
+        raise ValueError(
+            f"{name} must hold a {what} for each of the {num_heads} query heads, got {len(values)}"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def per_head(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[H, 1]``, a number per head; cached, because a copy to the device waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
 
 def block_means(tokens: Tensor, size: int, *, impl: str = "auto") -> Tensor:
@@ -89,7 +105,7 @@ def distance_mass(attention: Tensor) -> Tensor:
         ``[..., S]``: entry d sums the W entries whose key lies d positions back.
     """
     window, length = attention.shape[-2:]
-    # From the end, row r starts W-1-r keys late: lay the rows end to end, one shorter each.
+    # Reversed, row r begins W - 1 - r entries late: concatenate the rows, each one entry shorter.
     skewed = F.pad(attention.flip(-1), (0, window)).flatten(-2)[..., window - 1 :]
     width = length + window - 1
     rows = skewed[..., : window * width].reshape(*attention.shape[:-1], width)
@@ -130,9 +146,8 @@ def smallest_cover(
 ) -> Tensor:
     """Mark the fewest entries of the last dimension that hold `share` of its mass.
 
-    At least `minimum` entries are marked, the heaviest first, among equals those in front;
-    entries where the mass is not a number are marked all, so that bad inputs come out as dense
-    attention would put them.
+    At least `minimum` entries are marked, the heaviest first, the first of equal ones. A row that
+    holds NaN is marked as a whole, so that it yields what dense attention yields.
 
     Args:
         mass: ``[..., N]``, not negative.
@@ -172,7 +187,7 @@ def blocks_at_distances(chosen: Tensor, grid: BlockGrid, *, impl: str = "auto") 
     """
     before = F.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
     offset = grid.kv_len - grid.query_len
-    # The kernel has no use for a dtype; the counts' own is not among those that kernels take.
+    # A float dtype: `resolve_impl` refuses that of the counts, which the kernel does take.
     if resolve_impl(impl, chosen.new_empty(0, dtype=torch.float32)) == "triton":
         marked: Tensor = load_kernels("estimation_lists").blocks_at_distances(
             before, offset, grid.query_len, grid.block_size

@@ -1,9 +1,9 @@
 """FlexPrefill (arXiv 2502.20766): each head's pattern and budget from its own attention.
 
-The last block of queries stands for all. Where the attention between block means predicts
-that block's true attention, the head is *query-aware*: its blocks are chosen by the means.
-Elsewhere it is *vertical-slash*: the columns and diagonals of the last block's attention.
-Both take as few as hold a share gamma of the estimated attention.
+The last block of queries represents all queries. Where the attention between block means
+predicts that block's true attention, the head is *query-aware*: the means choose its blocks.
+Otherwise it is *vertical-slash*: it keeps the columns and diagonals of the last block's
+attention. Both kinds keep the fewest blocks that hold a share gamma of the estimated attention.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class FlexPrefillConfig(PatternConfig):
         gamma: share of the estimated attention that the chosen blocks hold, in ``(0, 1]``.
         tau: a head is query-aware if the square root of the Jensen-Shannon divergence (in
             nats) between estimate and truth is below this; 0 makes every head vertical-slash.
-        min_budget: tokens that a head chooses at least: per block of queries if query-aware,
-            in columns and in diagonals each if vertical-slash.
+        min_budget: fewest tokens that a head keeps: per block of queries if query-aware; in
+            columns, and again in diagonals, if vertical-slash.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -54,12 +54,12 @@ class FlexPrefillConfig(PatternConfig):
 
 
 class LastBlock(NamedTuple):
-    """What the attention of the last block of queries says.
+    """The attention of the last block of queries.
 
     Attributes:
         columns: ``[B, H, K]`` float32, its mass on each block of keys.
         distances: ``[B, H, K]`` float32, its mass at distances of 0, 1, ... blocks of keys.
-        divergence: ``[B, H]`` float32, `divergence` of what block means predict.
+        divergence: ``[B, H]`` float32, `divergence` of the prediction from block means.
     """
 
     columns: Tensor
@@ -68,24 +68,12 @@ class LastBlock(NamedTuple):
 
 
 def flexprefill_mask(
-    query: Tensor,
-    key: Tensor,
-    config: FlexPrefillConfig,
-    scale: float,
-    block_size: tuple[int, int] = BLOCK_SIZE,
-    impl: str = "auto",
-) -> BlockMask:
-    """Choose every head's blocks (algorithm 1).
+    query: Tensor, key: Tensor, config: FlexPrefillConfig, scale: float,
+    block_size: tuple[int, int] = BLOCK_SIZE, impl: str = "auto",
+) -> BlockMask:  # fmt: skip
+    """Choose every head's blocks (algorithm 1); see `MakeMask`.
 
-    The first block of keys and those on the diagonal are always kept.
-
-    Args:
-        query: ``[B, H, S_q, D]``.
-        key: ``[B, H_kv, S_kv, D]``.
-        config: the settings.
-        scale: factor of the logits.
-        block_size: queries and keys per block.
-        impl: as in `score_tokens`.
+    The first block of keys and the blocks on the diagonal are always kept.
     """
     grid = BlockGrid(query.shape[2], key.shape[2], block_size)
     key_means = block_means(key, block_size[1], impl=impl)
@@ -96,19 +84,13 @@ def flexprefill_mask(
         vertical_slash_blocks(last, config, grid, impl),
     )
     kept[..., 0] = True
-    return BlockMask.from_block_map(
-        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size, impl=impl
-    )
+    return BlockMask.from_block_map(kept, grid, impl=impl)
 
 
 def last_block(
-    query: Tensor,
-    key: Tensor,
-    key_means: Tensor,
-    grid: BlockGrid,
-    scale: float,
+    query: Tensor, key: Tensor, key_means: Tensor, grid: BlockGrid, scale: float,
     impl: str = "auto",
-) -> LastBlock:
+) -> LastBlock:  # fmt: skip
     """Attend with the last block of queries and compare with the estimate (algorithm 2)."""
     count = min(grid.block_size[0], grid.query_len)
     by_key, by_distance = last_query_mass(query, key, count, scale, impl=impl)
@@ -127,13 +109,9 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
 
 
 def query_aware_blocks(
-    query: Tensor,
-    key_means: Tensor,
-    config: FlexPrefillConfig,
-    grid: BlockGrid,
-    scale: float,
+    query: Tensor, key_means: Tensor, config: FlexPrefillConfig, grid: BlockGrid, scale: float,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Blocks by the attention between block means, over all blocks of a head (algorithm 4)."""
     means = block_means(query, grid.block_size[0], impl=impl)
     means = means.reshape(*key_means.shape[:2], -1, means.shape[3])  # a group's heads in a row
@@ -148,10 +126,10 @@ def query_aware_blocks(
 def vertical_slash_blocks(
     last: LastBlock, config: FlexPrefillConfig, grid: BlockGrid, impl: str = "auto"
 ) -> Tensor:
-    """Blocks of columns and of diagonals, each holding the share gamma (algorithm 3).
+    """Blocks of columns and of diagonals, each with the share gamma (algorithm 3).
 
-    Coverage is counted in whole blocks, which is what a kernel runs. A chosen block of
-    diagonals keeps every block that one of its diagonals passes through.
+    Coverage is counted in whole blocks, as a kernel runs them. A chosen block of diagonals
+    keeps every block that one of its diagonals passes through.
     """
     minimum = _min_blocks(config, grid)
     vertical = smallest_cover(last.columns, config.gamma, minimum, impl=impl)

@@ -1,16 +1,14 @@
 """MInference's vertical-slash pattern (arXiv 2407.02490), attended as blocks plus columns.
 
-The last queries' attention names the heaviest columns (keys that all queries look at) and
-diagonals (distances that queries look back by). A thousand scattered columns touch nearly
-every block, so they are gathered into a short list of keys instead, and only diagonals become
-blocks. Blocks and columns share no pair of query and key; their outputs are merged by
-log-sum-exp.
+The attention of the last queries gives the heaviest columns (keys that all queries attend to)
+and diagonals (distances at which all queries attend). A thousand scattered columns touch nearly
+every block, so columns are gathered into a short list of keys, and only diagonals become blocks.
+Blocks and columns share no pair of query and key; their outputs are merged by log-sum-exp.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,15 @@ from torch import Tensor
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid, BlockMask
 from token_sparse_attention.attention.block_sparse import attend_blocks
-from token_sparse_attention.attention.columns import add_columns
+from token_sparse_attention.attention.columns import Columns, add_columns
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import (
     blocks_at_distances,
     check_count,
+    check_per_head,
     check_share,
     last_query_mass,
+    per_head,
 )
 from token_sparse_attention.records import parse, read_text
 from token_sparse_attention.results import Attended
@@ -36,7 +36,7 @@ HEAD_PATTERNS = ("vertical_and_slash", "stream_llm")
 
 
 class HeadBudget(NamedTuple):
-    """What one head may keep.
+    """The budget of one head.
 
     Attributes:
         pattern: ``"vertical_and_slash"``, or ``"stream_llm"``: the first columns and the
@@ -58,15 +58,15 @@ class MInferenceConfig(PatternConfig):
         vertical_size: columns per head.
         slash_size: diagonals per head.
         last_queries: how many of the last queries estimate the attention.
-        sink_size: the first columns, taken before any other and counted in the budget.
-        local_size: the shortest distances, likewise; at least 1.
-        coverage: if given, a head takes the fewest columns, and the fewest diagonals, that
+        sink_size: the first columns, always kept and counted in the budget.
+        local_size: the shortest distances, always kept and counted in the budget; at least 1.
+        coverage: if given, a head keeps the fewest columns, and the fewest diagonals, that
             hold this share of the estimated attention; the sizes are then upper bounds.
-            It does not act on ``"stream_llm"`` heads.
+            It has no effect on ``"stream_llm"`` heads.
         heads: a budget per head, in place of the two sizes.
-        layers: such heads for each layer of a model, or the path of a pattern file, which is
-            read at once; see `load_head_budgets`. What runs in a model, such as `apply`, gives
-            each layer its own; attention without a model takes `heads`.
+        layers: `heads` for each layer of a model, or the path of a pattern file, which is read
+            at once; see `load_head_budgets`. In a model each layer runs with its own entry;
+            attention without a model takes `heads`.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -103,7 +103,7 @@ class MInferenceConfig(PatternConfig):
 
 
 class VerticalSlash(NamedTuple):
-    """What each head chose.
+    """The columns and diagonals of each head.
 
     Attributes:
         columns: ``[B, H, C]`` int64, ascending; S_kv stands for no column.
@@ -115,25 +115,19 @@ class VerticalSlash(NamedTuple):
 
 
 def minference_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: MInferenceConfig,
-    *,
-    scale: float,
-    backend: str = "auto",
-    block_size: tuple[int, int] = BLOCK_SIZE,
-) -> Attended:
-    """Attend over the blocks the chosen diagonals touch, and the chosen columns beside them.
+    query: Tensor, key: Tensor, value: Tensor, config: MInferenceConfig, *,
+    scale: float, backend: str = "auto", block_size: tuple[int, int] = BLOCK_SIZE,
+) -> Attended:  # fmt: skip
+    """Attend to the blocks that the chosen diagonals touch, and to the chosen columns.
 
     Args:
         query: ``[B, H, S_q, D]``.
         key: ``[B, H_kv, S_kv, D]``.
-        value: likewise.
+        value: ``[B, H_kv, S_kv, D]``.
         config: the settings.
         scale: factor of the logits.
-        backend: a block-sparse backend. The columns run through FlexAttention on CUDA, also
-            with ``"fa4"``.
+        backend: a block-sparse backend. On CUDA the columns run through FlexAttention, with
+            ``"fa4"`` too.
         block_size: queries and keys per block.
 
     Returns:
@@ -145,28 +139,13 @@ def minference_attention(
 
 
 def attend_chosen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chosen: VerticalSlash,
-    mask: BlockMask,
-    *,
-    scale: float,
-    backend: str,
-) -> Attended:
-    """Attend over the blocks of `slash_blocks`, and the chosen columns beside them."""
+    query: Tensor, key: Tensor, value: Tensor, chosen: VerticalSlash, mask: BlockMask, *,
+    scale: float, backend: str,
+) -> Attended:  # fmt: skip
+    """Attend to the blocks of `slash_blocks` and to the chosen columns."""
     attended = attend_blocks(query, key, value, mask, scale=scale, backend=backend, want_lse=True)
-    add_columns(
-        attended,
-        query,
-        key,
-        value,
-        chosen.columns,
-        mask.block_map(),
-        mask.grid,
-        scale=scale,
-        backend=backend,
-    )
+    columns = Columns(chosen.columns, mask.block_map(), mask.grid)
+    add_columns(attended, query, key, value, columns, scale=scale, backend=backend)
     return attended
 
 
@@ -186,11 +165,11 @@ def vertical_slash(
     budgets = config.heads or (
         HeadBudget("vertical_and_slash", config.vertical_size, config.slash_size),
     )
-    fixed = None
-    if any(budget.pattern == "stream_llm" for budget in budgets):
-        fixed = _fixed_heads(budgets, query.device)
-    columns = _heaviest(vertical, config.sink_size, "vertical_size", budgets, config, fixed)
-    chosen = _heaviest(slash, config.local_size, "slash_size", budgets, config, fixed)
+    streaming = tuple(budget.pattern == "stream_llm" for budget in budgets)
+    fixed = per_head(streaming, torch.bool, query.device) if any(streaming) else None
+    _, columns_of, diagonals_of = zip(*budgets)
+    columns = _heaviest(vertical, config.sink_size, columns_of, config.coverage, fixed)
+    chosen = _heaviest(slash, config.local_size, diagonals_of, config.coverage, fixed)
     distances = torch.zeros(*slash.shape[:2], kv_len + 1, dtype=torch.bool, device=slash.device)
     distances.scatter_(-1, chosen, True)
     return VerticalSlash(columns.sort(-1).values, distances[..., :kv_len])
@@ -231,76 +210,50 @@ def _check_heads(config: MInferenceConfig, num_heads: int) -> None:
             "layers must be None where one layer's attention runs, which does not know its "
             "number; give that layer's budgets as heads"
         )
-    if config.heads is not None and len(config.heads) != num_heads:
-        raise ValueError(
-            f"heads must hold a budget for each of the {num_heads} query heads, "
-            f"got {len(config.heads)}"
-        )
+    if config.heads is not None:
+        check_per_head("heads", "budget", config.heads, num_heads)
 
 
 def _heaviest(
-    mass: Tensor,
-    always: int,
-    size: str,
-    budgets: tuple[HeadBudget, ...],
-    config: MInferenceConfig,
-    fixed: Tensor | None,
+    mass: Tensor, always: int, sizes: tuple[int, ...], coverage: float | None, fixed: Tensor | None
 ) -> Tensor:
-    """Choose each head's heaviest entries up to its budget, the first `always` before others.
+    """Choose as many entries per head as `sizes` says: the first `always`, then the heaviest.
+
+    Heads in `fixed` choose the first entries only.
 
     Returns:
         ``[B, H, C]`` int64, in no order; N, the length of `mass`, stands for no entry.
     """
     length = mass.shape[-1]
-    sizes = tuple(getattr(budget, size) for budget in budgets)
     most = min(max(sizes), length)
-    # A mass is a share, so what comes first by its place alone outweighs every one.
+    # Masses are at most 1, so these weights of the first entries exceed all of them.
     nearness = torch.arange(length + 1, 1, -1, device=mass.device, dtype=mass.dtype)
     ahead = torch.arange(length, device=mass.device) < always
     if fixed is not None:
         ahead = ahead | fixed
     ordered = torch.where(ahead, nearness, mass).topk(most, sorted=len(set(sizes)) > 1).indices
     if len(set(sizes)) > 1:
-        within = torch.arange(most, device=mass.device) < _sizes(sizes, mass.device)
+        within = torch.arange(most, device=mass.device) < per_head(sizes, torch.int64, mass.device)
         ordered = ordered.masked_fill(~within, length)
-    if config.coverage is None or config.coverage >= 1:
+    if coverage is None or coverage >= 1:
         return ordered
-    # A cover beyond the budget is cut off anyway, so only that many heaviest are looked at.
-    heavy, places = mass.topk(most)
-    covered = heavy.cumsum(-1) - heavy >= config.coverage * mass.sum(-1, keepdim=True)
+    # The budget cuts off a larger cover, so no more entries than the budget are sorted.
+    heavy, entries = mass.topk(most)
+    covered = heavy.cumsum(-1) - heavy >= coverage * mass.sum(-1, keepdim=True)
     needed = torch.zeros(*mass.shape[:-1], length + 1, dtype=torch.bool, device=mass.device)
     needed[..., :length] = ahead
-    needed.scatter_(-1, places.masked_fill(covered, length), True)
+    needed.scatter_(-1, entries.masked_fill(covered, length), True)
     return ordered.masked_fill(~needed.gather(-1, ordered), length)
 
 
-@functools.lru_cache(maxsize=256)
-def _sizes(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """``[H, 1]``; remembered, because a copy to the device would wait for it."""
-    return torch.tensor(sizes, device=device)[:, None]
-
-
-@functools.lru_cache(maxsize=256)
-def _fixed_heads(budgets: tuple[HeadBudget, ...], device: torch.device) -> Tensor:
-    fixed = [budget.pattern == "stream_llm" for budget in budgets]
-    return torch.tensor(fixed, device=device)[:, None]
-
-
 def slash_blocks(
-    chosen: VerticalSlash,
-    query_len: int,
-    block_size: tuple[int, int] = BLOCK_SIZE,
+    chosen: VerticalSlash, query_len: int, block_size: tuple[int, int] = BLOCK_SIZE,
     impl: str = "auto",
-) -> BlockMask:
+) -> BlockMask:  # fmt: skip
     """Return the blocks that a chosen diagonal passes through."""
     grid = BlockGrid(query_len, chosen.distances.shape[-1], block_size)
-    return BlockMask.from_block_map(
-        blocks_at_distances(chosen.distances, grid, impl=impl),
-        query_len=query_len,
-        kv_len=grid.kv_len,
-        block_size=block_size,
-        impl=impl,
-    )
+    kept = blocks_at_distances(chosen.distances, grid, impl=impl)
+    return BlockMask.from_block_map(kept, grid, impl=impl)
 
 
 def load_head_budgets(path: str | Path) -> list[tuple[HeadBudget, ...]]:

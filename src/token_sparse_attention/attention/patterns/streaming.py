@@ -1,4 +1,4 @@
-"""Sink and local attention (StreamingLLM, arXiv 2309.17453): the first tokens and the last."""
+"""Attention sinks and a local window (StreamingLLM, arXiv 2309.17453), in blocks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from token_sparse_attention.attention.patterns.estimate import check_count
 
 @dataclass(frozen=True)
 class StreamingConfig(PatternConfig):
-    """Settings of sink and local attention, in tokens; both act in whole blocks.
+    """Settings of sinks and local window, in tokens, rounded to whole blocks.
 
     Args:
-        sink_size: every query sees the blocks that hold these first tokens.
-        local_size: a query sees the blocks that hold its last tokens, itself included.
+        sink_size: every query attends to the blocks that hold these first tokens.
+        local_size: a query attends to the blocks that hold its last tokens, its own included.
 
     Raises:
         TypeError: if a field is no int.
@@ -33,22 +33,12 @@ class StreamingConfig(PatternConfig):
 
 
 def streaming_mask(
-    query: Tensor,
-    key: Tensor,
-    config: StreamingConfig,
-    scale: float,  # noqa: ARG001 - all patterns are called alike
-    block_size: tuple[int, int] = BLOCK_SIZE,
-    impl: str = "auto",
-) -> BlockMask:
-    """Return the blocks of the sink and of the local window; the inputs only give shapes."""
+    query: Tensor, key: Tensor, config: StreamingConfig, scale: float,  # noqa: ARG001
+    block_size: tuple[int, int] = BLOCK_SIZE, impl: str = "auto",
+) -> BlockMask:  # fmt: skip
+    """Return the blocks of the sinks and of the local window; only the inputs' shapes matter."""
     grid = BlockGrid(query.shape[2], key.shape[2], block_size)
     begin = grid.kv_begin(query.device)
     oldest = grid.query_span(query.device)[0][:, None] - (config.local_size - 1)
     kept = (begin < config.sink_size) | (begin + block_size[1] > oldest)
-    return BlockMask.from_block_map(
-        kept.expand(*query.shape[:2], -1, -1),
-        query_len=grid.query_len,
-        kv_len=grid.kv_len,
-        block_size=block_size,
-        impl=impl,
-    )
+    return BlockMask.from_block_map(kept.expand(*query.shape[:2], -1, -1), grid, impl=impl)

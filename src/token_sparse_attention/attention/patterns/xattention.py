@@ -1,14 +1,13 @@
 """XAttention (arXiv 2503.16428): blocks by the sums of their antidiagonals.
 
-Every stride-th antidiagonal of a block of the attention matrix crosses each of its columns
-and diagonals, so their sum tells how much the block matters. Queries at stride offsets from
-the end and keys at the same offsets from the start, laid side by side, give all of these sums
-in one product that is stride times shorter on both sides.
+Every stride-th antidiagonal of a block of the attention matrix crosses each of its columns and
+diagonals, so the sum over these antidiagonals estimates the block's mass. Concatenating `stride`
+queries in reverse order, and `stride` keys in order, gives all of these sums in one product that
+is `stride` times shorter on both sides.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,9 @@ from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.estimate import (
     block_sums,
     check_count,
+    check_per_head,
     check_share,
+    per_head,
     smallest_cover,
 )
 from token_sparse_attention.impls import load_kernels, resolve_impl
@@ -36,7 +37,7 @@ class XAttentionConfig(PatternConfig):
     Args:
         stride: every stride-th antidiagonal is scored; it must divide the block size.
         threshold: share of a block of queries' score that its chosen blocks hold, in
-            ``(0, 1]``; or one share per query head.
+            ``(0, 1]``; a tuple holds one share per query head.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -64,35 +65,17 @@ def of_heads(config: XAttentionConfig, heads: Sequence[int], num_heads: int) -> 
     """
     if not isinstance(config.threshold, tuple):
         return config
-    _check_heads(config.threshold, num_heads)
+    check_per_head("threshold", "share", config.threshold, num_heads)
     return replace(config, threshold=tuple(config.threshold[head] for head in heads))
 
 
-def _check_heads(threshold: tuple[float, ...], num_heads: int) -> None:
-    if len(threshold) != num_heads:
-        raise ValueError(
-            f"threshold must hold a share for each of the {num_heads} query heads, "
-            f"got {len(threshold)}"
-        )
-
-
 def xattention_mask(
-    query: Tensor,
-    key: Tensor,
-    config: XAttentionConfig,
-    scale: float,
-    block_size: tuple[int, int] = BLOCK_SIZE,
-    impl: str = "auto",
-) -> BlockMask:
-    """Choose for each block of queries the fewest blocks that hold the threshold.
+    query: Tensor, key: Tensor, config: XAttentionConfig, scale: float,
+    block_size: tuple[int, int] = BLOCK_SIZE, impl: str = "auto",
+) -> BlockMask:  # fmt: skip
+    """Choose for each block of queries the fewest blocks whose scores sum to the threshold.
 
-    Args:
-        query: ``[B, H, S_q, D]``.
-        key: ``[B, H_kv, S_kv, D]``.
-        config: the settings.
-        scale: factor of the logits.
-        block_size: queries and keys per block.
-        impl: as in `score_tokens`.
+    See `MakeMask`.
 
     Raises:
         ValueError: if the stride does not divide the block size, or thresholds per head are not
@@ -103,32 +86,19 @@ def xattention_mask(
     grid = BlockGrid(query.shape[2], key.shape[2], block_size)
     threshold: float | Tensor
     if isinstance(config.threshold, tuple):
-        _check_heads(config.threshold, query.shape[1])
-        threshold = _by_head(config.threshold, query.device)
+        check_per_head("threshold", "share", config.threshold, query.shape[1])
+        threshold = per_head(config.threshold, torch.float32, query.device)[..., None]
     else:
         threshold = config.threshold
     scores = antidiagonal_scores(query, key, config, grid, scale, impl=impl)
     kept = smallest_cover(scores, threshold, impl=impl)
-    return BlockMask.from_block_map(
-        kept, query_len=grid.query_len, kv_len=grid.kv_len, block_size=block_size, impl=impl
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _by_head(shares: tuple[float, ...], device: torch.device) -> Tensor:
-    """``[H, 1, 1]``; remembered, because a copy to the device would wait for it."""
-    return torch.tensor(shares, dtype=torch.float32, device=device)[:, None, None]
+    return BlockMask.from_block_map(kept, grid, impl=impl)
 
 
 def antidiagonal_scores(
-    query: Tensor,
-    key: Tensor,
-    config: XAttentionConfig,
-    grid: BlockGrid,
-    scale: float,
-    *,
+    query: Tensor, key: Tensor, config: XAttentionConfig, grid: BlockGrid, scale: float, *,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Estimate each block's share of attention, ``[B, H, Q, K]`` float32.
 
     A score is the mean over the real strided rows of the block.
@@ -141,7 +111,7 @@ def antidiagonal_scores(
                 query, key, stride, grid.block_size, scale
             )
             return estimated
-    # The factor goes in first, so that half precision holds the sums of stride products.
+    # Scaled first, so that the sums of stride products fit into half precision.
     rows = _strided(query * (scale / stride), stride).flip(-2).flatten(-2)
     columns = _strided(key, stride).flatten(-2)
     per_block = grid.block_size[0] // stride
