@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from token_sparse_attention.run import Answer
 
 
+_BARS = "▁▂▃▄▅▆▇█"
+_MOST_BARS = 32
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run(Command):
     """Answer a question about a long document, prefilling sparsely.
@@ -146,8 +150,16 @@ def layer_table(records: list[LayerRecord]) -> Table:
     """Return a table of what each layer did."""
     from token_sparse_attention.integrations.record import describe, path_name
 
-    table = Table("layer", "path", "kept", "tokens kept per head, or why dense")
+    table = Table("layer", "path", "kept", "by head", "tokens kept per head, or why dense")
     for record in records:
         share = f"{record.kept_share:.1%}"
-        table.add_row(str(record.layer), path_name(record), share, describe(record))
+        bars = _bars(record)
+        table.add_row(str(record.layer), path_name(record), share, bars, describe(record))
     return table
+
+
+def _bars(record: LayerRecord) -> str:
+    """Return a bar for each head of the first sequence: the share of tokens that it keeps."""
+    if record.kept is None or len(record.kept[0]) > _MOST_BARS:
+        return ""
+    return "".join(_BARS[round(n / record.kv_len * (len(_BARS) - 1))] for n in record.kept[0])
