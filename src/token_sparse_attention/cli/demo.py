@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from token_sparse_attention.cli.command import Command, print_json, working
+from token_sparse_attention.cli.model import require_transformers
 from token_sparse_attention.cli.run import layer_table
 from token_sparse_attention.options import Device
 
