@@ -10,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support import GOLDEN_CASES, SMALL, Problem, golden_case, kept_mask, make_problem
+from support import (
+    GOLDEN_CASES,
+    SAMPLING,
+    SMALL,
+    Problem,
+    golden_case,
+    kept_mask,
+    make_problem,
+)
 from token_sparse_attention import (
-    TokenSparseConfig,
+    AuxRequest,
+    Execution,
+    TokenSelectionConfig,
     compress,
     decompress,
     reference,
@@ -20,32 +30,26 @@ from token_sparse_attention import (
     select_tokens,
     token_sparse_attention,
 )
-from token_sparse_attention.selection import resolve_impl
+from token_sparse_attention.impls import resolve_impl
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VARIANTS = [
-    dataclasses.replace(SMALL, budget=budget, fallback=fallback, fallback_window=20)
+SELECTED = [
+    dataclasses.replace(SMALL, budget=budget, fallback=fallback, sliding_window=20)
     for budget in ("shared", "per_head")
     for fallback in ("zero", "window")
 ]
-FAR = [
-    dataclasses.replace(VARIANTS[1], fallback_sinks=sinks, fallback_landmarks=landmarks)
-    for sinks, landmarks in ((3, 0), (0, 9), (2, 40))
-]
-FAR += [
+SAMPLED = [
     dataclasses.replace(
-        VARIANTS[1],
-        fallback_samples=30,
-        drop_mass=drop_mass,
-        select_queries=drop_mass is not None,
-        fallback_sinks=2,
-        dense_queries=9,
+        SAMPLING, sliding_window=20, sink_size=sinks, num_samples=samples, dense_queries=9
     )
-    for drop_mass in (SMALL.drop_mass, None)
+    for sinks, samples in ((3, 0), (0, 30), (2, 30))
 ]
-FAR.append(dataclasses.replace(FAR[-1], dense_heads=(1,), budget="per_head"))
+SAMPLED.append(dataclasses.replace(SAMPLED[-1], dense_heads=(1,), budget="per_head"))
+PROBES = SMALL.observation_window
+SELECTION = AuxRequest(selection=True)
+BOTH = AuxRequest(selection=True, lse=True)
 
 
 def problem_here(**shape):
@@ -62,31 +66,30 @@ def padding(*runs, kv_len):
 def same_selection(mine, theirs, kv_len):
     assert torch.equal(mine.ran_sparse, theirs.ran_sparse)
     assert torch.equal(mine.lengths, theirs.lengths)
-    assert torch.equal(mine.budget, theirs.budget)
+    assert torch.equal(mine.reasons, theirs.reasons)
     assert torch.equal(kept_mask(mine.indices, kv_len), kept_mask(theirs.indices, kv_len))
     for kept, indices in zip(mine.lengths.flatten(), mine.indices.flatten(0, 1)):
         assert (indices[:kept].diff() > 0).all()
         assert (indices[kept:] == -1).all()
 
 
-@pytest.mark.parametrize("window_size", [7, 16, 50, 130])
+@pytest.mark.parametrize("num_probes", [7, 16, 50, 130])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (7, 1)])
 @pytest.mark.parametrize(("query_len", "kv_len"), [(257, 257), (140, 301)])
-def test_scores(window_size, heads, kv_heads, query_len, kv_len):
-    config = dataclasses.replace(SMALL, window_size=window_size)
+def test_scores(num_probes, heads, kv_heads, query_len, kv_len):
     query, key, _ = problem_here(
         batch=2, heads=heads, kv_heads=kv_heads, query_len=query_len, kv_len=kv_len, head_dim=24
     )
-    scores = score_tokens(query, key, config, impl="triton")
-    expected = score_tokens(query, key, config, impl="reference")
+    scores = score_tokens(query, key, num_probes, impl="triton")
+    expected = score_tokens(query, key, num_probes, impl="reference")
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_of_half_precision(dtype):
     query, key, _ = problem_here(query_len=200, head_dim=64, dtype=dtype)
-    scores = score_tokens(query, key, SMALL, impl="triton")
-    expected = score_tokens(query, key, SMALL, impl="reference")
+    scores = score_tokens(query, key, PROBES, impl="triton")
+    expected = score_tokens(query, key, PROBES, impl="reference")
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-7)
 
 
@@ -95,8 +98,8 @@ def test_scores_ignore_padding_and_refuse_rows_without_a_window():
     mask = padding((0, 150), (30, 150), (0, 111), (0, 70), kv_len=150)
     for tensor, first in ((query, 60), (key, 0)):
         tensor.masked_fill_(~mask[:, None, first:, None], torch.nan)
-    scores = score_tokens(query, key, SMALL, padding_mask=mask, impl="triton")
-    expected = score_tokens(query, key, SMALL, padding_mask=mask, impl="reference")
+    scores = score_tokens(query, key, PROBES, padding_mask=mask, impl="triton")
+    expected = score_tokens(query, key, PROBES, padding_mask=mask, impl="reference")
     assert expected[3].isnan().all()
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-7, equal_nan=True)
 
@@ -104,13 +107,13 @@ def test_scores_ignore_padding_and_refuse_rows_without_a_window():
 def test_scores_of_extreme_logits_and_views():
     query, key, _ = problem_here(query_len=130, sharpness=1e4)
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
-    scores = score_tokens(*views, SMALL, impl="triton")
-    expected = score_tokens(query, key, SMALL, impl="reference")
+    scores = score_tokens(*views, PROBES, impl="triton")
+    expected = score_tokens(query, key, PROBES, impl="reference")
     assert scores.isfinite().all()
     # Logits of 1e4 and more leave few digits for what is exponentiated.
     torch.testing.assert_close(scores, expected, rtol=1e-2, atol=1e-4)
     transposed = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key)]
-    assert torch.equal(score_tokens(*transposed, SMALL, impl="triton"), scores)
+    assert torch.equal(score_tokens(*transposed, PROBES, impl="triton"), scores)
 
 
 @settings(max_examples=20)
@@ -126,7 +129,7 @@ def test_scores_of_extreme_logits_and_views():
 def test_selection(batch, heads, length, budget, drop_mass, pool_size, seed):
     config = dataclasses.replace(SMALL, budget=budget, drop_mass=drop_mass, pool_size=pool_size)
     query, key, _ = problem_here(batch=batch, heads=heads, kv_heads=1, query_len=length, seed=seed)
-    scores = score_tokens(query, key, config, impl="reference")
+    scores = score_tokens(query, key, config.observation_window, impl="reference")
     mine = select_tokens(scores, config, impl="triton")
     same_selection(mine, select_tokens(scores, config, impl="reference"), length)
 
@@ -143,11 +146,11 @@ def test_selection_over_several_chunks():
 @pytest.mark.parametrize("kept", [1.0, 0.65, 0.2, 0.001])
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
 def test_selection_of_a_kept_share(kept, budget):
-    config = dataclasses.replace(SMALL, budget=budget)
+    config = dataclasses.replace(SMALL, budget=budget, keep_ratio=kept)
     scores = torch.rand(2, 3, 184, device=DEVICE)
     mask = padding((0, 200), (33, 180), kv_len=200)
     for padding_mask in (None, mask):
-        arguments = {"kept": kept, "padding_mask": padding_mask}
+        arguments = {"padding_mask": padding_mask}
         mine = select_tokens(scores, config, impl="triton", **arguments)
         same_selection(mine, select_tokens(scores, config, impl="reference", **arguments), 200)
 
@@ -185,7 +188,7 @@ def test_golden_indices(case):
 def test_compress_and_decompress(query_len, kv_len):
     problem = problem_here(batch=2, heads=6, kv_heads=2, query_len=query_len, kv_len=kv_len)
     config = dataclasses.replace(SMALL, budget="per_head")
-    scores = score_tokens(problem.query, problem.key, config, impl="reference")
+    scores = score_tokens(problem.query, problem.key, PROBES, impl="reference")
     selection = select_tokens(scores, config, impl="reference")
     mine = compress(*problem, selection, impl="triton")
     theirs = compress(*problem, selection, impl="reference")
@@ -202,18 +205,18 @@ def test_compress_and_decompress(query_len, kv_len):
 
 
 def name_of(config):
-    far = (config.fallback_sinks, config.fallback_landmarks, config.fallback_samples)
-    chosen = config.budget if config.select_queries else "all"
-    return "-".join(map(str, (chosen, config.fallback, *far)))
+    if isinstance(config, TokenSelectionConfig):
+        return f"{config.budget}-{config.fallback}"
+    return f"{config.budget}-{config.sink_size}-{config.num_samples}"
 
 
 @pytest.mark.parametrize(
     ("config", "query_len", "head_chunk"),
     [
-        *itertools.product(VARIANTS, [200, 120], [None, 5]),
-        *itertools.product(FAR, [120], [None]),
+        *itertools.product(SELECTED, [200, 120], [None, 5]),
+        *itertools.product(SAMPLED, [120], [None]),
     ],
-    ids=lambda value: name_of(value) if isinstance(value, TokenSparseConfig) else str(value),
+    ids=lambda value: name_of(value) if hasattr(value, "method") else str(value),
 )
 def test_operator(config, query_len, head_chunk):
     problem = problem_here(batch=3, heads=4, query_len=query_len, kv_len=200, head_dim=24)
@@ -224,11 +227,8 @@ def test_operator(config, query_len, head_chunk):
                 *problem,
                 config,
                 padding_mask=padding_mask,
-                impl=impl,
-                attention_backend="math",
-                head_chunk=head_chunk,
-                return_selection=True,
-                return_lse=True,
+                execution=Execution(impl, "math", head_chunk=head_chunk),
+                return_aux=BOTH,
             )
             for impl in ("triton", "reference")
         ]
@@ -239,11 +239,11 @@ def test_operator(config, query_len, head_chunk):
         torch.testing.assert_close(mine.lse, theirs.lse, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("far", [0, 1, 70])
+@pytest.mark.parametrize("sampled", [0, 1, 70])
 @pytest.mark.parametrize("window", [1, 40, 500])
 @pytest.mark.parametrize(("query_len", "kv_len", "head_dim"), [(130, 130, 24), (75, 301, 64)])
 @pytest.mark.parametrize("counted", [False, True])
-def test_windows_and_far_tokens(counted, far, window, query_len, kv_len, head_dim):
+def test_windows_and_sampled_keys(counted, sampled, window, query_len, kv_len, head_dim):
     """The kernel against a literal mask; what lies outside a row is NaN and does no harm."""
     from token_sparse_attention.kernels.sampled_attention import Tiles, add_sampled_keys
 
@@ -258,9 +258,9 @@ def test_windows_and_far_tokens(counted, far, window, query_len, kv_len, head_di
         tensor.masked_fill_(~real[:, None, :, None], torch.nan)
     generator = torch.Generator(DEVICE).manual_seed(1)
     order = torch.rand(3, 6, kv_len, generator=generator, device=DEVICE) - 2 * ~real[:, None]
-    best, slots = order.topk(far)
+    best, slots = order.topk(sampled)
     slots = torch.where(best >= 0, slots, kv_len).sort(-1).values
-    slots[:, :, far - far // 5 :] = kv_len
+    slots[:, :, sampled - sampled // 5 :] = kv_len
     position = torch.arange(kv_len, device=DEVICE)
     causal = (position <= position[first:, None]) & real[:, None, None]
     near = (causal & (position > position[first:, None] - window)).expand(-1, 6, -1, -1)
@@ -282,13 +282,13 @@ def test_windows_and_far_tokens(counted, far, window, query_len, kv_len, head_di
     bounds = torch.tensor(runs, dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([True, True, True], device=DEVICE)
     options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2), "weights": counts}
-    add_sampled_keys(*problem, slots, bounds, rows, out, lse, **options)
+    add_sampled_keys(*problem, slots.int(), bounds, rows, out, lse, **options)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
-    nothing = far == 0 or window == 500
-    assert torch.equal(out, before) == nothing, "the far tokens must matter"
+    nothing = sampled == 0 or window == 500
+    assert torch.equal(out, before) == nothing, "the sampled keys must matter"
     rows = torch.tensor([False, True, False], device=DEVICE)
-    add_sampled_keys(*problem, slots, bounds, rows, before, before_lse, **options)
+    add_sampled_keys(*problem, slots.int(), bounds, rows, before, before_lse, **options)
     assert torch.equal(before[1], out[1])
     assert torch.equal(before[0], out[0]) == nothing
 
@@ -318,9 +318,10 @@ def test_crossover(monkeypatch, share_limit, query_len):
     problem.query[1] *= 5  # keeps few tokens
     problem.query[2] = 0  # keeps nearly all
     config = dataclasses.replace(SMALL, crossover="auto", drop_mass=0.2)
-    options = {"return_selection": True, "attention_backend": "math"}
     mine, theirs = (
-        token_sparse_attention(*problem, config, impl=impl, **options)
+        token_sparse_attention(
+            *problem, config, execution=Execution(impl, "math"), return_aux=SELECTION
+        )
         for impl in ("triton", "reference")
     )
     same_selection(mine[1], theirs[1], 300)
@@ -329,11 +330,11 @@ def test_crossover(monkeypatch, share_limit, query_len):
         assert mine[1].ran_sparse.tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("config", [VARIANTS[0], FAR[-1]])
+@pytest.mark.parametrize("config", [SELECTED[0], SAMPLED[-1]])
 def test_any_strides_are_accepted(config):
     problem = problem_here(query_len=97)
     odd = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in problem]
-    options = {"impl": "triton", "attention_backend": "math"}
+    options = {"execution": Execution("triton", "math")}
     expected = token_sparse_attention(*problem, config, **options)
     torch.testing.assert_close(token_sparse_attention(*odd, config, **options), expected)
 
@@ -348,9 +349,9 @@ def test_short_rows_of_a_batch_run_dense(monkeypatch):
     problem = problem_here(batch=2, query_len=300)
     auto = dataclasses.replace(SMALL, crossover="auto")
     mask = padding((0, 300), (150, 300), kv_len=300)
-    _, selection = token_sparse_attention(
-        *problem, auto, padding_mask=mask, impl="triton", attention_backend="math",
-        return_selection=True,
+    _, selection, _ = token_sparse_attention(
+        *problem, auto, padding_mask=mask, execution=Execution("triton", "math"),
+        return_aux=SELECTION,
     )  # fmt: skip
     assert selection.ran_sparse.tolist() == [True, False]
 
@@ -359,31 +360,32 @@ def test_a_mask_that_is_not_one_run_gives_nan_in_its_rows():
     problem = problem_here(batch=2, query_len=200)
     mask = padding((0, 200), (0, 200), kv_len=200)
     mask[1, 50] = False
-    out, lse = token_sparse_attention(
+    out, _, lse = token_sparse_attention(
         *problem,
         SMALL,
         padding_mask=mask,
-        impl="triton",
-        attention_backend="math",
-        return_lse=True,
+        execution=Execution("triton", "math"),
+        return_aux=AuxRequest(lse=True),
     )
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
     assert lse[1].isnan().all()
     dense = dataclasses.replace(SMALL, drop_mass=0.0)
     out = token_sparse_attention(
-        *problem, dense, padding_mask=mask, impl="triton", attention_backend="math"
+        *problem, dense, padding_mask=mask, execution=Execution("triton", "math")
     )
     assert out.isnan().flatten(1).all(-1).tolist() == [False, True]
     with pytest.raises(ValueError, match="one contiguous run"):
-        token_sparse_attention(*problem, SMALL, padding_mask=mask, impl="reference")
+        token_sparse_attention(
+            *problem, SMALL, padding_mask=mask, execution=Execution("reference")
+        )
 
 
 def test_nan_in_the_inputs_runs_dense():
     problem = problem_here(batch=2, query_len=150)
     problem.query[0, 1, -3] = torch.nan
-    out, selection = token_sparse_attention(
-        *problem, SMALL, impl="triton", attention_backend="math", return_selection=True
+    out, selection, _ = token_sparse_attention(
+        *problem, SMALL, execution=Execution("triton", "math"), return_aux=SELECTION
     )
     assert selection.ran_sparse.tolist() == [False, True]
     assert out[0, 1, -3].isnan().all()
@@ -406,15 +408,15 @@ def test_impl_choices(monkeypatch):
 
 def test_reference_agrees_on_defaults():
     """The default window, pooling and minimum, which the small settings above do not have."""
-    config = TokenSparseConfig.published(drop_mass=0.3, min_tokens=64, crossover="off")
+    config = TokenSelectionConfig(drop_mass=0.3, min_tokens=64)
     problem = Problem(*(x[:, :2] for x in problem_here(query_len=260, head_dim=16)))
     mine, theirs = (
         token_sparse_attention(
-            *problem, config, impl=impl, attention_backend="math", return_selection=True
+            *problem, config, execution=Execution(impl, "math"), return_aux=SELECTION
         )
         for impl in ("triton", "reference")
     )
     same_selection(mine[1], theirs[1], 260)
     assert mine[1].ran_sparse.all()
-    keep = reference.keep_tokens(score_tokens(problem.query, problem.key, config)[0], config)
+    keep = reference.keep_tokens(score_tokens(problem.query, problem.key, 128)[0], config)
     assert torch.equal(kept_mask(mine[1].indices, 260)[0], keep)

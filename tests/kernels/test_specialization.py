@@ -9,8 +9,8 @@ import inspect
 import pytest
 import torch
 
-from support import SMALL, make_problem
-from token_sparse_attention import token_sparse_attention
+from support import SAMPLING, SMALL, WITH_BOTH, make_problem
+from token_sparse_attention import Execution, token_sparse_attention
 
 pytest.importorskip("triton")
 
@@ -59,7 +59,7 @@ class Recorder:
         return launch
 
 
-def launches(monkeypatch, lengths, config, **options):
+def launches(monkeypatch, lengths, config):
     recorders = {}
     for module in (budget, compression, sampled_attention, sampling, scoring, selection):
         for name, (names, free) in run_time_arguments(module).items():
@@ -70,34 +70,30 @@ def launches(monkeypatch, lengths, config, **options):
         result = token_sparse_attention(
             *problem,
             config,
-            impl="triton",
-            attention_backend="math",
-            return_selection=True,
-            return_lse=True,
-            **options,
+            execution=Execution("triton", "math"),
+            return_aux=WITH_BOTH,
         )
         assert result.selection.ran_sparse.all()
     return {name: recorder.seen for name, recorder in recorders.items()}
 
 
 @pytest.mark.parametrize("kind", ["shared", "per_head"])
-def test_lengths_change_nothing_that_is_compiled(monkeypatch, kind):
+@pytest.mark.parametrize("method", ["selection", "sampling"])
+def test_lengths_change_nothing_that_is_compiled(monkeypatch, kind, method):
     """Odd, even and round lengths; memory for as many heads at once as fits changes too."""
-    from token_sparse_attention import limits
+    from token_sparse_attention.methods import selection as method_module
 
-    monkeypatch.setattr(limits, "_PACKED_BYTES", 200_000)
-    config = dataclasses.replace(
-        SMALL,
-        budget=kind,
-        fallback="window",
-        fallback_window=20,
-        fallback_landmarks=8,
-        fallback_samples=8,
-    )
+    monkeypatch.setattr(method_module, "_PACKED_BYTES", 200_000)
+    config = dataclasses.replace(SMALL, budget=kind, fallback="window", sliding_window=20)
+    if method == "sampling":
+        config = dataclasses.replace(SAMPLING, budget=kind, sliding_window=20, num_samples=8)
     seen = launches(monkeypatch, (144, 177, 255), config)
     levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if kind == "shared" else 8}
-    for name, variants in seen.items():
+    ran = {name: variants for name, variants in seen.items() if variants}
+    for name, variants in ran.items():
         assert len(variants) == levels.get(name, 1), f"{name}: {variants}"
+    needed = {"selection": "count_top_kernel", "sampling": "sample_keys_kernel"}
+    assert needed[method] in ran
 
 
 def test_a_length_that_is_specialised_on_would_be_seen():
