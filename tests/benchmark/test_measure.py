@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
+from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, token_sparse_attention
 from token_sparse_attention.attention import far_tokens
 from token_sparse_attention.benchmark import checks, op, timing
 from token_sparse_attention.benchmark.checks import Inputs, check_dense, check_sparse, judge
@@ -20,7 +20,7 @@ from token_sparse_attention.cli import main
 from token_sparse_attention.integrations.transformers import apply
 
 CPU = torch.device("cpu")
-CONFIG = TokenSparseConfig.published(window_size=16, min_tokens=32, crossover="off")
+CONFIG = TokenSelectionConfig(observation_window=16, min_tokens=32, crossover="off")
 OP = ["bench", "op", "--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
 OP += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "1280"]
 OP += ["--crossover-lengths", "1280", "--drop-mass", "0.3", "--kept", "0.5"]
@@ -97,9 +97,9 @@ def test_prefill_measures_samples_where_no_queries_are_dropped(capsys, monkeypat
     assert records[1]["note"] == "no longer than the window: 2,048 tokens"
     assert all(r["passed"] for r in records if r["kind"] == "eager")
     half, every = (config for config, _ in switched_on[-2:])
-    assert half == TokenSparseConfig(fallback_samples=64, sparse_layers=(1,), crossover="off")
+    assert half == KVSamplingConfig(fallback_samples=64, sparse_layers=(1,), crossover="off")
     assert every.sparse_layers == (0, 1)
-    assert switched_on[0] == (TokenSparseConfig.published(sparse_layers=(0, 1)), 1.0)
+    assert switched_on[0] == (TokenSelectionConfig(sparse_layers=(0, 1)), 1.0)
 
 
 def test_prefill_checks_samples_by_drawing_every_token(capsys, monkeypatch):
