@@ -49,9 +49,7 @@ def options(**changes):
 
 def test_layers_are_examined_by_what_they_cost_where_they_see_most():
     def row(layer, count, cost, sparse=1):
-        return Sensitivity(
-            layer, LayerSetting("num_samples", count), cost, None, 0, 0, sparse
-        )
+        return Sensitivity(layer, LayerSetting("num_samples", count), cost, None, 0, 0, sparse)
 
     rows = [row(0, 8, 9.0), row(0, 48, 1.0), row(1, 48, 3.0), row(1, 8, 0.0), row(2, 48, 0.0)]
     rows += [row(3, 8, 2.0), row(3, 900, 0.0, sparse=0)]

@@ -166,7 +166,9 @@ def test_layers_are_measured_with_each_number_of_samples():
 
 
 def test_the_default_settings_are_those_of_the_base():
-    assert [*CalibrationOptions(**BUDGET).settings] == drops(*TokenSelectionConfig.calibrated_values)
+    assert [*CalibrationOptions(**BUDGET).settings] == drops(
+        *TokenSelectionConfig.calibrated_values
+    )
     assert [*CalibrationOptions(**KEYS).settings] == samples(*KVSamplingConfig.calibrated_values)
 
 
@@ -453,7 +455,10 @@ def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
         ({"method": "both", "divergence_budget": 1.0, "target_speedup": 2.0}, "got both"),
         ({"method": "both", "divergence_budget": -1.0}, "divergence_budget must be at least 0"),
         ({"method": "both", "target_speedup": 0.5}, "target_speedup must be at least 1, got 0.5"),
-        ({"method": "both", "target_speedup": 2.0, "values": (0.0,)}, r"drop_mass 0.0 never runs sparse: drop_mass is 0"),
+        (
+            {"method": "both", "target_speedup": 2.0, "values": (0.0,)},
+            r"drop_mass 0.0 never runs sparse: drop_mass is 0",
+        ),
         ({"method": "both", "target_speedup": 2.0, "values": ()}, "values must hold"),
         ({"method": "both", "target_speedup": 2.0, "values": (0.1, 0.1)}, "not repeat"),
         ({"max_reply": -1}, "max_reply must be at least 0"),

@@ -20,8 +20,8 @@ from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectio
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.calibration import job
 from token_sparse_attention.cli import build_parser, main
-from token_sparse_attention.profile import PROFILE_FILE
 from token_sparse_attention.errors import within_memory
+from token_sparse_attention.profile import PROFILE_FILE
 from token_sparse_attention.run import (
     FirstTokenClock,
     answer,

@@ -17,7 +17,7 @@ from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.contenders import DENSE
 from token_sparse_attention.cli import BENCHMARKS, COMMANDS, INTERRUPTED, main
 from token_sparse_attention.cli.model import DenseKernel, ModelOptions
-from token_sparse_attention.selection import IMPLS
+from token_sparse_attention.impls import IMPLS
 from token_sparse_attention.settings import PATTERN_NAMES
 
 HEAVY = ("torch", "transformers", "triton", "matplotlib", "lm_eval", "jinja2")

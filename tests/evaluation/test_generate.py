@@ -15,9 +15,7 @@ from token_sparse_attention.evaluation.generate import Ending, encode, ending, r
 from token_sparse_attention.integrations.transformers import apply
 
 # A window so small that a draft's forward pass would pass for a prefill.
-CONFIG = TokenSelectionConfig(
-    drop_mass=0.4, observation_window=4, pool_size=3, min_tokens=8
-)
+CONFIG = TokenSelectionConfig(drop_mass=0.4, observation_window=4, pool_size=3, min_tokens=8)
 TOKENIZER = SimpleNamespace(decode=lambda tokens, **_: "".join(f"<{token}>" for token in tokens))
 NEW = 12
 

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, bundled
-from token_sparse_attention.profile import layer_configs
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.settings import (
     Configuration,
     read_runs,
     settings_dicts,
 )
+from token_sparse_attention.profile import layer_configs
 from token_sparse_attention.settings import default_config
 
 MODEL = str(bundled.MODEL)
@@ -28,7 +28,14 @@ def test_every_kind_of_value(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(TokenSelectionConfig(drop_mass=0.1).to_json())
     profile = LayerProfile(layers={2: {}})
-    given = ["published", f"a={file}", str(file), 'b={"method": "token_selection", "drop_mass": 0.2}', "profile", "c=default"]
+    given = [
+        "published",
+        f"a={file}",
+        str(file),
+        'b={"method": "token_selection", "drop_mass": 0.2}',
+        "profile",
+        "c=default",
+    ]
     found = read_configurations([*given, f"d={profile.to_json()}"], MODEL)
     assert found == {
         "published": TokenSelectionConfig(),
@@ -108,7 +115,7 @@ def test_the_published_layer_lists(name, num_layers, layers):
         (["publishd"], "did you mean 'published'"),
         (["a=no/such/file"], "no file 'no/such/file'"),
         (['a={"num_sample": 1}'], "did you mean 'num_samples'"),
-        (['a={"keep_ratio": 0.1}'], "add \"method\": \"token_selection\" for that one"),
+        (['a={"keep_ratio": 0.1}'], 'add "method": "token_selection" for that one'),
         (['a={"drop_mass": 0.1}'], "it has the field names of version 1; .*convert_settings"),
         (["a={"], "not valid JSON"),
         (['{"drop_mass": 0.1}'], "must be NAME=VALUE"),
