@@ -186,12 +186,14 @@ def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, c
     assert CalibrationResult.from_json(capsys.readouterr().out).base == base
 
 
-def test_samples_need_no_settings_where_the_models_own_select_queries(folder, capsys):
+def test_values_are_of_the_method_that_the_settings_are_of(folder, capsys):
     own = folder / "model" / "token_sparse_profile.json"
     own.write_text(LayerProfile(TokenSelectionConfig(), {1: {}}).to_json())
     cut = ("--text", folder / "a.txt", "--length", 90, "--num-prompts", 1, "--json")
     goal = ("--method", "sensitivity", "--divergence-budget", 1, "--values", 8)
-    calibrate(folder / "model", *goal, *cut)
+    with pytest.raises(UsageError, match=r"drop_mass must be in \[0, 1\), got 8"):
+        calibrate(folder / "model", *goal, *cut)
+    calibrate(folder / "model", *goal, "--config", "default", *cut)
     own.unlink()
     assert CalibrationResult.from_json(capsys.readouterr().out).base == KVSamplingConfig()
 

@@ -98,7 +98,7 @@ def test_run_without_compare_claims_no_ratio(folder, capsys):
     assert main([*arguments, "--max-new-tokens", "2"]) == 0
     printed = capsys.readouterr().out
     assert "dense over sparse" not in printed
-    assert "context not longer than" in printed
+    assert "context too short for" in printed
 
 
 def test_run_reads_standard_input(folder, capsys, monkeypatch, tmp_path):

@@ -139,7 +139,8 @@ def test_configurations_that_left_nothing_out_are_noted(model, tmp_path, capsys,
     path = tmp_path / "s.jsonl.gz"
     dataclasses.replace(made, samples=samples).save(path)
     small = '{"num_probes": 8, "sliding_window": 16, "num_samples": 8, "crossover": "off"}'
-    given = (f"wide={CONFIG}", f"small={small}", "idle=default", "patterned=streaming+default")
+    wide = small.replace('"num_samples": 8', '"num_samples": 4096')
+    given = (f"wide={wide}", f"small={small}", "idle=default", "patterned=streaming+default")
     configurations = [word for value in given for word in ("--config", value)]
     asked = ("--samples", str(path), *configurations, "--out", str(tmp_path / "r.jsonl"))
     assert run_eval(model, *asked) == 0

@@ -214,8 +214,8 @@ def test_bad_input_is_named(model_folder, prompt, tmp_path):
         run("capture", "--prompt-file", tmp_path / "absent", *out)
     with pytest.raises(UsageError, match="did you mean 'published'"):
         run("capture", model_folder, "--prompt-file", prompt, "--config", "publishd", *out)
+    bad = '{"num_samples": -2}'
     with pytest.raises(UsageError, match="num_samples must be at least 0"):
-        bad = '{"num_samples": -2}'
         run("capture", model_folder, "--prompt-file", prompt, "--config", bad, *out)
     layers = '{"sparse_layers": [7]}'
     with pytest.raises(UsageError, match="below 3, the model's number of layers"):
