@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 
-from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
-from token_sparse_attention.attention import far_tokens
+from support import with_selection
+from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig
 from token_sparse_attention.benchmark import checks, op, timing
 from token_sparse_attention.benchmark.checks import Inputs, check_dense, check_sparse, judge
 from token_sparse_attention.benchmark.contenders import dense_call, eager_composition
@@ -18,9 +18,10 @@ from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import ResultFile
 from token_sparse_attention.cli import main
 from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.methods import sampling
 
 CPU = torch.device("cpu")
-CONFIG = TokenSparseConfig.published(window_size=16, min_tokens=32, crossover="off")
+CONFIG = TokenSelectionConfig(observation_window=16, min_tokens=32)
 OP = ["bench", "op", "--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
 OP += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "1280"]
 OP += ["--crossover-lengths", "1280", "--drop-mass", "0.3", "--kept", "0.5"]
@@ -46,6 +47,7 @@ def test_op_measures_everything(tmp_path, capsys):
         *("dense/flash", "dense/math", "eager/whole", "crossover/dense", "crossover/ours"),
         *("ours/score", "ours/select", "ours/gather", "ours/attend", "ours/scatter"),
         *("ours/whole", "ours/whole_window", "ours/unchunked", "ours/window"),
+        "sampling/whole",
     }
     assert {record.kind for record in printed.records} == {"eager", "first_call"}
     for record in printed.records:
@@ -53,7 +55,13 @@ def test_op_measures_everything(tmp_path, capsys):
         if record.kind == "eager":
             assert 0 < record.low_ms <= record.median_ms <= record.high_ms
     checked = {record.name for record in printed.records if record.passed}
-    assert {"dense/flash", "ours/whole", "eager/whole", "crossover/ours"} <= checked
+    assert {
+        "dense/flash",
+        "ours/whole",
+        "eager/whole",
+        "crossover/ours",
+        "sampling/whole",
+    } <= checked
 
 
 def test_op_prints_tables_for_people(capsys):
@@ -75,11 +83,11 @@ def test_prefill_measures_dense_and_sparse(capsys):
     assert all(r["median_ms"] > 0 for r in result["records"])
 
 
-def test_prefill_measures_samples_where_no_queries_are_dropped(capsys, monkeypatch):
+def test_prefill_measures_kv_sampling(capsys, monkeypatch):
     switched_on = []
 
     def watched(model, config, **options):
-        switched_on.append((config, options["kept"]))
+        switched_on.append(config)
         return apply(model, config, **options)
 
     monkeypatch.setattr("token_sparse_attention.benchmark.prefill.apply", watched)
@@ -94,18 +102,18 @@ def test_prefill_measures_samples_where_no_queries_are_dropped(capsys, monkeypat
         ("samples-64/half", 2304, "eager"),
         ("samples-64/all", 2304, "eager"),
     ]
-    assert records[1]["note"] == "no longer than the window: 2,048 tokens"
+    assert records[1]["note"] == "no longer than window and sinks: 2,052 tokens"
     assert all(r["passed"] for r in records if r["kind"] == "eager")
-    half, every = (config for config, _ in switched_on[-2:])
-    assert half == TokenSparseConfig(fallback_samples=64, sparse_layers=(1,), crossover="off")
+    half, every = switched_on[-2:]
+    assert half == KVSamplingConfig(num_samples=64, sparse_layers=(1,), crossover="off")
     assert every.sparse_layers == (0, 1)
-    assert switched_on[0] == (TokenSparseConfig.published(sparse_layers=(0, 1)), 1.0)
+    assert switched_on[0] == TokenSelectionConfig(sparse_layers=(0, 1), keep_ratio=1.0)
 
 
-def test_prefill_checks_samples_by_drawing_every_token(capsys, monkeypatch):
+def test_prefill_checks_kv_sampling_by_sampling_every_key(capsys, monkeypatch):
     def wrong(model, config, **options):
-        if not config.select_queries:
-            config = dataclasses.replace(config, fallback_samples=1)
+        if isinstance(config, KVSamplingConfig):
+            config = dataclasses.replace(config, num_samples=1)
         return apply(model, config, **options)
 
     arguments = [*PREFILL, "--samples", "64", "--kept", "", "--lengths", "2304", "--json"]
@@ -130,21 +138,22 @@ def test_a_failed_check_exits_1_and_makes_no_ratio(arguments, capsys, monkeypatc
 def test_the_eager_composition_is_the_method(kept):
     inputs = make_inputs()
     out, selection = eager_composition(inputs, CONFIG, kept)
-    expected, ours = token_sparse_attention(*inputs, CONFIG, kept=kept, return_selection=True)
+    config = dataclasses.replace(CONFIG, keep_ratio=kept)
+    expected, ours = with_selection(inputs, config)
     torch.testing.assert_close(out, expected)
     assert torch.equal(selection.lengths, ours.lengths)
-    assert check_sparse(inputs, out, selection, CONFIG, reference_error=1e-6, kept=kept).passed
+    assert check_sparse(inputs, out, selection, config, reference_error=1e-6).passed
 
 
 @pytest.mark.parametrize("fallback", ["zero", "window"])
 def test_checks_notice_what_is_wrong(fallback):
-    config = dataclasses.replace(CONFIG, fallback=fallback, fallback_window=20)
+    config = dataclasses.replace(CONFIG, fallback=fallback, sliding_window=20)
     inputs = make_inputs()
-    out, selection = token_sparse_attention(*inputs, config, kept=0.5, return_selection=True)
+    out, selection = with_selection(inputs, dataclasses.replace(config, keep_ratio=0.5))
 
     def passes(out=out, selection=selection, kept=0.5):
-        how = {"reference_error": 1e-6, "kept": kept}
-        return check_sparse(inputs, out, selection, config, **how).passed
+        against = dataclasses.replace(config, keep_ratio=kept)
+        return check_sparse(inputs, out, selection, against, reference_error=1e-6).passed
 
     assert passes()
     assert not passes(out * 1.001)
@@ -164,51 +173,51 @@ def test_checks_notice_what_is_wrong(fallback):
     assert passes(dense_call("math", inputs)(), dense, kept=None)
 
 
-FAR = dataclasses.replace(
-    CONFIG, drop_mass=0.3, fallback="window", fallback_window=20, fallback_sinks=2,
-    fallback_landmarks=5, fallback_samples=30, dense_queries=40,
-)  # fmt: skip
+SELECTION = dataclasses.replace(
+    CONFIG, drop_mass=0.3, fallback="window", sliding_window=20, dense_queries=40
+)
+SAMPLING = KVSamplingConfig(
+    num_probes=16,
+    sliding_window=20,
+    sink_size=2,
+    num_samples=30,
+    dense_queries=40,
+    crossover="off",
+)
 
 
-@pytest.mark.parametrize("select_queries", [True, False])
+@pytest.mark.parametrize("config", [SELECTION, SAMPLING], ids=["selection", "sampling"])
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
-def test_checks_notice_wrong_far_tokens_and_dense_queries(select_queries, budget, monkeypatch):
-    selects, selects_not = (
-        {"drop_mass": FAR.drop_mass, "select_queries": True},
-        {"drop_mass": None, "select_queries": False},
-    )
-    if not select_queries:
-        selects, selects_not = selects_not, selects
-    config = dataclasses.replace(FAR, **selects, budget=budget)
+def test_checks_notice_wrong_samples_windows_and_dense_queries(config, budget, monkeypatch):
+    other = SAMPLING if config is SELECTION else SELECTION
+    config = dataclasses.replace(config, budget=budget)
     inputs = make_inputs()
-
-    def run(**changes):
-        changed = dataclasses.replace(config, **changes)
-        return token_sparse_attention(*inputs, changed, return_selection=True)
 
     def passes(out, selection, against=config):
         return check_sparse(inputs, out, selection, against, reference_error=1e-6).passed
 
-    out, selection = run()
+    out, selection = with_selection(inputs, config)
     assert selection.ran_sparse.all()
     assert passes(out, selection)
-    wrong = [
-        {"dense_queries": 0}, {"dense_queries": 41}, {"fallback_samples": 29},
-        {"fallback_landmarks": 4}, {"fallback_sinks": 3}, {"fallback_window": 21},
-        selects_not,
-    ]  # fmt: skip
-    for change in wrong:
-        assert not passes(run(**change)[0], selection), change
-    for row in (-1, -40, -41, 0):
+    wrong = [{"dense_queries": 0}, {"dense_queries": 41}, {"sliding_window": 21}]
+    if other is SELECTION:
+        wrong += [{"num_samples": 29}, {"sink_size": 3}]
+    changed = [dataclasses.replace(config, **change) for change in wrong]
+    for one in (*changed, dataclasses.replace(other, budget=budget)):
+        assert not passes(with_selection(inputs, one)[0], selection), one
+    for query in (-1, -40, -41, 0):
         changed = out.clone()
-        changed[0, 0, row] *= 1.001
-        assert not passes(changed, selection), row
+        changed[0, 0, query] *= 1.001
+        assert not passes(changed, selection), query
+    if config.method == "kv_sampling":
+        real = sampling.sample
 
-    real = far_tokens.far_tokens
-    monkeypatch.setattr(
-        functional, "far_tokens", lambda *given: real(*given)._replace(counts=None)
-    )
-    assert not passes(run()[0], selection), "what each far token counts for is checked"
+        def unweighted(*given):
+            keys, finite = real(*given)
+            return keys._replace(weights=torch.ones_like(keys.weights)), finite
+
+        monkeypatch.setattr(sampling, "sample", unweighted)
+        assert not passes(with_selection(inputs, config)[0], selection), "weights are checked"
 
 
 def eager_with(inputs, indices):

@@ -106,7 +106,7 @@ def test_of_equal_divergences_the_cheapest_is_taken(order):
 
 
 def samples(count, divergence, work):
-    return Option(LayerSetting("fallback_samples", count), divergence, work)
+    return Option(LayerSetting("num_samples", count), divergence, work)
 
 
 @given(st.integers(0, 60), st.integers(0, 60))

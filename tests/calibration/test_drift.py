@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from integrations.models import FAMILIES, LAYERS, SHAPE, make_ids, make_model
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import TokenSelectionConfig
 from token_sparse_attention.calibration import drift
 from token_sparse_attention.calibration.drift import (
     decoder_layers,
@@ -171,7 +171,7 @@ def test_the_quantile_is_numpys(values, quantile):
 def test_profile_holds_the_layers_and_leaves_the_settings():
     measured = drift.summarise([[0.8, 0.1, 0.3], [0.8, 0.3, 0.1]])
     assert measured.normalised == pytest.approx((2 / 3, 1 / 6, 1 / 6))
-    base = TokenSparseConfig.published(drop_mass=0.1)
+    base = TokenSelectionConfig(drop_mass=0.1)
     threshold, profile = drift_profile(measured, base, 0.5)
     assert threshold == pytest.approx(1 / 6)
     assert profile.base == base

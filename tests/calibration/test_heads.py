@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from calibration.test_sensitivity import EVERY_QUERY, KEYS, samples, sharp_model
+from calibration.test_sensitivity import KEYS, SAMPLES, samples, sharp_model
 from integrations.models import LAYERS, make_ids
-from token_sparse_attention.benchmark.work import attended_share
 from token_sparse_attention.calibration import heads as of_heads
 from token_sparse_attention.calibration.heads import (
     costliest_layers,
@@ -26,6 +25,7 @@ from token_sparse_attention.calibration.record import (
 )
 from token_sparse_attention.calibration.show import draw, layer_table, sentences
 from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.methods import method_of
 
 COSTLY, HEAD = 1, 2  # of three layers and four heads
 
@@ -44,14 +44,12 @@ def one_head_matters():
 
 
 def options(**changes):
-    return CalibrationOptions(**KEYS | {"samples": (8, 48), "max_reply": 3} | changes)
+    return CalibrationOptions(**KEYS | {"values": (8, 48), "max_reply": 3} | changes)
 
 
 def test_layers_are_examined_by_what_they_cost_where_they_see_most():
     def row(layer, count, cost, sparse=1):
-        return Sensitivity(
-            layer, LayerSetting("fallback_samples", count), cost, None, 0, 0, sparse
-        )
+        return Sensitivity(layer, LayerSetting("num_samples", count), cost, None, 0, 0, sparse)
 
     rows = [row(0, 8, 9.0), row(0, 48, 1.0), row(1, 48, 3.0), row(1, 8, 0.0), row(2, 48, 0.0)]
     rows += [row(3, 8, 2.0), row(3, 900, 0.0, sparse=0)]
@@ -73,7 +71,7 @@ def test_the_head_that_matters_is_found_and_left_dense():
     assert first.head == HEAD
     assert first.divergence > 0
     assert all(one.divergence < 1e-9 for one in others)
-    assert first.setting == LayerSetting("fallback_samples", 48)
+    assert first.setting == LayerSetting("num_samples", 48)
     tried = result.sensitivity[2 * LAYERS :]
     dense_heads = [row.setting.dense_heads for row in tried]
     assert [row.setting.value for row in tried] == [8, 48] * 2
@@ -84,13 +82,13 @@ def test_the_head_that_matters_is_found_and_left_dense():
     for row in tried:
         assert row.layer == COSTLY
         assert row.divergence < 1e-9
-        sparse = attended_share(row.setting.value, length, EVERY_QUERY)
+        sparse = method_of(SAMPLES).work(row.setting.value, length)
         number = len(row.setting.dense_heads)
         assert row.work == pytest.approx((number + (4 - number) * sparse) / 4, rel=0.05)
 
     small = choose_again(result, options(divergence_budget=1e-9))
     profile = small.profile
-    assert profile.layers[COSTLY] == {"fallback_samples": 8, "dense_heads": [HEAD]}
+    assert profile.layers[COSTLY] == {"num_samples": 8, "dense_heads": [HEAD]}
     model, ids = one_head_matters(), make_ids()
     with torch.no_grad(), apply(model, profile) as report:
         logits = model(ids).logits
@@ -102,7 +100,7 @@ def test_the_head_that_matters_is_found_and_left_dense():
     assert len(table.columns) == 4, "two numbers of samples, of whole layers"
     assert list(table.columns[3].cells)[COSTLY] == "8, dense heads 2"
     told = " ".join(sentences(small))
-    assert "Heads of layer 1, one sparse at a time at fallback_samples 48, nats: 2: " in told
+    assert "Heads of layer 1, one sparse at a time at num_samples 48, nats: 2: " in told
     assert "their own work is" in told
     assert CalibrationResult.from_json(small.to_json()) == small
     assert draw(small, ".svg").count(b"dense heads") == 0
@@ -126,15 +124,15 @@ def test_settings_that_cover_the_prompt_are_not_tried_with_heads(monkeypatch):
         return real(model, references, profile, **code)
 
     monkeypatch.setattr(of_heads, "measure", counted)
-    covering = options(heads_of=1, samples=(8, 1000))
+    covering = options(heads_of=1, values=(8, 1000))
     result = calibrate(one_head_matters(), [Prompt(make_ids())], covering)
-    assert {p.layers[COSTLY]["fallback_samples"] for p in profiles} == {8}
+    assert {p.layers[COSTLY]["num_samples"] for p in profiles} == {8}
     assert len(profiles) == 4 + 2
     assert len(result.heads) == 4
 
 
 def test_without_a_number_nothing_is_measured():
-    assert measure_heads(one_head_matters(), [], EVERY_QUERY, [], 0) == ([], [])
+    assert measure_heads(one_head_matters(), [], SAMPLES, [], 0) == ([], [])
     rows = [Sensitivity(0, samples(8)[0], 1.0, None, 0.1, 0.1, 1)]
-    assert measure_heads(one_head_matters(), [], EVERY_QUERY, rows, 0) == ([], [])
+    assert measure_heads(one_head_matters(), [], SAMPLES, rows, 0) == ([], [])
     assert dataclasses.asdict(options())["heads_of"] == 0

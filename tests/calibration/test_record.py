@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
@@ -19,40 +19,48 @@ from token_sparse_attention.calibration.record import (
 )
 from token_sparse_attention.errors import UsageError
 
-PROFILE = LayerProfile(TokenSparseConfig.published(drop_mass=0.1), {1: {"drop_mass": 0.4}, 3: {}})
+PROFILE = LayerProfile(TokenSelectionConfig(drop_mass=0.1), {1: {"drop_mass": 0.4}, 3: {}})
 RESULT = CalibrationResult(
     method="both",
     model="some/model",
     dtype="bfloat16",
     provenance={"device": "a device", "versions": {"torch": "2"}, "commit": None},
     arguments={"length": 4096, "text": ["a.txt"]},
-    base=TokenSparseConfig.published(drop_mass=0.1),
+    base=TokenSelectionConfig(drop_mass=0.1),
     prompts=(PromptLength(4096, 32), PromptLength(4096, 7)),
     drift=(LayerDrift(0, 1.5, 0.75, 0.01, False), LayerDrift(1, 0.5, 0.25, None, True)),
     sensitivity=(
         Sensitivity(0, LayerSetting("drop_mass", 0.1), 1e-4, None, 0.8, 0.7, 2, "too short"),
-        Sensitivity(1, LayerSetting("fallback_samples", 512), 1e-4, None, 0.8, 0.7, 2),
+        Sensitivity(1, LayerSetting("drop_mass", 0.2), 1e-4, None, 0.8, 0.7, 2),
     ),
-    heads=(HeadSensitivity(1, 3, LayerSetting("fallback_samples", 512, (0, 2)), 1e-4, None),),
+    heads=(HeadSensitivity(1, 3, LayerSetting("drop_mass", 0.2, (0, 2)), 1e-4, None),),
     choices=(
         Choice("drift_quantile", 0.5, PROFILE),
         Choice("divergence_budget", 0.01, PROFILE, 0.008, 0.009, 0.001, 0.6, 2, (0.002, 0.016)),
     ),
 )
+SAMPLING = dataclasses.replace(
+    RESULT,
+    base=KVSamplingConfig(),
+    sensitivity=(Sensitivity(1, LayerSetting("num_samples", 512), 1e-4, None, 0.8, 0.7, 2),),
+    heads=(),
+)
 
 
 def test_results_survive_the_file(tmp_path):
     path = tmp_path / "profile.measured.json"
-    path.write_text(RESULT.to_json())
-    assert CalibrationResult.load(path) == RESULT
+    for result, number in ((RESULT, float), (SAMPLING, int)):
+        path.write_text(result.to_json())
+        assert CalibrationResult.load(path) == result
+        values = [row.setting.value for row in CalibrationResult.load(path).sensitivity]
+        assert {type(value) for value in values} == {number}
     assert RESULT.profile == PROFILE
-    assert [type(row.setting.value) for row in RESULT.load(path).sensitivity] == [float, int]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=1), "this file must have version 4, got 1"),
+        (lambda c: c.update(version=4), "this file must have version 5, got 4"),
         (lambda c: c.pop("drift"), "has no entry 'drift'"),
         (lambda c: c.update(extra=1), "unknown entry 'extra'"),
         (lambda c: c.update(method="guess"), "method must be one of drift"),
@@ -69,11 +77,15 @@ def test_results_survive_the_file(tmp_path):
         ),
         (
             lambda c: c["sensitivity"][0]["setting"].update(name="pool_size"),
-            r"\[0\].setting: name must be one of drop_mass, fallback_samples; got 'pool_size'",
+            r"sensitivity\[0\].setting: name must be drop_mass, as base has it; got 'pool_size'",
         ),
         (
-            lambda c: c["sensitivity"][1]["setting"].update(value=0.5),
-            r"\[1\].setting: value must be int, got 0.5",
+            lambda c: c["sensitivity"][1]["setting"].update(value=1.5),
+            r"sensitivity\[1\].setting: drop_mass must be in \[0, 1\), got 1.5",
+        ),
+        (
+            lambda c: c["heads"][0]["setting"].update(value=1.5),
+            r"heads\[0\].setting: drop_mass must be in \[0, 1\), got 1.5",
         ),
         (lambda c: c["sensitivity"][0]["setting"].pop("name"), r"setting has no entry 'name'"),
         (
@@ -103,21 +115,11 @@ def test_anything_else_is_refused_by_name(change, message):
         CalibrationResult.from_json(json.dumps(content), "this file")
 
 
-@pytest.mark.parametrize("version", [2, 3])
-def test_versions_before_are_read(version):
-    """2 knew no heads, 3 no single prompts of a choice."""
-    content = json.loads(RESULT.to_json())
-    content["version"] = version
-    for choice in content["choices"]:
-        del choice["prompt_divergences"]
-    if version == 2:
-        del content["heads"]
-        for row in content["sensitivity"]:
-            del row["setting"]["dense_heads"]
-    choices = tuple(dataclasses.replace(one, prompt_divergences=()) for one in RESULT.choices)
-    heads = () if version == 2 else RESULT.heads
-    before = CalibrationResult.from_json(json.dumps(content))
-    assert before == dataclasses.replace(RESULT, heads=heads, choices=choices)
+def test_samples_are_whole_numbers():
+    content = json.loads(SAMPLING.to_json())
+    content["sensitivity"][0]["setting"]["value"] = 0.5
+    with pytest.raises(UsageError, match=r"\[0\].setting: num_samples must be an int, got 0.5"):
+        CalibrationResult.from_json(json.dumps(content))
 
 
 def test_unreadable_files_are_named(tmp_path):

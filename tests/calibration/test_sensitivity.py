@@ -8,16 +8,13 @@ import pytest
 import torch
 
 from integrations.models import CONFIG, LAYERS, make_ids, make_model
-from token_sparse_attention import LayerProfile, TokenSparseConfig
-from token_sparse_attention.benchmark.work import attended_share
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.calibration import sensitivity
 from token_sparse_attention.calibration.choose import UnreachableError
 from token_sparse_attention.calibration.job import calibrate
 from token_sparse_attention.calibration.options import CalibrationOptions
 from token_sparse_attention.calibration.prompts import Prompt
 from token_sparse_attention.calibration.record import (
-    DROP_MASSES,
-    SAMPLES,
     CalibrationResult,
     LayerSetting,
     PromptLength,
@@ -35,6 +32,8 @@ from token_sparse_attention.calibration.sensitivity import (
 )
 from token_sparse_attention.calibration.show import layer_table, sentences
 from token_sparse_attention.integrations.transformers import apply
+from token_sparse_attention.methods import method_of
+from token_sparse_attention.profile import without_crossover
 
 MASSES = (0.1, 0.3)
 
@@ -44,7 +43,7 @@ def drops(*masses):
 
 
 def samples(*counts):
-    return [LayerSetting("fallback_samples", count) for count in counts]
+    return [LayerSetting("num_samples", count) for count in counts]
 
 
 def sharp_model(**changes):
@@ -120,25 +119,25 @@ def test_a_layer_that_drops_nothing_costs_nothing_and_saves_nothing():
         assert (row.sparse_prompts, row.note) == (2, "")
 
 
-EVERY_QUERY = dataclasses.replace(
-    CONFIG,
-    fallback="window",
-    fallback_window=16,
-    fallback_samples=24,
-    drop_mass=None,
-    select_queries=False,
+SAMPLES = KVSamplingConfig(
+    num_probes=16,
+    sliding_window=16,
+    sink_size=0,
+    num_samples=24,
+    dense_queries=0,
+    crossover="off",
 )
 
 
 COUNTS = (8, 48)
 BUDGET = {"method": "sensitivity", "divergence_budget": 1.0}
-KEYS = BUDGET | {"base": EVERY_QUERY}
+KEYS = BUDGET | {"base": SAMPLES}
 
 
-def test_layers_that_select_no_queries_are_measured_with_each_number_of_samples():
+def test_layers_are_measured_with_each_number_of_samples():
     model = sharp_model()
     options = CalibrationOptions(
-        base=EVERY_QUERY, samples=COUNTS, max_reply=4, method="sensitivity", divergence_budget=0.0
+        base=SAMPLES, values=COUNTS, max_reply=4, method="sensitivity", divergence_budget=0.0
     )
     model.model.layers[1].self_attn.o_proj.weight.zero_()
     result = calibrate(model, [Prompt(make_ids())], options)
@@ -149,26 +148,28 @@ def test_layers_that_select_no_queries_are_measured_with_each_number_of_samples(
     for row in rows:
         far = row.kept_share * length
         assert far == pytest.approx(row.setting.value, abs=1)
-        assert row.work == pytest.approx(attended_share(round(far), length, EVERY_QUERY), rel=0.05)
+        assert row.work == pytest.approx(method_of(SAMPLES).work(round(far), length), rel=0.05)
         assert (row.divergence == 0) == (row.layer == 1)
     assert all(few.work < many.work < 1 for few, many in zip(rows[::2], rows[1::2]))
     (choice,) = result.choices
-    assert choice.profile == LayerProfile(EVERY_QUERY, {1: {"fallback_samples": 8}})
+    assert choice.profile == LayerProfile(SAMPLES, {1: {"num_samples": 8}})
     assert choice.divergence == 0
     assert choice.work == pytest.approx((2 + rows[2].work) / 3)
     saved = CalibrationResult.from_json(result.to_json())
     assert saved == result
     told = " ".join(sentences(saved))
-    assert "drop_mass has no effect" in told
-    assert "one layer sparse at a time at each fallback_samples" in told
+    assert "Shares are of sinks and samples, behind the sliding window." in told
+    assert "one layer sparse at a time at each num_samples" in told
     columns = [column.header for column in layer_table(saved).columns]
-    assert columns == ["layer", "KL, share\nat 8 samples", "KL, share\nat 48 samples", "by KL"]
+    assert columns == ["layer", "KL, share\nat 8", "KL, share\nat 48", "by KL"]
     assert list(layer_table(saved).columns[3].cells) == ["dense", "8", "dense"]
 
 
 def test_the_default_settings_are_those_of_the_base():
-    assert [*CalibrationOptions(**BUDGET).settings] == drops(*DROP_MASSES)
-    assert [*CalibrationOptions(**KEYS).settings] == samples(*SAMPLES)
+    assert [*CalibrationOptions(**BUDGET).settings] == drops(
+        *TokenSelectionConfig.calibrated_values
+    )
+    assert [*CalibrationOptions(**KEYS).settings] == samples(*KVSamplingConfig.calibrated_values)
 
 
 def test_each_layer_takes_its_own_number_of_samples_and_runs_with_it():
@@ -181,14 +182,14 @@ def test_each_layer_takes_its_own_number_of_samples_and_runs_with_it():
     model = sharp_model()
     refs = references(model, 1, max_reply=2)
     choice = choose_profile(
-        rows, EVERY_QUERY, "divergence_budget", 1e9, lambda profile: measure(model, refs, profile)
+        rows, SAMPLES, "divergence_budget", 1e9, lambda profile: measure(model, refs, profile)
     )
-    assert dict(choice.profile.layers) == {i: {"fallback_samples": 0} for i in range(LAYERS)}
+    assert dict(choice.profile.layers) == {i: {"num_samples": 0} for i in range(LAYERS)}
     small = choose_profile(
-        rows, EVERY_QUERY, "divergence_budget", 0.02, lambda _: Reading((0.02,), ({},))
+        rows, SAMPLES, "divergence_budget", 0.02, lambda _: Reading((0.02,), ({},))
     )
     profile = LayerProfile.from_json(small.profile.to_json())
-    assert dict(profile.layers) == {1: {"fallback_samples": 0}, 2: {"fallback_samples": 48}}
+    assert dict(profile.layers) == {1: {"num_samples": 0}, 2: {"num_samples": 48}}
     with apply(model, profile) as report:
         model(make_ids())
     kept = {record.layer: record.kept[0] for record in report if record.paths == ["sparse"]}
@@ -196,7 +197,7 @@ def test_each_layer_takes_its_own_number_of_samples_and_runs_with_it():
     assert set(kept[1]) == {0}
     assert all(abs(count - 48) <= 1 for count in kept[2])
     with pytest.raises(UnreachableError, match=r"5.1 is out of reach.*0.200 of dense"):
-        choose_profile(rows, EVERY_QUERY, "target_speedup", 5.1, lambda _: 1 / 0)
+        choose_profile(rows, SAMPLES, "target_speedup", 5.1, lambda _: 1 / 0)
 
 
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
@@ -209,12 +210,12 @@ def test_samples_that_cover_the_prompt_are_dense_and_are_not_measured_again(monk
         return real(model, refs, profile, **code)
 
     monkeypatch.setattr(sensitivity, "measure", counted)
-    base = dataclasses.replace(EVERY_QUERY, budget=budget, fallback_sinks=3, fallback_landmarks=5)
+    base = dataclasses.replace(SAMPLES, budget=budget, sink_size=3)
     counts = (1000, 8, 2000, 3000)  # a head has a quarter of the mean at least
     refs = references(model, 2, max_reply=2)
     rows = measure_sensitivity(model, refs, base, samples(*counts))
     assert [own for call in calls for own in call.values()] == [
-        {"fallback_samples": count} for count in (1000, 8, 2000)
+        {"num_samples": count} for count in (1000, 8, 2000)
     ] * LAYERS
     for row in rows:
         covers = row.setting.value > 200
@@ -222,40 +223,40 @@ def test_samples_that_cover_the_prompt_are_dense_and_are_not_measured_again(monk
         assert row.sparse_prompts == (0 if covers else 2)
         assert (row.divergence == 0) == (row.work == 1) == (row.kept_share == 1) == covers
     logits = model(make_ids()).logits
-    with apply(model, LayerProfile(base, {0: {"fallback_samples": 1000}})):
+    with apply(model, LayerProfile(base, {0: {"num_samples": 1000}})):
         assert torch.allclose(model(make_ids()).logits, logits, atol=1e-4), "dense in all but name"
 
 
 def test_samples_that_cover_one_prompt_of_two_count_for_the_other():
     model = sharp_model()
     refs = [dense_reference(model, Prompt(make_ids(n)), 2) for n in (120, 200)]
-    rows = measure_sensitivity(model, refs, EVERY_QUERY, samples(150))
-    long = measure_sensitivity(model, refs[1:], EVERY_QUERY, samples(150))
+    rows = measure_sensitivity(model, refs, SAMPLES, samples(150))
+    long = measure_sensitivity(model, refs[1:], SAMPLES, samples(150))
     for row, alone in zip(rows, long):
         assert (row.sparse_prompts, row.note) == (1, ALL_KEYS)
         assert row.divergence == pytest.approx(alone.divergence / 2)
         assert alone.divergence > 0
 
 
-def test_short_prompts_run_dense_where_no_queries_are_selected_and_are_measured_once(monkeypatch):
+def test_short_prompts_run_dense_whatever_is_sampled_and_are_measured_once(monkeypatch):
     model, calls = make_model(), []
     real = sensitivity.measure
     monkeypatch.setattr(
         sensitivity, "measure", lambda *args, **code: calls.append(1) or real(*args, **code)
     )
-    reference = dense_reference(model, Prompt(make_ids(40)))
-    rows = measure_sensitivity(model, [reference], EVERY_QUERY, samples(48, 8, 64))
+    reference = dense_reference(model, Prompt(make_ids(16)))
+    rows = measure_sensitivity(model, [reference], SAMPLES, samples(48, 8, 64))
     assert len(calls) == LAYERS
     for row in rows:
         assert (row.divergence, row.work, row.kept_share, row.sparse_prompts) == (0, 1, 1, 0)
-        assert row.note.startswith("context not longer")
+        assert row.note.startswith("context too short for the method")
 
 
 def test_why_layers_ran_dense_is_told_with_the_settings():
     def row(layer, count, note):
         return Sensitivity(layer, *samples(count), 0.0, None, 1.0, 1.0, 0, note)
 
-    options = CalibrationOptions(**KEYS, samples=(8, 48))
+    options = CalibrationOptions(**KEYS, values=(8, 48))
     result = CalibrationResult(
         "sensitivity", "m", "float32", {}, {}, options.base, (PromptLength(40, 0),),
         sensitivity=(
@@ -265,14 +266,14 @@ def test_why_layers_ran_dense_is_told_with_the_settings():
     )  # fmt: skip
     told = " ".join(sentences(result))
     assert "layers 0 (short)." in told
-    assert f"layers 1-2 at fallback_samples 48 ({ALL_KEYS})." in told
+    assert f"layers 1-2 at num_samples 48 ({ALL_KEYS})." in told
 
 
 def test_a_layer_without_influence_is_chosen_first():
     model = make_model()
     model.model.layers[1].self_attn.o_proj.weight.zero_()
     options = CalibrationOptions(
-        method="sensitivity", base=CONFIG, drop_masses=MASSES, divergence_budget=0.0, max_reply=4
+        method="sensitivity", base=CONFIG, values=MASSES, divergence_budget=0.0, max_reply=4
     )
     result = calibrate(model, [Prompt(make_ids())], options)
     of_layer = {layer: [r for r in result.sensitivity if r.layer == layer] for layer in range(3)}
@@ -287,13 +288,13 @@ def test_crossover_is_off_while_measuring_and_as_given_in_the_profile():
     model = make_model()
     base = dataclasses.replace(CONFIG, crossover="auto")
     options = CalibrationOptions(
-        method="sensitivity", base=base, drop_masses=(0.3,), target_speedup=1.2, max_reply=2
+        method="sensitivity", base=base, values=(0.3,), target_speedup=1.2, max_reply=2
     )
     result = calibrate(model, [Prompt(make_ids())], options)
     assert all(row.sparse_prompts for row in result.sensitivity)
     assert result.profile.base == base
     changed = LayerProfile(CONFIG, {0: {"crossover": "auto", "drop_mass": 0.2}})
-    off = sensitivity.without_crossover(changed).layer_configs(3)
+    off = without_crossover(changed).layer_configs(3)
     assert off == {0: dataclasses.replace(CONFIG, drop_mass=0.2)}
 
 
@@ -321,16 +322,16 @@ def test_more_dropped_is_less_work_in_every_layer():
         assert len({less.layer, more.layer}) == 1
 
 
-def test_work_is_the_mean_square_of_what_each_head_keeps():
+def test_work_is_the_mean_of_the_pairs_that_each_head_keeps():
     model, config = sharp_model(), dataclasses.replace(CONFIG, budget="per_head")
     reading = measure(model, references(model, 1, max_reply=0), config)
     with apply(model, config) as report:
         model(make_ids(seed=0))
-    squares = [[(kept / 200) ** 2 for kept in record.kept[0]] for record in report]
-    assert len({square for heads in squares for square in heads}) > LAYERS
-    for layer, heads in enumerate(squares):
+    pairs = [[n * (n + 1) / (200 * 201) for n in record.kept[0]] for record in report]
+    assert len({share for heads in pairs for share in heads}) > LAYERS
+    for layer, heads in enumerate(pairs):
         assert reading.of_layer(layer)[0].work == pytest.approx(sum(heads) / len(heads))
-    whole = sum(map(sum, squares)) / (4 * LAYERS)
+    whole = sum(map(sum, pairs)) / (4 * LAYERS)
     assert reading.work(LAYERS) == pytest.approx(whole)
     assert reading.work(LAYERS + 1) == pytest.approx((LAYERS * whole + 1) / (LAYERS + 1))
 
@@ -406,7 +407,7 @@ def test_a_target_is_reached_together_or_named():
 def test_both_methods_are_measured_beside_each_other():
     model = sharp_model()
     options = CalibrationOptions(
-        method="both", base=CONFIG, drop_masses=MASSES, target_speedup=1.2, max_reply=4
+        method="both", base=CONFIG, values=MASSES, target_speedup=1.2, max_reply=4
     )
     prompts = [Prompt(make_ids(160)), Prompt(make_ids(200, seed=2))]
     result = calibrate(model, prompts, options)
@@ -430,15 +431,15 @@ def references_of(model, prompts):
 def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
     model = make_model()
     options = CalibrationOptions(
-        method="both", base=CONFIG, drop_masses=(0.1,), target_speedup=50, max_reply=1
+        method="both", base=CONFIG, values=(0.1,), target_speedup=50, max_reply=1
     )
     result = calibrate(model, [Prompt(make_ids())], options)
     assert "50 is out of reach" in result.failure
     assert result.profile is None
     assert len(result.sensitivity) == LAYERS
-    short = dataclasses.replace(options, base=TokenSparseConfig.published())
+    short = dataclasses.replace(options, base=TokenSelectionConfig())
     result = calibrate(model, [Prompt(make_ids())], short)
-    assert "no layer ran sparse under any setting: context not longer" in result.failure
+    assert "no layer ran sparse under any setting: context too short" in result.failure
 
 
 @pytest.mark.parametrize(
@@ -446,29 +447,31 @@ def test_goals_out_of_reach_leave_the_measurements_and_a_reason():
     [
         ({"method": "guess"}, "method must be one of drift, sensitivity, both"),
         ({"attention_backend": "flexprefill"}, "attention_backend must be one of auto, .*got 'fl"),
-        ({"base": TokenSparseConfig.published(sparse_layers=(1,))}, "sparse_layers must be null"),
+        ({"base": TokenSelectionConfig(sparse_layers=(1,))}, "sparse_layers must be null"),
         ({"drift_quantile": 2}, r"drift_quantile must be in \[0, 1\], got 2"),
         ({"divergence_budget": 1.0}, "method drift got divergence_budget"),
-        ({"drop_masses": (0.1,), "samples": (9,)}, "method drift got drop_masses, samples"),
+        ({"values": (0.1,), "heads_of": 2}, "method drift got values, heads_of"),
         ({"method": "both"}, "needs one goal.*got neither"),
         ({"method": "both", "divergence_budget": 1.0, "target_speedup": 2.0}, "got both"),
         ({"method": "both", "divergence_budget": -1.0}, "divergence_budget must be at least 0"),
         ({"method": "both", "target_speedup": 0.5}, "target_speedup must be at least 1, got 0.5"),
-        ({"method": "both", "target_speedup": 2.0, "drop_masses": (0.0,)}, "between 0 and 1"),
-        ({"method": "both", "target_speedup": 2.0, "drop_masses": ()}, "drop_masses must hold"),
-        ({"method": "both", "target_speedup": 2.0, "drop_masses": (0.1, 0.1)}, "not repeat"),
+        (
+            {"method": "both", "target_speedup": 2.0, "values": (0.0,)},
+            r"drop_mass 0.0 never runs sparse: drop_mass is 0",
+        ),
+        ({"method": "both", "target_speedup": 2.0, "values": ()}, "values must hold"),
+        ({"method": "both", "target_speedup": 2.0, "values": (0.1, 0.1)}, "not repeat"),
         ({"max_reply": -1}, "max_reply must be at least 0"),
         (KEYS | {"heads_of": -1}, "heads_of must be at least 0, got -1"),
-        (BUDGET | {"heads_of": 1}, r"heads_of must be left out.*_queries=True.*got 1"),
         ({"heads_of": 1}, r"heads_of need method sensitivity or both; method drift got heads_of"),
-        (BUDGET | {"samples": (8,)}, r"samples must be left out.*_queries=True.*got \(8,\)"),
-        (KEYS | {"drop_masses": (0.1,)}, r"drop_masses must be left out.*=False.*got \(0.1,\)"),
-        (KEYS | {"samples": ()}, r"samples must hold whole numbers from 0, got \(\)"),
-        (KEYS | {"samples": (8.5,)}, r"samples must hold whole numbers from 0, got \(8.5,\)"),
-        (KEYS | {"samples": (-1,)}, "samples must hold whole numbers from 0"),
-        (KEYS | {"samples": (8, 8)}, r"samples must not repeat a number, got \(8, 8\)"),
+        (BUDGET | {"values": (8,)}, r"drop_mass must be in \[0, 1\), got 8"),
+        (KEYS | {"values": (0.1,)}, r"num_samples must be an int, got 0.1"),
+        (KEYS | {"values": ()}, r"values must hold at least one number, got none"),
+        (KEYS | {"values": (8.5,)}, r"num_samples must be an int, got 8.5"),
+        (KEYS | {"values": (-1,)}, "num_samples must be at least 0, got -1"),
+        (KEYS | {"values": (8, 8)}, r"values must not repeat a number, got \(8, 8\)"),
     ],
 )
 def test_options_name_what_is_wrong(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         CalibrationOptions(**{"method": "drift"} | changes)

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cli.commands import run
-from integrations.models import CONFIG, KEYS_ONLY, LAYERS, make_ids, make_model
-from token_sparse_attention import LayerProfile, TokenSparseConfig
+from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.calibration.prompts import file_prompts, text_prompts
 from token_sparse_attention.calibration.record import CalibrationResult
 from token_sparse_attention.calibration.show import draw, layer_table, ranges, sentences
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     make_tokenizer().save_pretrained(folder / "model")
     (folder / "a.txt").write_text(" ".join(WORDS[(7 * i) % 190] for i in range(300)))
     (folder / "config.json").write_text(CONFIG.to_json())
-    (folder / "keys.json").write_text(KEYS_ONLY.to_json())
+    (folder / "keys.json").write_text(SAMPLING.to_json())
     entries = [
         {"prompt": " ".join(WORDS[:120]), "continuation": "word3 word4 word5"},
         {"prompt": " ".join(WORDS[60:])},
@@ -64,7 +64,7 @@ def test_drift_writes_a_profile_and_what_was_measured(folder, tmp_path, capsys):
     profile = LayerProfile.from_json(out.read_text())
     result = CalibrationResult.load(tmp_path / "new" / "profile.measured.json")
     assert profile == result.profile
-    assert profile.base == TokenSparseConfig.published()
+    assert profile.base == TokenSelectionConfig()
     assert sorted(profile.layers) == [row.layer for row in result.drift if row.at_or_below]
     assert [prompt.tokens for prompt in result.prompts] == [90, 90]
     assert result.sensitivity == ()
@@ -77,7 +77,7 @@ def test_drift_writes_a_profile_and_what_was_measured(folder, tmp_path, capsys):
 def test_both_prints_json_with_prompts_of_their_own(folder, tmp_path, capsys):
     assert calibrate(
         folder / "model", "--method", "both", "--prompts", folder / "p.jsonl", "--config",
-        folder / "config.json", "--drop-mass", "0.1,0.3", "--divergence-budget", 100,
+        folder / "config.json", "--values", "0.1,0.3", "--divergence-budget", 100,
         "--reply-tokens", 5, "--out", tmp_path / "profile.json", "--json",
     ) == 0  # fmt: skip
     result = CalibrationResult.from_json(capsys.readouterr().out)
@@ -85,7 +85,7 @@ def test_both_prints_json_with_prompts_of_their_own(folder, tmp_path, capsys):
     assert [choice.goal for choice in result.choices] == ["drift_quantile", "divergence_budget"]
     assert sorted(result.profile.layers) == [0, 1, 2]
     assert result.base == CONFIG
-    assert result.arguments["drop_mass"] == [0.1, 0.3]
+    assert result.arguments["values"] == [0.1, 0.3]
     assert result == CalibrationResult.load(tmp_path / "profile.measured.json")
 
     table = layer_table(result)
@@ -109,20 +109,20 @@ def test_numbers_of_samples_are_tried_and_the_profile_runs_with_them(folder, tmp
     out = tmp_path / "profile.json"
     assert calibrate(
         folder / "model", "--method", "sensitivity", "--text", folder / "a.txt", "--length", 120,
-        "--num-prompts", 1, "--config", folder / "keys.json", "--samples", "6,20,500",
+        "--num-prompts", 1, "--config", folder / "keys.json", "--values", "6,20,500",
         "--target-speedup", 2, "--reply-tokens", 2, "--out", out, "--json",
         "--plot", tmp_path / "plot.svg",
     ) == 0  # fmt: skip
     result = CalibrationResult.from_json(capsys.readouterr().out)
     assert [row.setting.value for row in result.sensitivity] == [6, 20, 500] * LAYERS
     assert [row.work == 1 for row in result.sensitivity] == [False, False, True] * LAYERS
-    assert result.arguments["samples"] == [6, 20, 500]
+    assert result.arguments["values"] == [6, 20, 500]
     drawn = (tmp_path / "plot.svg").read_text()
-    assert all(f">fallback_samples {count}<" in drawn for count in (6, 20, 500))
+    assert all(f">num_samples {count}<" in drawn for count in (6, 20, 500))
     told = " ".join(sentences(result))
     assert result.choices[0].prompt_divergences == (result.choices[0].divergence,)
     assert "most on prompt" not in told
-    assert "layers 0-2 at fallback_samples 500 (far tokens cover the whole prompt)" in told
+    assert "layers 0-2 at num_samples 500 (every query attends to every key)" in told
     profile = LayerProfile.from_json(out.read_text())
     assert profile.layers
     model = make_model()
@@ -130,7 +130,7 @@ def test_numbers_of_samples_are_tried_and_the_profile_runs_with_them(folder, tmp
         model(make_ids(150))
     for record in report:
         if record.layer in profile.layers:
-            wanted = profile.layers[record.layer]["fallback_samples"] + KEYS_ONLY.fallback_sinks
+            wanted = profile.layers[record.layer]["num_samples"] + SAMPLING.sink_size
             assert record.paths == ["sparse"]
             assert all(abs(count - wanted) <= 1 for count in record.kept[0])
     assert result.choices[0].work <= 0.5
@@ -140,7 +140,7 @@ def test_heads_are_measured_where_asked_for(folder, tmp_path, capsys):
     out = tmp_path / "profile.json"
     assert calibrate(
         folder / "model", "--method", "sensitivity", "--text", folder / "a.txt", "--length", 120,
-        "--num-prompts", 1, "--config", folder / "keys.json", "--samples", "6", "--heads-of", 1,
+        "--num-prompts", 1, "--config", folder / "keys.json", "--values", "6", "--heads-of", 1,
         "--target-speedup", 1.5, "--reply-tokens", 2, "--out", out, "--json",
     ) == 0  # fmt: skip
     result = CalibrationResult.from_json(capsys.readouterr().out)
@@ -160,7 +160,7 @@ def test_a_goal_out_of_reach_fails_and_keeps_the_measurements(folder, tmp_path, 
     out = tmp_path / "profile.json"
     assert calibrate(
         folder / "model", "--method", "sensitivity", "--text", folder / "a.txt", "--length", 90,
-        "--num-prompts", 1, "--config", folder / "config.json", "--drop-mass", "0.1",
+        "--num-prompts", 1, "--config", folder / "config.json", "--values", "0.1",
         "--target-speedup", 50, "--out", out, "--reply-tokens", 0,
     ) == 1  # fmt: skip
     assert not out.exists()
@@ -170,7 +170,7 @@ def test_a_goal_out_of_reach_fails_and_keeps_the_measurements(folder, tmp_path, 
 
 
 def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, capsys):
-    base = TokenSparseConfig.published(min_tokens=16, window_size=16, fallback="window")
+    base = TokenSelectionConfig(min_tokens=16, observation_window=16, fallback="window")
     profile = tmp_path / "given.json"
     profile.write_text(LayerProfile(base, {1: {}}).to_json())
     cut = ("--text", folder / "a.txt", "--length", 90, "--num-prompts", 1, "--json")
@@ -178,7 +178,7 @@ def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, c
     assert CalibrationResult.from_json(capsys.readouterr().out).base == base
     goal = ("--method", "sensitivity", "--divergence-budget", 1)
     assert calibrate(folder / "model", *goal, *cut) == 1, "too short for the defaults"
-    assert CalibrationResult.from_json(capsys.readouterr().out).base == TokenSparseConfig()
+    assert CalibrationResult.from_json(capsys.readouterr().out).base == KVSamplingConfig()
     own = folder / "model" / "token_sparse_profile.json"
     own.write_text(profile.read_text())
     calibrate(folder / "model", *goal, *cut)
@@ -186,23 +186,25 @@ def test_a_profile_gives_its_base_and_a_model_folder_its_own(folder, tmp_path, c
     assert CalibrationResult.from_json(capsys.readouterr().out).base == base
 
 
-def test_samples_need_no_settings_where_the_models_own_select_queries(folder, capsys):
+def test_values_are_of_the_method_that_the_settings_are_of(folder, capsys):
     own = folder / "model" / "token_sparse_profile.json"
-    own.write_text(LayerProfile(TokenSparseConfig.published(), {1: {}}).to_json())
+    own.write_text(LayerProfile(TokenSelectionConfig(), {1: {}}).to_json())
     cut = ("--text", folder / "a.txt", "--length", 90, "--num-prompts", 1, "--json")
-    goal = ("--method", "sensitivity", "--divergence-budget", 1, "--samples", 8)
-    calibrate(folder / "model", *goal, *cut)
+    goal = ("--method", "sensitivity", "--divergence-budget", 1, "--values", 8)
+    with pytest.raises(UsageError, match=r"drop_mass must be in \[0, 1\), got 8"):
+        calibrate(folder / "model", *goal, *cut)
+    calibrate(folder / "model", *goal, "--config", "default", *cut)
     own.unlink()
-    assert CalibrationResult.from_json(capsys.readouterr().out).base == TokenSparseConfig()
+    assert CalibrationResult.from_json(capsys.readouterr().out).base == KVSamplingConfig()
 
 
 def test_short_texts_and_samples_that_cover_a_prompt_are_warned_of(folder, capsys):
     short = folder / "short.txt"
     short.write_text("word1 word2 word3")
-    settings = '{"fallback_window": 40, "min_tokens": 8, "window_size": 8}'
+    settings = '{"sliding_window": 40, "num_probes": 8, "crossover": "off"}'
     calibrate(
         folder / "model", "--method", "sensitivity", "--divergence-budget", 1,
-        "--samples", "10,50", "--text", short, "--length", 90, "--num-prompts", 1,
+        "--values", "10,50", "--text", short, "--length", 90, "--num-prompts", 1,
         "--config", settings, "--json",
     )  # fmt: skip
     warned = capsys.readouterr().err
@@ -217,12 +219,12 @@ def test_short_texts_and_samples_that_cover_a_prompt_are_warned_of(folder, capsy
         ("--method drift --prompts p.jsonl --length 9", "used whole"),
         ("--method sensitivity", "needs one goal"),
         (
-            "--method sensitivity --divergence-budget 1 --config config.json --samples 8",
-            r"samples must be left out .* select_queries=True, .*; got \(8,\)",
+            "--method sensitivity --divergence-budget 1 --config config.json --values 8",
+            r"drop_mass must be in \[0, 1\), got 8",
         ),
         (
-            "--method sensitivity --divergence-budget 1 --config keys.json --drop-mass 0.1",
-            r"drop_masses must be left out .* select_queries=False, .*; got \(0.1,\)",
+            "--method sensitivity --divergence-budget 1 --config keys.json --values 0.1",
+            "num_samples must be an int, got 0.1",
         ),
         ("--method drift --drift-quantile 3", "drift_quantile must be in"),
         ("--method drift --text gone.txt", "--text gone.txt cannot be read"),
@@ -242,8 +244,7 @@ def test_bad_input_is_named(folder, monkeypatch, arguments, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--samples", "8,1.5"), "argument --samples: must be whole numbers .*, got '8,1.5'"),
-        (("--drop-mass", "few"), "argument --drop-mass: must be numbers .*, got 'few'"),
+        (("--values", "few"), "argument --values: must be numbers .*, got 'few'"),
     ],
 )
 def test_lists_hold_numbers(capsys, option, message):
@@ -316,7 +317,7 @@ def test_ranges():
 def test_another_goal_is_chosen_from_what_was_measured(folder, tmp_path, capsys):
     cut = ("--text", folder / "a.txt", "--length", 150, "--num-prompts", 2)
     first, again = tmp_path / "first.json", tmp_path / "again.json"
-    asked = ("--method", "sensitivity", "--config", folder / "keys.json", "--samples", "8,48")
+    asked = ("--method", "sensitivity", "--config", folder / "keys.json", "--values", "8,48")
     calibrate(folder / "model", *asked, "--divergence-budget", 1e9, *cut, "--out", first)
     measured = tmp_path / "first.measured.json"
     before = CalibrationResult.load(measured)

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from integrations.models import make_model
-from token_sparse_attention import LayerProfile, TokenSparseConfig, demo, run
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, demo, run
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.calibration import job
 from token_sparse_attention.cli import build_parser, main
-from token_sparse_attention.config import PROFILE_FILE
 from token_sparse_attention.errors import within_memory
+from token_sparse_attention.profile import PROFILE_FILE
 from token_sparse_attention.run import (
     FirstTokenClock,
     answer,
@@ -31,7 +31,7 @@ from token_sparse_attention.run import (
 
 WORDS = [f"word{number}" for number in range(190)]
 DOCUMENT = " ".join(WORDS[(7 * i) % 190] for i in range(300))
-CONFIG = TokenSparseConfig.published(drop_mass=0.3, window_size=16, min_tokens=32, crossover="off")
+CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=16, min_tokens=32)
 
 
 def make_tokenizer():
@@ -98,7 +98,7 @@ def test_run_without_compare_claims_no_ratio(folder, capsys):
     assert main([*arguments, "--max-new-tokens", "2"]) == 0
     printed = capsys.readouterr().out
     assert "dense over sparse" not in printed
-    assert "context not longer than" in printed
+    assert "context too short for" in printed
 
 
 def test_run_reads_standard_input(folder, capsys, monkeypatch, tmp_path):
@@ -203,7 +203,7 @@ def test_arguments_that_are_none_are_named(capsys, words, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("value", ["published", "default", '{"drop_mass": 0.2}', "FILE"])
+@pytest.mark.parametrize("value", ["published", "default", '{"num_samples": 20}', "FILE"])
 def test_run_takes_the_settings_that_evaluation_takes(folder, capsys, value):
     value = str(folder / "config.json") if value == "FILE" else value
     result = run_json(
@@ -211,8 +211,8 @@ def test_run_takes_the_settings_that_evaluation_takes(folder, capsys, value):
         *(folder / "model", "--prompt-file", folder / "document.txt", "--config", value),
     )
     assert result["config_source"] == value
-    expected = {"published": TokenSparseConfig.published(), "default": TokenSparseConfig()}
-    expected['{"drop_mass": 0.2}'] = TokenSparseConfig(drop_mass=0.2)
+    expected = {"published": TokenSelectionConfig(), "default": KVSamplingConfig()}
+    expected['{"num_samples": 20}'] = KVSamplingConfig(num_samples=20)
     assert result["config"] == expected.get(value, CONFIG).to_dict()
 
 
@@ -220,11 +220,11 @@ def test_a_run_that_was_dense_everywhere_says_so(folder, capsys):
     asked = ("run", str(folder / "model"), "--prompt-file", str(folder / "document.txt"))
     assert main([*asked, "--config", "default"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "'sparse' ran dense in every layer (context not longer than" in printed
+    assert "'sparse' ran dense in every layer (context too short for the method" in printed
     assert "compares dense with dense" not in printed
     assert main([*asked, "--config", "default", "--compare"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "window_size): this compares dense with dense" in printed
+    assert "any key out): this compares dense with dense" in printed
     note = run_json(capsys, *asked[1:], "--config", "default", "--compare")["note"]
     assert note.endswith("): this compares dense with dense")
     assert run_json(capsys, *asked[1:], "--config", folder / "config.json")["note"] is None
@@ -417,7 +417,8 @@ def test_reading_settings_loads_no_transformers():
         ({"--prompt-file": "EMPTY"}, "must hold text, but is empty"),
         ({"--config": "absent.json"}, "--config absent.json cannot be used"),
         ({"--config": "BROKEN"}, "is not valid JSON"),
-        ({"--config": "UNKNOWN"}, "unknown entry 'drop'; did you mean 'drop_mass'"),
+        ({"--config": "UNKNOWN"}, "unknown entry 'num_sample'; did you mean 'num_samples'"),
+        ({"--config": "OLD"}, "OLD has the field names of version 1; rewrite it with "),
         ({"--config": "LAYERS"}, "sparse_layers must be below 3"),
         ({"--attention-backend": "cudnn"}, "attention_backend 'cudnn' cannot run"),
         ({"--device": "abacus"}, "cannot be loaded"),
@@ -435,8 +436,9 @@ def test_reading_settings_loads_no_transformers():
 def test_bad_input_exits_2_and_names_it(folder, capsys, tmp_path, change, message):
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "BROKEN").write_text("{")
-    (tmp_path / "UNKNOWN").write_text('{"drop": 0.1}')
-    (tmp_path / "LAYERS").write_text('{"sparse_layers": [5], "min_tokens": 8, "window_size": 8}')
+    (tmp_path / "UNKNOWN").write_text('{"num_sample": 1}')
+    (tmp_path / "LAYERS").write_text('{"sparse_layers": [5], "sliding_window": 8, "sink_size": 0}')
+    (tmp_path / "OLD").write_text('{"window_size": 8}')
     pickled = tmp_path / "PICKLE"
     make_model().save_pretrained(pickled)
     make_tokenizer().save_pretrained(pickled)

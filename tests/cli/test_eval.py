@@ -138,8 +138,9 @@ def test_configurations_that_left_nothing_out_are_noted(model, tmp_path, capsys,
     samples = [dataclasses.replace(sample, length=length) for sample in made.samples]
     path = tmp_path / "s.jsonl.gz"
     dataclasses.replace(made, samples=samples).save(path)
-    small = CONFIG.replace("}", ', "fallback_window": 16, "fallback_samples": 8}')
-    given = (f"wide={CONFIG}", f"small={small}", "idle=default", "patterned=streaming+default")
+    small = '{"num_probes": 8, "sliding_window": 16, "num_samples": 8, "crossover": "off"}'
+    wide = small.replace('"num_samples": 8', '"num_samples": 4096')
+    given = (f"wide={wide}", f"small={small}", "idle=default", "patterned=streaming+default")
     configurations = [word for value in given for word in ("--config", value)]
     asked = ("--samples", str(path), *configurations, "--out", str(tmp_path / "r.jsonl"))
     assert run_eval(model, *asked) == 0

@@ -12,12 +12,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.attention.names import BACKENDS
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.benchmark.contenders import DENSE
 from token_sparse_attention.cli import BENCHMARKS, COMMANDS, INTERRUPTED, main
 from token_sparse_attention.cli.model import DenseKernel, ModelOptions
-from token_sparse_attention.selection import IMPLS
+from token_sparse_attention.impls import IMPLS
 from token_sparse_attention.settings import PATTERN_NAMES
 
 HEAVY = ("torch", "transformers", "triton", "matplotlib", "lm_eval", "jinja2")
@@ -48,7 +48,7 @@ def test_the_package_imports_names_when_they_are_asked_for():
     code = (
         "import sys, token_sparse_attention as tsa\n"
         "assert 'torch' not in sys.modules\n"
-        "assert tsa.TokenSparseConfig.__name__ in dir(tsa)\n"
+        "assert tsa.KVSamplingConfig.__name__ in dir(tsa)\n"
         "assert 'torch' not in sys.modules\n"
         "from token_sparse_attention import token_sparse_attention as operator\n"
         "import torch; torch.ops.token_sparse_attention.prefill\n"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import TokenSelectionConfig
 from token_sparse_attention.evaluation.record import EvalHeader, EvalResults, SampleResult
 
 HEADER = EvalHeader(
     provenance={"device": "a device", "versions": {"torch": "2"}, "commit": "abc"},
     arguments={"model": "bundled", "seed": 0},
     model={"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
-    configurations={"dense": None, "sparse": TokenSparseConfig.published().to_dict()},
+    configurations={"dense": None, "sparse": TokenSelectionConfig().to_dict()},
     tasks={"recall": 1.0, "count": 1.0},
 )
 DENSE = SampleResult("recall", 100, 0, "dense", 1.0, "seven", 100, None, 2, 0.5)

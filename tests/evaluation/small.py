@@ -10,7 +10,8 @@ from token_sparse_attention import bundled
 from token_sparse_attention.evaluation.samples import Sample, SampleSet, pack_doc
 
 CONFIG = (
-    '{"drop_mass": 0.4, "window_size": 8, "pool_size": 3, "min_tokens": 8, "crossover": "off"}'
+    '{"method": "token_selection", "drop_mass": 0.4, "observation_window": 8, "pool_size": 3, '
+    '"min_tokens": 8}'
 )
 
 

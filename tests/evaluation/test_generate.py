@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from integrations.models import make_ids, make_model
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import TokenSelectionConfig
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.generate import Ending, encode, ending, reply
 from token_sparse_attention.integrations.transformers import apply
 
 # A window so small that a draft's forward pass would pass for a prefill.
-CONFIG = TokenSparseConfig.published(
-    drop_mass=0.4, window_size=4, pool_size=3, min_tokens=8, crossover="off"
-)
+CONFIG = TokenSelectionConfig(drop_mass=0.4, observation_window=4, pool_size=3, min_tokens=8)
 TOKENIZER = SimpleNamespace(decode=lambda tokens, **_: "".join(f"<{token}>" for token in tokens))
 NEW = 12
 
@@ -133,9 +132,7 @@ def test_kept_is_a_number_where_heads_agree_and_null_where_dense(model):
         model(ids)
     numbers = [record.kept[0][0] for record in report.last_prefill()]
     assert reply(model, ids, CONFIG, end(1)).kept == numbers
-    one = TokenSparseConfig.from_dict(
-        CONFIG.to_dict() | {"sparse_layers": [1], "budget": "per_head"}
-    )
+    one = dataclasses.replace(CONFIG, sparse_layers=(1,), budget="per_head")
     kept = reply(model, ids, one, end(1)).kept
     assert kept[0] is kept[2] is None
     assert len(kept[1]) == 4

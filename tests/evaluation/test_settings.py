@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from token_sparse_attention import LayerProfile, TokenSparseConfig, bundled
-from token_sparse_attention.config import layer_configs
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, bundled
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.settings import (
     Configuration,
     read_runs,
     settings_dicts,
 )
+from token_sparse_attention.profile import layer_configs
 from token_sparse_attention.settings import default_config
 
 MODEL = str(bundled.MODEL)
@@ -26,17 +26,24 @@ def read_configurations(given, model):
 
 def test_every_kind_of_value(tmp_path):
     file = tmp_path / "mine.json"
-    file.write_text(TokenSparseConfig.published(drop_mass=0.1).to_json())
+    file.write_text(TokenSelectionConfig(drop_mass=0.1).to_json())
     profile = LayerProfile(layers={2: {}})
-    given = ["published", f"a={file}", str(file), 'b={"drop_mass": 0.2}', "profile", "c=default"]
+    given = [
+        "published",
+        f"a={file}",
+        str(file),
+        'b={"method": "token_selection", "drop_mass": 0.2}',
+        "profile",
+        "c=default",
+    ]
     found = read_configurations([*given, f"d={profile.to_json()}"], MODEL)
     assert found == {
-        "published": TokenSparseConfig.published(),
-        "a": TokenSparseConfig.published(drop_mass=0.1),
-        "mine": TokenSparseConfig.published(drop_mass=0.1),
-        "b": TokenSparseConfig(drop_mass=0.2),
+        "published": TokenSelectionConfig(),
+        "a": TokenSelectionConfig(drop_mass=0.1),
+        "mine": TokenSelectionConfig(drop_mass=0.1),
+        "b": TokenSelectionConfig(drop_mass=0.2),
         "profile": default_config(MODEL)[0],
-        "c": TokenSparseConfig(),
+        "c": KVSamplingConfig(),
         "d": profile,
     }
     runs = read_runs([*given, f"d={profile.to_json()}"], MODEL)
@@ -52,7 +59,7 @@ def test_dense_adds_nothing():
 
 def test_patterns_alone_and_with_token_sparsity(tmp_path):
     file = tmp_path / "a+b.json"
-    file.write_text(TokenSparseConfig.published(drop_mass=0.1).to_json())
+    file.write_text(TokenSelectionConfig(drop_mass=0.1).to_json())
     found = read_runs(
         [
             "flexprefill",
@@ -60,19 +67,19 @@ def test_patterns_alone_and_with_token_sparsity(tmp_path):
             f"minference+{file}",
             'x=xattention:{"stride": 16, "threshold": 8e-1}+default',
             'y=streaming:{"local_size": 4096}',
-            'z=streaming+{"drop_mass": 0.3}',
+            'z=streaming+{"num_samples": 300}',
             str(file),
         ],
         MODEL,
     )
     assert found == {
         "flexprefill": Configuration(None, "flexprefill"),
-        "flexprefill+published": Configuration(TokenSparseConfig.published(), "flexprefill"),
-        "minference+a+b": Configuration(TokenSparseConfig.published(drop_mass=0.1), "minference"),
-        "x": Configuration(TokenSparseConfig(), 'xattention:{"stride":16,"threshold":0.8}'),
+        "flexprefill+published": Configuration(TokenSelectionConfig(), "flexprefill"),
+        "minference+a+b": Configuration(TokenSelectionConfig(drop_mass=0.1), "minference"),
+        "x": Configuration(KVSamplingConfig(), 'xattention:{"stride":16,"threshold":0.8}'),
         "y": Configuration(None, "streaming"),
-        "z": Configuration(TokenSparseConfig(drop_mass=0.3), "streaming"),
-        "a+b": Configuration(TokenSparseConfig.published(drop_mass=0.1)),
+        "z": Configuration(KVSamplingConfig(num_samples=300), "streaming"),
+        "a+b": Configuration(TokenSelectionConfig(drop_mass=0.1)),
     }
     header = settings_dicts(found)
     assert header["flexprefill"] == {
@@ -80,7 +87,7 @@ def test_patterns_alone_and_with_token_sparsity(tmp_path):
         "settings": None,
     }
     assert header["x"]["pattern"] == {"name": "xattention", "stride": 16, "threshold": 0.8}
-    assert header["x"]["settings"] == TokenSparseConfig().to_dict()
+    assert header["x"]["settings"] == KVSamplingConfig().to_dict()
     json.dumps(header)
 
 
@@ -99,7 +106,7 @@ def test_the_model_decides_where_nothing_is_given():
 def test_the_published_layer_lists(name, num_layers, layers):
     configs = layer_configs(read_configurations([name], MODEL)[name], num_layers)
     assert list(configs) == layers
-    assert set(configs.values()) == {TokenSparseConfig.published()}
+    assert set(configs.values()) == {TokenSelectionConfig()}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,9 @@ def test_the_published_layer_lists(name, num_layers, layers):
     [
         (["publishd"], "did you mean 'published'"),
         (["a=no/such/file"], "no file 'no/such/file'"),
-        (['a={"drop_mas": 1}'], "did you mean 'drop_mass'"),
+        (['a={"num_sample": 1}'], "did you mean 'num_samples'"),
+        (['a={"keep_ratio": 0.1}'], 'add "method": "token_selection" for that one'),
+        (['a={"drop_mass": 0.1}'], "it has the field names of version 1; .*convert_settings"),
         (["a={"], "not valid JSON"),
         (['{"drop_mass": 0.1}'], "must be NAME=VALUE"),
         (["=published"], "must be NAME=VALUE"),
@@ -124,7 +133,7 @@ def test_a_file_of_head_budgets_is_recorded_by_what_it_holds(tmp_path):
     file = tmp_path / "budgets.json"
     file.write_text('[{"0": ["stream_llm", 7, 9, 1.0]}, {"0": ["vertical_and_slash", 5, 6]}]')
     found = read_runs([f'm=minference:{{"layers": "{file}"}}+default'], MODEL)
-    assert found["m"].settings == TokenSparseConfig()
+    assert found["m"].settings == KVSamplingConfig()
     header = json.loads(json.dumps(settings_dicts(found)["m"]))
     assert header["pattern"]["layers"] == [
         [["stream_llm", 7, 9]],

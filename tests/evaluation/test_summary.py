@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from evaluation.results import DENSE, HEADER, SPARSE, pair, results
-from token_sparse_attention import LayerProfile, TokenSparseConfig, reference
-from token_sparse_attention.benchmark.work import attended_share
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, reference
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.show import ran_dense
 from token_sparse_attention.evaluation.summary import (
@@ -22,6 +21,7 @@ from token_sparse_attention.evaluation.summary import (
     relative_loss_bound,
     summarise,
 )
+from token_sparse_attention.methods import method_of
 
 
 def rows_of(*samples):
@@ -40,68 +40,75 @@ def test_kept_share_and_work_are_means_over_layers_and_heads():
 
 def literal_share(scores, config):
     """What is recorded of a head, and the entries of its mask against all causal ones."""
-    kv_len = scores.shape[1] + config.window_size
+    kv_len = scores.shape[1] + 8
     position = torch.arange(kv_len)
     causal = position <= position[:, None]
-    far = reference.far_counts(scores, config, kv_len)[0] > 0
-    seen = position > position[:, None] - config.fallback_window
-    seen = seen | far if config.fallback == "window" else torch.zeros_like(causal)
-    keep = far
-    if config.select_queries:
+    seen = position > position[:, None] - config.sliding_window
+    if isinstance(config, KVSamplingConfig):
+        keep = reference.sampled_weights(scores, config, kv_len)[0] > 0
+        seen = seen | keep
+    else:
         keep = reference.keep_tokens(scores, config)[0]
-        seen = torch.where(keep[:, None], keep, seen)
+        windows = seen if config.fallback == "window" else torch.zeros_like(causal)
+        seen = torch.where(keep[:, None], keep, windows)
     seen[kv_len - config.dense_queries :] = True
     return int(keep.sum()), float((causal & seen).sum() / causal.sum())
 
 
-WINDOW = {"fallback": "window"}
-EVERY_QUERY = {**WINDOW, "drop_mass": None, "select_queries": False}
-SETTINGS = [
-    {},
-    WINDOW,
-    {**WINDOW, "fallback_sinks": 4},
-    {**WINDOW, "fallback_sinks": 3, "fallback_landmarks": 11},
-    {**WINDOW, "fallback_sinks": 3, "fallback_samples": 20},
-    {**WINDOW, "fallback_window": 500},
-    {**WINDOW, "fallback_landmarks": 500},
-    {"dense_queries": 5},
-    {"dense_queries": 30},
-    {"dense_queries": 500},
-    {**WINDOW, "dense_queries": 5, "fallback_samples": 20},
-    {**WINDOW, "dense_queries": 30, "fallback_landmarks": 11},
-    EVERY_QUERY,
-    {**EVERY_QUERY, "fallback_sinks": 4},
-    {**EVERY_QUERY, "fallback_sinks": 4, "fallback_samples": 20, "dense_queries": 30},
-    {**EVERY_QUERY, "fallback_landmarks": 11, "dense_queries": 500},
-]
+def selections():
+    for fields in (
+        {},
+        {"fallback": "window"},
+        {"fallback": "window", "sliding_window": 500},
+        {"dense_queries": 5},
+        {"dense_queries": 30},
+        {"dense_queries": 500},
+        {"fallback": "window", "dense_queries": 5},
+        {"fallback": "window", "dense_queries": 30},
+    ):
+        for drop_mass in (0.02, 0.3, 0.8):
+            small = {"observation_window": 8, "pool_size": 1, "min_tokens": 4}
+            small |= {"drop_mass": drop_mass, "sliding_window": 16}
+            yield TokenSelectionConfig(**small | fields)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("drop_mass", [0.02, 0.3, 0.8])
-def test_work_counts_what_a_literal_mask_allows(settings, drop_mass):
-    fields = {"fallback_window": 16, "drop_mass": drop_mass, "pool_size": 1, **settings}
-    config = TokenSparseConfig.published(window_size=8, min_tokens=4, **fields)
-    falling = torch.linspace(2.0, 1.0, 192)[None]  # the last are dropped, the first are landmarks
+def samplings():
+    for fields in (
+        {},
+        {"sink_size": 4},
+        {"sliding_window": 500},
+        {"sink_size": 3, "num_samples": 20},
+        {"sink_size": 4, "num_samples": 20, "dense_queries": 30},
+        {"num_samples": 500},
+        {"num_samples": 11, "dense_queries": 500},
+    ):
+        small = {"num_probes": 8, "sliding_window": 16, "sink_size": 0, "num_samples": 0}
+        yield KVSamplingConfig(**small | {"dense_queries": 0, "crossover": "off"} | fields)
+
+
+@pytest.mark.parametrize("config", [*selections(), *samplings()], ids=str)
+def test_work_counts_what_a_literal_mask_allows(config):
+    samples = isinstance(config, KVSamplingConfig)
+    work = method_of(config).work
+    falling = torch.linspace(2.0, 1.0, 192)[None]  # the last are dropped
     kept, share = literal_share(falling, config)
-    assert 12 < kept < 200 or not config.select_queries
-    if not config.fallback_samples:  # of which half are spread evenly
-        assert attended_share(kept, 200, config) == pytest.approx(share)
-    drawn = torch.rand(1, 192, generator=torch.Generator().manual_seed(0))
-    kept, share = literal_share(drawn, config)
-    far = config.fallback_landmarks + config.fallback_samples
-    far = 192 * far / (200 * 201 / 2)
-    early = (config.fallback_window + config.fallback_sinks) ** 2 / (200 * 201)
-    late = max(config.dense_queries - config.window_size, 0) * 200 / (200 * 201 / 2)
-    counted = attended_share(kept, 200, config)
-    assert share - 1e-6 <= counted <= min(share + early + far + late, 1)
-    if config.fallback == "zero" and not late:
+    assert 12 < kept < 200 or samples
+    if not (samples and config.num_samples):  # of which half are spread evenly
+        assert work(kept, 200) == pytest.approx(share)
+    random_scores = torch.rand(1, 192, generator=torch.Generator().manual_seed(0))
+    kept, share = literal_share(random_scores, config)
+    behind = 192 * config.num_samples / (200 * 201 / 2) if samples else 0
+    sinks = config.sink_size if samples else 0
+    early = (config.sliding_window + sinks) ** 2 / (200 * 201)
+    late = max(config.dense_queries - 8, 0) * 200 / (200 * 201 / 2)
+    counted = work(kept, 200)
+    assert share - 1e-6 <= counted <= min(share + early + behind + late, 1)
+    if not samples and config.fallback == "zero" and not late:
         assert counted == pytest.approx(share)
 
 
-def test_a_layer_without_far_tokens_is_its_window_alone():
-    config = TokenSparseConfig.published(
-        fallback="window", fallback_window=10, drop_mass=None, select_queries=False
-    )
+def test_a_layer_without_sinks_and_samples_is_its_window_alone():
+    config = KVSamplingConfig(sliding_window=10, sink_size=0, num_samples=0, dense_queries=0)
     sample = dataclasses.replace(SPARSE, kept=[0, None])
     window = (10 * 11 / 2 + 90 * 10) / (100 * 101 / 2)
     assert attention_work(sample, {0: config}) == pytest.approx((window + 1) / 2)
@@ -109,16 +116,16 @@ def test_a_layer_without_far_tokens_is_its_window_alone():
 
 
 def test_dense_heads_do_all_the_work_of_theirs():
-    config = TokenSparseConfig(fallback_window=10, dense_queries=0, dense_heads=(1, 2))
+    config = KVSamplingConfig(sliding_window=10, dense_queries=0, dense_heads=(1, 2))
     sample = dataclasses.replace(SPARSE, kept=[[5, 100, 100, 5], None])
-    sparse = attended_share(5, 100, config)
+    sparse = method_of(config).work(5, 100)
     assert sparse < 0.3
     assert attention_work(sample, {0: config}) == pytest.approx(((2 + 2 * sparse) / 4 + 1) / 2)
 
 
 def test_work_follows_each_layers_own_settings():
-    base = TokenSparseConfig.published(window_size=8)
-    changes = {"fallback": "window", "fallback_window": 10}
+    base = TokenSelectionConfig(observation_window=8)
+    changes = {"fallback": "window", "sliding_window": 10}
     profile = json.loads(LayerProfile(base, {0: {}, 1: changes}).to_json())
     both = {"pattern": {"name": "streaming"}, "settings": profile}
     header = dataclasses.replace(
@@ -129,7 +136,7 @@ def test_work_follows_each_layers_own_settings():
     configs = header.layer_configs("a")
     assert configs == header.layer_configs("b")
     sample = dataclasses.replace(SPARSE, configuration="a", kept=[20, 20])
-    alone, windowed = (attended_share(20, 100, configs[layer]) for layer in (0, 1))
+    alone, windowed = (method_of(configs[layer]).work(20, 100) for layer in (0, 1))
     assert windowed == pytest.approx(alone + 80 * 10 / (100 * 101 / 2))
     assert attention_work(sample, configs) == pytest.approx((alone + windowed) / 2)
     (row,) = summarise(EvalResults(header, (sample,)))[:1]
@@ -218,7 +225,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(dense, lost, won):
 
 def test_a_configuration_that_left_nothing_out_is_noticed():
     kept = {"dense": [None, None], "idle": [None, None], "busy": [None, 40]}
-    published = TokenSparseConfig.published().to_dict()
+    published = TokenSelectionConfig().to_dict()
     configurations = {"dense": None, "idle": published, "busy": published}
     header = dataclasses.replace(HEADER, configurations=configurations)
     samples = tuple(

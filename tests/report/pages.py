@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 from evaluation.results import DENSE, HEADER, SPARSE
 from studies.synthetic import op_result
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import TokenSelectionConfig
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
@@ -51,7 +51,7 @@ KEPT = KeptText(
 
 def evaluation(name: str = HOSTILE) -> EvalResults:
     """Two lengths; at the longer one the sparse configuration, called `name`, loses."""
-    configurations = {"dense": None, name: TokenSparseConfig.published().to_dict()}
+    configurations = {"dense": None, name: TokenSelectionConfig().to_dict()}
     samples = []
     for length, scores in ((100, (1, 1)), (2048, (0, 1))):
         for index, score in enumerate(scores):

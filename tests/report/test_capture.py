@@ -12,11 +12,13 @@ import torch
 from transformers import AutoTokenizer
 
 from cli.commands import run
-from integrations.models import CONFIG, LAYERS, make_ids, make_model
+from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model
+from support import WITH_SELECTION
 from token_sparse_attention import LayerProfile, bundled
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig
 from token_sparse_attention.errors import UsageError
-from token_sparse_attention.integrations import transformers as integration
+from token_sparse_attention.integrations import layers
+from token_sparse_attention.integrations.transformers import apply
 from token_sparse_attention.report.capture import capture, token_texts
 from token_sparse_attention.report.kept_text import KeptText
 from token_sparse_attention.run import answer
@@ -31,14 +33,14 @@ def tokenizer():
 def selections(monkeypatch):
     """Every selection that the integration attends over and its tokens, noted where it is made."""
     made = []
-    attend = integration.token_sparse_attention
+    attend = layers.token_sparse_attention
 
     def noting(*args, **kwargs):
-        result = attend(*args, **kwargs | {"return_selection": True})
-        made.append(result[1])
+        result = attend(*args, **kwargs | {"return_aux": WITH_SELECTION})
+        made.append(result.selection)
         return result
 
-    monkeypatch.setattr(integration, "token_sparse_attention", noting)
+    monkeypatch.setattr(layers, "token_sparse_attention", noting)
     return made
 
 
@@ -47,22 +49,15 @@ def positions(mask: str) -> list[int]:
     return [i for i in range(number.bit_length()) if number >> i & 1]
 
 
+WINDOWED = dataclasses.replace(CONFIG, fallback="window", sliding_window=9)
 KINDS = {
-    "shared": {},
-    "per head": {"budget": "per_head"},
-    "samples": {
-        "drop_mass": None,
-        "select_queries": False,
-        "fallback_samples": 20,
-        "fallback_sinks": 2,
-    },
-    "samples, per head": {
-        "drop_mass": None,
-        "select_queries": False,
-        "fallback_samples": 20,
-        "budget": "per_head",
-    },
-    "window only": {"drop_mass": None, "select_queries": False},
+    "shared": WINDOWED,
+    "per head": dataclasses.replace(WINDOWED, budget="per_head"),
+    "samples": dataclasses.replace(SAMPLING, num_samples=20, dense_queries=0),
+    "samples, per head": dataclasses.replace(
+        SAMPLING, num_samples=20, sink_size=0, dense_queries=0, budget="per_head"
+    ),
+    "window only": dataclasses.replace(SAMPLING, num_samples=0, sink_size=0, dense_queries=0),
 }
 
 
@@ -71,9 +66,7 @@ KINDS = {
 def test_captured_positions_are_those_that_ran(tokenizer, selections, kind, implementation):
     model = make_model()
     model.set_attn_implementation(implementation)
-    config = dataclasses.replace(
-        CONFIG, fallback="window", fallback_window=9, sparse_layers=(0, 2), **KINDS[kind]
-    )
+    config = dataclasses.replace(KINDS[kind], sparse_layers=(0, 2))
     ids = make_ids(203)
     kept = capture(model, tokenizer, ids, config, arguments={}, max_new_tokens=3)
     assert len(kept.layers) == LAYERS
@@ -86,31 +79,31 @@ def test_captured_positions_are_those_that_ran(tokenizer, selections, kind, impl
     assert model.config._attn_implementation == implementation
 
 
-@pytest.mark.parametrize("far", [{}, {"fallback_sinks": 2, "fallback_samples": 30}], ids=str)
+@pytest.mark.parametrize(("sink_size", "num_samples"), [(0, 0), (2, 30)])
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
-def test_far_tokens_are_captured_where_no_queries_are_selected(tokenizer, selections, far, budget):
-    far = {
-        "fallback": "window",
-        "fallback_window": 32,
-        "drop_mass": None,
-        "select_queries": False,
-        **far,
-    }
-    config = dataclasses.replace(CONFIG, budget=budget, sparse_layers=(0, 2), **far)
+def test_sampled_keys_are_captured(tokenizer, selections, sink_size, num_samples, budget):
+    config = dataclasses.replace(
+        SAMPLING,
+        sliding_window=32,
+        sink_size=sink_size,
+        num_samples=num_samples,
+        budget=budget,
+        dense_queries=0,
+        sparse_layers=(0, 2),
+    )
     kept = capture(make_model(), tokenizer, make_ids(203), config, arguments={}, max_new_tokens=3)
     assert [layer.beyond_window for layer in kept.layers] == [True, False, True]
     for layer, selection in zip((0, 2), selections, strict=True):
         heads = [[i for i in row if i >= 0] for row in selection.indices[0].tolist()]
         assert [positions(mask) for mask in kept.layers[layer].masks] == heads
-        drawn = "fallback_samples" in far
-        assert all((10 < len(own) < 130) if drawn else not own for own in heads)
+        assert all((10 < len(own) < 130) if num_samples else not own for own in heads)
     assert KeptText.from_dict(json.loads(kept.to_json()), "kept") == kept
 
 
 def test_capture_changes_no_reply(tokenizer):
     model, ids = make_model(), make_ids(150)
     kept = capture(model, tokenizer, ids, CONFIG, arguments={}, max_new_tokens=5)
-    with integration.apply(model, CONFIG):
+    with apply(model, CONFIG):
         generated = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
         )
@@ -139,7 +132,7 @@ def test_short_prompts_are_captured_as_dense(tokenizer):
         make_model(), tokenizer, make_ids(40), LayerProfile(CONFIG, {1: {}}), arguments={}
     )
     assert [layer.masks for layer in kept.layers] == [(), (), ()]
-    assert "context not longer" in kept.layers[1].dense_reason
+    assert "context too short" in kept.layers[1].dense_reason
 
 
 @pytest.mark.parametrize(
@@ -212,7 +205,7 @@ def test_capture_says_when_nothing_ran_sparse(model_folder, prompt, tmp_path, ca
     assert run("capture", model_folder, "--prompt-file", prompt, "--out", out, "--json") == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["sparse_layers"] == []
-    assert "no layer ran sparse: context not longer" in shown.err
+    assert "no layer ran sparse: context too short" in shown.err
 
 
 def test_bad_input_is_named(model_folder, prompt, tmp_path):
@@ -221,8 +214,9 @@ def test_bad_input_is_named(model_folder, prompt, tmp_path):
         run("capture", "--prompt-file", tmp_path / "absent", *out)
     with pytest.raises(UsageError, match="did you mean 'published'"):
         run("capture", model_folder, "--prompt-file", prompt, "--config", "publishd", *out)
-    with pytest.raises(UsageError, match="drop_mass must be in"):
-        run("capture", model_folder, "--prompt-file", prompt, "--config", '{"drop_mass": 2}', *out)
+    bad = '{"num_samples": -2}'
+    with pytest.raises(UsageError, match="num_samples must be at least 0"):
+        run("capture", model_folder, "--prompt-file", prompt, "--config", bad, *out)
     layers = '{"sparse_layers": [7]}'
     with pytest.raises(UsageError, match="below 3, the model's number of layers"):
         run("capture", model_folder, "--prompt-file", prompt, "--config", layers, *out)

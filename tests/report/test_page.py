@@ -24,7 +24,7 @@ from report.pages import (
 )
 from report.test_charts import intervals_of, markers_of
 from studies.synthetic import op_result
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig
 from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.summary import summarise
@@ -221,9 +221,7 @@ def test_a_failed_check_shows_no_time():
 def test_kept_shares_without_selected_queries_are_called_what_they_are():
     results = evaluation()
     names = [name for name in results.header.configurations if name != "dense"]
-    every = TokenSparseConfig.published(
-        fallback="window", drop_mass=None, select_queries=False
-    ).to_dict()
+    every = KVSamplingConfig().to_dict()
     header = dataclasses.replace(
         results.header, configurations={"dense": None, **dict.fromkeys(names, every)}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -17,10 +18,10 @@ from token_sparse_attention.options import HIDDEN, CountFrom0, Option
 
 def _number(text: str) -> float:
     """Read a value; a whole number stays one."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise ValueError(f"must be numbers like 1024,4096 or 0.1,0.5, got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class CalibrationOptions:
         self._check_settings()
 
     def _check_settings(self) -> None:
+        import torch
+
+        from token_sparse_attention.methods import method_of
+
         name, values = self.base.calibrated_field, self.values
         if not name:
             raise ValueError(f"base must be of a method with a calibrated_field, got {self.base}")
@@ -117,7 +122,10 @@ class CalibrationOptions:
             if len(set(values)) != len(values):
                 raise ValueError(f"values must not repeat a number, got {values}")
             for value in values:
-                config_from_dict({**self.base.to_dict(), name: value})
+                config = config_from_dict({**self.base.to_dict(), name: value})
+                gate = method_of(config).gate(torch.device("cpu"), num_heads=1, head_dim=64)
+                if gate.always is not None:
+                    raise ValueError(f"values: {name} {value} never runs sparse: {gate.always}")
         if self.heads_of < 0:
             raise ValueError(f"heads_of must be at least 0, got {self.heads_of}")
 

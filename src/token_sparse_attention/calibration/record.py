@@ -182,8 +182,7 @@ class CalibrationResult(JsonFile):
         failure: why there is no choice; empty if there is.
     """
 
-    VERSIONS: ClassVar = (2, 3, 4)  # 2 knew no heads, 3 no single prompts of a choice
-    OPTIONAL: ClassVar = ("heads",)
+    VERSIONS: ClassVar = (5,)
     method: str
     model: str
     dtype: str
@@ -205,6 +204,18 @@ class CalibrationResult(JsonFile):
             except (ValueError, TypeError) as error:
                 raise ValueError(f"base: {error}") from error
             object.__setattr__(self, "base", base)
+        for name in ("sensitivity", "heads"):
+            for number, row in enumerate(getattr(self, name)):
+                self._check_setting(f"{name}[{number}].setting", row.setting)
+
+    def _check_setting(self, where: str, setting: LayerSetting) -> None:
+        name = self.base.calibrated_field
+        if setting.name != name:
+            raise ValueError(f"{where}: name must be {name}, as base has it; got {setting.name!r}")
+        try:
+            config_from_dict({**self.base.to_dict(), **setting.changes})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
 
     @property
     def profile(self) -> LayerProfile | None:
