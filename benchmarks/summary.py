@@ -18,6 +18,7 @@ from benchmarks.replay.results import Replay
 from benchmarks.serving import page as serving
 from benchmarks.style import figure_file, interval
 from token_sparse_attention.benchmark.runs import Run, milliseconds, speed_up, tokens
+from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.evaluation.summary import difference_interval, relative_loss_bound
 
 ROOT = RESULTS.parents[1]
@@ -96,10 +97,10 @@ def one_layer(measured: Sequence[ReplayPoint]) -> str:
     seen: dict[tuple[int, int, int, int], ReplayPoint] = {}
     for point in measured:
         settings = point.settings or {}
-        every_query = settings.get("select_queries") is False
-        if every_query and not settings["dense_heads"] and settings["fallback_window"] == 2048:
+        sampled = settings.get("method") == KVSamplingConfig.method
+        if sampled and not settings["dense_heads"] and settings["sliding_window"] == 2048:
             shape = (-point.num_heads, point.head_dim)
-            seen.setdefault((*shape, 2048, settings["fallback_samples"]), point)
+            seen.setdefault((*shape, 2048, settings["num_samples"]), point)
     for (heads, head_dim, window, samples), point in sorted(seen.items()):
         if not point.passed or point.dense_ms is None or point.median_ms is None:
             continue
@@ -162,7 +163,7 @@ def _first_token(run: Run, name: str, length: int, kept: float | None) -> str:
 
 _SERVED = {
     "dense": "dense",
-    "fallback_samples=2048": "2,048 samples, window 512",
+    "num_samples=2048": "2,048 samples, window 512",
     "drop_mass=0.5": "token selection, about half kept",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.operator.sampling_tables import dense_query_keys, far_keys
+from benchmarks.operator.sampling_tables import dense_query_keys, sampling_keys
 
 from token_sparse_attention import DenseReason, KVSamplingConfig, TokenSelectionConfig
 from token_sparse_attention.benchmark.runs import Run
@@ -133,7 +133,7 @@ def test_constants_cover_the_measured_samples_and_dense_queries(num_heads):
         for name in run.names("far/draw/"):
             setting = name.removeprefix("far/draw/")
             count = int(re.search(r"\d+", setting)[0])
-            shares[setting] = far_keys(run, length, setting) / (base + per_token * count)
+            shares[setting] = sampling_keys(run, length, setting) / (base + per_token * count)
         assert 0.85 < max(shares.values()) <= 1, shares
         each.append(dense_query_keys(run, length, 128))
     assert 0.75 < max(each) / dense_query <= 1, each

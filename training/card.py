@@ -13,13 +13,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from benchmarks.frontier.version_1 import summarise
 from safetensors import safe_open
 
-from token_sparse_attention.config import LayerProfile
-from token_sparse_attention.crossover import break_even
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
-from token_sparse_attention.evaluation.summary import Row, summarise
-from token_sparse_attention.run import PROFILE_FILE
+from token_sparse_attention.evaluation.summary import Row
+from token_sparse_attention.methods import method_of
+from token_sparse_attention.profile import PROFILE_FILE, LayerProfile
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -80,11 +80,11 @@ lasted for a fixed time.
 ## Sparse prefill
 
 The difference to dense has a 95% interval; work is the share of dense attention's
-pairs of a query and a key, those of the windowed fallback included.
+pairs of a query and a key, those of the window included.
 
 `{profile_file}` holds the settings that `tsa run` uses for this model: no queries
-dropped, a window of {window:,} tokens and up to {most_samples:,} drawn by score, and of all heads
-only {dense_heads} dense. Such sizes are for long prompts: short ones
+dropped, a window of {window:,} tokens and up to {most_samples:,} keys sampled by score, and of all
+heads only {dense_heads} dense. Such sizes are for long prompts: short ones
 run dense, as sparse would not be faster, on a GPU those of less than {crossover} tokens. `tsa
 demo`, whose document is short, takes a sixteenth of them.
 
@@ -144,7 +144,7 @@ def make_card(
     trained = json.loads(training.read_text("utf-8"))
     config = json.loads((model / "config.json").read_text("utf-8"))
     profile = LayerProfile.from_json((model / PROFILE_FILE).read_text("utf-8"))
-    samples = [changes.get("fallback_samples", 0) for changes in profile.layers.values()]
+    samples = [changes.get("num_samples", 0) for changes in profile.layers.values()]
     return _CARD.format(
         **{**config, **header.arguments},
         parameters=_count_parameters(model / "model.safetensors"),
@@ -159,7 +159,7 @@ def make_card(
         devices=_listed((one.header.provenance["device"] for one in rounds), "or"),
         table=_dense_table(rounds),
         profile_file=PROFILE_FILE,
-        window=profile.base.fallback_window,
+        window=profile.base.sliding_window,
         most_samples=max(samples),
         dense_heads=_dense_heads(profile),
         crossover=_crossover(profile, config),
@@ -182,7 +182,7 @@ def _crossover(profile: LayerProfile, config: dict[str, Any]) -> str:
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     lengths = {
-        break_even(one, torch.device("cuda"), heads, head_dim).min_length
+        method_of(one).gate(torch.device("cuda"), heads, head_dim).break_even.min_length
         for one in profile.layer_configs(config["num_hidden_layers"]).values()
     }
     return f"{round(max(lengths), -3):,.0f}"

@@ -3,7 +3,7 @@
     python -m benchmarks.block_sparse.density --samples samples.jsonl.gz --lengths 16384 \\
         --out density.json
 
-The model reads each prompt densely. MInference is left out: it keeps a number of columns besides
+The model reads each prompt densely. MInference is left out: it keeps a number of columns beside
 its blocks.
 """
 
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from token_sparse_attention import bundled, run
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockMask
-from token_sparse_attention.attention.causal import attend
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.attention.patterns.flexprefill import (
     FlexPrefillConfig,
     flexprefill_mask,
 )
 from token_sparse_attention.attention.patterns.xattention import XAttentionConfig, xattention_mask
+from token_sparse_attention.attention.resolve import causal_attention
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import SampleSet
 
@@ -63,7 +63,7 @@ def densities(model: Any, ids: Tensor) -> dict[str, list[float]]:
         for name, (make, config) in MASKS.items():
             mask = make(query, key, config, scaling, BLOCK_SIZE)
             found[name].append(float(mask.density().mean()))
-        return attend(query, key, value, scale=scaling).out.transpose(1, 2).contiguous(), None
+        return causal_attention(query, key, value, scale=scaling).transpose(1, 2), None
 
     prefill_with(observed, model, ids)
     return dict(found)

@@ -16,7 +16,7 @@ _COLUMN_SHARE, _TOPICS, _TOPIC_TOKENS = 0.001, 32, 1024
 def random_mask(inputs: Inputs, density: float) -> tuple[BlockMask, Tensor]:
     """Return a mask with every head's own random blocks, and the map it was made of.
 
-    The diagonal is always there; the other blocks are drawn so that the expected density is as
+    The diagonal is always there; the other blocks are random, so that the expected density is as
     asked.
     """
     query = inputs.query
@@ -42,16 +42,16 @@ def structured_inputs(inputs: Inputs) -> Inputs:
     """
     query, key, value = inputs
     generator = torch.Generator(query.device).manual_seed(0)
-    draw = partial(torch.randn, generator=generator, device=query.device)
+    normal = partial(torch.randn, generator=generator, device=query.device)
     length, head_dim = query.shape[2:]
     quarter = head_dim // 4
     position = torch.arange(length, device=query.device, dtype=torch.float32)
     speed = 10000.0 ** (-torch.arange(quarter, device=query.device) / quarter)
     angle = position[:, None] * speed
     turning = torch.cat([angle.cos(), angle.sin()], -1)
-    direction = draw(head_dim - 2 * quarter)
+    direction = normal(head_dim - 2 * quarter)
     direction = direction / direction.norm()
-    topics = draw(_TOPICS, head_dim - 2 * quarter)
+    topics = normal(_TOPICS, head_dim - 2 * quarter)
     topics = topics / topics.norm(dim=-1, keepdim=True) * head_dim**0.25 * 1.8
     runs = length // _TOPIC_TOKENS + 1
     made = []

@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser,
         {
             "lengths": (positive, LENGTHS, "prompt lengths"),
-            "densities": (float, DENSITIES, "shares of the blocks, drawn at random"),
+            "densities": (float, DENSITIES, "shares of the blocks, chosen at random"),
             "estimate-densities": (
                 float,
                 ESTIMATE_DENSITIES,

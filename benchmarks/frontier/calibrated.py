@@ -40,7 +40,7 @@ def calibration(path: Path, drift: Path) -> str:
     for layer, rows in layers.items():
         cells = [_cost(rows[count].divergence, rows[count].standard_error) for count in counts]
         own = chosen.get(layer)
-        listed = [f"{own['fallback_samples']:,}", *dense_heads(own)] if own else ["dense"]
+        listed = [f"{own['num_samples']:,}", *dense_heads(own)] if own else ["dense"]
         cells.append(", ".join(listed))
         cells += [f"{drifting[layer]:.1e}", "sparse" if layer in by_drift else "dense"]
         lines.append([str(layer), *cells])
@@ -65,9 +65,7 @@ def goals(path: Path, targets: Iterable[float]) -> str:
         chosen = choice.profile.layers
         cells = [f"1/{target:g}", _listed(str(layer) for layer in layers if layer not in chosen)]
         cells += [
-            _listed(
-                _layer(n, one) for n, one in chosen.items() if one["fallback_samples"] == count
-            )
+            _listed(_layer(n, one) for n, one in chosen.items() if one["num_samples"] == count)
             for count in counts
         ]
         lines.append([*cells, f"{choice.summed_divergence:.1e}"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from benchmarks.frontier.version_1 import summarise
 from benchmarks.markdown import markdown_table
 from benchmarks.replay.accuracy import FrontierRow, join, target_of
 from benchmarks.replay.results import Replay
@@ -17,7 +18,6 @@ from token_sparse_attention.evaluation.summary import (
     difference_interval,
     kept_share,
     relative_loss_bound,
-    summarise,
 )
 
 NAMES = {
@@ -115,7 +115,7 @@ def aim(
         replays: of those of one seed.
         configurations: which profiles.
         length: in tokens.
-        first_seed: of the sample whose scores were known before the others were drawn.
+        first_seed: of the sample whose scores were known before the others were made.
     """
     later = [one for one in rounds if one.header.arguments["seed"] != first_seed]
     shown = f"{length // 1024}K"

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from token_sparse_attention import TokenSparseConfig, run, token_sparse_attention
-from token_sparse_attention.attention.causal import attend
+from token_sparse_attention import KVSamplingConfig, run, token_sparse_attention
+from token_sparse_attention.attention.resolve import causal_attention
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import SampleSet
 
@@ -62,7 +62,7 @@ def far_attention(
     return torch.stack(shares), torch.stack(numbers)
 
 
-def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str, list[float]]]:
+def observe(model: Any, ids: Tensor, config: KVSamplingConfig) -> list[dict[str, list[float]]]:
     """Return what the heads of each layer do in one dense prefill.
 
     Args:
@@ -71,7 +71,7 @@ def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str
         config: the settings whose error is measured; its window is the near part.
     """
     layers: list[dict[str, list[float]]] = []
-    begin, end = ids.shape[1] // 2, ids.shape[1] - config.window_size - config.dense_queries
+    begin, end = ids.shape[1] // 2, ids.shape[1] - config.num_probes - config.dense_queries
     positions = torch.linspace(begin, end - 1, _QUERIES).long().to(model.device)
 
     def observed(
@@ -83,9 +83,9 @@ def observe(model: Any, ids: Tensor, config: TokenSparseConfig) -> list[dict[str
         scaling: float,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        dense = attend(query, key, value, scale=scaling).out
+        dense = causal_attention(query, key, value, scale=scaling)
         far, among = far_attention(
-            query[0, :, positions], key[0], positions, config.fallback_window, scaling
+            query[0, :, positions], key[0], positions, config.sliding_window, scaling
         )
         sampled = token_sparse_attention(query, key, value, config, scale=scaling)
         exact = dense[0, :, begin:end].float()
@@ -109,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> bool:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
-    config = TokenSparseConfig(
+    config = KVSamplingConfig(
         dense_queries=0,
-        fallback_window=512,
-        fallback_sinks=0,
-        fallback_samples=args.num_samples,
+        sliding_window=512,
+        sink_size=0,
+        num_samples=args.num_samples,
         crossover="off",
     )
     content = header("frontier-heads", model, args.model, samples, config) | {"rows": []}

@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from token_sparse_attention import bundled, run, token_sparse_attention
-from token_sparse_attention.attention.causal import attend
+from token_sparse_attention import Execution, bundled, run, token_sparse_attention
+from token_sparse_attention.attention.resolve import causal_attention
 from token_sparse_attention.benchmark.timing import wall_times
-from token_sparse_attention.config import layer_configs
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration, read_runs
 from token_sparse_attention.info import provenance
+from token_sparse_attention.profile import layer_configs
 
 Times = dict[str, list[dict[str, float]]]  # by configuration, one entry per layer
 
@@ -75,21 +75,22 @@ def layer_times(
         if attention_mask is not None:
             raise ValueError("prompts must come one by one, without padding; got a mask")
 
-        answer = attend(query, key, value, scale=scaling, backend=backend).out
+        answer = causal_attention(query, key, value, scale=scaling, backend=backend)
         query, key, value = (one.repeat(1, repeat_heads, 1, 1) for one in (query, key, value))
 
         def dense(by: str = backend) -> Tensor:
-            return attend(query, key, value, scale=scaling, backend=by).out
+            return causal_attention(query, key, value, scale=scaling, backend=by)
 
         calls: dict[str, Callable[[], Tensor]] = {"dense": dense}
         for name, one in configurations.items():
             config = configs[name].get(module.layer_idx)
             by = one.pattern or backend
+            how = Execution(attention_backend=by)
             if config is None:
                 calls[name] = lambda by=by: dense(by)  # type: ignore[misc]
             else:
-                calls[name] = lambda by=by, config=config: token_sparse_attention(  # type: ignore[misc]
-                    query, key, value, config, scale=scaling, attention_backend=by
+                calls[name] = lambda how=how, config=config: token_sparse_attention(  # type: ignore[misc]
+                    query, key, value, config, scale=scaling, execution=how
                 )
         for name, timing in zip(calls, wall_times(list(calls.values()), query.device, budget)):
             times[name].append(

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from token_sparse_attention import TokenSparseConfig, bundled
+from token_sparse_attention import bundled
+from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.evaluation.samples import SampleSet
 from token_sparse_attention.info import provenance
 
@@ -76,7 +77,7 @@ def examination_parser(name: str, doc: str | None, num_samples: int) -> argparse
 
 
 def header(
-    kind: str, model: Any, name: str, samples: SampleSet, config: TokenSparseConfig
+    kind: str, model: Any, name: str, samples: SampleSet, config: SparseConfig
 ) -> dict[str, Any]:
     """Return what a result file of an examination begins with.
 

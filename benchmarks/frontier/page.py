@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.frontier import calibrated, confirmation, position_tables, questions, restored
+from benchmarks.frontier.version_1 import summarise
 from benchmarks.frontier.words import describe
 from benchmarks.markdown import Page, markdown_table, mean_cell
 from benchmarks.pooling import beside, load_folder, paired_scores, pooled
@@ -17,7 +18,7 @@ from benchmarks.replay.results import Replay
 from benchmarks.style import figure_file, interval
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
-from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
+from token_sparse_attention.evaluation.summary import Row, difference_interval
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results"

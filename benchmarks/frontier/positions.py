@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from token_sparse_attention import TokenSparseConfig, run, token_sparse_attention
-from token_sparse_attention.attention.causal import attend
+from token_sparse_attention import KVSamplingConfig, run, token_sparse_attention
+from token_sparse_attention.attention.resolve import causal_attention
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 
@@ -103,11 +103,11 @@ def attention(
     *,
     layer: int,
     sparse: Tensor,
-    config: TokenSparseConfig,
+    config: KVSamplingConfig,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend exactly, but in one layer's prefill sparsely where ``sparse[H, S]`` says so."""
-    out = attend(query, key, value, scale=scaling).out
+    out = causal_attention(query, key, value, scale=scaling)
     if module.layer_idx == layer and query.shape[2] == sparse.shape[1] and sparse.any():
         sampled = token_sparse_attention(query, key, value, config, scale=scaling)
         out = torch.where(sparse.to(out.device)[None, :, :, None], sampled, out)
@@ -150,7 +150,7 @@ def examine(
     tokenizer: Any,
     sample: Sample,
     layers: list[int],
-    config: TokenSparseConfig,
+    config: KVSamplingConfig,
     *,
     every_head: bool,
 ) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def examine(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         if query.shape[2] == ids.shape[1]:
-            looks.append(look(query[0], key[0], ids[0], places, scaling, config.fallback_window))
+            looks.append(look(query[0], key[0], ids[0], places, scaling, config.sliding_window))
         nothing = places["sentence"][:0]
         return attention(
             module, query, key, value, mask, scaling, layer=-1, sparse=nothing, config=config
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=_SENTENCES, default="niah_multikey_3")
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--layer", type=int, action="append", required=True, help="one or more")
-    parser.add_argument("--every-head", action="store_true", help="one head at a time besides")
+    parser.add_argument("--every-head", action="store_true", help="also one head at a time")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th sample, from the I-th on")
     return run_command(parser, _run, argv)
 
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> bool:
     samples = SampleSet.load(args.samples)
     model, tokenizer = run.load_model(args.model, device=args.device)
-    config = TokenSparseConfig(fallback_samples=args.num_samples, crossover="off")
+    config = KVSamplingConfig(num_samples=args.num_samples, crossover="off")
     about = header("frontier-positions", model, args.model, samples, config)
     first, step = map(int, args.part.split("/"))
     chosen = [one for one in samples.samples if (one.task, one.length) == (args.task, args.length)]

@@ -7,12 +7,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.frontier.version_1 import summarise
 from benchmarks.markdown import markdown_table
 from benchmarks.pooling import paired_scores
 from benchmarks.style import figure_file, interval
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
-from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
+from token_sparse_attention.evaluation.summary import Row, difference_interval
 
 Describe = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 

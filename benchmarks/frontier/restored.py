@@ -68,16 +68,16 @@ def differs(settings: Mapping[str, Any] | None, num_layers: int) -> str:
     if settings is None:
         return DENSE
     if "layers" not in settings:
-        window = settings["fallback_window"]
+        window = settings["sliding_window"]
         of_window = "" if window == 2048 else f", window {window:,}"
-        return f"{settings['fallback_samples']:,} samples{of_window}"
+        return f"{settings['num_samples']:,} samples{of_window}"
     dense = [layer for layer in range(num_layers) if str(layer) not in settings["layers"]]
     parts = [f"{numbered('layer', dense)} dense"] if dense else []
     samples: dict[int, list[int]] = defaultdict(list)
     for layer, changes in settings["layers"].items():
         if heads := changes.get("dense_heads"):
             parts.append(f"{numbered('head', heads)} of layer {layer} dense")
-        if count := changes.get("fallback_samples"):
+        if count := changes.get("num_samples"):
             samples[count].append(int(layer))
     parts += [f"{count:,} samples in {numbered('layer', of)}" for count, of in samples.items()]
     return ", ".join(parts)

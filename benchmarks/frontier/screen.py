@@ -23,14 +23,13 @@ from benchmarks.frontier.answers import Likelihood, likelihood
 from rich.console import Console
 from rich.progress import Progress
 
-from token_sparse_attention import TokenSparseConfig, bundled, run
-from token_sparse_attention.config import LayerProfile
+from token_sparse_attention import bundled, run
 from token_sparse_attention.evaluation import processes
 from token_sparse_attention.evaluation.evaluate import Runner, evaluate, make_header
 from token_sparse_attention.evaluation.generate import Reply
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration
-from token_sparse_attention.settings import Settings
+from token_sparse_attention.profile import settings_from_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +44,11 @@ class AnswerRunner(Runner):
 
 def load_runner(model: str, options: dict[str, Any], points: dict[str, Any]) -> AnswerRunner:
     """Load the model and return its runner under the points."""
-    configurations = {name: Configuration(_settings(point)) for name, point in points.items()}
+    configurations = {
+        name: Configuration(settings_from_json(json.dumps(point), name))
+        for name, point in points.items()
+    }
     return AnswerRunner(*run.load_model(model, **options), configurations)
-
-
-def _settings(config: dict[str, Any]) -> Settings:
-    """A layer profile has a version, as in files."""
-    if "version" in config:
-        return LayerProfile.from_json(json.dumps(config))
-    return TokenSparseConfig.from_dict(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

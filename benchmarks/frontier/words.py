@@ -1,8 +1,4 @@
-"""In words what a point of a result file ran: settings, layer profiles and variants.
-
-They are read as plain data under the names that they had when they were measured. A variant is
-what the library did not have then: `screen` recorded it as ``arguments.variants``.
-"""
+"""In words what a point of a result file ran: settings, layer profiles and variants."""
 
 from __future__ import annotations
 
@@ -10,10 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.frontier.calibrated import dense_heads
+from benchmarks.frontier.version_1 import renamed, variant_words
+
+from token_sparse_attention.config import KVSamplingConfig, TokenSelectionConfig
+
+_NUMBERS = {
+    "pool_size": "scores of {} neighbours pooled",
+    "sink_size": "{} sinks",
+    "num_samples": "{} sampled keys",
+}
+_PLAIN = TokenSelectionConfig()  # what goes without saying
 
 
 def describe(settings: Mapping[str, Any], variant: Mapping[str, Any] | None = None) -> str:
-    """Say in words what a point runs."""
+    """Say in words what a point runs.
+
+    Args:
+        settings: a config or a profile as JSON, of any version.
+        variant: what else the point changed, see `version_1.variant_words`.
+    """
+    settings = renamed(settings)
     if "layers" in settings:
         return _describe_profile(settings)
     layers = settings["sparse_layers"]
@@ -22,56 +34,27 @@ def describe(settings: Mapping[str, Any], variant: Mapping[str, Any] | None = No
 
 
 def _differences(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> list[str]:
-    parts = []
-    if settings.get("select_queries", True):
-        parts.append(f"drop mass {settings['drop_mass']:g}")
-    if settings["fallback"] == "zero":
+    samples = settings["method"] == KVSamplingConfig.method
+    parts = [] if samples else [f"drop mass {settings['drop_mass']:g}"]
+    if settings.get("fallback") == "zero":
         parts.append("zeros")
-    elif settings["fallback_window"] != 512:
-        parts.append(f"window {settings['fallback_window']}")
+    elif settings["sliding_window"] != _PLAIN.sliding_window:
+        parts.append(f"window {settings['sliding_window']}")
     if settings["budget"] == "per_head":
         parts.append("budget per head")
-    if settings["window_size"] != 128:
-        parts.append(f"scored by {settings['window_size']} queries")
-    words = {
-        "pool_size": "scores of {} neighbours pooled",
-        "fallback_sinks": "{} sinks",
-        "fallback_landmarks": "{} landmarks",
-        "fallback_samples": "{} sampled keys",
-        "landmarks": "{} landmarks",
-        "spread": "{} of the scoring queries spread",
-        "neighbours": "{} neighbours on each side selected too",
-        "landmarks_by": "chosen by {} spread queries",
-        "own_landmarks": "{} of them by the last queries",
-        "samples": "{} samples, one of each part",
-        "drawn": "{} sampled keys",
-        "dense_last": "last {} queries dense",
-        "dense_queries": "last {} queries dense",
-        "pooled": "means of blocks of {}",
-    }
-    for field, text in words.items():
-        value = settings.get(field) or variant.get(field)
-        if value and (field, value) != ("pool_size", 7):
+    probes = settings["num_probes" if samples else "observation_window"]
+    if probes != _PLAIN.observation_window:
+        parts.append(f"scored by {probes} queries")
+    for field, text in _NUMBERS.items():
+        value = settings.get(field)
+        if value and (field, value) != ("pool_size", _PLAIN.pool_size):
             parts.append(text.format(value))
+    parts += variant_words(settings, variant)
+    if settings.get("dense_queries"):
+        parts.append(f"last {settings['dense_queries']} queries dense")
     parts += dense_heads(settings)
-    if variant.get("pooled") and variant["pooled_for"] != "both":
-        parts.append(f"for {variant['pooled_for']} queries only")
-    if variant.get("segments", 1) > 1:
-        parts.append(f"in each of {variant['segments']} segments")
-    if variant.get("value_norm"):
-        parts.append("scores times the values' norms")
-    if variant.get("union"):
-        parts.append("selected queries see their window too")
-    if settings.get("select_queries") is False:
+    if samples:
         parts.append("no queries dropped")
-    elif variant.get("selected") == "others":
-        parts.append("selected queries like the others")
-    if variant.get("selected") == "dense":
-        parts.append("selected queries dense")
-    if variant.get("fallback") == "dense":
-        parts.append("unselected queries dense")
-    if variant.get("fallback") == "keys":
-        parts.append("all queries see the window and the selected keys")
     return parts
 
 

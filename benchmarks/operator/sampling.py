@@ -1,10 +1,9 @@
-"""The windowed fallback of every query, its far tokens, and dense last queries.
+"""Key sampling stage by stage: windows, sinks, sampled keys, and dense last queries.
 
     python -m benchmarks.operator.sampling --out benchmarks/results/far.json
     python -m benchmarks.operator.sampling --lengths 131072 --samples 4096
 
-Each setting attends as ``select_queries=False`` does. The times give the constants of `crossover`
-for far tokens and dense queries.
+The times give the constants of `crossover` for sampled keys and dense queries.
 """
 
 from __future__ import annotations
@@ -25,27 +24,30 @@ from benchmarks.command import (
     positive,
     run_command,
 )
-from benchmarks.operator.sampling_tables import SAMPLING_TABLES, WINDOW
+from benchmarks.operator.sampling_tables import SAMPLING, SAMPLING_TABLES, WINDOW
 
-from token_sparse_attention.attention.backends import BACKENDS
-from token_sparse_attention.attention.dense import new_output
-from token_sparse_attention.attention.far_tokens import far_tokens
-from token_sparse_attention.attention.windows import attend_windows
+from token_sparse_attention.attention.names import BACKENDS
+from token_sparse_attention.attention.output import new_output
+from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.benchmark import checks
 from token_sparse_attention.benchmark.contenders import dense_call
 from token_sparse_attention.benchmark.op import Contender, Point, Report, prefixed
 from token_sparse_attention.benchmark.options import OpOptions
 from token_sparse_attention.benchmark.record import Record
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.errors import UsageError
+from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
-from token_sparse_attention.inputs import real_tokens
-from token_sparse_attention.selection import resolve_impl, score_tokens
+from token_sparse_attention.impls import resolve_impl
+from token_sparse_attention.inputs import AuxRequest, Problem, real_tokens
+from token_sparse_attention.methods.local import attend_windows
+from token_sparse_attention.methods.sampling import sample
+from token_sparse_attention.scoring import score_tokens
 
 LENGTHS = (65536, 131072)
 SAMPLES, SINKS, DENSE_QUERIES = (1024, 4096, 8192), (4096,), (128,)
-_CONFIG = TokenSparseConfig.published(
-    drop_mass=None, select_queries=False, min_tokens=0, fallback="window"
+_CONFIG = KVSamplingConfig(
+    sliding_window=512, sink_size=0, num_samples=0, dense_queries=0, crossover="off"
 )
 
 
@@ -66,16 +68,13 @@ class SamplingOptions:
     sinks: tuple[int, ...] = SINKS
     dense_queries: tuple[int, ...] = DENSE_QUERIES
 
-    def settings(self) -> dict[str, TokenSparseConfig]:
+    def settings(self) -> dict[str, KVSamplingConfig]:
         """Return what is measured, by name; the middle number of samples in every combination."""
         found = {WINDOW: _CONFIG}
-        for name, counts in (
-            ("sinks", self.sinks),
-            ("samples", self.samples),
-        ):
-            for count in counts:
-                config = replace(_CONFIG, **{f"fallback_{name}": count})  # type: ignore[arg-type]
-                found[f"{name}-{count}"] = config
+        for count in self.sinks:
+            found[f"sinks-{count}"] = replace(_CONFIG, sink_size=count)
+        for count in self.samples:
+            found[f"samples-{count}"] = replace(_CONFIG, num_samples=count)
         main = WINDOW
         if self.samples:
             main = f"samples-{self.samples[len(self.samples) // 2]}"
@@ -108,32 +107,35 @@ def measure(options: SamplingOptions, report: Report = lambda _: None) -> Iterat
 
 
 def _stages(options: SamplingOptions, point: Point, say: Report) -> Iterator[Record]:
-    """Time scoring; drawing; windows with and without far tokens in turns."""
+    """Time scoring; sampling; windows with and without sampled keys in turns."""
     query, key, value = point.inputs
-    backend, scale = options.common.dense[0], point.inputs.scale
+    backend = resolve_backend(options.common.dense[0], query, key)
     impl = resolve_impl("auto", query, query.shape[-1])
-    real = real_tokens(None, 1, point.seq_len, query.device, on_device=impl == "triton")
-    rows = torch.ones(1, dtype=torch.bool, device=query.device)
+    tokens = real_tokens(None, 1, point.seq_len, query.device, on_device=impl == "triton")
+    of = (query, key, value, tokens, point.inputs.scale, impl)
+    problem = Problem(*of, head_chunk=None, tp_group=None, aux=AuxRequest())
+    every = torch.ones(1, dtype=torch.bool, device=query.device)
     say("scoring")
-    score = partial(score_tokens, query, key, _CONFIG)
+    score = partial(score_tokens, query, key, _CONFIG.num_probes)
     yield from point.timed(Contender("far/score", score))
     scores = score()
-    draws, windows = [], []
-    into = new_output(query, want_lse=False)
+    sampling, windows = [], []
+    into = new_output(problem)
     for name, config in options.settings().items():
         if config.dense_queries:
             continue
-        draw = partial(far_tokens, scores, config, real, impl)
+        choose = partial(sample, scores, config, tokens, impl)
         if name != WINDOW:
-            draws.append(Contender(f"far/draw/{name}", draw))
+            sampling.append(Contender(f"{SAMPLING}{name}", choose))
+        sampled, _ = choose()
         attend = partial(
-            attend_windows, query, key, value, draw(), rows, real, into,
-            window=config.fallback_window, scale=scale, impl=impl, backend=backend,
+            attend_windows, problem, sampled, every, into,
+            window=config.sliding_window, backend=backend,
         )  # fmt: skip
         windows.append(Contender(f"far/windows/{name}", attend))
-    say("choosing far tokens")
-    yield from point.timed(*draws)
-    say("windows and far tokens")
+    say("sampling keys")
+    yield from point.timed(*sampling)
+    say("windows and sampled keys")
     yield from point.timed(*windows)
 
 
@@ -146,9 +148,9 @@ def _whole(options: SamplingOptions, point: Point, say: Report) -> Iterator[Reco
             token_sparse_attention,
             *point.inputs,
             config,
-            attention_backend=options.common.dense[0],
+            execution=Execution("auto", options.common.dense[0]),
         )
-        out, selection = call(return_selection=True)
+        out, selection, _ = call(return_aux=AuxRequest(selection=True))
         verdict = checks.check_sparse(
             point.inputs, out, selection, config, reference_error=point.reference_error
         )

@@ -21,7 +21,8 @@ from token_sparse_attention.benchmark.runs import (
     tokens,
 )
 
-WINDOW = "window"  # the setting without far tokens
+WINDOW = "window"  # the setting without sinks and sampled keys
+SAMPLING = "far/draw/"  # what the files call the stage that samples keys
 
 
 def _dense(run: Run, seq_len: int) -> Record:
@@ -44,8 +45,8 @@ def _keys_in(run: Run, seq_len: int, ms: float) -> float:
     return ms / milliseconds(_dense(run, seq_len)) * seq_len
 
 
-def far_keys(run: Run, seq_len: int, setting: str) -> float:
-    """Return what choosing a setting's far tokens and attending to them costs, in keys per query.
+def sampling_keys(run: Run, seq_len: int, setting: str) -> float:
+    """Return what sampling a setting's keys and attending to them costs, in keys per query.
 
     Raises:
         NoFigureError: if it was not measured, or the operator's check under it failed.
@@ -53,13 +54,13 @@ def far_keys(run: Run, seq_len: int, setting: str) -> float:
     run.need(f"far/whole/{setting}", seq_len)
     choosing, attending, window = (
         keys_per_query(run, seq_len, name)
-        for name in (f"far/draw/{setting}", f"far/windows/{setting}", f"far/windows/{WINDOW}")
+        for name in (f"{SAMPLING}{setting}", f"far/windows/{setting}", f"far/windows/{WINDOW}")
     )
     return choosing + attending - window
 
 
 def dense_query_keys(run: Run, seq_len: int, count: int) -> float:
-    """Return what each of the last `count` queries costs that attend to every key, likewise.
+    """Return what each of the last `count` queries costs that attend to every key.
 
     It is the difference that they make to the operator.
 
@@ -92,11 +93,11 @@ def _settings(runs: Sequence[Run]) -> Rows:
                 setting = name.removeprefix("far/whole/")
                 yield (
                     *(run.name, tokens(seq_len), setting),
-                    _ms(run, seq_len, f"far/draw/{setting}"),
+                    _ms(run, seq_len, f"{SAMPLING}{setting}"),
                     _ms(run, seq_len, f"far/windows/{setting}"),
                     figure_or(_checked_ms, run, seq_len, name),
                     figure_or(_speed_up, run, seq_len, name),
-                    figure_or(_far_keys, run, seq_len, setting),
+                    figure_or(_sampling_keys, run, seq_len, setting),
                 )
 
 
@@ -127,8 +128,8 @@ def _speed_up(run: Run, seq_len: int, name: str) -> str:
     return f"{speed_up(_dense(run, seq_len), run.need(name, seq_len)):.2f}x"
 
 
-def _far_keys(run: Run, seq_len: int, setting: str) -> str:
-    return number(far_keys(run, seq_len, setting))
+def _sampling_keys(run: Run, seq_len: int, setting: str) -> str:
+    return number(sampling_keys(run, seq_len, setting))
 
 
 def _keys(run: Run, seq_len: int, name: str) -> str:

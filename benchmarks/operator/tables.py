@@ -17,7 +17,7 @@ from token_sparse_attention.benchmark.runs import (
     speed_up,
     tokens,
 )
-from token_sparse_attention.config import TokenSparseConfig
+from token_sparse_attention.config import TokenSelectionConfig
 
 _SPREAD_FROM_MS = 1.0  # shorter times are mostly the clock's spread
 
@@ -186,7 +186,7 @@ def _fallback(runs: Sequence[Run]) -> Rows:
 
 def _window_floor(run: Run, seq_len: int) -> str:
     """The window's operations, ``4 * S * w * D * H``, at the rate of dense attention."""
-    pairs = min(TokenSparseConfig.published().fallback_window / seq_len, 0.5)
+    pairs = min(TokenSelectionConfig().sliding_window / seq_len, 0.5)
     return number(2 * pairs * milliseconds(run.dense(seq_len)))
 
 

@@ -27,7 +27,7 @@ from benchmarks.replay.results import Replay, replay
 from rich.console import Console
 from rich.markdown import Markdown
 
-from token_sparse_attention.attention.backends import BACKENDS
+from token_sparse_attention.attention.names import BACKENDS
 from token_sparse_attention.benchmark.measuring import device_named
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import EvalResults, load_results

@@ -1,44 +1,36 @@
 """How long the operator takes where the heads keep numbers of tokens that were recorded.
 
-All stages run as in `token_sparse_attention`, scoring and selecting included. What they select
-on random inputs is then put aside for a selection of the recorded numbers, made in advance.
-
-Where queries are not selected there are no numbers to replay: how many far tokens every query
-sees follows from the settings, and only which ones from the scores. So the operator is timed as
-it is, on random inputs, whose far tokens are spread over the whole sequence. The same holds for
-the far tokens of queries that were not selected.
+Token selection runs as `method.Replayed`, which attends over random tokens of those numbers.
+With key sampling there are no numbers to replay: how many keys every query sees follows from the
+settings, and only which ones from the scores. So the operator is timed as it is, on random
+inputs, whose sampled keys are spread over the whole sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
 import torch
+from benchmarks.replay.method import replayed
 from msgspec import Meta
-from torch import Tensor
 
-from token_sparse_attention import functional
-from token_sparse_attention.attention.backends import check_backend, choose_backend
-from token_sparse_attention.attention.dense import causal_attention
-from token_sparse_attention.attention.far_tokens import far_tokens
-from token_sparse_attention.benchmark import checks, timing
-from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
-from token_sparse_attention.config import TokenSparseConfig
-from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, break_even_of
-from token_sparse_attention.errors import UsageError
-from token_sparse_attention.inputs import real_tokens
-from token_sparse_attention.records import Count
-from token_sparse_attention.selection import (
-    TokenSelection,
-    dense_selection,
-    resolve_impl,
-    score_rows,
-    select_rows,
+from token_sparse_attention.attention.resolve import (
+    causal_attention,
+    check_backend,
+    resolve_backend,
 )
+from token_sparse_attention.benchmark import checks, timing
+from token_sparse_attention.benchmark.checks import Verdict, random_inputs
+from token_sparse_attention.config import SparseConfig, TokenSelectionConfig
+from token_sparse_attention.errors import UsageError
+from token_sparse_attention.execution import Execution
+from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.inputs import AuxRequest
+from token_sparse_attention.methods import method_of
+from token_sparse_attention.records import Count
 
 SKIPPED = "skipped"
 
@@ -57,11 +49,10 @@ class LayerRun(NamedTuple):
     Attributes:
         config: its settings.
         shares: share of the prompt that each head kept, or one number for all of them;
-            empty if the layer ran dense. Where queries are not selected, only whether there
-            are any is read.
+            empty if the layer ran dense. With key sampling, only whether there are any is read.
     """
 
-    config: TokenSparseConfig
+    config: SparseConfig
     shares: tuple[float, ...]
 
 
@@ -107,8 +98,8 @@ class ReplayPoint:
         backend: the kernel that attended, here and densely.
         settings: of the layer; None for dense attention by itself.
         kept: tokens that each head kept, or one number for all; None if the layer ran dense,
-            which with `settings` means after it was scored. Where the settings select no
-            queries, the far tokens in what was timed.
+            which with `settings` means after it was scored. With key sampling, the sinks and
+            sampled keys in what was timed.
         kind: how the layer was timed, see `Record`; ``"skipped"`` if it could not be.
         median_ms: median time.
         low_ms: 20th percentile of the time.
@@ -152,19 +143,18 @@ class Replayer:
         self.options, self.shape, self.seq_len = options, shape, seq_len
         self.inputs = random_inputs(seq_len, *shape, options.device, options.dtype)
         query, key, _ = self.inputs
-        self._backend = choose_backend(options.attention_backend, query, key).name
-        self._impl = resolve_impl("auto", query, shape.head_dim)
-        self._dense_call = partial(
-            causal_attention, *self.inputs, scale=self.inputs.scale, backend=self._backend
-        )
         try:
+            self._backend = resolve_backend(options.attention_backend, query, key).name
+            self._dense_call = partial(
+                causal_attention, *self.inputs, scale=self.inputs.scale, backend=self._backend
+            )
             verdict = checks.check_dense(self.inputs, self._dense_call())
         except ValueError as error:
             raise UsageError(f"--attention-backend: {error}") from error
         (taken,) = timing.kernel_times([self._dense_call], options.device, options.budget_seconds)
         self._reference_error = verdict.allowance
         self.dense = self._point(None, None, taken, taken, verdict)
-        self._measured: list[tuple[TokenSparseConfig, ReplayPoint]] = []
+        self._measured: list[tuple[SparseConfig, ReplayPoint]] = []
 
     def point(self, run: LayerRun | None) -> ReplayPoint:
         """Return a measurement of a layer: made now, or of one that was nearly the same.
@@ -176,72 +166,50 @@ class Replayer:
         if run is None or (not run.shares and self._is_dense_unscored(run.config)):
             return self.dense
         config = replace(run.config, dense_heads=_dense_heads(run, self.shape.num_heads))
-        if self.seq_len <= config.window_size:
+        probes = method_of(config).num_probes
+        if self.seq_len <= probes:
             raise UsageError(
-                f"lengths must exceed the settings' window_size {config.window_size}, "
-                f"got {self.seq_len}"
+                f"lengths must exceed the {probes} queries that score keys, got {self.seq_len}"
             )
-        counted = config.select_queries
+        counted = isinstance(config, TokenSelectionConfig)
         kept = head_counts(run, self.shape.num_heads, self.seq_len) if counted else None
         for other, point in self._measured:
             near = not counted or _nearly_equal(point.kept, kept, self.options.share_within)
             if other == config and near:
                 return point
         try:
-            point = self._measure(config, kept) if counted else self._measure_as_is(config)
+            point = self._measure(config, kept)
         except torch.OutOfMemoryError as error:
             timing.free_memory(self.options.device)
             point = self._point(config, kept, None, None, Verdict(False, None, _first_line(error)))
         self._measured.append((config, point))
         return point
 
-    def _is_dense_unscored(self, config: TokenSparseConfig) -> bool:
-        """Whether lengths make a layer that ran dense run so; scores cannot without selection."""
-        lengths = (self.seq_len, self.seq_len)
-        even = break_even_of(config, self.inputs.query)
-        reason = config.dense_reason(*lengths) or even.dense_reason(*lengths)
-        return reason is not None or not config.select_queries
+    def _is_dense_unscored(self, config: SparseConfig) -> bool:
+        """Whether lengths made a layer run dense; else the scores of token selection did."""
+        shape = self.shape
+        gate = method_of(config).gate(self.options.device, shape.num_heads, shape.head_dim)
+        decided = gate.reason(self.seq_len, self.seq_len) is not None
+        return decided or not isinstance(config, TokenSelectionConfig)
 
     @torch.no_grad()
-    def _measure_as_is(self, config: TokenSparseConfig) -> ReplayPoint:
-        """Time the operator without selected queries, sparse as it was recorded to be."""
-        call = partial(
-            functional.token_sparse_attention,
-            *self.inputs,
-            replace(config, crossover="off", min_tokens=0),
-            attention_backend=self._backend,
-        )
-        out, selection = call(return_selection=True)
-        counts = selection.lengths[0].tolist()
-        kept = tuple(counts[:1] if len(set(counts)) == 1 else counts)
-        return self._timed(config, kept, call, out, selection)
+    def _measure(self, config: SparseConfig, kept: tuple[int, ...] | None) -> ReplayPoint:
+        """Check the operator, sparse as it was recorded to be, and time it beside dense attention.
 
-    @torch.no_grad()
-    def _measure(self, config: TokenSparseConfig, kept: tuple[int, ...] | None) -> ReplayPoint:
-        selection = make_selection(
-            kept, config.window_size, self.inputs, padded=self._impl == "triton"
-        )
+        Args:
+            config: the layer's settings.
+            kept: for token selection, how many tokens to attend over.
+        """
+        ran = replace(config, crossover="off")
+        if isinstance(config, TokenSelectionConfig):
+            ran = replayed(config, kept, self.seq_len)
         call = partial(
-            run_with,
-            self.inputs,
-            config,
-            selection,
-            even=self._break_even(config, kept),
-            impl=self._impl,
-            backend=self._backend,
-            kept=None if kept is None else fmean(kept) / self.seq_len,
+            token_sparse_attention, *self.inputs, ran, execution=Execution("auto", self._backend)
         )
-        return self._timed(config, kept, call, call(), selection)
-
-    def _timed(
-        self,
-        config: TokenSparseConfig,
-        kept: tuple[int, ...] | None,
-        call: Callable[[], Tensor],
-        out: Tensor,
-        selection: TokenSelection,
-    ) -> ReplayPoint:
-        """Check what a call gave, and time it in turns with dense attention."""
+        out, selection, _ = call(return_aux=AuxRequest(selection=True))
+        if not isinstance(config, TokenSelectionConfig):
+            counts = selection.lengths[0].tolist()
+            kept = tuple(counts[:1] if len(set(counts)) == 1 else counts)
         verdict = checks.check_sparse(
             self.inputs, out, selection, config, reference_error=self._reference_error
         )
@@ -253,15 +221,9 @@ class Replayer:
             torch.cuda.empty_cache()  # what the graphs held
         return self._point(config, kept, ours, dense, verdict)
 
-    def _break_even(self, config: TokenSparseConfig, kept: tuple[int, ...] | None) -> BreakEven:
-        """The operator's own, which bounds its memory, unless more was kept elsewhere."""
-        even = break_even_of(config, self.inputs.query)
-        fitting = int(even.max_share(self.seq_len, self.seq_len) * self.seq_len)
-        return NEVER_DENSE if kept is not None and max(kept) > fitting else even
-
     def _point(
         self,
-        config: TokenSparseConfig | None,
+        config: SparseConfig | None,
         kept: tuple[int, ...] | None,
         ours: timing.Timing | None,
         dense: timing.Timing | None,
@@ -296,7 +258,7 @@ def head_counts(run: LayerRun, num_heads: int, seq_len: int) -> tuple[int, ...] 
     Recorded heads are repeated or thinned out evenly; one number for all stays one.
 
     Example:
-        >>> head_counts(LayerRun(TokenSparseConfig.published(), (0.5, 1.0)), 4, 1000)
+        >>> head_counts(LayerRun(TokenSelectionConfig(), (0.5, 1.0)), 4, 1000)
         (500, 500, 1000, 1000)
     """
     shares = run.shares
@@ -304,7 +266,7 @@ def head_counts(run: LayerRun, num_heads: int, seq_len: int) -> tuple[int, ...] 
         return None
     if len(shares) > 1:
         shares = tuple(shares[head] for head in _recorded_heads(len(shares), num_heads))
-    lowest = run.config.window_size
+    lowest = method_of(run.config).num_probes
     return tuple(min(max(round(share * seq_len), lowest), seq_len) for share in shares)
 
 
@@ -317,79 +279,6 @@ def _dense_heads(run: LayerRun, num_heads: int) -> tuple[int, ...]:
 def _recorded_heads(recorded: int, num_heads: int) -> list[int]:
     """Which of the recorded heads each of `num_heads` stands for, repeated or thinned evenly."""
     return [head * recorded // num_heads for head in range(num_heads)]
-
-
-def make_selection(
-    kept: Sequence[int] | None, window_size: int, inputs: Inputs, *, padded: bool
-) -> TokenSelection:
-    """Return a selection of random slots and the window, or one that runs dense.
-
-    Args:
-        kept: tokens that each head keeps, or one number for all; None for dense.
-        window_size: how many of the last tokens are kept in any case.
-        inputs: what to select from.
-        padded: whether indices have capacity for every slot and 32 bits, as Triton's have.
-    """
-    _, num_heads, seq_len, _ = inputs.query.shape
-    device = inputs.query.device
-    if kept is None:
-        selection = dense_selection(real_tokens(None, 1, seq_len, device), num_heads)
-        if padded:
-            indices, lengths = selection.indices.int(), selection.lengths.int()
-            selection = selection._replace(indices=indices, lengths=lengths, budget=lengths)
-        return selection
-    counts = list(kept) * (num_heads if len(kept) == 1 else 1)
-    dtype = torch.int32 if padded else torch.int64
-    capacity = seq_len if padded else max(counts)
-    indices = torch.full((1, num_heads, capacity), -1, dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(seq_len)
-    for head, count in enumerate(counts):
-        order = torch.rand(seq_len, generator=generator, device=device)
-        order[seq_len - window_size :] = 2
-        indices[0, head, :count] = order.topk(count).indices.sort().values.to(dtype)
-    return TokenSelection(
-        indices,
-        torch.tensor([counts], dtype=dtype, device=device),
-        torch.ones(1, dtype=torch.bool, device=device),
-        seq_len,
-    )
-
-
-def run_with(
-    inputs: Inputs,
-    config: TokenSparseConfig,
-    selection: TokenSelection,
-    *,
-    even: BreakEven,
-    impl: str,
-    backend: str,
-    kept: float | None,
-) -> Tensor:
-    """Run every stage of the operator, but attend over the tokens of another selection.
-
-    Args:
-        inputs: query, key and value.
-        config: the settings, which select queries.
-        selection: what to attend over.
-        even: the crossover, which bounds the memory of shared budgets.
-        impl: ``"triton"`` or ``"reference"``.
-        backend: which kernel attends.
-        kept: the share to select in vain, so that selecting does as much as it did.
-
-    Returns:
-        ``[1, H, S, D]``.
-    """
-    query, key, value = inputs
-    seq_len = query.shape[2]
-    tokens = real_tokens(None, 1, seq_len, query.device, on_device=impl == "triton")
-    scores = score_rows(query, key, config, tokens, inputs.scale, impl)
-    select_rows(scores, config, tokens, impl, query_len=seq_len, kept=kept, even=even)
-    far = far_tokens(scores, config, tokens, impl)
-    del scores
-    call = functional.Call(inputs.scale, impl, backend)
-    return functional.attend_selected(
-        query, key, value, config, selection.ran_sparse, selection, far, tokens, even, impl, call
-    ).out
 
 
 def _nearly_equal(

@@ -149,7 +149,7 @@ def replay(
         evaluations: results, each with the name it goes by.
         options: how to measure.
         target: the shape to measure at; recorded heads are repeated to fit it.
-        own_shape: whether to measure at the evaluated model's own shape besides.
+        own_shape: whether to also measure at the evaluated model's own shape.
         lengths: only these lengths; all if empty.
         report: is told what is being measured.
 

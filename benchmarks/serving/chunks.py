@@ -24,22 +24,19 @@ from typing import Any
 
 from benchmarks.command import make_parser, run_command
 
-from token_sparse_attention import TokenSparseConfig, bundled
+from token_sparse_attention import KVSamplingConfig, SparseConfig, TokenSelectionConfig, bundled
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.info import provenance
 
 CHUNKS = (512, 1024, 2048)
 UNCHUNKED = 16384
 NEW_TOKENS = 40
-# All queries see a window and 1,024 samples of the tokens before it, the last 128 everything.
-SAMPLES = TokenSparseConfig(
-    fallback_window=512, fallback_sinks=0, fallback_samples=1024, crossover="off"
-)
-# Besides, dropped queries with a window, and the published rule, which loses answers here.
-DROPPED = TokenSparseConfig.published(drop_mass=0.2, fallback="window", crossover="off")
-SETTINGS: dict[str, TokenSparseConfig] = {
+SAMPLES = KVSamplingConfig(sliding_window=512, sink_size=0, num_samples=1024, crossover="off")
+# The published rule loses answers here, less with a window for dropped queries.
+DROPPED = TokenSelectionConfig(drop_mass=0.2, fallback="window")
+SETTINGS: dict[str, SparseConfig] = {
     "drop mass 0.2, every layer": DROPPED,
-    "published, every layer": TokenSparseConfig.published(),
+    "published, every layer": TokenSelectionConfig(),
     "samples, every layer": SAMPLES,
 }
 
@@ -81,11 +78,11 @@ class Question:
 
 def make_questions(tokenizer: Any, tokens: int, seed: int) -> list[Question]:
     """Return two questions about one text of the demo document in which two facts are hidden."""
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     document = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
     document = re.sub(r"\[needle \d\].*\n", "", document)
-    names = draw.sample(("quick-otter", "silent-bridge", "golden-ticket", "hollow-anchor"), 2)
-    numbers = [str(draw.randrange(10**6, 10**7)) for _ in names]
+    names = generator.sample(("quick-otter", "silent-bridge", "golden-ticket", "hollow-anchor"), 2)
+    numbers = [str(generator.randrange(10**6, 10**7)) for _ in names]
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text)["input_ids"]
@@ -103,10 +100,10 @@ def make_questions(tokenizer: Any, tokens: int, seed: int) -> list[Question]:
     ]
     ids = encode(document)
     room = tokens - sum(map(len, facts)) - max(map(len, asks))
-    start = draw.randrange(len(ids))
+    start = generator.randrange(len(ids))
     text = [ids[(start + i) % len(ids)] for i in range(room)]
     for fact in facts:
-        place = draw.randrange(len(text))
+        place = generator.randrange(len(text))
         text[place:place] = fact
     return [Question(text + ask, number) for ask, number in zip(asks, numbers)]
 

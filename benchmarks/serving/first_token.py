@@ -35,7 +35,7 @@ from typing import Any
 
 from benchmarks.command import make_parser, run_command
 
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig, SparseConfig, TokenSelectionConfig
 from token_sparse_attention.info import provenance
 
 _LLAMA = {
@@ -109,7 +109,7 @@ class Row:
     """One engine at one prompt length.
 
     Attributes:
-        setting: ``"dense"``, or ``"drop_mass=N"`` or ``"fallback_samples=N"``.
+        setting: ``"dense"``, or ``"drop_mass=N"`` or ``"num_samples=N"``.
         prompt_tokens: length of the prompts.
         seconds: from a request to its first token, of each repetition.
         median: of these.
@@ -150,21 +150,21 @@ class Engine:
     decode_ms: list[float]
 
 
-def config_of(setting: str) -> TokenSparseConfig:
+def config_of(setting: str) -> SparseConfig:
     """Return a sparse engine's settings; without the crossover, every prompt runs sparse."""
     name, _, value = setting.partition("=")
     if name == "drop_mass":
-        return TokenSparseConfig.published(drop_mass=float(value))
-    if name == "fallback_samples":
-        return TokenSparseConfig(fallback_samples=int(value), crossover="off")
-    raise SystemExit(f"a setting must be drop_mass=N or fallback_samples=N, got {setting!r}")
+        return TokenSelectionConfig(drop_mass=float(value))
+    if name == "num_samples":
+        return KVSamplingConfig(num_samples=int(value), crossover="off")
+    raise SystemExit(f"a setting must be drop_mass=N or num_samples=N, got {setting!r}")
 
 
 def prompt(plan: Plan, tokens: int, seed: int) -> list[int]:
     """Return random tokens."""
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     vocabulary = MODELS[plan.model]["vocab_size"]
-    return [draw.randrange(2, vocabulary) for _ in range(tokens)]
+    return [generator.randrange(2, vocabulary) for _ in range(tokens)]
 
 
 def start_engine(plan: Plan, setting: str, folder: Path) -> Any:

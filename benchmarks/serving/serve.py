@@ -27,13 +27,13 @@ from benchmarks.serving.chunks import SAMPLES, make_questions
 from benchmarks.serving.first_token import vllm_version
 from transformers import AutoTokenizer
 
-from token_sparse_attention import TokenSparseConfig, bundled
+from token_sparse_attention import TokenSelectionConfig, bundled
 from token_sparse_attention.info import provenance
 from vllm_plugin.server import serve, storm
 
 ROUNDS = 4
 SETTINGS = {
-    "dense": TokenSparseConfig(min_tokens=2**20),  # no prompt is that long
+    "dense": TokenSelectionConfig(min_tokens=2**20),  # no prompt is that long
     "samples": SAMPLES,
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarks.markdown import build
 from benchmarks.operator import sampling
-from benchmarks.operator.sampling_tables import SAMPLING_TABLES, dense_query_keys, far_keys
+from benchmarks.operator.sampling_tables import SAMPLING_TABLES, dense_query_keys, sampling_keys
 
 from studies.synthetic import S, changed, far_result
 from token_sparse_attention.benchmark import checks, op
@@ -30,7 +30,7 @@ def rows(name, of):
 
 def test_costs_are_keys_per_query_of_dense_time():
     run = Run("run", far_result())
-    assert far_keys(run, S, "samples-4096") == pytest.approx((4 + 9 - 3) / 200 * S)
+    assert sampling_keys(run, S, "samples-4096") == pytest.approx((4 + 9 - 3) / 200 * S)
     assert dense_query_keys(run, S, 128) == pytest.approx(2 / 200 * S / 128)
 
 
@@ -53,7 +53,7 @@ def test_nothing_is_claimed_without_a_passed_check():
     assert rows("far-settings", wrong)[1][5:] == ["**check failed**"] * 3
     assert rows("far-stages", wrong)[3][3:] == ["**check failed**"] * 2
     with pytest.raises(NoFigureError, match="check failed"):
-        far_keys(Run("run", wrong), S, "samples-4096")
+        sampling_keys(Run("run", wrong), S, "samples-4096")
     with pytest.raises(NoFigureError, match="not measured"):
         dense_query_keys(Run("run", far_result()), S, 64)
     base = changed(far_result(), "far/dense/fa4", passed=False)
@@ -77,7 +77,7 @@ def test_every_setting_and_stage_is_measured(tmp_path):
     checked = [entry.name for entry in printed.records if entry.passed]
     assert checked == ["far/dense/flash", *(f"far/whole/{name}" for name in whole)]
     run = Run("run", printed)
-    assert all(math.isfinite(far_keys(run, 640, name)) for name in SETTINGS)
+    assert all(math.isfinite(sampling_keys(run, 640, name)) for name in SETTINGS)
 
 
 def test_settings_are_what_their_names_say():
