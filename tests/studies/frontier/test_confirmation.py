@@ -10,7 +10,7 @@ from benchmarks.replay.accuracy import join
 from benchmarks.replay.results import Times
 
 from evaluation.results import DENSE, HEADER
-from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
@@ -29,28 +29,28 @@ def cells(table: str, start: str) -> list[str]:
 
 def calibrated(**fields) -> CalibrationResult:
     """What a calibration measured and chose."""
-    return CalibrationResult("both", "m", "bfloat16", {}, {}, TokenSparseConfig(), (), **fields)
+    return CalibrationResult("both", "m", "bfloat16", {}, {}, KVSamplingConfig(), (), **fields)
 
 
 def test_calibration_shows_each_number_and_the_choice(tmp_path):
     rows = [
         Sensitivity(
-            layer, LayerSetting("fallback_samples", value, heads),
+            layer, LayerSetting("num_samples", value, heads),
             10.0 ** -(layer + 1) / (1 + value + 5 * len(heads)), 2e-5, 0.1, 0.2, 1,
         )
         for heads in ((), (5,))
         for layer in (0, 1, 2)
         for value in (0, 9)
     ]  # fmt: skip
-    layers = {1: {"fallback_samples": 9}, 2: {"fallback_samples": 0, "dense_heads": (3, 5)}}
-    choice = Choice("target_speedup", 2.0, LayerProfile(TokenSparseConfig(), layers))
+    layers = {1: {"num_samples": 9}, 2: {"num_samples": 0, "dense_heads": (3, 5)}}
+    choice = Choice("target_speedup", 2.0, LayerProfile(KVSamplingConfig(), layers))
     path, drift = tmp_path / "measured.json", tmp_path / "drift.json"
     path.write_text(calibrated(sensitivity=tuple(rows), choices=(choice,)).to_json())
     drifts = [
         LayerDrift(layer, 1.0, value, None, layer == 0)
         for layer, value in enumerate((0.2, 0.7, 0.1))
     ]
-    choice = Choice("drift_quantile", 0.5, LayerProfile(TokenSparseConfig(), {0: {}}))
+    choice = Choice("drift_quantile", 0.5, LayerProfile(KVSamplingConfig(), {0: {}}))
     drift.write_text(calibrated(drift=tuple(drifts), choices=(choice,)).to_json())
     table = calibrated_tables.calibration(path, drift)
     head = ["layer", "0 samples", "9 samples", "chosen", "drift", "by drift"]
@@ -63,7 +63,7 @@ def test_calibration_shows_each_number_and_the_choice(tmp_path):
 
 def test_goals_list_layers_by_their_samples(tmp_path):
     rows = [
-        Sensitivity(layer, LayerSetting("fallback_samples", value), cost, None, 0.1, work, 1)
+        Sensitivity(layer, LayerSetting("num_samples", value), cost, None, 0.1, work, 1)
         for layer, value, cost, work in (
             (0, 9, 1.0, 0.5),
             (0, 4, 2.0, 0.25),
@@ -86,7 +86,7 @@ def test_goals_list_layers_by_their_samples(tmp_path):
 def results(length: int, scores: list[tuple[float, float]], *, sparse: bool) -> EvalResults:
     """A file of one sparse configuration, F: pairs of dense and sparse scores."""
     header = dataclasses.replace(
-        HEADER, configurations={"dense": None, "F": TokenSparseConfig.published().to_dict()}
+        HEADER, configurations={"dense": None, "F": TokenSelectionConfig().to_dict()}
     )
     samples = []
     for index, (dense, score) in enumerate(scores):
@@ -209,7 +209,7 @@ def test_the_aim_is_judged_at_its_length_and_by_later_seeds(monkeypatch):
 
 
 def test_single_heads_are_named_by_cost(tmp_path):
-    setting = LayerSetting("fallback_samples", 4096)
+    setting = LayerSetting("num_samples", 4096)
     costs = {2: 0.1, 0: 0.4, 1: 0.2, 3: 0.05, 4: 0.03}
     heads = tuple(HeadSensitivity(6, head, setting, cost, 0.01) for head, cost in costs.items())
     whole = Sensitivity(6, setting, 0.7, None, 0.1, 0.5, 1)
@@ -222,7 +222,7 @@ def test_single_heads_are_named_by_cost(tmp_path):
 
 def test_goals_name_dense_heads(tmp_path):
     rows = [
-        Sensitivity(0, LayerSetting("fallback_samples", 9, heads), cost, None, 0.1, work, 1)
+        Sensitivity(0, LayerSetting("num_samples", 9, heads), cost, None, 0.1, work, 1)
         for heads, cost, work in (((), 1.0, 0.1), ((2,), 0.5, 0.3), ((0, 2), 0.1, 0.5))
     ]
     result = calibrated(sensitivity=tuple(rows))
@@ -249,7 +249,7 @@ def test_the_published_rule_goes_by_its_own_name():
     made = results(1024, [(1.0, 0.5)], sparse=True)
     header = dataclasses.replace(
         made.header,
-        configurations={"dense": None, "published": TokenSparseConfig.published().to_dict()},
+        configurations={"dense": None, "published": TokenSelectionConfig().to_dict()},
     )
     samples = tuple(
         dataclasses.replace(s, configuration="published") if s.configuration == "F" else s

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from benchmarks.frontier.heads import far_attention, observe
 
 from integrations.models import make_ids, make_model
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig
 
 
 def test_far_attention_is_what_lies_before_the_window():
@@ -31,14 +33,12 @@ def test_far_attention_is_what_lies_before_the_window():
 def test_every_layer_is_observed_and_the_model_left_as_it_was():
     model, ids = make_model("Llama"), make_ids(300)
     before = model(ids).logits
-    few = TokenSparseConfig.published(
-        window_size=4,
-        min_tokens=8,
-        drop_mass=None,
-        select_queries=False,
-        fallback="window",
-        fallback_window=16,
-        fallback_samples=8,
+    few = KVSamplingConfig(
+        num_probes=4,
+        sliding_window=16,
+        sink_size=0,
+        num_samples=8,
+        dense_queries=0,
         crossover="off",
     )
     layers = observe(model, ids, few)
@@ -46,6 +46,6 @@ def test_every_layer_is_observed_and_the_model_left_as_it_was():
     assert all(
         0 < share < 1 and error > 0 for x in layers for share, error in zip(x["far"], x["error"])
     )
-    many = TokenSparseConfig.from_dict({**few.to_dict(), "fallback_samples": 300})
+    many = dataclasses.replace(few, num_samples=300)
     assert all(max(layer["error"]) < 1e-3 for layer in observe(model, ids, many))
     assert torch.equal(model(ids).logits, before)

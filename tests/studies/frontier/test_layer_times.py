@@ -7,13 +7,14 @@ import torch
 from benchmarks.frontier.layer_times import layer_times, speed_up
 
 from integrations.models import make_ids, make_model
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import TokenSelectionConfig
+from token_sparse_attention.attention.names import parse_backend
 from token_sparse_attention.evaluation.settings import Configuration
 
-SPARSE = TokenSparseConfig.published(
-    drop_mass=0.4, window_size=4, pool_size=3, min_tokens=8, crossover="off", sparse_layers=(1,)
+SPARSE = TokenSelectionConfig(
+    drop_mass=0.4, observation_window=4, pool_size=3, min_tokens=8, sparse_layers=(1,)
 )
-STREAMING = 'streaming:{"sink_size": 0, "local_size": 1}'
+STREAMING = parse_backend('streaming:{"sink_size": 0, "local_size": 1}')
 
 
 @pytest.mark.parametrize("repeat_heads", [1, 3])
@@ -24,7 +25,7 @@ def test_every_layer_is_timed_under_every_setting(monkeypatch, repeat_heads):
     ran, heads = [], set()
 
     def sparse(query, key, *_, **given):
-        ran.append(given["attention_backend"])
+        ran.append(given["execution"].attention_backend)
         heads.add((query.shape[1], key.shape[1]))
         return torch.zeros_like(query)
 

@@ -13,7 +13,7 @@ from benchmarks.frontier.observed import attending
 from benchmarks.frontier.positions import attention, choose_variants, find_places, look
 
 from integrations.models import LAYERS, make_ids, make_model
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig
 from token_sparse_attention.integrations.transformers import apply
 
 TEXT = "One special magic uuid for a-b is: c-d. One special magic uuid for e-f is: g-h. Which?"
@@ -59,8 +59,8 @@ def test_variants_take_the_places_and_single_heads():
 
 def test_one_layer_is_sparse_where_it_is_told_to_be():
     model, ids = make_model("Llama"), make_ids(200)
-    few = TokenSparseConfig(
-        window_size=4, min_tokens=8, fallback_window=16, fallback_sinks=0, fallback_samples=8,
+    few = KVSamplingConfig(
+        num_probes=4, sliding_window=16, sink_size=0, num_samples=8,
         dense_queries=0, crossover="off", sparse_layers=(1,),
     )  # fmt: skip
     dense = model(ids).logits

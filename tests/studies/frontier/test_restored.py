@@ -9,14 +9,14 @@ import pytest
 from benchmarks.frontier import restored
 
 from evaluation.results import HEADER, pair
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig
 from token_sparse_attention.evaluation.record import EvalResults
 
-BASE = TokenSparseConfig(crossover="off").to_dict()
+BASE = KVSamplingConfig(crossover="off").to_dict()
 
 
 def profile(layers):
-    return {"version": 1, "base": BASE, "layers": layers}
+    return {"version": 2, "base": BASE, "layers": layers}
 
 
 def results(nats):
@@ -77,7 +77,7 @@ def test_a_prompt_that_only_the_other_point_has_is_left_out():
     [
         (None, "dense"),
         (BASE, "4,096 samples"),
-        (BASE | {"fallback_window": 8192}, "4,096 samples, window 8,192"),
+        (BASE | {"sliding_window": 8192}, "4,096 samples, window 8,192"),
         (profile({"0": {}, "2": {}}), "layer 1 dense"),
         (profile({"2": {}}), "layers 0, 1 dense"),
         (
@@ -85,7 +85,7 @@ def test_a_prompt_that_only_the_other_point_has_is_left_out():
             "head 4 of layer 1 dense, heads 0, 2 of layer 2 dense",
         ),
         (
-            profile({"0": {}, "1": {"fallback_samples": 16384}, "2": {"fallback_samples": 16384}}),
+            profile({"0": {}, "1": {"num_samples": 16384}, "2": {"num_samples": 16384}}),
             "16,384 samples in layers 1, 2",
         ),
     ],

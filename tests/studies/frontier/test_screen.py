@@ -10,7 +10,8 @@ from benchmarks.frontier import screen
 from benchmarks.frontier.answers import likelihood
 
 from evaluation.small import CONFIG, make_samples, run_eval, save_model
-from token_sparse_attention import TokenSparseConfig, run
+from token_sparse_attention import run
+from token_sparse_attention.config import config_from_dict
 from token_sparse_attention.evaluation import generate, harness
 from token_sparse_attention.evaluation.record import load_results
 from token_sparse_attention.evaluation.samples import SampleSet
@@ -36,7 +37,7 @@ def test_a_result_is_one_of_tsa_eval_with_probabilities_as_scores(tmp_path, monk
     loaded, tokenizer = run.load_model(model, device="cpu")
     (sample,) = SampleSet.load(samples).samples
     ids = generate.encode(loaded, tokenizer, sample.prompt, sample.max_new_tokens)
-    for result, settings in zip(ours.samples, (None, TokenSparseConfig.from_dict(config))):
+    for result, settings in zip(ours.samples, (None, config_from_dict(config))):
         expected = likelihood(loaded, tokenizer, ids, sample, settings)
         assert float(result.reply) == pytest.approx(float(expected.text), abs=1e-4)
         assert result.score == pytest.approx(math.exp(-float(result.reply)))

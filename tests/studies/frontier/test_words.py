@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.frontier import words
 
-from token_sparse_attention import TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig
 
 NO_VARIANT = {
     **dict.fromkeys(("union", "value_norm"), False),
@@ -19,24 +19,24 @@ NO_VARIANT = {
 
 
 def test_whatever_differs_is_said():
-    plain = TokenSparseConfig.published(fallback="window").to_dict() | {"sparse_layers": None}
-    texts = {words.describe(plain, {})}
-    for field, value in (
-        ("sparse_layers", [1, 2, 4]),
-        ("sparse_layers", [1, 2, 3, 4]),
-        ("drop_mass", 0.5),
-        ("fallback", "zero"),
-        ("fallback_window", 64),
-        ("budget", "per_head"),
-        ("window_size", 64),
-        ("fallback_sinks", 4),
-        ("fallback_landmarks", 7),
-        ("fallback_samples", 7),
-        ("dense_queries", 7),
-        ("select_queries", False),
-        ("pool_size", 63),
+    plain = TokenSelectionConfig(fallback="window").to_dict()
+    sampling = KVSamplingConfig(sliding_window=512, sink_size=0, dense_queries=0).to_dict()
+    texts = {words.describe(plain, {}), words.describe(sampling, {})}
+    for settings, field, value in (
+        (plain, "sparse_layers", [1, 2, 4]),
+        (plain, "sparse_layers", [1, 2, 3, 4]),
+        (plain, "drop_mass", 0.5),
+        (plain, "fallback", "zero"),
+        (plain, "sliding_window", 64),
+        (plain, "budget", "per_head"),
+        (plain, "observation_window", 64),
+        (sampling, "num_probes", 64),
+        (sampling, "sink_size", 4),
+        (sampling, "num_samples", 7),
+        (plain, "dense_queries", 7),
+        (plain, "pool_size", 63),
     ):
-        texts.add(words.describe(plain | {field: value}, {}))
+        texts.add(words.describe(settings | {field: value}, {}))
     for field, value in (
         ("dense_last", 128),
         ("pooled", 64),
@@ -53,32 +53,24 @@ def test_whatever_differs_is_said():
         ("union", True),
     ):
         texts.add(words.describe(plain, NO_VARIANT | {field: value}))
-    assert len(texts) == 1 + 13 + 13
+    assert len(texts) == 2 + 12 + 13
 
 
 def test_a_profile_names_its_layers_by_what_they_run():
-    base = TokenSparseConfig.published(
-        fallback="window",
-        drop_mass=None,
-        select_queries=False,
-        fallback_sinks=4,
-        sparse_layers=None,
-    ).to_dict()
+    base = KVSamplingConfig(sliding_window=512, num_samples=0, dense_queries=0).to_dict()
     layers = {
-        "0": {"fallback_samples": 4096},
-        "3": {"fallback_samples": 4096},
-        "4": {"fallback_samples": 1024, "dense_heads": [5]},
+        "0": {"num_samples": 4096},
+        "3": {"num_samples": 4096},
+        "4": {"num_samples": 1024, "dense_heads": [5]},
         "5": {},
     }
-    label = words.describe({"version": 1, "base": base, "layers": layers}, {})
+    label = words.describe({"version": 2, "base": base, "layers": layers}, {})
     assert label == (
         "layers 0, 3: 4096 sampled keys; "
         "layer 4: 1024 sampled keys, head 5 dense; layer 5; "
         "each 4 sinks, no queries dropped"
     )
-    nothing_shared = {
-        "1": {"drop_mass": 0.005, "select_queries": True, "fallback_sinks": 0},
-        "2": {},
-    }
-    label = words.describe({"version": 1, "base": base, "layers": nothing_shared}, {})
-    assert label == "layer 1: drop mass 0.005; layer 2: 4 sinks, no queries dropped"
+    base = TokenSelectionConfig().to_dict()
+    nothing_shared = {"1": {}, "2": {"drop_mass": 0.5, "fallback": "window"}}
+    label = words.describe({"version": 2, "base": base, "layers": nothing_shared}, {})
+    assert label == "layer 1: drop mass 0.005, zeros; layer 2: drop mass 0.5"

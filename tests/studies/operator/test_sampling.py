@@ -83,9 +83,7 @@ def test_every_setting_and_stage_is_measured(tmp_path):
 def test_settings_are_what_their_names_say():
     common = OpOptions(device="cpu", lengths=(640,), backends=("flash",))
     found = sampling.SamplingOptions(common, (16, 64), (30,), (8,)).settings()
-    shown = {
-        name: (c.fallback_sinks, c.fallback_samples, c.dense_queries) for name, c in found.items()
-    }
+    shown = {name: (c.sink_size, c.num_samples, c.dense_queries) for name, c in found.items()}
     assert shown == {
         "window": (0, 0, 0),
         "sinks-30": (30, 0, 0),
@@ -95,7 +93,7 @@ def test_settings_are_what_their_names_say():
         "samples-64-dense-8": (0, 64, 8),
     }
     assert {c.budget for name, c in found.items() if "per-head" in name} == {"per_head"}
-    assert not any(c.select_queries or c.crossover != "off" for c in found.values())
+    assert {(c.sliding_window, c.crossover) for c in found.values()} == {(512, "off")}
     alone = sampling.SamplingOptions(common, (), (), (8,)).settings()
     assert list(alone) == ["window", "window-dense-8"]
 

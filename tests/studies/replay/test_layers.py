@@ -6,52 +6,67 @@ import dataclasses
 
 import pytest
 import torch
-from benchmarks.replay.layers import (
-    LayerRun,
-    Replayer,
-    ReplayOptions,
-    Shape,
-    head_counts,
-    make_selection,
-    run_with,
-)
+from benchmarks.replay.layers import LayerRun, Replayer, ReplayOptions, Shape, head_counts
+from benchmarks.replay.method import Replayed, ReplayedConfig, make_selection, replayed
 
-from token_sparse_attention import TokenSparseConfig, functional, token_sparse_attention
+from token_sparse_attention import (
+    AuxRequest,
+    Execution,
+    KVSamplingConfig,
+    TokenSelectionConfig,
+    token_sparse_attention,
+)
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.benchmark.checks import check_sparse, random_inputs
-from token_sparse_attention.crossover import NEVER_DENSE
 from token_sparse_attention.errors import UsageError
+from token_sparse_attention.methods.selection import select_tokens
+from token_sparse_attention.scoring import score_tokens
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 16)
-CONFIG = TokenSparseConfig.published(
-    drop_mass=0.3, window_size=16, pool_size=3, min_tokens=32, crossover="off"
-)
-WINDOWED = dataclasses.replace(
-    CONFIG, budget="per_head", fallback="window", fallback_window=24, fallback_sinks=2
-)
-SAMPLED = dataclasses.replace(
-    WINDOWED, fallback_samples=40, fallback_landmarks=5, dense_queries=30
-)
-EVERY_QUERY = dataclasses.replace(SAMPLED, drop_mass=None, select_queries=False)
+CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=16, pool_size=3, min_tokens=32)
+WINDOWED = dataclasses.replace(CONFIG, budget="per_head", fallback="window", sliding_window=24)
+LAST_DENSE = dataclasses.replace(WINDOWED, dense_queries=30)
+SAMPLED = KVSamplingConfig(
+    num_probes=16, sliding_window=24, sink_size=2, num_samples=40, budget="per_head",
+    dense_queries=30, crossover="off",
+)  # fmt: skip
 OPTIONS = ReplayOptions(CPU, torch.float32, budget_seconds=0.001)
+SELECTION = AuxRequest(selection=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig(ReplayedConfig, method="own_selection"):
+    """Settings of `Own`."""
+
+
+class Own(Replayed, config=OwnConfig):
+    """Replays what the operator itself selects."""
+
+    def chosen(self, problem):
+        scores = score_tokens(problem.query, problem.key, self.num_probes)
+        plain = {one.name: getattr(self.config, one.name) for one in dataclasses.fields(CONFIG)}
+        return select_tokens(scores, TokenSelectionConfig(**plain))
 
 
 def make_inputs(seq_len=257):
     return random_inputs(seq_len, *SHAPE, CPU, torch.float32)
 
 
-def run(inputs, config, selection, impl="reference"):
-    how = {"even": NEVER_DENSE, "impl": impl, "backend": "flash", "kept": 0.5}
-    return run_with(inputs, config, selection, **how)
+def run(inputs, config, counts, impl="reference"):
+    """Replay counts; return the output and what was attended over."""
+    config = replayed(config, counts, inputs.query.shape[2])
+    how = {"execution": Execution(impl, "flash"), "return_aux": SELECTION}
+    return token_sparse_attention(*inputs, config, **how)[:2]
 
 
-@pytest.mark.parametrize("config", [CONFIG, WINDOWED, SAMPLED], ids=["zero", "window", "samples"])
+@pytest.mark.parametrize("config", [CONFIG, WINDOWED, LAST_DENSE], ids=["zero", "window", "last"])
 def test_with_its_own_selection_it_is_the_operator(config):
     inputs = make_inputs()
-    out, selection = token_sparse_attention(*inputs, config, return_selection=True)
+    out, selection, _ = token_sparse_attention(*inputs, config, return_aux=SELECTION)
     assert selection.ran_sparse.all()
-    assert torch.equal(run(inputs, config, selection), out)
+    own = OwnConfig(**{one.name: getattr(config, one.name) for one in dataclasses.fields(config)})
+    assert torch.equal(token_sparse_attention(*inputs, own), out)
 
 
 @pytest.mark.parametrize(
@@ -66,15 +81,16 @@ def test_with_its_own_selection_it_is_the_operator(config):
 )
 def test_it_attends_over_what_was_given(kept, impl):
     inputs = make_inputs(131)
-    selection = make_selection(kept, 16, inputs, padded=impl == "triton")
-    out = run(inputs, WINDOWED, selection, impl)
+    out, selection = run(inputs, WINDOWED, kept, impl)
+    expected = [131] * 4 if kept is None else list(kept) * (4 // len(kept))
+    assert selection.lengths.tolist() == [expected]
+    assert selection.ran_sparse.tolist() == [kept is not None]
     assert check_sparse(inputs, out, selection, WINDOWED, reference_error=1e-6).passed
     assert not check_sparse(inputs, out * 1.01, selection, WINDOWED, reference_error=1e-6).passed
 
 
 def test_selections_are_random_slots_and_the_window():
-    inputs = make_inputs()
-    selection = make_selection((20, 257, 16, 200), 16, inputs, padded=True)
+    selection = make_selection((20, 257, 16, 200), 16, 4, 257, CPU, padded=True)
     assert selection.indices.shape == (1, 4, 257)
     assert selection.indices.dtype == selection.lengths.dtype == torch.int32
     assert selection.lengths.tolist() == [[20, 257, 16, 200]]
@@ -82,9 +98,14 @@ def test_selections_are_random_slots_and_the_window():
         assert (slots[:count].diff() > 0).all()
         assert slots[count - 16 : count].tolist() == list(range(241, 257))
         assert (slots[count:] == -1).all()
-    shared = make_selection((50,), 16, inputs, padded=False)
+    shared = make_selection((50,), 16, 4, 257, CPU, padded=False)
     assert shared.indices.shape == (1, 4, 50)
     assert len({tuple(slots) for slots in shared.indices[0].tolist()}) == 4
+
+
+def test_counts_that_leave_out_the_window_are_refused():
+    with pytest.raises(ValueError, match="counts must be at least 16, got 15"):
+        replayed(CONFIG, (15,), 257)
 
 
 def test_recorded_heads_are_repeated_or_thinned_out():
@@ -129,8 +150,8 @@ def test_more_than_the_crossover_allows_is_still_replayed():
     assert Replayer(OPTIONS, SHAPE, 600).point(LayerRun(config, (0.9,))).passed
 
 
-def test_dense_heads_are_repeated_to_fit_and_checked(monkeypatch):
-    config = dataclasses.replace(EVERY_QUERY, dense_heads=(1,))
+def test_dense_heads_are_repeated_to_fit_and_checked():
+    config = dataclasses.replace(SAMPLED, dense_heads=(1,))
     replayer = Replayer(OPTIONS, Shape(8, 2, 16), 257)
     point = replayer.point(LayerRun(config, (0.2, 1.0, 0.2, 0.2)))
     assert point.passed
@@ -138,8 +159,9 @@ def test_dense_heads_are_repeated_to_fit_and_checked(monkeypatch):
     assert [count == 257 for count in point.kept] == [head in (2, 3) for head in range(8)]
     few = Replayer(OPTIONS, Shape(2, 1, 16), 257).point(LayerRun(config, (0.2, 1.0, 0.2, 0.2)))
     assert few.settings["dense_heads"] == [], "thinned out"
-    monkeypatch.setattr(functional, "_attend_dense_heads", lambda *_: None)
-    wrong = Replayer(OPTIONS, Shape(8, 2, 16), 257).point(LayerRun(config, (0.2, 1.0, 0.2, 0.2)))
+    out, selection, _ = token_sparse_attention(*replayer.inputs, SAMPLED, return_aux=SELECTION)
+    dense = dataclasses.replace(SAMPLED, dense_heads=(2, 3))
+    wrong = check_sparse(replayer.inputs, out, selection, dense, reference_error=1e-6)
     assert not wrong.passed, "heads that are not dense do not pass for it"
 
 
@@ -161,7 +183,7 @@ def test_wrong_results_and_lack_of_memory_are_recorded(monkeypatch):
     assert skipped.note == "OutOfMemoryError: too large"
 
 
-def test_layers_that_select_no_queries_are_timed_as_they_are(monkeypatch):
+def test_layers_that_sample_keys_are_timed_as_they_are(monkeypatch):
     """There are no counts to replay, so what is timed is the operator, and sparse."""
     timed = []
     monkeypatch.setattr(
@@ -170,21 +192,19 @@ def test_layers_that_select_no_queries_are_timed_as_they_are(monkeypatch):
         lambda calls, *_: timed.extend(calls) or [timing.summarize("graph", [1.0])] * len(calls),
     )
     replayer = Replayer(OPTIONS, SHAPE, 600)
-    shared = dataclasses.replace(EVERY_QUERY, crossover="auto", budget="shared")
-    for config in (EVERY_QUERY, shared):
+    shared = dataclasses.replace(SAMPLED, crossover="auto", budget="shared")
+    for config in (SAMPLED, shared):
         point = replayer.point(LayerRun(config, (0.1,)))
         assert (point.passed, point.settings) == (True, config.to_dict())
-        sparse = dataclasses.replace(config, crossover="off", min_tokens=0)
-        out, selection = token_sparse_attention(*replayer.inputs, sparse, return_selection=True)
+        sparse = dataclasses.replace(config, crossover="off")
+        out, selection, _ = token_sparse_attention(*replayer.inputs, sparse, return_aux=SELECTION)
         assert torch.equal(timed[-1](), out)
         assert selection.ran_sparse.all()
         assert set(point.kept) == set(selection.lengths[0].tolist())
         assert replayer.point(LayerRun(config, (0.2, 0.3, 0.4, 0.5))) is point
         assert replayer.point(LayerRun(config, ())) is replayer.dense, "only lengths made it so"
-    alone = dataclasses.replace(CONFIG, fallback="window", drop_mass=None, select_queries=False)
+    alone = dataclasses.replace(SAMPLED, num_samples=0, sink_size=0, budget="shared")
     assert replayer.point(LayerRun(alone, (0.0,))).kept == (0,)
-    too_long = dataclasses.replace(EVERY_QUERY, min_tokens=1000)
-    assert replayer.point(LayerRun(too_long, (0.1,))).passed, "it ran sparse where it was recorded"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +214,7 @@ def test_layers_that_select_no_queries_are_timed_as_they_are(monkeypatch):
         (lambda: ReplayOptions(CPU, share_within=1.0), r"--share-within must be in \[0, 1\)"),
         (
             lambda: Replayer(OPTIONS, SHAPE, 16).point(LayerRun(CONFIG, (0.5,))),
-            "must exceed the settings' window_size 16, got 16",
+            "must exceed the 16 queries that score keys, got 16",
         ),
         (
             lambda: Replayer(dataclasses.replace(OPTIONS, attention_backend="fa4"), SHAPE, 64),

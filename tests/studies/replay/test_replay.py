@@ -12,17 +12,18 @@ import torch
 from benchmarks.replay.__main__ import main
 from benchmarks.replay.accuracy import frontier_table, join, target_of
 from benchmarks.replay.layers import LayerRun, ReplayOptions, Shape
+from benchmarks.replay.method import ReplayedConfig
 from benchmarks.replay.results import Replay, chosen_samples, layer_runs, replay
 
 from evaluation.results import DENSE, HEADER, SPARSE
-from token_sparse_attention import LayerProfile, TokenSparseConfig
+from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.benchmark import checks, timing
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.record import EvalResults, save_results
 from token_sparse_attention.evaluation.summary import layer_shares
 
-CONFIG = TokenSparseConfig.published(window_size=8, pool_size=3, min_tokens=8, crossover="off")
-PER_HEAD = dataclasses.replace(CONFIG, budget="per_head", fallback="window", fallback_window=16)
+CONFIG = TokenSelectionConfig(observation_window=8, pool_size=3, min_tokens=8)
+PER_HEAD = dataclasses.replace(CONFIG, budget="per_head", fallback="window", sliding_window=16)
 PROFILE = LayerProfile(CONFIG, {1: {"drop_mass": 0.2}})
 RESULTS_HEADER = dataclasses.replace(
     HEADER,
@@ -71,11 +72,11 @@ def in_theory(monkeypatch):
 
 
 def theoretical_ms(call) -> float:
-    selection = next((a for a in call.args if hasattr(a, "ran_sparse")), None)
-    if selection is None:
+    config = next((a for a in call.args if isinstance(a, ReplayedConfig)), None)
+    if config is None:
         return 100.0
-    shares = selection.lengths.double() / 128
-    return float(shares.square().mean()) * 100 + 1
+    shares = [count / 128 for count in config.counts or (128,)]
+    return fmean(share**2 for share in shares) * 100 + 1
 
 
 @pytest.mark.parametrize("name", list(KEPT))
@@ -243,11 +244,12 @@ def test_patterns_are_shown_but_not_replayed():
         dataclasses.replace(OPTIONS, attention_backend="streaming")
 
 
-def test_layers_that_select_no_queries_are_replayed(tmp_path):
+def test_layers_that_sample_keys_are_replayed(tmp_path):
     """Counts differ from sample to sample, but what is timed does not depend on them."""
-    every = dataclasses.replace(
-        PER_HEAD, drop_mass=None, select_queries=False, fallback_samples=20, dense_queries=4
-    )
+    every = KVSamplingConfig(
+        num_probes=8, sliding_window=16, sink_size=0, num_samples=20, budget="per_head",
+        dense_queries=4, crossover="off",
+    )  # fmt: skip
     settings = {**RESULTS_HEADER.configurations, "shared": every.to_dict()}
     header = dataclasses.replace(RESULTS_HEADER, configurations=settings)
     kept = iter([[[19, 20, 21, 20], 20], [20, None]])
