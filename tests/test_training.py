@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from token_sparse_attention import LayerProfile, TokenSparseConfig, bundled
+from token_sparse_attention import KVSamplingConfig, LayerProfile, bundled
 from token_sparse_attention.config import PROFILE_FILE
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +166,7 @@ def test_the_card_is_what_the_results_say(tmp_path):
 def test_the_card_refuses_a_profile_that_the_results_are_not_of(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(bundled.MODEL / name, tmp_path)
-    other = LayerProfile(TokenSparseConfig(), {0: {"dense_heads": (4,)}})
+    other = LayerProfile(KVSamplingConfig(), {0: {"dense_heads": (4,)}})
     (tmp_path / PROFILE_FILE).write_text(other.to_json())
     with training_importable():
         from training import card

@@ -43,7 +43,7 @@ class Batch:
 
 
 def shares(length: int) -> list[float]:
-    """How often each task is drawn for rows of this length, in the order of ``TASKS``."""
+    """How often each task is sampled for rows of this length, in the order of ``TASKS``."""
     if length <= 512:
         return [0.37, 0.03, 0.0, 0.0, 0.25, 0.25, 0.10]
     if length <= 2048:
@@ -61,18 +61,18 @@ def make_row(task: str, length: int, pieces: Pieces, rng: Generator) -> Row:
 
 def make_batch(pieces: Pieces, rng: Generator, length: int, tokens: int) -> Batch:
     """A batch of ``tokens`` tokens."""
-    drawn = rng.choice(len(TASKS), size=tokens // length, p=shares(length))
-    rows = [make_row(TASKS[task], length, pieces, rng) for task in drawn]
+    chosen = rng.choice(len(TASKS), size=tokens // length, p=shares(length))
+    rows = [make_row(TASKS[task], length, pieces, rng) for task in chosen]
     share = 0.3 if length <= 512 else 0.6
     return Batch(
         np.array([row.tokens for row in rows], dtype=np.int32),
         np.array([row.classes for row in rows], dtype=np.uint8),
         np.stack([samples.positions(rng, length, share, LONGEST) for _ in rows]),
-        drawn.astype(np.uint8),
+        chosen.astype(np.uint8),
     )
 
 
-def draw_length(rng: Generator, length: int) -> int:
+def sample_length(rng: Generator, length: int) -> int:
     """Mostly the stage's length; at times a shorter one, so that nothing is forgotten."""
     if length >= 1024 and rng.random() < 0.25:
         return int(512 << rng.integers(0, int(np.log2(length // 512)) + 1))
@@ -83,7 +83,7 @@ def _work(data: Path, tokens: int, seed: int, length: Any, queue: Any, stop: Eve
     pieces = Pieces(data)
     rng = np.random.default_rng(seed)
     while not stop.is_set():
-        queue.put(make_batch(pieces, rng, draw_length(rng, length.value), tokens))
+        queue.put(make_batch(pieces, rng, sample_length(rng, length.value), tokens))
 
 
 class Feed:

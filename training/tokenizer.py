@@ -1,6 +1,6 @@
 """The tokenizer of the bundled model: byte-level BPE with one token per digit.
 
-Text is cut into digits, words (with the space before them), runs of punctuation (likewise),
+Text is cut into digits, words and runs of punctuation (each with the space before it),
 runs of newlines and runs of other white space; merges never cross those cuts. Two texts may
 therefore be encoded separately and joined wherever such a cut lies between them, which is how
 the training samples are built.

@@ -41,8 +41,8 @@ def attend_block_lists(
 
     Args:
         query: ``[B, H, S_q, D]``, unit stride over D, a power of two.
-        key: ``[B, H_kv, S_kv, D]``, likewise.
-        value: likewise.
+        key: ``[B, H_kv, S_kv, D]``, of the same dtype.
+        value: as key.
         partial: counts ``[B, H, Q]`` and numbers ``[B, H, Q, P]``, int32, of the blocks in which
             the causal rule is asked; they hold at least the diagonal.
         full: of the blocks in which it is not.

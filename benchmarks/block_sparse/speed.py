@@ -164,8 +164,8 @@ def check_blocks(
     slots = torch.arange(mask.grid.kv_len, device=out.device)
     inside = torch.arange(mask.grid.block_size[1], device=out.device)
     errors = []
-    for head in checks._sampled_heads(inputs):
-        for position in checks._sample(slots).tolist():
+    for head in checks.sampled_heads(inputs):
+        for position in checks.sampled_slots(slots).tolist():
             block = position // mask.grid.block_size[0]
             allowed = torch.zeros(mask.grid.kv_len + mask.grid.block_size[1], dtype=torch.bool)
             allowed = allowed.to(out.device)

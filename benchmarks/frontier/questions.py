@@ -124,7 +124,7 @@ FAMILIES = {
     "drop": ("drop mass", "tab:orange"),
     "published": ("zeros", "tab:red"),
 }
-"""What points are drawn as, by the first word of their names."""
+"""Label and colour of points, by the first word of their names."""
 OTHERS = ("other questions", "tab:gray")
 LABELLED = (
     "keys-only",

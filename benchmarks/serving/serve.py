@@ -29,7 +29,6 @@ from transformers import AutoTokenizer
 
 from token_sparse_attention import TokenSelectionConfig, bundled
 from token_sparse_attention.info import provenance
-from vllm_plugin.server import serve, storm
 
 ROUNDS = 4
 SETTINGS = {
@@ -40,6 +39,8 @@ SETTINGS = {
 
 def measure(name: str, prompts: list[list[int]], answers: list[str], concurrency: int) -> Any:
     """Start a server under one setting, send everything in rounds, and say what came of it."""
+    from vllm_plugin.server import serve, storm  # among the tests
+
     given = {"config": SETTINGS[name].to_dict()}
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics"

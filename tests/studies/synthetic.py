@@ -79,7 +79,7 @@ def prefill_result() -> ResultFile:
 
 
 def far_result() -> ResultFile:
-    """Dense 200 ms: drawing 4, windows 3, 9 with far tokens; dense queries 2 more."""
+    """Dense 200 ms: sampling 4, windows 3, 9 with sampled keys; dense queries 2 more."""
     checked = {"suite": "far", "passed": True, "error": 2e-3}
     records = [
         record("far/dense/fa4", ms=200.0, **checked),

@@ -93,10 +93,10 @@ def check_dense(inputs: Inputs, out: Tensor) -> Verdict:
 def dense_error(inputs: Inputs, out: Tensor) -> float:
     """Return the relative error of dense causal attention, the worst of the sampled rows."""
     slots = torch.arange(inputs.key.shape[2], device=out.device)
-    positions = _sample(slots)
+    positions = sampled_slots(slots)
     return max(
         row_error(out[0, head, positions], exact_rows(inputs, head, positions, slots))
-        for head in _sampled_heads(inputs)
+        for head in sampled_heads(inputs)
     )
 
 
@@ -124,7 +124,7 @@ def check_sparse(
         return judge(dense_error(inputs, out), bound, problems)
     problems, errors = [], []
     slots = torch.arange(inputs.key.shape[2], device=out.device)
-    for head in sorted({*_sampled_heads(inputs), *config.dense_heads[:1]}):
+    for head in sorted({*sampled_heads(inputs), *config.dense_heads[:1]}):
         chosen = selection.indices[0, head, : int(selection.lengths[0, head])].long()
         if not bool((chosen.diff() > 0).all()):
             problems.append(f"head {head}: slots do not ascend")
@@ -138,7 +138,7 @@ def check_sparse(
                 if bool(out[0, head, queries].any()):
                     problems.append(f"head {head}: dropped queries are not zero")
                 continue
-            positions = _sample(queries)
+            positions = sampled_slots(queries)
             exact = exact_rows(inputs, head, positions, keys, near)
             errors.append(row_error(out[0, head, positions], exact))
         if ratio is not None and isinstance(config, TokenSelectionConfig):
@@ -241,13 +241,14 @@ def _kv_head(inputs: Inputs, head: int) -> int:
     return head // (inputs.query.shape[1] // inputs.key.shape[1])
 
 
-def _sampled_heads(inputs: Inputs) -> list[int]:
+def sampled_heads(inputs: Inputs) -> list[int]:
+    """Return the query heads that checks look at."""
     num_heads = inputs.query.shape[1]
     return sorted({0, num_heads // 2, num_heads - 1})
 
 
-def _sample(slots: Tensor) -> Tensor:
-    """Return some of the slots, the first and the last among them."""
+def sampled_slots(slots: Tensor) -> Tensor:
+    """Return the slots that checks look at, the first and the last among them."""
     count = min(_ROWS, len(slots))
     return slots[torch.linspace(0, len(slots) - 1, count, device=slots.device).round().long()]
 
