@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from token_sparse_attention import KVSamplingConfig, LayerProfile, bundled
-from token_sparse_attention.config import PROFILE_FILE
+from token_sparse_attention.profile import PROFILE_FILE
 
 ROOT = Path(__file__).parent.parent
 
