@@ -41,9 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, help="training time of a run, in place of the recipe's")
     add("--stop-after", type=float, metavar="MIN", help="stop this call early; go on by --resume")
     add("--resume", type=Path, metavar="DIR", help="go on from the state saved in DIR")
-    add(
-        "--stages", type=_stages, help="LENGTH:SHARE,... in place of the recipe's"
-    )
+    add("--stages", type=_stages, help="LENGTH:SHARE,... in place of the recipe's")
     add("--micro-batch", type=int, default=131072, help="tokens per forward pass")
     add("--accumulate", type=int, default=2, help="forward passes per step")
     add("--peak", type=float, help="highest learning rate, in place of the recipe's")
