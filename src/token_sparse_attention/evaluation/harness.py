@@ -1,6 +1,6 @@
 """What lm-evaluation-harness does here: it makes prompts, and it scores replies.
 
-Nothing else in this package imports it.
+Only this module and `integrations.lm_eval` import it.
 """
 
 from __future__ import annotations
