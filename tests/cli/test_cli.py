@@ -320,10 +320,11 @@ def test_running_out_of_memory_is_a_failed_job(folder, capsys, monkeypatch, step
     asked = ("run", str(folder / "model"), "--prompt-file", str(folder / "document.txt"))
     capsys.readouterr()
     assert main([*asked, "--config", "published"]) == 1
-    error = capsys.readouterr().err
+    *progress, error = capsys.readouterr().err.splitlines()
     assert error.startswith("tsa: out of memory at 300 prompt tokens, sparse: ")
     assert "tried to allocate" in error
-    assert error.count("\n") == 1
+    assert progress[0] == f"tsa: loading {folder / 'model'}"
+    assert all(line.startswith("tsa: ") for line in progress)
 
 
 def test_other_failures_are_not_taken_for_a_lack_of_memory():
@@ -336,7 +337,7 @@ def test_calibration_and_the_demo_run_out_of_memory_too(folder, capsys, monkeypa
     asked = ["calibrate", str(folder / "model"), "--method", "drift", "--length", "90"]
     assert main([*asked, "--text", str(folder / "document.txt")]) == 1
     assert "out of memory at 90 prompt tokens, calibrating: tried" in capsys.readouterr().err
-    monkeypatch.setattr(demo, "answer", no_memory)
+    monkeypatch.setattr(demo, "read", no_memory)
     assert main(["demo"]) == 1
     assert re.search("out of memory at .* prompt tokens, dense: tried", capsys.readouterr().err)
 

@@ -116,7 +116,7 @@ def test_settings_that_do_not_answer_as_apply_does(model, tasks, dense):
 def test_prompts_that_all_run_dense_are_an_error_that_says_why(model, tasks):
     lm = loaded(SparseHFLM, model)  # windows of 2,048 tokens
     for name in ("replies", "choices"):
-        with pytest.raises(JobFailedError, match="no layer ran sparse .*: context too short"):
+        with pytest.raises(JobFailedError, match=r"no layer ran sparse .*: context too short"):
             evaluated(lm, tasks, [name])
 
 
@@ -145,9 +145,9 @@ def test_padded_log_likelihoods_are_refused(model, tasks):
 
 
 def test_settings_are_read_as_the_commands_read_them(model):
-    with pytest.raises(UsageError, match="--config publishd cannot be used.*'published'"):
+    with pytest.raises(UsageError, match=r"--config publishd cannot be used.*'published'"):
         loaded(SparseHFLM, model, sparse_config="publishd")
-    with pytest.raises(UsageError, match="token_sparse_profile.json"):
+    with pytest.raises(UsageError, match=r"token_sparse_profile.json"):
         loaded(SparseHFLM, model, sparse_config="profile")
     with pytest.raises(UsageError, match="did you mean 'num_samples'"):
         loaded(SparseHFLM, model, sparse_config={"num_sample": 3})
