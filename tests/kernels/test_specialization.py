@@ -11,6 +11,7 @@ import torch
 
 from support import SAMPLING, SMALL, WITH_BOTH, make_problem
 from token_sparse_attention import Execution, token_sparse_attention
+from token_sparse_attention.methods import selection as selection_method
 
 pytest.importorskip("triton")
 
@@ -23,6 +24,10 @@ from token_sparse_attention.kernels import (
     selection,
 )
 
+KERNELS = {
+    "token_selection": (budget, compression, scoring, selection),
+    "kv_sampling": (sampled_attention, sampling, scoring),
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -61,39 +66,31 @@ class Recorder:
 
 def launches(monkeypatch, lengths, config):
     recorders = {}
-    for module in (budget, compression, sampled_attention, sampling, scoring, selection):
+    for module in KERNELS[config.method]:
         for name, (names, free) in run_time_arguments(module).items():
             recorders[name] = Recorder(getattr(module, name), names, free)
             monkeypatch.setattr(module, name, recorders[name])
     for length in lengths:
         problem = make_problem(batch=2, heads=8, query_len=length, device=DEVICE)
         result = token_sparse_attention(
-            *problem,
-            config,
-            execution=Execution("triton", "math"),
-            return_aux=WITH_BOTH,
+            *problem, config, execution=Execution("triton", "math"), return_aux=WITH_BOTH
         )
         assert result.selection.ran_sparse.all()
     return {name: recorder.seen for name, recorder in recorders.items()}
 
 
 @pytest.mark.parametrize("kind", ["shared", "per_head"])
-@pytest.mark.parametrize("method", ["selection", "sampling"])
-def test_lengths_change_nothing_that_is_compiled(monkeypatch, kind, method):
+@pytest.mark.parametrize("method", KERNELS)
+def test_lengths_change_nothing_that_is_compiled(monkeypatch, method, kind):
     """Odd, even and round lengths; memory for as many heads at once as fits changes too."""
-    from token_sparse_attention.methods import selection as method_module
-
-    monkeypatch.setattr(method_module, "_PACKED_BYTES", 200_000)
-    config = dataclasses.replace(SMALL, budget=kind, fallback="window", sliding_window=20)
-    if method == "sampling":
-        config = dataclasses.replace(SAMPLING, budget=kind, sliding_window=20, num_samples=8)
+    monkeypatch.setattr(selection_method, "_PACKED_BYTES", 200_000)
+    config = SAMPLING if method == "kv_sampling" else SMALL
+    others = {"sink_size": 3} if method == "kv_sampling" else {"fallback": "window"}
+    config = dataclasses.replace(config, budget=kind, sliding_window=20, **others)
     seen = launches(monkeypatch, (144, 177, 255), config)
     levels = {"count_top_kernel": 4, "count_mass_kernel": 4 if kind == "shared" else 8}
-    ran = {name: variants for name, variants in seen.items() if variants}
-    for name, variants in ran.items():
+    for name, variants in seen.items():
         assert len(variants) == levels.get(name, 1), f"{name}: {variants}"
-    needed = {"selection": "count_top_kernel", "sampling": "sample_keys_kernel"}
-    assert needed[method] in ran
 
 
 def test_a_length_that_is_specialised_on_would_be_seen():

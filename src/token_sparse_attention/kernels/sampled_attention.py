@@ -101,7 +101,7 @@ def _gather(
         weights, log_weights = weights.contiguous(), torch.empty_like(weights)
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_n = max(_GATHERED // block_d, 1)
-    gather_kernel[(triton.cdiv(num_keys, block_n), batch_size * num_heads)](
+    gather_sampled_kernel[(triton.cdiv(num_keys, block_n), batch_size * num_heads)](
         key, value, slots, weights, keys, values, log_weights,
         *key.stride()[:3], *value.stride()[:3], num_heads, num_heads // num_kv_heads, kv_len,
         NUM_KEYS=num_keys, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=block_n,
@@ -110,7 +110,7 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=["kv_len"])
-def gather_kernel(
+def gather_sampled_kernel(
     key_ptr, value_ptr, slots_ptr, weights_ptr, keys_ptr, values_ptr, log_weights_ptr,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_ks: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vs: tl.int64,
