@@ -1,9 +1,9 @@
-"""Heads of one layer on several processes: what their ranks tell each other to decide alike.
+"""Tensor parallelism: what ranks exchange so that all decide as one process would.
 
-A budget and the crossover look at all query heads of a layer. Where tensor parallelism splits
-these over ranks, each rank hands over its part here; what comes back is the same on all of
-them, so that they keep as many tokens as one process would. Whether there is an exchange
-depends on shapes and settings alone, never on data, so that no rank waits for another in vain.
+A budget and the crossover depend on all query heads of a layer. Where ranks hold some heads
+each, they exchange their parts here, and every rank gets the same result. Whether ranks
+exchange depends on shapes and settings alone, never on data, so no rank waits for a message that
+another does not send.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def gather_heads(local: Tensor, tp_group: ProcessGroup) -> Tensor:
     ranks, batch_size = tp_group.size(), local.shape[0]
     gathered = local.new_empty(ranks * batch_size, *local.shape[1:])
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=tp_group)
-    by_row = gathered.view(ranks, batch_size, *local.shape[1:]).transpose(0, 1)
-    return by_row.flatten(1, 2)
+    by_sequence = gathered.view(ranks, batch_size, *local.shape[1:]).transpose(0, 1)
+    return by_sequence.flatten(1, 2)
 
 
 def own_heads(heads: Tensor, num_heads: int, tp_group: ProcessGroup) -> Tensor:
@@ -52,10 +52,10 @@ def own_heads(heads: Tensor, num_heads: int, tp_group: ProcessGroup) -> Tensor:
 def local_heads(
     heads: Sequence[int], num_heads: int, tp_group: ProcessGroup | None
 ) -> tuple[int, ...]:
-    """Return which of some heads of a layer this rank has, by its own numbers.
+    """Return which of the given heads this rank has, by their numbers on this rank.
 
     Args:
-        heads: by the layer's numbers.
+        heads: numbers of query heads in the layer.
         num_heads: how many heads each rank has.
         tp_group: the ranks; None for one that has all heads.
     """
@@ -66,11 +66,11 @@ def local_heads(
 def mean_of_ranks(
     mean: Tensor, not_finite: Tensor, tp_group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean over all ranks' heads, and which rows hold something not finite.
+    """Return the mean over all ranks' heads, and which sequences have scores that are not finite.
 
     Args:
         mean: ``[B, N]`` float32, the mean over this rank's heads.
-        not_finite: ``[B]`` int32, above 0 where this rank has seen such a value.
+        not_finite: ``[B]`` int32, above 0 where this rank has such scores.
         tp_group: the ranks.
     """
     both = torch.cat((mean, not_finite[:, None].to(mean.dtype)), 1)
@@ -82,11 +82,11 @@ def mean_of_ranks(
 def counts_of_ranks(
     droppable: Tensor, not_finite: Tensor, tp_group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return every rank's counts ``[B, ranks * H]``, and which rows hold something not finite.
+    """Return all ranks' counts ``[B, ranks * H]``, and which sequences have non-finite scores.
 
     Args:
         droppable: ``[B, H]`` int32, this rank's counts.
-        not_finite: ``[B]`` int32, above 0 where this rank has seen such a value.
+        not_finite: ``[B]`` int32, above 0 where this rank has such scores.
         tp_group: the ranks.
     """
     num_heads = droppable.shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.softmax import LN_2, LOG2_E, dot_constants, load_rows
 
-_GATHERED = 4096  # numbers of K, and as many of V, that a program of the gathering kernel moves
+_GATHERED = 4096  # numbers of K, and as many of V, per program of the gathering kernel
 
 
 class Tiles(NamedTuple):
@@ -38,21 +38,11 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
 
 @on_its_device
 def add_sampled_keys(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor,
-    bounds: Tensor,
-    sequences: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    window: int,
-    scale: float,
-    weights: Tensor | None = None,
-    tiles: Tiles | None = None,
-) -> None:
-    """Merge sampled keys into sliding-window attention, in place; padding's queries stay.
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bounds: Tensor, sequences: Tensor,
+    out: Tensor, lse: Tensor, *,
+    window: int, scale: float, weights: Tensor | None = None, tiles: Tiles | None = None,
+) -> None:  # fmt: skip
+    """Merge sampled keys into sliding-window attention, in place, except in padding.
 
     Args:
         query: ``[B, H, S_q, D]``, unit stride over D, as all others.
@@ -91,7 +81,7 @@ def _gather(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values ``[B, H, M, D]`` at each query head's slots, and log2 of the weights.
 
-    Where there is no key, they are those of the last slot.
+    An entry without a key gets those of the last slot.
     """
     batch_size, num_kv_heads, kv_len, head_dim = key.shape
     num_heads, num_keys = slots.shape[1:]
@@ -117,7 +107,7 @@ def gather_sampled_kernel(
     num_heads, group, kv_len,
     NUM_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Some of one head's sampled keys."""
+    """Copy a block of one head's sampled keys and values, and take log2 of the weights."""
     problem = tl.program_id(1).to(tl.int64)
     b = problem // num_heads
     kv_head = problem % num_heads // group
@@ -141,15 +131,15 @@ def gather_sampled_kernel(
 @triton.jit
 def _attend_tile(
     b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, seen,
-    slots_ptr, sampled_k_ptr, sampled_v_ptr, scale_log2,
+    slots_ptr, k_ptr, v_ptr, scale_log2,
     MASKED: tl.constexpr, WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Update the online softmax by a head's sampled keys from number `begin` on."""
     o_n = begin + tl.arange(0, BLOCK_N)
     exists = o_n < seen
-    b_k = load_rows(sampled_k_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
-    b_v = load_rows(sampled_v_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_k = load_rows(k_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_v = load_rows(v_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
     b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
     if WEIGHTED:
         b_logits += b_weight[None, :]
@@ -180,7 +170,7 @@ def _load_log_weights(
 
 @triton.jit(do_not_specialize=["query_len", "first_query", "stride_lb", "stride_lh", "stride_ls"])
 def sampled_keys_kernel(
-    query_ptr, slots_ptr, sampled_k_ptr, sampled_v_ptr, log_weights_ptr, bounds_ptr,
+    query_ptr, slots_ptr, k_ptr, v_ptr, log_weights_ptr, bounds_ptr,
     sequences_ptr, out_ptr, lse_ptr, scale_log2,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_os: tl.int64,
@@ -229,8 +219,8 @@ def sampled_keys_kernel(
             )  # fmt: skip
             b_acc, b_max, b_sum = _attend_tile(
                 b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, NUM_KEYS,
-                slots_ptr, sampled_k_ptr, sampled_v_ptr, scale_log2, False, WEIGHTED,
-                HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, UPCAST,
+                slots_ptr, k_ptr, v_ptr, scale_log2, False, WEIGHTED, HEAD_DIM, BLOCK_D, BLOCK_N,
+                PRECISION, UPCAST,
             )  # fmt: skip
             b_weight = b_next
         for begin in range(shared, seen, BLOCK_N):
@@ -238,9 +228,9 @@ def sampled_keys_kernel(
                 log_weights_ptr, first_entry, begin, seen, WEIGHTED, BLOCK_N
             )  # fmt: skip
             b_acc, b_max, b_sum = _attend_tile(
-                b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, seen,
-                slots_ptr, sampled_k_ptr, sampled_v_ptr, scale_log2, True, WEIGHTED,
-                HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, UPCAST,
+                b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, seen, slots_ptr,
+                k_ptr, v_ptr, scale_log2, True, WEIGHTED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                UPCAST,
             )  # fmt: skip
         o_d = tl.arange(0, BLOCK_D)
         p_out += o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]

@@ -20,15 +20,9 @@ _BLOCK = 8192  # keys per iteration; with 16 warps the fastest of those measured
 
 @on_its_device
 def sample_keys(
-    scores: Tensor,
-    bounds: Tensor,
-    kv_len: int,
-    window: int,
-    num_samples: int,
-    capacity: int,
-    sink_size: int = 0,
-    budgets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor, bounds: Tensor, kv_len: int, window: int, num_samples: int, capacity: int,
+    sink_size: int = 0, budgets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return each head's sinks and samples, and whether its scores are finite.
 
     Args:
@@ -71,7 +65,7 @@ def _load_block(p_scores, begin, stop, num_scored, BLOCK: tl.constexpr):
 
 @triton.jit
 def _all_finite(p_scores, start, end, num_scored, BLOCK: tl.constexpr):
-    """Whether a head's scores are finite; none is below 0, so nothing cancels in their sum."""
+    """Whether a head's scores are finite; all are at least 0, so none cancel in their sum."""
     b_sum = tl.zeros([BLOCK], tl.float32)
     for begin in range(start, tl.minimum(end, num_scored), BLOCK):
         o_slot = begin + tl.arange(0, BLOCK)
