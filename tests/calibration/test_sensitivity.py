@@ -59,6 +59,17 @@ def references(model, count=2, **options):
     return [dense_reference(model, Prompt(make_ids(seed=i)), **options) for i in range(count)]
 
 
+def sensitivities(model, refs, base, settings, calls=None, **code):
+    """Rows of the model; the layers of each measured profile go to `calls`."""
+
+    def measured(profile):
+        if calls is not None:
+            calls.append(profile.layers)
+        return measure(model, refs, profile, **code)
+
+    return measure_sensitivity(measured, LAYERS, base, settings)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
 def test_divergence_is_that_of_decoding_after_a_sparse_prefill(family):
     model, ids, reply = make_model(family), make_ids(), make_ids(6, seed=5)
@@ -106,7 +117,7 @@ def test_divergence_by_hand_and_with_impossible_tokens():
 
 def test_a_layer_that_drops_nothing_costs_nothing_and_saves_nothing():
     model = make_model()
-    rows = measure_sensitivity(  # "math" rounds unlike the model's own attention
+    rows = sensitivities(  # "math" rounds unlike the model's own attention
         model, references(model), CONFIG, drops(1e-9, 0.3), attention_backend="math"
     )
     for row in rows[::2]:
@@ -201,19 +212,12 @@ def test_each_layer_takes_its_own_number_of_samples_and_runs_with_it():
 
 
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
-def test_samples_that_cover_the_prompt_are_dense_and_are_not_measured_again(monkeypatch, budget):
+def test_samples_that_cover_the_prompt_are_dense_and_are_not_measured_again(budget):
     model, calls = sharp_model(), []
-    real = sensitivity.measure
-
-    def counted(model, refs, profile, **code):
-        calls.append(profile.layers)
-        return real(model, refs, profile, **code)
-
-    monkeypatch.setattr(sensitivity, "measure", counted)
     base = dataclasses.replace(SAMPLES, budget=budget, sink_size=3)
     counts = (1000, 8, 2000, 3000)  # a head has a quarter of the mean at least
     refs = references(model, 2, max_reply=2)
-    rows = measure_sensitivity(model, refs, base, samples(*counts))
+    rows = sensitivities(model, refs, base, samples(*counts), calls)
     assert [own for call in calls for own in call.values()] == [
         {"num_samples": count} for count in (1000, 8, 2000)
     ] * LAYERS
@@ -230,22 +234,18 @@ def test_samples_that_cover_the_prompt_are_dense_and_are_not_measured_again(monk
 def test_samples_that_cover_one_prompt_of_two_count_for_the_other():
     model = sharp_model()
     refs = [dense_reference(model, Prompt(make_ids(n)), 2) for n in (120, 200)]
-    rows = measure_sensitivity(model, refs, SAMPLES, samples(150))
-    long = measure_sensitivity(model, refs[1:], SAMPLES, samples(150))
+    rows = sensitivities(model, refs, SAMPLES, samples(150))
+    long = sensitivities(model, refs[1:], SAMPLES, samples(150))
     for row, alone in zip(rows, long):
         assert (row.sparse_prompts, row.note) == (1, ALL_KEYS)
         assert row.divergence == pytest.approx(alone.divergence / 2)
         assert alone.divergence > 0
 
 
-def test_short_prompts_run_dense_whatever_is_sampled_and_are_measured_once(monkeypatch):
+def test_short_prompts_run_dense_whatever_is_sampled_and_are_measured_once():
     model, calls = make_model(), []
-    real = sensitivity.measure
-    monkeypatch.setattr(
-        sensitivity, "measure", lambda *args, **code: calls.append(1) or real(*args, **code)
-    )
     reference = dense_reference(model, Prompt(make_ids(16)))
-    rows = measure_sensitivity(model, [reference], SAMPLES, samples(48, 8, 64))
+    rows = sensitivities(model, [reference], SAMPLES, samples(48, 8, 64), calls)
     assert len(calls) == LAYERS
     for row in rows:
         assert (row.divergence, row.work, row.kept_share, row.sparse_prompts) == (0, 1, 1, 0)
@@ -298,17 +298,11 @@ def test_crossover_is_off_while_measuring_and_as_given_in_the_profile():
     assert off == {0: dataclasses.replace(CONFIG, drop_mass=0.2)}
 
 
-def test_a_layer_that_can_never_run_sparse_is_measured_once(monkeypatch):
+def test_a_layer_that_can_never_run_sparse_is_measured_once():
     model, calls = make_model("Gemma3Text"), []
-    real = sensitivity.measure
-
-    def counted(model, refs, profile, **code):
-        calls.append(tuple(profile.layers))
-        return real(model, refs, profile, **code)
-
-    monkeypatch.setattr(sensitivity, "measure", counted)
-    rows = measure_sensitivity(model, references(model, max_reply=2), CONFIG, drops(*MASSES))
-    assert calls == [(0,), (1,), (1,), (2,), (2,)]
+    refs = references(model, max_reply=2)
+    rows = sensitivities(model, refs, CONFIG, drops(*MASSES), calls)
+    assert [tuple(layers) for layers in calls] == [(0,), (1,), (1,), (2,), (2,)]
     assert [row.setting for row in rows] == drops(*MASSES) * LAYERS
     assert {row.note for row in rows[:2]} == {"layer attends within a sliding window"}
     assert {row.work for row in rows[:2]} == {1.0}
@@ -316,7 +310,7 @@ def test_a_layer_that_can_never_run_sparse_is_measured_once(monkeypatch):
 
 def test_more_dropped_is_less_work_in_every_layer():
     model = sharp_model()
-    rows = measure_sensitivity(model, references(model), CONFIG, drops(*MASSES))
+    rows = sensitivities(model, references(model), CONFIG, drops(*MASSES))
     for less, more in zip(rows[::2], rows[1::2]):
         assert more.work < less.work
         assert len({less.layer, more.layer}) == 1

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from token_sparse_attention.calibration.record import (
     HeadSensitivity,
     LayerSetting,
     Sensitivity,
 )
-from token_sparse_attention.calibration.sensitivity import Reference, layer_row, measure
+from token_sparse_attention.calibration.sensitivity import Measure, layer_row
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.profile import LayerProfile
 
@@ -48,14 +47,11 @@ def numbers_of_dense_heads(num_heads: int) -> list[int]:
 
 
 def measure_heads(
-    model: Any,
-    references: Sequence[Reference],
+    measure_profile: Measure,
+    num_heads: int,
     base: SparseConfig,
     rows: Sequence[Sensitivity],
     count: int,
-    *,
-    impl: str = "auto",
-    attention_backend: str = "auto",
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[HeadSensitivity], list[Sensitivity]]:
     """Measure the costliest layers head by head, and with their costliest heads dense.
@@ -63,28 +59,24 @@ def measure_heads(
     Heads are measured at the middle one of the settings under which their layer ran sparse.
 
     Args:
-        model: a transformers causal language model in eval mode.
-        references: from `dense_reference`.
+        measure_profile: `measure` of the model and its references.
+        num_heads: query heads of a layer.
         base: what every layer starts from.
         rows: of `measure_sensitivity` with these.
         count: how many layers.
-        impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`.
         on_progress: told what is being done.
 
     Returns:
         What single heads cost, costliest first, layer by layer; and what the layers cost with
         1, 2, 4, ... of these dense.
     """
-    num_heads = model.config.get_text_config(decoder=True).num_attention_heads
     heads: list[HeadSensitivity] = []
     layers: list[Sensitivity] = []
 
     def row(layer: int, setting: LayerSetting) -> Sensitivity:
         on_progress(f"heads of layer {layer}, {setting}")
-        profile = LayerProfile(base, {layer: setting.changes})
-        code = {"impl": impl, "attention_backend": attention_backend}
-        return layer_row(layer, setting, measure(model, references, profile, **code))
+        reading = measure_profile(LayerProfile(base, {layer: setting.changes}))
+        return layer_row(layer, setting, reading)
 
     for layer in costliest_layers(rows, count):
         settings = sorted(

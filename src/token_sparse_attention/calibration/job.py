@@ -119,28 +119,32 @@ def _by_sensitivity(
 ) -> tuple[list[Sensitivity], list[HeadSensitivity], list[Choice], str]:
     """The measurements, the choices (drift's measured too), and why there is none."""
     code = {"impl": options.impl, "attention_backend": options.attention_backend}
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    sizes = model.config.get_text_config(decoder=True)
+    num_layers = sizes.num_hidden_layers
 
     def measure(profile: LayerProfile) -> sensitivities.Reading:
-        on_progress(f"{len(profile.layers)} layers sparse together")
         return sensitivities.measure(model, references, profile, **code)
 
+    def measure_together(profile: LayerProfile) -> sensitivities.Reading:
+        on_progress(f"{len(profile.layers)} layers sparse together")
+        return measure(profile)
+
     rows = sensitivities.measure_sensitivity(
-        model, references, options.base, options.settings, on_progress=on_progress, **code
+        measure, num_layers, options.base, options.settings, on_progress
     )
     measured = [
-        dataclasses.replace(choice, **measure(choice.profile).of_choice(num_layers))
+        dataclasses.replace(choice, **measure_together(choice.profile).of_choice(num_layers))
         for choice in choices
     ]
     if not any(row.sparse_prompts for row in rows):
         reasons = "; ".join(dict.fromkeys(row.note for row in rows))
         return rows, [], measured, f"no layer ran sparse under any setting: {reasons}"
     heads, with_heads = measure_heads(
-        model, references, options.base, rows, options.heads_of, on_progress=on_progress, **code
+        measure, sizes.num_attention_heads, options.base, rows, options.heads_of, on_progress
     )
     rows += with_heads
     try:
-        chosen = sensitivities.choose_profile(rows, options.base, *options.goal, measure)
+        chosen = sensitivities.choose_profile(rows, options.base, *options.goal, measure_together)
     except UnreachableError as error:
         return rows, heads, measured, str(error)
     return rows, heads, [*measured, chosen], ""

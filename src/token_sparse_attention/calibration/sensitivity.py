@@ -118,6 +118,9 @@ class Reading:
         }
 
 
+Measure = Callable[[LayerProfile], Reading]  # `measure` of one model and its references
+
+
 @torch.no_grad()
 def dense_reference(model: Any, prompt: Prompt, max_reply: int = 32) -> Reference:
     """Run a prompt densely and record what the model predicts.
@@ -242,41 +245,31 @@ def _read_layer(record: LayerRecord) -> LayerReading:
 
 
 def measure_sensitivity(
-    model: Any,
-    references: Sequence[Reference],
+    measure_profile: Measure,
+    num_layers: int,
     base: SparseConfig,
     settings: Sequence[LayerSetting],
-    *,
-    impl: str = "auto",
-    attention_backend: str = "auto",
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Sensitivity]:
     """Make one layer at a time sparse, under each setting, and measure the divergence.
 
     Args:
-        model: a transformers causal language model in eval mode.
-        references: from `dense_reference`.
+        measure_profile: `measure` of the model and its references.
+        num_layers: layers of the model.
         base: what every layer starts from.
         settings: what to try: values of the config's ``calibrated_field``.
-        impl: see `token_sparse_attention`.
-        attention_backend: see `token_sparse_attention`.
         on_progress: told what is being done.
 
     Returns:
         One entry per layer and setting, in that order.
     """
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     rows = []
     for layer in range(num_layers):
         last: tuple[LayerSetting, Reading] | None = None
         for setting in settings:
             on_progress(f"sensitivity, layer {layer} of {num_layers - 1}, {setting}")
             if last is None or not _known(last[1].of_layer(layer), last[0], setting):
-                profile = LayerProfile(base, {layer: setting.changes})
-                reading = measure(
-                    model, references, profile, impl=impl, attention_backend=attention_backend
-                )
-                last = setting, reading
+                last = setting, measure_profile(LayerProfile(base, {layer: setting.changes}))
             rows.append(layer_row(layer, setting, last[1]))
     return rows
 
@@ -307,7 +300,7 @@ def choose_profile(
     base: SparseConfig,
     goal: str,
     value: float,
-    measure_profile: Callable[[LayerProfile], Reading],
+    measure_profile: Measure,
 ) -> Choice:
     """Choose each layer's setting, and measure the choice as a whole.
 
