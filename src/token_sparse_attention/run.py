@@ -234,6 +234,7 @@ def answer(
     max_new_tokens: int = 64,
     impl: str = "auto",
     attention_backend: str | PatternConfig = "auto",
+    record_tokens: bool = False,
 ) -> Answer:
     """Answer a prompt greedily: sparsely under `config`, or densely if it is None.
 
@@ -248,8 +249,9 @@ def answer(
         impl: see `Execution`.
         attention_backend: see `Execution`; a pattern runs in every layer, the
             dense ones too. Without settings ``"auto"`` takes a pattern's place.
+        record_tokens: whether the report lists the tokens that each head attended to.
     """
-    with _switched(model, config, impl, attention_backend) as report:
+    with _switched(model, config, impl, attention_backend, record_tokens) as report:
         return _generate(model, tokenizer, ids, max_new_tokens, report)
 
 
@@ -294,6 +296,7 @@ def _switched(
     config: SparseConfig | LayerProfile | None,
     impl: str,
     attention_backend: str | PatternConfig,
+    record_tokens: bool = False,
 ) -> Iterator[PrefillReport | None]:
     """Let a model attend sparsely under `config`, densely without; see `answer`."""
     backend = parse_backend(attention_backend)
@@ -301,8 +304,12 @@ def _switched(
         with attention_of_every_layer(model, "auto" if pattern_config(backend) else backend):
             yield None
         return
-    every_layer = attention_of_every_layer(model, backend)
-    with every_layer, apply(model, config, impl=impl, attention_backend=backend) as report:
+    with (
+        attention_of_every_layer(model, backend),
+        apply(
+            model, config, impl=impl, attention_backend=backend, record_tokens=record_tokens
+        ) as report,
+    ):
         yield report
 
 

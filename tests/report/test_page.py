@@ -138,7 +138,7 @@ def test_accuracy_table_holds_the_summary(page):
     for cells, row in zip(rows, wanted):
         shown = dict(zip(header, cells))
         assert shown["configuration"] == row.configuration
-        assert float(shown["accuracy"]) == pytest.approx(row.score, abs=6e-4)
+        assert float(shown["score"]) == pytest.approx(row.score, abs=6e-4)
         assert float(shown["work"]) == pytest.approx(row.work, abs=6e-4)
         if row.difference is not None:
             low, high = map(float, shown["95% interval"].split(" to "))

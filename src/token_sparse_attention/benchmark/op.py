@@ -93,17 +93,11 @@ class Point:
         timings += timing.wall_times([one.call for one in wall], device, budget)
         for contender, taken in zip(kernel + wall, timings):
             checked = contender.verdict or Verdict(True, None)
+            passed = checked.passed if contender.verdict else None
+            note = "; ".join(filter(None, (checked.note, taken.note)))
+            times = taken._replace(note=note)._asdict()
             yield self.record(
-                contender.name,
-                taken.kind,
-                median_ms=taken.median_ms,
-                low_ms=taken.low_ms,
-                high_ms=taken.high_ms,
-                samples=taken.samples,
-                error=checked.error,
-                passed=checked.passed if contender.verdict else None,
-                note="; ".join(filter(None, (checked.note, taken.note))),
-                **fields,
+                contender.name, **times, error=checked.error, passed=passed, **fields
             )
 
     def memory(self, name: str, call: Callable[[], Tensor], **fields: Any) -> Iterator[Record]:
@@ -207,17 +201,10 @@ def _first_calls(point: Point) -> Record:
         first = timing.wall_ms(call, options.torch_device)
         warm = sorted(timing.wall_ms(call, options.torch_device) for _ in range(3))[1]
         extra_ms.append(first - warm)
-    taken = timing.summarize("first_call", extra_ms)
-    return point.record(
-        "ours/whole",
-        "first_call",
-        kept=kept,
-        median_ms=taken.median_ms,
-        low_ms=min(extra_ms),
-        high_ms=max(extra_ms),
-        samples=len(extra_ms),
-        note="low and high are the extremes; lengths S + " + ", S + ".join(map(str, _NEW_LENGTHS)),
-    )
+    note = "low and high are the extremes; lengths S + " + ", S + ".join(map(str, _NEW_LENGTHS))
+    taken = timing.summarize("first_call", extra_ms, note)
+    taken = taken._replace(low_ms=min(extra_ms), high_ms=max(extra_ms))
+    return point.record("ours/whole", kept=kept, **taken._asdict())
 
 
 def _dense_peers(point: Point, say: Report, full: bool) -> Iterator[Record]:

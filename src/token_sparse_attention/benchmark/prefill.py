@@ -181,21 +181,9 @@ def _measure_one(
         wanted = int(options.budget_seconds * 1e3 / times_ms[0])
         for _ in range(max(min(wanted, _MAX_SAMPLES), _MIN_SAMPLES) - 1):
             times_ms.append(timing.wall_ms(first_token, device))
-    taken = timing.summarize("eager", times_ms)
-    yield _record(
-        options,
-        seq_len,
-        contender,
-        taken.kind,
-        median_ms=taken.median_ms,
-        low_ms=taken.low_ms,
-        high_ms=taken.high_ms,
-        samples=taken.samples,
-        peak_extra_mib=peak,
-        error=verdict.error,
-        passed=not wrong,
-        note=wrong,
-    )
+    checked: dict[str, Any] = {"peak_extra_mib": peak, "error": verdict.error, "passed": not wrong}
+    taken = timing.summarize("eager", times_ms, wrong)
+    yield _record(options, seq_len, contender, **taken._asdict(), **checked)
 
 
 def _first_token(model: Any, ids: Tensor) -> int:

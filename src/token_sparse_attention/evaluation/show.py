@@ -15,6 +15,10 @@ from token_sparse_attention.evaluation.record import DENSE, EvalResults
 from token_sparse_attention.evaluation.summary import Row, chosen_samples, summarise
 
 _TABLE_WIDTH = 110
+COLUMNS = (
+    *("length", "configuration", "n", "score", "difference", "95% interval", "loss"),
+    *("loss below", "kept", "work", "prefill"),
+)
 
 
 def show(results: EvalResults, path: Path, *, as_json: bool) -> None:
@@ -69,29 +73,30 @@ def _all_dense(results: EvalResults, row: Row) -> bool:
 def _table(title: str, rows: Sequence[Row]) -> Table:
     """Return a table; the rows of all lengths together only where there are several."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("length", no_wrap=True)
-    table.add_column("configuration", no_wrap=True)
-    losses = ("difference", "95% interval", "loss", "loss below")
-    for column in ("n", "score", *losses, "kept", "work", "prefill"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
     several = len({row.length for row in rows if row.length is not None}) > 1
     for row in rows:
-        if row.length is None and not several:
-            continue
-        table.add_row(
-            "all" if row.length is None else f"{row.length:,}" if row.length else "-",
-            row.configuration,
-            str(row.samples),
-            _cell("{:.3f}", row.score),
-            _cell("{:+.3f}", row.difference),
-            _cell("{:+.3f} {:+.3f}", row.difference_low, row.difference_high),
-            _cell("{:+.1%}", row.relative_loss),
-            _cell("{:+.1%}", row.relative_loss_upper),
-            f"{row.kept_share:.1%}",
-            row.shown_work,
-            f"{row.seconds:#.3g} s",
-        )
+        if row.length is not None or several:
+            table.add_row(*cells(row))
     return table
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return what tables show of a row, under `COLUMNS`."""
+    return (
+        "all" if row.length is None else f"{row.length:,}" if row.length else "-",
+        row.configuration,
+        str(row.samples),
+        _cell("{:.3f}", row.score),
+        _cell("{:+.3f}", row.difference),
+        _cell("{:+.3f} to {:+.3f}", row.difference_low, row.difference_high),
+        _cell("{:+.1%}", row.relative_loss),
+        _cell("{:+.1%}", row.relative_loss_upper),
+        f"{row.kept_share:.1%}",
+        row.shown_work,
+        f"{row.seconds:#.3g} s",
+    )
 
 
 def _cell(form: str, *values: float | None) -> str:

@@ -12,15 +12,12 @@ from token_sparse_attention.benchmark.runs import tokens
 from token_sparse_attention.calibration.show import ranges
 from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, SampleResult
+from token_sparse_attention.evaluation.show import COLUMNS, cells
 from token_sparse_attention.evaluation.summary import Row, layer_shares, summarise
 from token_sparse_attention.report import charts
 from token_sparse_attention.report.charts import Chart, Point
 
 Shares = list[list[float] | None]
-COLUMNS = (
-    *("length", "configuration", "samples", "accuracy", "difference", "95% interval"),
-    *("loss below", "kept", "work", "first token"),
-)
 _COSTS = (("work", "attention work, dense = 1"), ("seconds", "first token, seconds"))
 
 
@@ -43,8 +40,8 @@ def accuracy(results: EvalResults) -> dict[str, Any]:
         "charts": figures,
         "unscored": unscored,
         "columns": COLUMNS,
-        "together": [_cells(row) for row in together],
-        "by_task": [(str(row.task), *_cells(row)) for row in rows if row.task is not None],
+        "together": [cells(row) for row in together],
+        "by_task": [(str(row.task), *cells(row)) for row in rows if row.task is not None],
         "settings": [(name, json.dumps(of)) for name, of in settings if of is not None],
     }
 
@@ -72,25 +69,6 @@ def _point(row: Row, x: float, series: dict[str, int]) -> Point:
         )
         interval = (low, high)
     return Point(row.configuration, x, row.score or 0.0, interval, series[row.configuration])
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        _length(row.length),
-        row.configuration,
-        str(row.samples),
-        _number("{:.3f}", row.score),
-        _number("{:+.3f}", row.difference),
-        _number("{:+.3f} to {:+.3f}", row.difference_low, row.difference_high),
-        _number("{:.1%}", row.relative_loss_upper),
-        f"{row.kept_share:.1%}",
-        row.shown_work,
-        f"{row.seconds:.3g} s",
-    )
-
-
-def _number(form: str, *values: float | None) -> str:
-    return "-" if None in values else form.format(*values)
 
 
 def _length(length: int | None) -> str:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.names import parse_backend, pattern_config
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.record import LayerRecord
-from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.report.kept_text import KeptLayer, KeptText
+from token_sparse_attention.run import answer
 
 _MOST_PENDING = 8  # tokens that one character can be split into, with room to spare
 _INCOMPLETE = "\ufffd"  # what a tokenizer writes for part of a character
 
 
-@torch.no_grad()
 def capture(
     model: Any,
     tokenizer: Any,
@@ -50,27 +47,18 @@ def capture(
     Raises:
         ValueError: if the model cannot be served.
     """
-    ids = ids.to(model.device)
-    backend = parse_backend(attention_backend)
-    with ExitStack() as stack:
-        if pattern_config(backend) is not None:
-            stack.enter_context(attention_of_every_layer(model, backend))
-        report = stack.enter_context(
-            apply(model, config, impl=impl, attention_backend=backend, record_tokens=True)
-        )
-        generated = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-        records = report.prefills()[0]
+    reply = answer(
+        model, tokenizer, ids, config,
+        max_new_tokens=max_new_tokens, impl=impl, attention_backend=attention_backend,
+        record_tokens=True,
+    )  # fmt: skip
+    assert reply.report is not None
     return KeptText(
         provenance=provenance(str(model.device)),
         arguments=arguments,
         tokens=tuple(token_texts(tokenizer, ids[0].tolist())),
-        reply=tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip(),
-        layers=tuple(_layer(record) for record in records),
+        reply=reply.text,
+        layers=tuple(_layer(record) for record in reply.report.prefills()[0]),
     )
 
 
