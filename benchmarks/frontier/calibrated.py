@@ -15,7 +15,7 @@ from token_sparse_attention.calibration.record import (
     HeadSensitivity,
     Sensitivity,
 )
-from token_sparse_attention.calibration.sensitivity import choose_from
+from token_sparse_attention.calibration.sensitivity import choose_profile
 from token_sparse_attention.calibration.show import of_whole_layers
 
 
@@ -61,7 +61,7 @@ def goals(path: Path, targets: Iterable[float]) -> str:
     head.append("sum of divergences")
     lines = [head]
     for target in targets:
-        choice = choose_from(result.sensitivity, result.base, "target_speedup", target)
+        choice = choose_profile(result.sensitivity, result.base, "target_speedup", target)
         chosen = choice.profile.layers
         cells = [f"1/{target:g}", _listed(str(layer) for layer in layers if layer not in chosen)]
         cells += [

@@ -193,7 +193,7 @@ def run_demo(
     prompts = [encode_prompt(tokenizer, document, needle.question) for needle in needles]
     document_ids = prompts[0][:, : common_length(prompts)]
     answers: dict[str, list[Answer]] = {"dense": [], "sparse": []}
-    seconds = {}
+    seconds: dict[str, float] = {}
     for path, settings in (("dense", None), ("sparse", config)):
         on_progress(f"{path}: reading a document of {document_ids.shape[1]:,} tokens")
         with within_memory(document_ids.shape[1], path):

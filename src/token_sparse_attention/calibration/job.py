@@ -166,7 +166,7 @@ def choose_again(result: CalibrationResult, options: CalibrationOptions) -> Cali
         raise ValueError(f"sensitivity must have been measured, got method {result.method!r}")
     drift = tuple(choice for choice in result.choices if choice.goal == "drift_quantile")
     try:
-        chosen = sensitivities.choose_from(result.sensitivity, options.base, *options.goal)
+        chosen = sensitivities.choose_profile(result.sensitivity, options.base, *options.goal)
     except UnreachableError as error:
         return dataclasses.replace(result, choices=drift, failure=str(error))
     return dataclasses.replace(result, choices=(*drift, chosen), failure="")

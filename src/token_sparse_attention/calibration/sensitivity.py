@@ -7,6 +7,7 @@ those of the dense model is averaged over the prompt's last position and the rep
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -300,7 +301,7 @@ def choose_profile(
     base: SparseConfig,
     goal: str,
     value: float,
-    measure_profile: Measure,
+    measure_profile: Measure | None = None,
 ) -> Choice:
     """Choose each layer's setting, and measure the choice as a whole.
 
@@ -311,71 +312,50 @@ def choose_profile(
             both by the layers' sum and measured together; or ``"target_speedup"``: as little
             divergence as work of at most ``1 / value`` allows, measured together.
         value: see `goal`.
-        measure_profile: measures a profile on the calibration prompts.
+        measure_profile: measures a profile on the calibration prompts; without it the layers'
+            own measurements decide, by the sum of divergences or the mean of work.
 
     Raises:
         UnreachableError: if no combination reaches the target speed-up.
     """
-    path, num_layers = _path(rows), len({row.layer for row in rows})
-    readings: dict[int, Reading] = {}
-
-    def read(index: int) -> Reading:
-        if index not in readings:
-            readings[index] = measure_profile(_profile(path[index], base))
-        return readings[index]
-
-    if goal == "divergence_budget":
-        start = within_budget(path, value)
-        index = back_off(start, lambda i: read(i).divergence <= value)
-    elif goal == "target_speedup":
-        start = index = reaching_speedup(path, value)
-        while (work := read(index).work(num_layers)) * value > 1:
-            if index == len(path) - 1:
-                raise UnreachableError(
-                    f"target speed-up {value:g} is out of reach: with every layer at its "
-                    f"cheapest measured setting, together, the attention work is {work:.3f} "
-                    f"of dense, {1 / work:.2f}x"
-                )
-            index += 1
-    else:
+    reach = {"divergence_budget": within_budget, "target_speedup": reaching_speedup}
+    if goal not in reach:
         raise ValueError(f"goal must be divergence_budget or target_speedup, got {goal!r}")
-    reading = read(index)
+    path, num_layers = _path(rows), len({row.layer for row in rows})
+    start = index = reach[goal](path, value)
+    together: dict[str, Any] = {}
+    if measure_profile is not None:
+        measured = measure_profile
+
+        @functools.cache
+        def read(index: int) -> Reading:
+            return measured(_profile(path[index], base))
+
+        if goal == "divergence_budget":
+            index = back_off(start, lambda i: read(i).divergence <= value)
+        else:
+            index = _reaching(value, start, len(path), lambda i: read(i).work(num_layers))
+        together = read(index).of_choice(num_layers)
     return Choice(
         goal=goal,
         value=value,
         profile=_profile(path[index], base),
         summed_divergence=summed_divergence(path[index]),
         steps_moved=abs(index - start),
-        **reading.of_choice(num_layers),
+        **together,
     )
 
 
-def choose_from(
-    rows: Sequence[Sensitivity], base: SparseConfig, goal: str, value: float
-) -> Choice:
-    """Choose each layer's setting by the layers' own measurements alone.
-
-    Args:
-        rows: from `measure_sensitivity`.
-        base: the settings that they were measured with.
-        goal: see `choose_profile`; here by the sum of the layers' divergences, or the mean of
-            their work.
-        value: see `goal`.
-
-    Returns:
-        The choice, of which nothing is measured together.
-
-    Raises:
-        UnreachableError: if no combination reaches the target speed-up.
-    """
-    path = _path(rows)
-    reach = within_budget if goal == "divergence_budget" else reaching_speedup
-    combination = path[reach(path, value)]
-    return Choice(
-        goal=goal,
-        value=value,
-        profile=_profile(combination, base),
-        summed_divergence=summed_divergence(combination),
+def _reaching(speedup: float, start: int, end: int, work: Callable[[int], float]) -> int:
+    """Return the first index from `start` on whose measured work is at most ``1 / speedup``."""
+    for index in range(start, end):
+        if work(index) * speedup <= 1:
+            return index
+    least = work(end - 1)
+    raise UnreachableError(
+        f"target speed-up {speedup:g} is out of reach: with every layer at its "
+        f"cheapest measured setting, together, the attention work is {least:.3f} "
+        f"of dense, {1 / least:.2f}x"
     )
 
 

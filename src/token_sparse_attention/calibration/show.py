@@ -14,6 +14,7 @@ from token_sparse_attention.calibration.drift import drift_threshold
 from token_sparse_attention.calibration.record import (
     CalibrationResult,
     Choice,
+    LayerDrift,
     LayerSetting,
     Sensitivity,
 )
@@ -117,11 +118,8 @@ def _notes(rows: Sequence[Sensitivity]) -> list[str]:
         groups.setdefault((note, tuple(own)), []).append(layer)
     told = []
     for (note, own_settings), layers in groups.items():
-        at = (
-            ""
-            if len(own_settings) == len(settings)
-            else f" at {', '.join(map(str, own_settings))}"
-        )
+        some = len(own_settings) < len(settings)
+        at = f" at {', '.join(map(str, own_settings))}" if some else ""
         told.append(
             "Ran dense on some or all prompts, counted as divergence 0 and work 1: "
             f"layers {ranges(layers)}{at} ({note})."
@@ -227,45 +225,41 @@ def draw(result: CalibrationResult, suffix: str) -> bytes:
 
 def _draw_drift(axes: Axes, result: CalibrationResult) -> None:
     values = [row.drift for row in result.drift]
-    for chosen, label in ((True, "at or below: sparse"), (False, "above: dense")):
+    styles = (("o", "C0", "at or below: sparse"), ("s", "C7", "above: dense"))
+    for chosen, (marker, color, label) in zip((True, False), styles):
         rows = [row for row in result.drift if row.at_or_below == chosen]
-        axes.errorbar(
-            [row.layer for row in rows],
-            [row.drift for row in rows],
-            yerr=[row.standard_error or 0.0 for row in rows],
-            fmt="o" if chosen else "s",
-            markersize=4,
-            color="C0" if chosen else "C7",
-            label=label,
-        )
+        _draw_layers(axes, rows, "drift", fmt=marker, markersize=4, color=color, label=label)
     if min(values) > 0:  # one layer, often the first, can drift a hundred times as far as others
         axes.set_yscale("log")
     threshold, _ = drift_threshold(values, result.choices[0].value)
     axes.axhline(threshold, color="C3", linewidth=1, label=f"{result.choices[0].value:g} quantile")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("drift, share of all layers'")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    _finish(axes, "drift, share of all layers'")
 
 
 def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity]) -> None:
     ran = [row for row in rows if row.sparse_prompts]
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in ran if row.setting == setting]
-        axes.errorbar(
-            [row.layer for row in own],
-            [row.divergence for row in own],
-            yerr=[row.standard_error or 0.0 for row in own],
-            fmt="o-",
-            markersize=3,
-            linewidth=1,
-            label=str(setting),
-        )
+        style = {"fmt": "o-", "markersize": 3, "linewidth": 1, "label": str(setting)}
+        _draw_layers(axes, own, "divergence", **style)
     positive = [row.divergence for row in ran if row.divergence > 0]
     if positive:  # zero has a place on this scale, unlike on a logarithmic one
         axes.set_yscale("symlog", linthresh=min(positive))
     axes.set_ylim(bottom=0)
+    _finish(axes, "KL with this layer alone sparse, nats")
+
+
+def _draw_layers(
+    axes: Axes, rows: Sequence[LayerDrift] | Sequence[Sensitivity], what: str, **style: Any
+) -> None:
+    """Draw one value of each layer with its standard error."""
+    values = [getattr(row, what) for row in rows]
+    errors = [row.standard_error or 0.0 for row in rows]
+    axes.errorbar([row.layer for row in rows], values, yerr=errors, **style)
+
+
+def _finish(axes: Axes, label: str) -> None:
     axes.set_xlabel("layer")
-    axes.set_ylabel("KL with this layer alone sparse, nats")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
