@@ -130,14 +130,7 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
             0 for window and sinks alone.
         budget: ``"shared"`` samples ``num_samples`` keys for every head, ``"per_head"`` as many
             on average, in proportion to the mass that a head gives to keys behind its window.
-        dense_queries: see `SparseConfig`.
-        dense_heads: see `SparseConfig`.
-        crossover: see `SparseConfig`.
-        sparse_layers: see `SparseConfig`.
-
-    Raises:
-        TypeError: if a field has the wrong type.
-        ValueError: if a field is out of range.
+        **shared: the fields of `SparseConfig`, which also says what is raised.
 
     Source:
         An extension of arXiv 2602.03216; docs/how-it-works.md cites the closest ideas.
@@ -186,14 +179,7 @@ class TokenSelectionConfig(SparseConfig, method="token_selection"):
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
         sliding_window: width of that window in tokens, the query itself included.
-        dense_queries: see `SparseConfig`.
-        dense_heads: see `SparseConfig`.
-        crossover: see `SparseConfig`.
-        sparse_layers: see `SparseConfig`.
-
-    Raises:
-        TypeError: if a field has the wrong type.
-        ValueError: if a field is out of range.
+        **shared: the fields of `SparseConfig`, which also says what is raised.
 
     Example:
         >>> TokenSelectionConfig().drop_mass, TokenSelectionConfig().observation_window
@@ -230,11 +216,6 @@ class TokenSelectionConfig(SparseConfig, method="token_selection"):
         check_choice("fallback", self.fallback, ("zero", "window"))
         check_int("sliding_window", self.sliding_window, 1)
         super().__post_init__()
-
-
-def known_methods() -> tuple[str, ...]:
-    """Return the names of the methods that have a config."""
-    return tuple(_CONFIGS)
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> SparseConfig:

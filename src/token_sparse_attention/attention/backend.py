@@ -16,6 +16,8 @@ from torch import Tensor
 from token_sparse_attention.inputs import Problem
 from token_sparse_attention.results import Attended, PackedSequences
 
+Tensors = tuple[Tensor, Tensor, Tensor]  # query, key, value
+
 
 class PackedHeads(NamedTuple):
     """Which query heads packed sequences belong to.
@@ -52,7 +54,6 @@ class Backend(ABC):
         """The dense backend that attends where this one, a pattern, has no say."""
         return self
 
-    @abstractmethod
     def attend(
         self,
         query: Tensor,
@@ -76,6 +77,13 @@ class Backend(ABC):
         Raises:
             ValueError: if the backend cannot run these inputs.
         """
+        return self._attend((query, key, value), scale, window, want_lse)
+
+    @abstractmethod
+    def _attend(
+        self, tensors: Tensors, scale: float, window: int | None, want_lse: bool
+    ) -> Attended:
+        """`attend` with all its arguments."""
 
     @abstractmethod
     def attend_packed(

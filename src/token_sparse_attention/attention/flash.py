@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.backend import Backend, PackedHeads, single_head
+from token_sparse_attention.attention.backend import (
+    Backend,
+    PackedHeads,
+    Tensors,
+    single_head,
+)
 from token_sparse_attention.device import multiprocessors, on_its_device
 from token_sparse_attention.inputs import Problem
 from token_sparse_attention.results import Attended, PackedSequences
@@ -49,20 +54,12 @@ class FlashBackend(Backend):
     device_lengths: bool = True
     returns_lse: bool = True
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        want_lse: bool = False,
+    def _attend(
+        self, tensors: Tensors, scale: float, window: int | None, want_lse: bool
     ) -> Attended:
-        """See `Backend.attend`."""
-        if window is not None and window >= key.shape[2]:
+        query, key, value = (x.transpose(1, 2) for x in tensors)
+        if window is not None and window >= key.shape[1]:
             window = None
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out, lse = _attend_whole(query, key, value, self.name, scale, window, want_lse)
         return Attended(out.transpose(1, 2), lse if want_lse else None)
 

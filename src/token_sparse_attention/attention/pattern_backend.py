@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.backend import Backend, PackedHeads, split_lengths
+from token_sparse_attention.attention.backend import (
+    Backend,
+    PackedHeads,
+    Tensors,
+    split_lengths,
+)
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE
 from token_sparse_attention.attention.names import pattern_name
 from token_sparse_attention.attention.patterns import PATTERNS
@@ -32,20 +37,13 @@ class PatternBackend(Backend):
         """See `Backend.dense`."""
         return self.dense_kernel
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        want_lse: bool = False,
+    def _attend(
+        self, tensors: Tensors, scale: float, window: int | None, want_lse: bool
     ) -> Attended:
-        """See `Backend.attend`; a sliding window is sparse already and needs no pattern."""
-        if window is not None and window < key.shape[2]:
+        """A sliding window is sparse already and needs no pattern."""
+        if window is not None and window < tensors[1].shape[2]:
             raise ValueError(f"window must be None for the pattern {self.name}, got {window}")
-        return _attend(self.pattern, query, key, value, scale, want_lse)
+        return _attend(self.pattern, *tensors, scale, want_lse)
 
     def attend_packed(
         self, packed: PackedSequences, of: PackedHeads, *, scale: float, want_lse: bool = False

@@ -18,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from token_sparse_attention.attention.backend import (
     Backend,
     PackedHeads,
+    Tensors,
     split_lengths,
 )
 from token_sparse_attention.device import on_its_device
@@ -37,17 +38,11 @@ _MASKED_ROWS = 256  # queries per block where a mask has to be written out
 class SDPABackend(Backend):
     """One of the kernels behind PyTorch's ``scaled_dot_product_attention``."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        want_lse: bool = False,
+    def _attend(
+        self, tensors: Tensors, scale: float, window: int | None, want_lse: bool
     ) -> Attended:
-        """See `Backend.attend`; the log-sum-exp is computed from the logits once more."""
+        """The log-sum-exp is computed from the logits once more."""
+        query, key, value = tensors
         out = _causal(query, key, value, self.name, scale, window)
         return Attended(out, causal_lse(query, key, scale, window) if want_lse else None)
 

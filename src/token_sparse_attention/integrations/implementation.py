@@ -29,9 +29,9 @@ from token_sparse_attention.integrations.attention_mask import read_mask
 from token_sparse_attention.integrations.obstacles import (
     DENSE_PREFIX,
     AttentionFunction,
-    LayerCall,
     as_autocast,
     check_model,
+    layer_call,
     obstacle,
 )
 
@@ -65,27 +65,19 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
     backend = parse_backend(attention_backend)
     name = _implementation_name(backend)
 
-    def run(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        call = LayerCall(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    def run(*given: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        call = layer_call(*given, **named)
         one_query = call.query_len == 1
         other = one_query or obstacle(call)[0] is not None
-        kv_len = None if other else unpadded_len(attention_mask, call.query_len, call.kv_len)
+        kv_len = None if other else unpadded_len(call.mask, call.query_len, call.kv_len)
         if kv_len is None:
             off_cudnn = one_query and backend != "cudnn" and not is_compiling()
             with _off_cudnn() if off_cudnn else nullcontext():
-                return call.run(dense_function("sdpa", module))
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value = as_autocast((query, key[:, :, :kv_len], value[:, :, :kv_len]))
-        resolved = resolve_backend(backend_in(module), query, key)
+                return call.run(dense_function("sdpa", call.module))
+        keys = slice(kv_len)
+        query, key, value = as_autocast((call.query, call.key[:, :, keys], call.value[:, :, keys]))
+        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        resolved = resolve_backend(backend_in(call.module), query, key)
         out = resolved.attend(query, key, value, scale=scale).out
         return out.transpose(1, 2).contiguous(), None
 

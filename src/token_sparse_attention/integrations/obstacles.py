@@ -80,6 +80,20 @@ class LayerCall(NamedTuple):
         )  # fmt: skip
 
 
+def layer_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> LayerCall:
+    """Return what transformers hands to an attention function, by the names that it uses."""
+    return LayerCall(module, query, key, value, attention_mask, scaling, dropout, arguments)
+
+
 def obstacle(call: LayerCall) -> tuple[DenseReason | None, str]:
     """Return what makes a call more than plain causal self-attention, and on what it was met.
 

@@ -44,8 +44,8 @@ from token_sparse_attention.integrations.layers import SparseLayers
 from token_sparse_attention.integrations.obstacles import (
     SPARSE_PREFIX,
     AttentionFunction,
-    LayerCall,
     check_model,
+    layer_call,
 )
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.tensor_parallel import tensor_parallel_group
@@ -276,18 +276,9 @@ def _end_pass(module: nn.Module) -> None:
 def _attention_function(dense_name: str, *, continuous_batching: bool) -> AttentionFunction:
     """Return what runs under a name: always the same object, which compiled models rely on."""
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        call = LayerCall(module, query, key, value, attention_mask, scaling, dropout, kwargs)
-        applied = _APPLIED.get(module)
+    def attend(*given: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        call = layer_call(*given, **named)
+        applied = _APPLIED.get(call.module)
         # Models on one config object share the name, though `apply` was called for one of them.
         layers = SparseLayers({}, {}, dense_name) if applied is None else applied.layers
         return layers.attend_packed(call) if continuous_batching else layers.attend(call)

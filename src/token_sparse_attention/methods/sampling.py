@@ -31,14 +31,9 @@ from token_sparse_attention.crossover import (
 from token_sparse_attention.gate import DenseReason, Gate
 from token_sparse_attention.impls import load_kernels
 from token_sparse_attention.inputs import Problem, RealTokens
-from token_sparse_attention.methods.base import (
-    LayerShape,
-    Method,
-    Plan,
-    banded_pairs,
-    dense_query_pairs,
-)
+from token_sparse_attention.methods.base import LayerShape, Method, Plan
 from token_sparse_attention.methods.local import SampledKeys, attend_windows
+from token_sparse_attention.methods.pairs import banded_pairs, dense_query_pairs
 from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads
 

@@ -38,14 +38,9 @@ from token_sparse_attention.inputs import (
     check_config,
     real_tokens,
 )
-from token_sparse_attention.methods.base import (
-    LayerShape,
-    Method,
-    Plan,
-    banded_pairs,
-    dense_query_pairs,
-)
+from token_sparse_attention.methods.base import LayerShape, Method, Plan
 from token_sparse_attention.methods.local import attend_windows
+from token_sparse_attention.methods.pairs import banded_pairs, dense_query_pairs
 from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads, resolve_tp_group
 
