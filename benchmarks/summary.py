@@ -10,6 +10,7 @@ from benchmarks.block_sparse import accuracy
 from benchmarks.frontier.confirmation import Point, Shown, glance, name_of, points
 from benchmarks.frontier.page import CONFIRMED, SECOND
 from benchmarks.frontier.words import describe
+from benchmarks.lookup import speed_up
 from benchmarks.markdown import NONE, Page, figure_or, markdown_table, number
 from benchmarks.operator.page import RESULTS, load_runs
 from benchmarks.pooling import load_folder, pooled
@@ -17,7 +18,7 @@ from benchmarks.replay.layers import ReplayPoint
 from benchmarks.replay.results import Replay
 from benchmarks.serving import page as serving
 from benchmarks.style import figure_file, interval
-from token_sparse_attention.benchmark.runs import Run, milliseconds, speed_up, tokens
+from token_sparse_attention.benchmark.runs import Run, milliseconds, tokens
 from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.evaluation.summary import difference_interval, relative_loss_bound
 

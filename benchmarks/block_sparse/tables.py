@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from benchmarks.lookup import kept_shares, speed_up
 from benchmarks.markdown import NONE, Rows, Table, figure_or, number
 from benchmarks.operator.tables import runs_table
 from benchmarks.operator.targets import K, Outcome, Target, outcomes
@@ -15,7 +16,6 @@ from token_sparse_attention.benchmark.runs import (
     NoFigureError,
     Run,
     milliseconds,
-    speed_up,
     tokens,
 )
 
@@ -60,7 +60,7 @@ def floor_ms(run: Run, record: Record) -> float:
 def _points(runs: Sequence[Run]) -> Iterator[tuple[Run, int, float]]:
     for run in runs:
         for seq_len in run.lengths("block/dense"):
-            for density in sorted(run.shares("block/dense")):
+            for density in sorted(kept_shares(run, "block/dense")):
                 yield run, seq_len, density
 
 

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.lookup import STAGES, kept_shares, main_kept, speed_up
 from benchmarks.operator.tables import prefill_setting, tflops
 from benchmarks.style import figure_file, token_axis
 
 from token_sparse_attention.benchmark.runs import (
     NOT_MEASURED,
-    STAGES,
     NoFigureError,
     Run,
     milliseconds,
-    speed_up,
     tokens,
 )
 
@@ -60,7 +59,7 @@ def _rate(seq_len: int, run: Run, name: str) -> float:
 def _whole_dense(axes: Axes, runs: Sequence[Run]) -> bool:
     lines: Lines = {}
     for run in runs:
-        for kept in run.shares("ours/whole"):
+        for kept in kept_shares(run, "ours/whole"):
             for seq_len in run.lengths("ours/whole"):
                 _add(lines, f"{kept:.0%} kept", seq_len, _over_dense, run, kept)
     return _plot_lines(axes, lines, "speed-up over dense attention")
@@ -74,7 +73,7 @@ def _stages(axes: Axes, runs: Sequence[Run]) -> bool:
     """Each stage's time in percent of attention over the kept tokens, on top of each other."""
     heights: dict[str, dict[int, float]] = {name: {} for name in STAGES}
     for run in runs:
-        kept = run.main_kept()
+        kept = main_kept(run)
         for seq_len in run.lengths("ours/attend"):
             try:
                 run.need("ours/whole", seq_len, kept)
@@ -103,7 +102,7 @@ def _prefill(axes: Axes, runs: Sequence[Run]) -> bool:
     lines: Lines = {}
     for run in runs:
         for name in (*run.names("sparse/"), *run.names("samples-")):
-            shares: list[float | None] = [*run.shares(name)] or [None]
+            shares: list[float | None] = [*kept_shares(run, name)] or [None]
             for kept in shares:
                 layers, what = prefill_setting(name, kept)
                 label = f"{what}{'' if kept is None else ' kept'}, {layers} layers"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from benchmarks.lookup import speed_up
 from benchmarks.markdown import NONE, Rows, Table, figure_or, number
 
 from token_sparse_attention.benchmark.record import Record
@@ -17,7 +18,6 @@ from token_sparse_attention.benchmark.runs import (
     NoFigureError,
     Run,
     milliseconds,
-    speed_up,
     tokens,
 )
 

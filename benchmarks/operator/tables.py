@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.lookup import WALL_KINDS, kept_shares, main_kept, overhead_ms, speed_up
 from benchmarks.markdown import NONE, Rows, Table, figure_or, number
 from benchmarks.operator.targets import crossover_ms, outcomes
 
 from token_sparse_attention.benchmark.record import KERNEL_KINDS, Record
-from token_sparse_attention.benchmark.runs import (
-    CHECK_FAILED,
-    WALL_KINDS,
-    Run,
-    milliseconds,
-    speed_up,
-    tokens,
-)
+from token_sparse_attention.benchmark.runs import CHECK_FAILED, Run, milliseconds, tokens
 from token_sparse_attention.config import TokenSelectionConfig
 
 _SPREAD_FROM_MS = 1.0  # shorter times are mostly the clock's spread
@@ -41,7 +35,7 @@ def _points(runs: Sequence[Run], *names: str) -> Iterator[tuple[Run, int]]:
 
 
 def _shares(runs: Sequence[Run], name: str) -> list[float]:
-    return sorted({kept for run in runs for kept in run.shares(name)}, reverse=True)
+    return sorted({kept for run in runs for kept in kept_shares(run, name)}, reverse=True)
 
 
 def runs_table(runs: Sequence[Run]) -> Rows:
@@ -109,7 +103,7 @@ def _stages(runs: Sequence[Run]) -> Rows:
     columns = ("score", "select", "gather", "scatter", "overhead", "attend")
     yield "run", "tokens", "kept", *columns, "overhead / attend", "whole", "whole - attend"
     for run, seq_len in _points(runs, "ours/attend"):
-        kept = run.main_kept()
+        kept = main_kept(run)
         attend = run.find("ours/attend", seq_len, kept)
         yield (
             run.name,
@@ -126,12 +120,12 @@ def _stages(runs: Sequence[Run]) -> Rows:
 
 
 def _overhead(run: Run, seq_len: int, kept: float) -> str:
-    return number(run.overhead_ms(seq_len, kept))
+    return number(overhead_ms(run, seq_len, kept))
 
 
 def _overhead_share(run: Run, seq_len: int, kept: float) -> str:
     attend = run.need("ours/attend", seq_len, kept, checked=False)
-    return f"{run.overhead_ms(seq_len, kept) / milliseconds(attend):.1%}"
+    return f"{overhead_ms(run, seq_len, kept) / milliseconds(attend):.1%}"
 
 
 def _rest(run: Run, seq_len: int, kept: float) -> str:
@@ -143,7 +137,7 @@ def _whole_dense(runs: Sequence[Run]) -> Rows:
     shares = _shares(runs, "ours/whole")
     yield "run", "tokens", "dense", *(f"{kept:.0%} kept" for kept in shares)
     for run, seq_len in _points(runs, "ours/whole"):
-        if run.find("ours/whole", seq_len, run.main_kept()) is None:
+        if run.find("ours/whole", seq_len, main_kept(run)) is None:
             continue
         cells = (figure_or(_against_dense, run, seq_len, kept) for kept in shares)
         yield run.name, tokens(seq_len), figure_or(_dense_ms, run, seq_len), *cells
@@ -202,7 +196,7 @@ def _memory(runs: Sequence[Run]) -> Rows:
     header = ("ours", "with windowed fallback", "all heads at once", "eager composition")
     yield "run", "tokens", "kept", *header, "ours against all heads at once, time"
     for run, seq_len in _points(runs, "ours/whole"):
-        kept = run.main_kept()
+        kept = main_kept(run)
         peaks = [run.find(name, seq_len, kept, ("memory",)) for name in columns]
         if any(peaks):
             slower = figure_or(_chunking_cost, run, seq_len, kept)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from token_sparse_attention.benchmark.record import KERNEL_KINDS, Record, ResultFile
 
-WALL_KINDS = ("eager", "graph", "events")  # the host's part vanishes where it was not timed
-STAGES = ("ours/score", "ours/select", "ours/gather", "ours/scatter")
 NOT_MEASURED, CHECK_FAILED = "not measured", "check failed"
 FIRST_DENSE = "dense/fa4"
 MAIN_KEPT = 0.5
@@ -74,16 +72,6 @@ class Run:
         found = (r.name for r in self.result.records if r.name.startswith(prefix))
         return list(dict.fromkeys(found))
 
-    def shares(self, name: str) -> list[float]:
-        """Return the kept shares at which something was measured, descending."""
-        kept = {r.kept for r in self.result.records if r.name == name and r.kept is not None}
-        return sorted(kept, reverse=True)
-
-    def main_kept(self) -> float:
-        """Return the kept share to show where only one is shown."""
-        shares = self.shares("ours/whole")
-        return MAIN_KEPT if MAIN_KEPT in shares or not shares else shares[0]
-
     def dense(self, seq_len: int) -> Record:
         """Return what sparse is compared with: flash-attn-4, else the fastest dense kernel.
 
@@ -99,20 +87,6 @@ class Run:
             raise NoFigureError(CHECK_FAILED if any(found) else NOT_MEASURED)
         return min(passed, key=milliseconds)
 
-    def overhead_ms(self, seq_len: int, kept: float) -> float:
-        """Return the time of all stages but attention.
-
-        Raises:
-            NoFigureError: if a stage was not measured or the whole operator's check failed.
-        """
-        self.need("ours/whole", seq_len, kept)
-        return sum(
-            milliseconds(
-                self.need(name, seq_len, None if name == "ours/score" else kept, checked=False)
-            )
-            for name in STAGES
-        )
-
 
 def milliseconds(record: Record) -> float:
     """Return the median time.
@@ -123,11 +97,6 @@ def milliseconds(record: Record) -> float:
     if record.median_ms is None:
         raise NoFigureError(NOT_MEASURED)
     return record.median_ms
-
-
-def speed_up(base: Record, ours: Record) -> float:
-    """Return how many times as fast `ours` is as `base`, both of one run and both checked."""
-    return milliseconds(base) / milliseconds(ours)
 
 
 def tokens(count: int) -> str:
