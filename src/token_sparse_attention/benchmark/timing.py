@@ -39,7 +39,7 @@ def summarize(kind: str, times_ms: Sequence[float], note: str = "") -> Timing:
 def kernel_times(calls: Sequence[Call], device: torch.device, budget: float) -> list[Timing]:
     """Time calls on the device, without the host's part where a CUDA graph can be captured.
 
-    Several calls take turns, so that a drifting clock meets all of them alike.
+    Several calls take turns, so that a drifting clock meets all of them equally.
 
     Args:
         calls: what to time.

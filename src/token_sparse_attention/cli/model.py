@@ -70,7 +70,7 @@ class ModelOptions:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What `run.load_model` takes besides the name."""
+        """What `run.load_model` takes after the name."""
         names = ("device", "device_map", "dtype", "trust_remote_code")
         return {name: getattr(self, name) for name in names}
 
