@@ -11,8 +11,8 @@ from token_sparse_attention import Method, SparseConfig
 from token_sparse_attention.config import check_int
 from token_sparse_attention.gate import Gate
 from token_sparse_attention.methods.base import Plan
-from token_sparse_attention.methods.pairs import banded_pairs
 from token_sparse_attention.methods.local import attend_windows
+from token_sparse_attention.methods.pairs import banded_pairs
 from token_sparse_attention.results import dense_selection
 
 if TYPE_CHECKING:

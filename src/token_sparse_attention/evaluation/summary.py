@@ -108,7 +108,7 @@ def chosen_samples(results: EvalResults, configuration: str, length: int) -> lis
 
 
 def layer_shares(kept: LayerKept, prompt_tokens: int) -> list[float]:
-    """Return what share of the prompt each head of a layer kept; one number if all kept equally many.
+    """Return what share of the prompt each head of a layer kept; one number if all agree.
 
     For KV sampling these are its sinks and samples.
     """
