@@ -197,23 +197,21 @@ def decompress_sequences(
         zeros: whether the other rows become zero, which the reference's must be already.
         impl: ``"triton"`` or ``"reference"``.
     """
-    lse = None if packed.lse is None or into.lse is None else (packed.lse, into.lse)
     if impl == "triton":
         load_kernels("compression").scatter(
-            unit_stride(packed.out),
             selection.indices.contiguous(),
+            packed._replace(out=unit_stride(packed.out)),
             offsets,
             sequences,
-            into.out,
+            into,
             selection.ran_sparse,
             first_query=_slots(selection, into.out.shape[2]) - into.out.shape[2],
             zeros=zeros,
-            lse=lse,
         )
         return
     _scatter(packed.out, selection, into.out)
-    if lse is not None:
-        _scatter(lse[0][:, None], selection, lse[1][..., None])
+    if packed.lse is not None and into.lse is not None:
+        _scatter(packed.lse[:, None], selection, into.lse[..., None])
 
 
 def _scatter(out: Tensor, selection: TokenSelection, full: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from support import make_problem
 
 pytest.importorskip("triton")
 
+from token_sparse_attention.kernels import sampled_attention
 from token_sparse_attention.kernels.sampled_attention import Tiles, add_sampled_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +19,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("window", [1, 40, 500])
 @pytest.mark.parametrize(("query_len", "kv_len", "head_dim"), [(130, 130, 24), (75, 301, 64)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_windows_and_sampled_keys(weighted, num_sampled, window, query_len, kv_len, head_dim):
+def test_windows_and_sampled_keys(
+    monkeypatch, weighted, num_sampled, window, query_len, kv_len, head_dim
+):
     """The kernel against a literal mask; padding is NaN, and absent keys are taken from it."""
     problem = make_problem(
         batch=3, heads=6, kv_heads=2, query_len=query_len, kv_len=kv_len, head_dim=head_dim,
@@ -56,14 +59,15 @@ def test_windows_and_sampled_keys(weighted, num_sampled, window, query_len, kv_l
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     before, before_lse = out.clone(), lse.clone()
     sequences = torch.tensor([True, True, True], device=DEVICE)
-    options = {"window": window, "scale": 0.3, "tiles": Tiles(32, 16, 4, 2), "weights": weights}
-    add_sampled_keys(*problem, slots, bounds, sequences, out, lse, **options)
+    monkeypatch.setattr(sampled_attention, "pick_tiles", lambda *_: Tiles(32, 16, 4, 2))
+    sampled, options = (slots, weights), {"window": window, "scale": 0.3}
+    add_sampled_keys(*problem, sampled, (bounds, sequences), (out, lse), **options)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
     nothing = num_sampled == 0 or window == 500
     assert torch.equal(out, before) == nothing, "the sampled keys must matter"
     sequences = torch.tensor([False, True, False], device=DEVICE)
-    add_sampled_keys(*problem, slots, bounds, sequences, before, before_lse, **options)
+    add_sampled_keys(*problem, sampled, (bounds, sequences), (before, before_lse), **options)
     assert torch.equal(before[1], out[1])
     assert torch.equal(before[0], out[0]) == nothing
 

@@ -74,24 +74,26 @@ def gather(
 
 @on_its_device
 def scatter(
-    out: Tensor, indices: Tensor, offsets: tuple[Tensor, Tensor], sequences: range, full: Tensor,
-    ran_sparse: Tensor, *,
-    first_query: int, zeros: bool, lse: tuple[Tensor, Tensor] | None = None,
+    indices: Tensor, packed: tuple[Tensor, Tensor | None], offsets: tuple[Tensor, Tensor],
+    sequences: range, into: tuple[Tensor, Tensor | None], ran_sparse: Tensor, *,
+    first_query: int, zeros: bool,
 ) -> None:  # fmt: skip
-    """Write packed rows ``out [T, D]`` to their positions in ``full [B, H, S_q, D]``.
+    """Write packed rows, and their log-sum-exp if both sides have one, to their positions.
 
     Args:
-        out: packed rows, unit stride over D.
         indices: ``[B, H, K]``, contiguous.
+        packed: rows ``[T, D]``, unit stride over D; and ``[T]`` float32 or None.
         offsets: from `cumulative_lengths`.
         sequences: which sequences.
-        full: written in batch entries that ran sparse only; unit stride over D.
+        into: ``[B, H, S_q, D]``, written in batch entries that ran sparse only, unit stride
+            over D; and ``[B, H, S_q]`` float32, contiguous, or None.
         ran_sparse: ``[B]`` bool.
         first_query: slot of the first query.
-        zeros: whether rows that were not selected become zero, or keep their values.
-        lse: packed ``[T]`` and full ``[B, H, S_q]`` (contiguous) float32 log-sum-exp; with
-            `zeros`, -inf is written where no row was selected.
+        zeros: whether rows that were not selected become zero, and their log-sum-exp -inf, or
+            keep their values.
     """
+    (out, packed_lse), (full, full_lse) = packed, into
+    with_lse = packed_lse is not None and full_lse is not None
     num_heads, query_len, head_dim = full.shape[1:]
     ranks = torch.full(
         (len(sequences), query_len), -1, dtype=torch.int32, device=full.device
@@ -100,12 +102,12 @@ def scatter(
         indices, *offsets, ranks, first_query, indices.shape[2], query_len, sequences.start,
         BLOCK=_SLOTS, num_warps=4,
     )  # fmt: skip
-    packed_lse, full_lse = lse or (out, out)
     scatter_kernel[(triton.cdiv(query_len, _ROWS), len(sequences))](
-        out, offsets[0], ranks, full, ran_sparse, packed_lse, full_lse,
+        out, offsets[0], ranks, full, ran_sparse,
+        packed_lse if with_lse else out, full_lse if with_lse else out,
         *full.stride()[:3], query_len, sequences.start, num_heads, len(out), out.stride(0),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ZEROS=zeros,
-        WITH_LSE=lse is not None, ROWS=_ROWS, num_warps=4,
+        WITH_LSE=with_lse, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def _pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+def pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Return the block sizes and launch options for a dtype and a head size."""
     if dtype == torch.float32:  # exact products do not use tensor cores
         return Tiles(32, 32, 4, 2)
     if head_dim > 128:
@@ -38,9 +39,9 @@ def _pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
 
 @on_its_device
 def add_sampled_keys(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bounds: Tensor, sequences: Tensor,
-    out: Tensor, lse: Tensor, *,
-    window: int, scale: float, weights: Tensor | None = None, tiles: Tiles | None = None,
+    query: Tensor, key: Tensor, value: Tensor, sampled: tuple[Tensor, Tensor | None],
+    sequences: tuple[Tensor, Tensor], windowed: tuple[Tensor, Tensor], *,
+    window: int, scale: float,
 ) -> None:  # fmt: skip
     """Merge sampled keys into sliding-window attention, in place, except in padding.
 
@@ -48,25 +49,25 @@ def add_sampled_keys(
         query: ``[B, H, S_q, D]``, unit stride over D, as all others.
         key: ``[B, H_kv, S_kv, D]``.
         value: ``[B, H_kv, S_kv, D]``.
-        slots: ``[B, H, M]`` int32, ascending, S_kv or more for no key; M may be 0.
-        bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
-        sequences: ``[B]`` bool, the sequences to change.
-        out: ``[B, H, S_q, D]``, the sliding-window attention.
-        lse: ``[B, H, S_q]`` float32, its log-sum-exp.
+        sampled: slots ``[B, H, M]`` int32, ascending, S_kv or more for no key, M may be 0; and
+            ``[B, H, M]`` float32, factors of the keys' exponentials, None for 1.
+        sequences: ``[B, 2]`` int32, each one's real slots ``[start, end)``; and ``[B]`` bool,
+            which to change.
+        windowed: the sliding-window attention ``[B, H, S_q, D]``, and its log-sum-exp
+            ``[B, H, S_q]`` float32.
         window: keys that each query has attended to, its own included; it attends to the
             sampled keys before these.
         scale: factor of the logits.
-        weights: ``[B, H, M]`` float32, factors of the keys' exponentials; None for 1.
-        tiles: block sizes, for tuning.
     """
+    (slots, weights), (bounds, wanted), (out, lse) = sampled, sequences, windowed
     if not slots.shape[2]:
         return
     batch_size, num_heads, query_len, head_dim = query.shape
     slots = slots.contiguous()
     sampled_key, sampled_value, log_weights = _gather(key, value, slots, weights)
-    block_m, block_n, num_warps, num_stages = tiles or _pick_tiles(query.dtype, head_dim)
+    block_m, block_n, num_warps, num_stages = pick_tiles(query.dtype, head_dim)
     sampled_keys_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
-        query, slots, sampled_key, sampled_value, log_weights, bounds, sequences, out, lse,
+        query, slots, sampled_key, sampled_value, log_weights, bounds, wanted, out, lse,
         scale * LOG2_E.value,
         *query.stride()[:3], *out.stride()[:3], *lse.stride(),
         num_heads, query_len, key.shape[2] - query_len,

@@ -60,8 +60,8 @@ def attend_windows(
     lse = backend.dense.attend_windows(problem, begins, into, window)
     if problem.impl == "triton":
         load_kernels("sampled_attention").add_sampled_keys(
-            *problem[:3], sampled.slots, tokens.bounds, sequences, into.out, lse,
-            window=window, scale=problem.scale, weights=sampled.weights,
+            *problem[:3], sampled, (tokens.bounds, sequences), (into.out, lse),
+            window=window, scale=problem.scale,
         )  # fmt: skip
         return
     slots = torch.where(sequences[:, None, None], sampled.slots, tokens.kv_len)
