@@ -56,8 +56,8 @@ class SparseConfig:
     Args:
         dense_queries: how many of the last queries attend to every key.
         dense_heads: query heads of the layer whose queries all attend to every key.
-        crossover: ``"auto"`` also runs dense where sparse would not be faster, by a measured
-            break-even; ``"off"`` only where the method says so.
+        crossover: ``"auto"`` runs dense where sparse would not be faster, by a measured
+            break-even; ``"off"`` ignores speed and runs dense only where the method must.
         sparse_layers: layers that may run sparse, None for all. Only integrations read it.
 
     Raises:
@@ -118,18 +118,19 @@ class SparseConfig:
 class KVSamplingConfig(SparseConfig, method="kv_sampling"):
     """Settings of the default method: a sliding window, sinks, and sampled keys.
 
-    No query is dropped. Each attends to its sliding window, to the first keys, and to keys
-    that its head samples by score and weights by their inverse inclusion probability; the last
+    No query is dropped. Each attends to its sliding window, to the first keys, and to keys that
+    its head samples by score and weights by their inverse inclusion probability. The last
     queries attend to every key. See docs/how-it-works.md.
 
     Args:
         num_probes: how many of the last queries score the keys.
         sliding_window: width of the window in tokens, the query itself included.
         sink_size: how many of the first keys every query attends to.
-        num_samples: how many keys each head samples from what the last window leaves behind;
+        num_samples: how many keys each head samples from those before the last query's window;
             0 for window and sinks alone.
-        budget: ``"shared"`` samples ``num_samples`` keys for every head, ``"per_head"`` as many
-            on average, in proportion to the mass that a head gives to keys behind its window.
+        budget: ``"shared"`` gives every head ``num_samples`` samples, ``"per_head"`` as many on
+            average: a quarter to each head, the rest in proportion to the attention that it
+            gives to keys before the window.
         **shared: the fields of `SparseConfig`, which also says what is raised.
 
     Source:
@@ -162,7 +163,7 @@ class TokenSelectionConfig(SparseConfig, method="token_selection"):
     """Settings of Token Sparse Attention (arXiv 2602.03216); the defaults are the published ones.
 
     Every head attends over its own selected tokens only: its queries, keys and values are
-    compressed to them. `fallback`, `sliding_window`, `budget="per_head"`, `dense_queries`,
+    gathered at them. `fallback="window"`, `budget="per_head"`, `keep_ratio`, `dense_queries`,
     `dense_heads` and the crossover are extensions that are off by default.
 
     Args:

@@ -1,11 +1,14 @@
-"""From which lengths and kept shares on sparse attention is faster than dense: measured.
+"""Where sparse attention is faster than dense: constants, and the lengths and shares they give.
 
 Dense attention over S tokens costs time in proportion to S^2. Sparse attention that keeps a
-share k of them costs k^2 of that, plus overhead in proportion to S: the time that dense
-attention spends per query on some fixed number of keys, `BreakEven.fixed_tokens`. So sparse
-wins where ``k^2 < 1 - fixed_tokens / S``. And starting its kernels takes the host a while, in
-which dense attention of a short prompt, or of few heads, is done. The constants come from
-`tsa bench`; see benchmarks/operator/study.md.
+share k of them costs k^2 of that, plus overhead in proportion to S. The overhead is counted in
+the keys on which dense attention spends as much time per query: `BreakEven.fixed_tokens`. So
+sparse wins where ``k^2 < 1 - fixed_tokens / S``. Starting its kernels also takes the host time.
+Dense attention of a short prompt, or of few heads, may end before that.
+
+Three commands measured the constants: `tsa bench op`, `tsa bench prefill` with few heads
+(`HOST_WORK`), and `python -m benchmarks.operator.sampling` (windows, samples, dense queries).
+See benchmarks/operator/study.md.
 """
 
 from __future__ import annotations
@@ -19,24 +22,27 @@ from torch import Tensor
 
 from token_sparse_attention.config import SparseConfig
 
-# Sequences shorter than this run dense unscored: to score one in vain costs over 2% of dense.
+# Token selection must score a sequence before it knows whether it drops enough. Shorter ones
+# run dense unscored, because scoring alone would cost them over 2% of dense attention.
 MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
-# Where lengths alone decide, nothing is scored in vain. Shorter ones, where starting kernels
-# counts for more, were not measured.
+# KV sampling decides by lengths, before it scores. On a GPU, whole prefills of 16K tokens with up
+# to 16 heads gained less than 2% or lost time; those of more heads were measured from 32K on.
 MIN_SAMPLED_LENGTH = {"cuda": 24576, "cpu": 20480}
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
-# The same for the sliding window of all queries: a fixed part, and one per token of the window.
+# Overhead of the sliding window of all queries: a fixed part, and a part per token of the window.
 WINDOW_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
-# And for sinks and samples. They may all lie at the start, where every query sees them: half
-# again what evenly spread ones take. On a CPU the measurement was rough: an upper end.
+# Overhead of sinks and samples: a fixed part, and a part for each. They may all lie at the start,
+# where every query sees them. The constants are for that, about 1.5 times what evenly spread ones
+# take. The CPU's are the upper end of a rough measurement.
 SAMPLED_TOKENS = {"cuda": (1000.0, 3.0), "cpu": (4000.0, 20.0)}
 
-# And for each of the last queries that attend to every key: if there were one head, since few
-# heads' queries do not fill a GPU, also with their keys split; and with any number of heads.
+# Overhead of each of the last queries that attend to every key. Few heads' queries do not fill a
+# GPU, so the first number is divided by the number of heads; the second is the least.
 DENSE_QUERY_TOKENS = {"cuda": 60.0, "cpu": 0.0}
 LEAST_DENSE_QUERY_TOKENS = {"cuda": 5.4, "cpu": 2.0}
-# Dense attention's work, S^2 times heads times head size, while the host starts sparse kernels.
+# S^2 times heads times head size of the dense attention that ends while the host starts the
+# sparse kernels.
 HOST_WORK = {"cuda": 1.5e12, "cpu": 0.0}
 
 Length = TypeVar("Length", float, Tensor)
@@ -51,10 +57,10 @@ class BreakEven(NamedTuple):
     """Where a sequence runs sparse.
 
     Attributes:
-        min_length: shorter ones run dense; a batch of nothing else is not even scored.
-        max_work: one runs dense if the mean square of its heads' kept shares exceeds
+        min_length: shorter sequences run dense.
+        max_work: a sequence runs dense if the mean square of its heads' kept shares exceeds
             ``max_work - fixed_tokens / effective_length``.
-        fixed_tokens: see `max_work`.
+        fixed_tokens: the overhead, in keys per query of dense time.
     """
 
     min_length: float
@@ -71,9 +77,10 @@ NEVER_DENSE = BreakEven(0.0, 2.0, 0.0)
 
 
 def effective_length(query_len: Length, kv_len: Length) -> Length:
-    """Return the prompt length with the same dense time per key: S_q where S_q = S_kv.
+    """Return the length of a whole prompt with the same dense time per key.
 
-    A chunk of few queries has little dense time to save, but all keys to score and gather.
+    It is S_q where S_q = S_kv. A chunk of few queries has little dense time to save, but all
+    keys to score and gather.
     """
     if isinstance(query_len, Tensor):
         query_len = query_len.double()  # a quotient of integers has the default dtype
@@ -117,8 +124,8 @@ def break_even(
     kind = kind_of(device)
     dense_query = max(DENSE_QUERY_TOKENS[kind] / num_heads, LEAST_DENSE_QUERY_TOKENS[kind])
     fixed = OVERHEAD_TOKENS[kind] + dense_query * config.dense_queries + overhead
-    # Below `fixed` nothing could make sparse faster, even if every token were dropped.
-    # Of a layer whose heads are spread over devices, one may have all of its dense heads.
+    # Below `fixed` sparse could not be faster even if every token were dropped. With tensor
+    # parallelism one rank may have all dense heads of the layer.
     sparse_share = max(1 - len(config.dense_heads) / num_heads, 0.0)
     shortest = fixed / sparse_share if sparse_share else math.inf
     starting = math.sqrt(HOST_WORK[kind] / (num_heads * head_dim))

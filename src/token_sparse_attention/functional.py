@@ -52,16 +52,15 @@ def token_sparse_attention(
     execution: Execution = _AUTO,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | SparseOutput:
-    r"""Causal attention in which every head attends only to the keys that it needs.
+    r"""Sparse causal attention for prefill; the result has no gradient.
 
-    The config's class says by which method: `KVSamplingConfig` keeps every query and samples
-    keys, `TokenSelectionConfig` compresses queries, keys and values as the paper does. For
-    prefill; the result has no gradient.
+    The config's class is the method: `KVSamplingConfig` keeps every query and samples keys,
+    `TokenSelectionConfig` drops queries, keys and values as the paper does.
 
-    On CUDA nothing here waits for the device, unless the attention backend is one that
-    reads lengths on the host (cudnn, efficient, math, patterns), or the code is plain PyTorch
-    (``impl="reference"``, float64, head sizes above 256); so the call can be captured
-    in a CUDA graph. It can be compiled as one operator.
+    On CUDA the call does not wait for the device, so a CUDA graph can capture it. There are two
+    exceptions: attention backends that read lengths on the host (cudnn, efficient, math,
+    patterns), and plain PyTorch (``impl="reference"``, float64, head sizes above 256).
+    `torch.compile` takes the call as one operator.
 
     Args:
         query: ``[B, H, S_q, D]``, floating, after position encoding. Queries occupy the
@@ -70,16 +69,16 @@ def token_sparse_attention(
         value: ``[B, H_kv, S_kv, D]``.
         config: the settings; its ``sparse_layers`` is not read here.
         padding_mask: ``[B, S_kv]`` bool, True for real tokens, one contiguous run per sequence.
-            Every length and window counts real tokens; a sequence of a batch gives what it
-            gives alone. Padding's queries give zeros. Where checking would wait for the device,
-            a sequence that is not one run gives NaN, else an error.
+            Every length and window counts real tokens, so a sequence of a batch gives what it
+            gives alone. The output of padding is zero. A sequence whose mask is not one run
+            raises, or gives NaN where the check would wait for the device.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
         execution: which code and kernels run, how much at once, and on how many ranks.
         return_aux: what to return with the output, see `AuxRequest`.
 
     Returns:
-        The output ``[B, H, S_q, D]`` in query's dtype and, unless all sequences run dense, in
-        its memory layout; with `return_aux` a `SparseOutput`.
+        The output ``[B, H, S_q, D]`` in query's dtype; with `return_aux` a `SparseOutput`. Its
+        memory layout is query's, unless all sequences run dense.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -87,7 +86,7 @@ def token_sparse_attention(
             gradient while gradients are recorded, or if the backend cannot run the input.
 
     Source:
-        arXiv 2602.03216 for token selection; ``S_q < S_kv``, KV sampling and the crossover are
+        arXiv 2602.03216 for token selection. KV sampling, ``S_q < S_kv`` and the crossover are
         extensions.
 
     Example:

@@ -1,8 +1,10 @@
-"""The one place that says why something runs dense.
+"""Every reason to run dense, and the gate, which decides by lengths.
 
-A `Gate` knows from a layer's settings, its heads and its device which lengths run sparse; the
-operator asks it per sequence, and whoever plans or reports reads the same answer. A sequence
-that passes may still run dense by what its scores say; the method then gives the reason.
+A `Gate` is made from a layer's settings, its heads and its device, and knows which lengths run
+sparse. The operator asks it about each sequence. The integrations ask the same gate before they
+call the operator. Other reasons are given elsewhere: by the methods from scores, in
+`integrations.obstacles` and `integrations.layers` for a Hugging Face model, and in
+`integrations.vllm` for vLLM.
 """
 
 from __future__ import annotations
@@ -69,13 +71,13 @@ _LONGEST = 2**31 - 1
 
 
 class Gate(NamedTuple):
-    """From which lengths on a layer's sequences run sparse.
+    """Which lengths of a layer's sequences run sparse.
 
     Attributes:
         min_queries: a sequence with fewer queries runs dense.
-        max_dense_context: a sequence with no more keys runs dense.
+        max_dense_context: a sequence with this many keys or fewer runs dense.
         always: why every sequence runs dense, None if the lengths decide.
-        break_even: the crossover.
+        break_even: the crossover, from which length sparse is faster.
     """
 
     min_queries: int = 1
@@ -85,9 +87,7 @@ class Gate(NamedTuple):
 
     @property
     def shortest_prompt(self) -> int | None:
-        """How many tokens a whole prompt must have for its length to let it run sparse.
-
-        None if no length does.
+        """How many tokens a whole prompt must have to run sparse; None if it never does.
 
         Example:
             >>> Gate(min_queries=16, max_dense_context=100).shortest_prompt

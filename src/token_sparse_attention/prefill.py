@@ -1,10 +1,11 @@
-"""The page: how one call of the operator runs, whatever the method. Read this first.
+"""One call of the operator from start to end, for every method. Read this first.
 
     gate -> score -> method: prepare, attend -> dense queries and heads
 
-The gate says from lengths which sequences run dense. The last queries score all keys; the
-method chooses from the scores what each head attends to, and attends. What is to be dense all
-the same is written over that: sequences that run dense, the last queries, single heads.
+The gate decides from lengths which sequences run dense. The last queries score all keys. The
+method chooses from the scores what each head attends to, and computes the output. Dense
+attention then overwrites three parts of it: sequences that run dense, the last queries, and
+dense heads.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def _problem(
 
 
 def _all_dense(gate: Gate, problem: Problem) -> bool:
-    """Whether lengths on the host say that every sequence runs dense.
+    """Whether the lengths that the host knows make every sequence run dense.
 
-    Where only the device knows the lengths, the longest sequence there could be decides.
+    Where only the device knows the lengths, the longest possible sequence decides.
     """
     return all(
         gate.reason(*_lengths(span, problem)) is not None
@@ -136,7 +137,7 @@ def _attend_densely(problem: Problem, backend: Backend, gate: Gate) -> SparseOut
 def _attend_dense_queries(
     problem: Problem, backend: Backend, ran_sparse: Tensor, count: int, into: Attended
 ) -> None:
-    """Attend all queries of the sequences that run dense, and the others' last `count`."""
+    """Attend all queries of sequences that run dense, and the last `count` of the others."""
     start, end = problem.tokens.bounds.unbind(-1)
     count = min(count, problem.query.shape[2])
     if backend.dense.attend_last(problem, count, into):
@@ -155,7 +156,7 @@ def _attend_dense_queries(
 def _attend_dense_heads(
     problem: Problem, backend: Backend, ran_sparse: Tensor, heads: Sequence[int], into: Attended
 ) -> None:
-    """Attend all queries of some heads in the sequences that run sparse, over what was there."""
+    """Attend all queries of some heads in the sequences that run sparse; overwrites them."""
     if not heads:
         return
     start, end = problem.tokens.bounds.unbind(-1)
@@ -167,7 +168,7 @@ def _attend_dense_heads(
 
 
 def adjacent_heads(heads: Sequence[int], group: int) -> Iterator[tuple[slice, slice]]:
-    """Yield heads that follow each other and share a KV head, and that head: views, no copies."""
+    """Yield runs of adjacent heads that share a KV head, each with that head, as slices."""
     begin = 0
     for index, head in enumerate(heads):
         following = heads[index + 1] if index + 1 < len(heads) else None
@@ -180,7 +181,7 @@ def adjacent_heads(heads: Sequence[int], group: int) -> Iterator[tuple[slice, sl
 def _with_dense_heads(
     selection: TokenSelection, heads: Sequence[int], problem: Problem
 ) -> TokenSelection:
-    """Return a selection in which some heads list all tokens."""
+    """Return the selection with all tokens listed for some heads."""
     if not heads:
         return selection
     want_indices = problem.aux.indices
@@ -198,7 +199,7 @@ def _with_dense_heads(
 
 
 def _with_reasons(selection: TokenSelection, problem: Problem, gate: Gate) -> TokenSelection:
-    """Return a selection whose sequences say why they ran dense: the gate's reason comes first."""
+    """Return the selection with the reason why each sequence ran dense, the gate's first."""
     if not problem.aux.indices:
         selection = selection.without_indices()
     if problem.tokens.padded:

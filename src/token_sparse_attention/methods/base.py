@@ -1,7 +1,7 @@
 """What a method is: how the queries of a layer's sparse sequences attend.
 
-A method is one class and one config. `prefill.prefill` calls it in this order: `gate` from the
-lengths, `prepare` with the scores of the keys, `attend`. Defining a subclass registers it:
+A method is one class and one config. `prefill.prefill` calls its functions in this order:
+`gate`, `prepare` with the scores of the keys, `attend`. Defining a subclass registers it:
 ``class Mine(Method[MyConfig], config=MyConfig)``.
 """
 
@@ -31,8 +31,8 @@ class Plan(NamedTuple):
     Attributes:
         ran_sparse: ``[B]`` bool, which sequences run sparse; the others are attended densely.
         keys: whatever the method's `attend` needs.
-        selection: the tokens it chose, None unless the problem's `aux` asks for it. Its
-            `reasons` say why sequences that passed the gate run dense all the same.
+        selection: the tokens that it chose; needed where the problem's `aux` asks for it, else
+            None. Its `reasons` say why a sequence that passed the gate still runs dense.
     """
 
     ran_sparse: Tensor
@@ -83,7 +83,7 @@ class Method(ABC, Generic[C]):
         return 0
 
     def gate(self, device: torch.device, num_heads: int, head_dim: int) -> Gate:
-        """Return from which lengths on a layer runs sparse.
+        """Return which lengths of a layer run sparse.
 
         Args:
             device: where it attends.
@@ -108,8 +108,8 @@ class Method(ABC, Generic[C]):
     def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
         """Write the output of the sparse sequences.
 
-        Every real query of a sparse sequence must be written; dense sequences, the last
-        ``dense_queries`` and the ``dense_heads`` are written afterwards by the caller.
+        Every real query of a sparse sequence must be written. The caller then writes dense
+        sequences, the last ``dense_queries`` and the ``dense_heads``.
 
         Args:
             plan: what `prepare` returned.
@@ -120,16 +120,15 @@ class Method(ABC, Generic[C]):
 
     @abstractmethod
     def work(self, chosen: int, prompt_tokens: int) -> float:
-        """Return a head's pairs of query and key as a share of all causal ones.
+        """Return how many pairs of query and key a head attends to, as a share of all causal ones.
 
         Args:
-            chosen: how many tokens the method chose for the head, as `TokenSelection.lengths`
-                has it.
+            chosen: how many tokens the method chose for the head: its `TokenSelection.lengths`.
             prompt_tokens: S.
         """
 
     def workspace(self, shape: LayerShape) -> int:
-        """Return how many bytes `prepare` and `attend` hold at most, about.
+        """Return about how many bytes `prepare` and `attend` hold at most.
 
         Args:
             shape: of the layer's call.

@@ -3,10 +3,13 @@
     score -> inclusion probabilities -> systematic sampling
           -> one softmax over window, sinks and samples, samples weighted by 1 / p
 
-Each head samples keys from what the last query's window leaves behind. A key that is included
-with probability p enters the softmax with the bias log(1 / p), as if it were 1 / p keys. Over a
-random start of the sampling the numerator and the denominator are unbiased; their ratio has a
-bias of O(1 / M) for M samples. The start is fixed here, so equal scores give equal samples.
+A key is *behind* a window if it is earlier than the window's first key. Each head samples keys
+behind the last query's window. A key that is included with probability p enters the softmax
+with the bias log(1 / p), as if it were 1 / p keys. With a random start of the sampling the
+numerator and the denominator are unbiased, and their ratio has a bias of O(1 / M) for M
+samples. Here the start is fixed, so equal scores give equal samples.
+
+`sample` decides which keys, by `kernels.sampling` on a GPU and by `sample_keys` elsewhere.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         return self.config.num_probes
 
     def gate(self, device: torch.device, num_heads: int, head_dim: int) -> Gate:
-        """See `Method.gate`; lengths alone decide, so nothing is scored in vain."""
+        """See `Method.gate`; the cost follows from lengths, so the crossover needs no scores."""
         config, kind = self.config, kind_of(device)
         overhead = window_overhead(kind, config.sliding_window)
         overhead += sampled_overhead(kind, config.sink_size + config.num_samples)
@@ -85,7 +88,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         attend_windows(problem, plan.keys, plan.ran_sparse, into, window=window, backend=backend)
 
     def work(self, chosen: int, prompt_tokens: int) -> float:
-        """See `Method.work`; sinks and samples count as if all lay behind every window.
+        """See `Method.work`; counts every sink and sample for every query, an upper bound.
 
         Example:
             >>> config = KVSamplingConfig(sliding_window=10, dense_queries=0)
@@ -109,7 +112,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         return held
 
     def _list(self, sampled: SampledKeys, ran_sparse: Tensor, problem: Problem) -> TokenSelection:
-        """Return what every query sees behind its window; dense sequences list all tokens."""
+        """Return each head's sinks and samples as a selection; dense sequences list all tokens."""
         kv_len, want_indices = problem.kv_len, problem.aux.indices
         dense = dense_selection(problem.tokens, problem.num_heads, want_indices=want_indices)
         slots = sampled.slots
@@ -127,7 +130,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
 
 
 def _passes(gate: Gate, problem: Problem) -> Tensor:
-    """Which sequences ``[B]`` of a padded batch the gate lets run sparse."""
+    """Which sequences ``[B]`` of a padded batch pass the gate."""
     start, end = problem.tokens.bounds.unbind(-1)
     queries = (end - start.clamp(min=problem.first_query)).clamp(min=0)
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
@@ -147,12 +150,12 @@ def sample(
         config: says how many of each.
         tokens: where the real tokens are.
         impl: ``"triton"`` or ``"reference"``; both sample the same keys.
-        tp_group: the ranks with the layer's other heads, between which budgets are shared out.
+        tp_group: the ranks with the layer's other heads; budgets are shares of all heads' mass.
 
     Returns:
         The keys, and ``[B, H]`` bool.
     """
-    enough = math.ceil(tokens.kv_len / _LEAST)  # for every head to sample all keys
+    enough = math.ceil(tokens.kv_len / _LEAST)  # with these every head samples all keys
     if config.num_samples > enough:
         config = dataclasses.replace(config, num_samples=enough)
     budgets = None
@@ -183,14 +186,14 @@ def sample_budgets(
     tokens: RealTokens,
     tp_group: ProcessGroup | None,
 ) -> Tensor:
-    """Share out the heads' samples by the mass that they give to what lies behind the window.
+    """Give each head a quarter of `num_samples`, and the rest by its mass behind the window.
 
-    The error that sampling adds to a head's output grows with that mass and falls with the
-    root of the number of samples, so the sum of the squared errors is least where samples are
-    in proportion to it.
+    A head's mass is the sum of its candidates' scores. The error that sampling adds to its
+    output grows with the mass and falls with the root of the number of samples. Samples in
+    proportion to the mass therefore give the least sum of squared errors.
 
     Returns:
-        ``[B, H]`` float64, ``num_samples`` on average, unless a head has the most allowed.
+        ``[B, H]`` float64; ``num_samples`` on average, less if a head reaches four times that.
     """
     behind = _candidates(tokens, config.sliding_window)[:, None, : scores.shape[2]]
     mass = (scores.double().nan_to_num(0.0) * behind).sum(-1)
@@ -204,7 +207,7 @@ def sample_budgets(
 
 
 def _candidates(tokens: RealTokens, window: int, sink_size: int = 0) -> Tensor:
-    """Which slots ``[B, S_kv]`` behind the sinks the last query's window has left behind."""
+    """Which slots ``[B, S_kv]`` lie after the sinks and behind the last query's window."""
     slot = torch.arange(tokens.kv_len, device=tokens.bounds.device)
     start, end = tokens.limits(1)
     inside = (slot >= start + sink_size) & (slot < end - window)
@@ -230,16 +233,17 @@ def sample_keys(
         scores: ``[B, H, N]`` float32, by slot, N at most S_kv; further slots have none.
         num_samples: M.
         tokens: where the real tokens are.
-        window: the last tokens of each sequence, as many as this, are not sampled.
-        sink_size: the first tokens, as many as this, are not sampled.
+        window: how many of each sequence's last tokens are not sampled.
+        sink_size: how many of its first tokens are not sampled.
         budgets: ``[B, H]`` float64, how many samples for each head, at most four times
             `num_samples`; None for `num_samples` for all.
 
     Returns:
-        ``[B, H, num_samples]``, four times as many with `budgets`; not many more than S_kv.
+        ``[B, H, num_samples]``, or four times as many with `budgets`; at most the power of two
+        from S_kv on.
 
     Source:
-        An extension; vAttention (arXiv 2510.05688) also completes best-scored keys by samples.
+        An extension; vAttention (arXiv 2510.05688) adds weighted samples to best-scored keys.
     """
     batch_size, num_heads, _ = scores.shape
     capacity = _capacity(num_samples, budgets is not None, tokens.kv_len)
@@ -262,7 +266,7 @@ def sample_keys(
 def _capacity(num_samples: int, per_head: bool, kv_len: int) -> int:
     """Return how many samples of a head there is room for.
 
-    Kernels are compiled for this number, so where the prompt bounds it, it is a power of two.
+    Kernels are compiled for this number. A prompt that is shorter bounds it by a power of two.
     """
     return min(_MOST * num_samples if per_head else num_samples, 1 << (kv_len - 1).bit_length())
 
@@ -282,14 +286,14 @@ def inclusion_probabilities(shares: Tensor, budgets: Tensor, capacity: int) -> T
 
     Args:
         shares: ``[B, H, S]`` float64, above 0 for every key that may be sampled.
-        budgets: ``[B, H, 1]`` float64, to what they add up; where there are no more keys than
-            that, all are certain.
+        budgets: ``[B, H, 1]`` float64, what the probabilities add up to. A head with fewer
+            candidates than that includes all of them with probability 1.
         capacity: no budget is larger.
     """
     best = shares.topk(min(capacity, shares.shape[-1]), dim=-1).values
     certain = torch.arange(best.shape[-1], device=shares.device)
-    rest = (1 - (best.cumsum(-1) - best)).clamp(min=1e-12)  # without those before
-    factor = (budgets - certain) / rest  # if that many are certain
+    rest = (1 - (best.cumsum(-1) - best)).clamp(min=1e-12)  # the share of the other keys
+    factor = (budgets - certain) / rest  # if the best `certain` keys have probability 1
     candidates = (shares > 0).sum(-1, keepdim=True)
     number = (factor * best >= 1).sum(-1, keepdim=True)
     last = (candidates - 1).clamp(0, best.shape[-1] - 1)  # behind it nothing is left to share
@@ -298,7 +302,7 @@ def inclusion_probabilities(shares: Tensor, budgets: Tensor, capacity: int) -> T
 
 
 def _systematic(probabilities: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The slots at which the cumulative probability passes 1/2, 3/2, 5/2, ...; and 1 / p."""
+    """Return where the cumulative probability passes 1/2, 3/2, 5/2, ..., and 1 / p there."""
     units = (probabilities * _UNITS).round().long()
     passed = (units.cumsum(-1) + _UNITS // 2) // _UNITS
     before = passed.roll(1, -1)

@@ -1,4 +1,4 @@
-"""Token Sparse Attention (arXiv 2602.03216): every head attends over its own selected tokens.
+"""Token selection (arXiv 2602.03216): every head attends over its own selected tokens.
 
     score -> smooth -> budget (Dynamic Token Coverage) -> select
           -> compress Q, K, V -> attend -> decompress
@@ -59,7 +59,7 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
         return self.config.observation_window
 
     def gate(self, device: torch.device, num_heads: int, head_dim: int) -> Gate:
-        """See `Method.gate`; a given ``keep_ratio`` leaves what the window needs."""
+        """See `Method.gate`; with ``keep_ratio`` only the observation window must fit."""
         config = self.config
         if config.keep_ratio is not None:
             return Gate(self.num_probes, self.num_probes)
@@ -120,9 +120,9 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
     def work(self, chosen: int, prompt_tokens: int) -> float:
         """See `Method.work`.
 
-        The K selected queries see ``K (K + 1) / 2`` pairs; with ``fallback="window"`` a query
-        that was not selected sees its window. Which queries were selected is not recorded: the
-        last ones before the observation window are counted, an upper bound.
+        The K selected queries have ``K (K + 1) / 2`` pairs. With ``fallback="window"`` every
+        other query has those of its window. How many these are depends on which queries were
+        selected, which is not recorded: counted as if the first tokens were, an upper bound.
 
         Example:
             >>> config = TokenSelectionConfig(
