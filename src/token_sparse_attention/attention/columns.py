@@ -1,4 +1,4 @@
-"""Attention of every query to a few keys gathered per head, and merging by log-sum-exp."""
+"""Block patterns: attention to single keys outside the blocks, merged by log-sum-exp."""
 
 from __future__ import annotations
 

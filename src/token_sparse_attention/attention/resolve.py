@@ -45,8 +45,8 @@ def _resolve(
 ) -> Backend:
     pattern = pattern_config(backend)
     if pattern is not None:
-        beside = _resolve("auto", device, dtype, head_dim, group)
-        return PatternBackend(backend.partition(":")[0], pattern=pattern, dense_kernel=beside)
+        dense = _resolve("auto", device, dtype, head_dim, group)
+        return PatternBackend(backend.partition(":")[0], pattern=pattern, dense_kernel=dense)
     is_cuda = device.type == "cuda"
     if backend == "auto":
         return _fastest(device, dtype, head_dim, group)

@@ -1,7 +1,8 @@
 """Merge each head's sampled keys into the sliding-window attention of all its queries.
 
-All queries of a head share its sampled keys, which are gathered beforehand. A block of queries
-starts from its sliding-window output and log-sum-exp and continues the online softmax.
+All queries of a head share its sampled keys. `gather_sampled_kernel` first copies these keys and
+their values. Then `sampled_keys_kernel` takes a block of queries, starts from its sliding-window
+output and log-sum-exp, and continues the online softmax.
 """
 
 from __future__ import annotations
