@@ -270,8 +270,11 @@ def time_prompts(engine: Any, plan: Plan, setting: str, tokens: int) -> Row:
         ask(engine, ids)
         seconds.append(time.perf_counter() - start)
     after = COUNTERS.read()
-    gain = {name: after[name] - before[name] for name in after if name != "prefills_dense"}
-    reasons = Counter(after["prefills_dense"]) - Counter(before["prefills_dense"])
+    by_reason = {
+        name: Counter(after[name]) - Counter(before[name])
+        for name in ("prefills_dense", "layer_calls_dense")
+    }
+    gain = {name: after[name] - before[name] for name in after if name not in by_reason}
     seen = gain["tokens_seen"]
     return Row(
         setting,
@@ -280,8 +283,8 @@ def time_prompts(engine: Any, plan: Plan, setting: str, tokens: int) -> Row:
         round(statistics.median(seconds), 4),
         round(gain["tokens_kept"] / seen, 4) if seen else 1.0,
         gain["layer_calls_sparse"],
-        gain["layer_calls_dense"],
-        dict(reasons),
+        by_reason["layer_calls_dense"].total(),
+        dict(by_reason["prefills_dense"]),
     )
 
 

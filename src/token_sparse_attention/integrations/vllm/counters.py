@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from token_sparse_attention.gate import DenseReason
+from token_sparse_attention.gate import DenseReason, reason_of
 from token_sparse_attention.results import TokenSelection
 
 SPARSE = "sparse"
@@ -34,10 +35,8 @@ class Counters:
 
     def __init__(self) -> None:
         self._prefills: Counter[str] = Counter()
-        self._layer_calls = 0
         self._tokens_seen = 0
-        self._ran_sparse: Tensor | int = 0
-        self._slower: Tensor | int = 0
+        self._reasons: Tensor | int = 0  # how often each reason's code, 0 for sparse, was met
         self._tokens_kept: Tensor | int = 0
         self._changed = False
         self._reported_at = -float("inf")
@@ -52,12 +51,10 @@ class Counters:
 
     def add_layer(self, selection: TokenSelection) -> None:
         """Count what a sparse layer did with one prompt or chunk."""
-        self._layer_calls += 1
         self._tokens_seen += int(selection.kv_len or 0) * selection.lengths.shape[1]
-        self._ran_sparse = self._ran_sparse + selection.ran_sparse.sum()
-        if selection.reasons is not None:
-            slower = selection.reasons == DenseReason.CROSSOVER_KEPT.code
-            self._slower = self._slower + slower.sum()
+        assert selection.reasons is not None, "the operator gives them with the selection"
+        codes = torch.arange(len(DenseReason) + 1, device=selection.reasons.device)
+        self._reasons = self._reasons + (selection.reasons[:, None] == codes).sum(0)
         self._tokens_kept = self._tokens_kept + selection.lengths.sum()
         self._changed = True
 
@@ -66,19 +63,20 @@ class Counters:
 
         Returns:
             ``prefills_sparse``, ``prefills_dense`` by reason, ``layer_calls_sparse``,
-            ``layer_calls_dense``, of which ``layer_calls_slower`` for the crossover,
-            ``tokens_seen`` and ``tokens_kept``, the last two summed over heads and layers.
+            ``layer_calls_dense`` by reason, ``tokens_seen`` and ``tokens_kept``, the last two
+            summed over heads and layers.
             For KV sampling the kept tokens are the sinks and sampled keys of each head.
         """
-        sparse = int(self._ran_sparse)
+        met = self._reasons.tolist() if isinstance(self._reasons, Tensor) else [0]
         return {
             "prefills_sparse": self._prefills[SPARSE],
             "prefills_dense": {
                 reason: count for reason, count in self._prefills.items() if reason != SPARSE
             },
-            "layer_calls_sparse": sparse,
-            "layer_calls_dense": self._layer_calls - sparse,
-            "layer_calls_slower": int(self._slower),
+            "layer_calls_sparse": met[0],
+            "layer_calls_dense": {
+                str(reason_of(code)): count for code, count in enumerate(met) if code and count
+            },
             "tokens_seen": self._tokens_seen,
             "tokens_kept": int(self._tokens_kept),
         }
@@ -124,19 +122,13 @@ class Counters:
             {
                 ("prefills", SPARSE, ""): counts["prefills_sparse"],
                 ("layer_calls", SPARSE, ""): counts["layer_calls_sparse"],
-                ("layer_calls", "dense", str(DenseReason.NOTHING_TO_DROP)): counts[
-                    "layer_calls_dense"
-                ]
-                - counts["layer_calls_slower"],
-                ("layer_calls", "dense", str(DenseReason.CROSSOVER_KEPT)): counts[
-                    "layer_calls_slower"
-                ],
                 ("tokens_seen", "", ""): counts["tokens_seen"],
                 ("tokens_kept", "", ""): counts["tokens_kept"],
             }
         )
-        for reason, count in counts["prefills_dense"].items():
-            now["prefills", "dense", reason] = count
+        for what in ("prefills", "layer_calls"):
+            for reason, count in counts[f"{what}_dense"].items():
+                now[what, "dense", reason] = count
         for key, count in (now - self._published).items():
             name, path, reason = key
             metric = self._metrics[name]
@@ -149,11 +141,11 @@ def describe(counts: dict[str, Any]) -> str:
     dense = counts["prefills_dense"]
     reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(dense.items()))
     share = counts["tokens_kept"] / max(counts["tokens_seen"], 1)
-    calls = counts["layer_calls_sparse"] + counts["layer_calls_dense"]
+    calls = counts["layer_calls_sparse"] + sum(counts["layer_calls_dense"].values())
     return (
         f"Token sparse attention: {counts['prefills_sparse']} prefills sparse, "
         f"{sum(dense.values())} dense{f' ({reasons})' if reasons else ''}; "
-        f"{counts['layer_calls_sparse']} of {calls} calls of sparse layers dropped tokens, "
+        f"{counts['layer_calls_sparse']} of {calls} calls of sparse layers ran sparse, "
         f"{share:.1%} of tokens kept"
     )
 
