@@ -168,7 +168,10 @@ def demo_settings(name: str) -> tuple[LayerProfile, str]:
 
 
 def run_demo(
-    *, device: str = "auto", on_progress: Callable[[str], None] = lambda _: None
+    *,
+    device: str = "auto",
+    on_progress: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> DemoResult:
     """Ask the bundled model for every fact hidden in the bundled document.
 
@@ -178,6 +181,7 @@ def run_demo(
     Args:
         device: ``"auto"``, or a torch device.
         on_progress: told what is being done.
+        say: told what `load_model` says.
 
     Raises:
         UsageError: if the model cannot be loaded onto the device.
@@ -186,7 +190,7 @@ def run_demo(
     on_progress("loading the bundled model")
     name = str(bundled.MODEL)
     with loading("the bundled model"):
-        model, tokenizer = load_model(name, device=device)
+        model, tokenizer = load_model(name, device=device, say=say)
     config, source = demo_settings(name)
     document = bundled.DEMO_DOCUMENT.read_text(encoding="utf-8")
     needles = bundled.demo_needles()

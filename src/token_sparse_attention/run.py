@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,7 @@ def load_model(
     device_map: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> tuple[Any, Any]:
     """Load a checkpoint and its tokenizer; safetensors only.
 
@@ -107,11 +108,15 @@ def load_model(
         dtype: ``"auto"`` for the checkpoint's own, or float32 where that is a half precision
             for which the processor has no units; or a torch dtype's name.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        say: told if the model runs in another dtype than the checkpoint's.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if dtype == "auto" and device_map is None and torch.device(pick_device(device)).type == "cpu":
         stored = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).dtype
-        dtype = "float32" if lacks_units(stored) else "auto"
+        if lacks_units(stored):
+            dtype = "float32"
+            short = str(stored).removeprefix("torch.")
+            say(f"this processor has no {short} units, so the model runs in float32")
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=dtype,

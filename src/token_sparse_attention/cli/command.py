@@ -132,6 +132,11 @@ def warn(message: str) -> None:
     sys.stderr.write(f"tsa: warning: {message}\n")
 
 
+def note(message: str) -> None:
+    """Say on standard error what was decided for the user; ``--dtype`` and such override it."""
+    sys.stderr.write(f"tsa: note: {message}\n")
+
+
 def print_json(content: Mapping[str, Any]) -> None:
     """Print what ``--json`` asks for."""
     print(json.dumps(content, indent=2))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from token_sparse_attention.cli.command import Command, print_json, working
+from token_sparse_attention.cli.command import Command, note, print_json, working
 from token_sparse_attention.cli.model import require_transformers
 from token_sparse_attention.cli.run import layer_table
 from token_sparse_attention.options import Device
@@ -36,7 +36,7 @@ class Demo(Command):
             require_transformers()
             from token_sparse_attention.demo import run_demo
 
-            result = run_demo(device=self.device, on_progress=progress.update)
+            result = run_demo(device=self.device, on_progress=progress.update, say=note)
         if self.json:
             print_json(result.to_dict())
         else:

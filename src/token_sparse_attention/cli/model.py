@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from token_sparse_attention import bundled, records
-from token_sparse_attention.cli.command import warn
+from token_sparse_attention.cli.command import note, warn
 from token_sparse_attention.errors import UsageError, loading
 from token_sparse_attention.options import Device, Option
 
@@ -83,7 +83,7 @@ class ModelOptions:
         from token_sparse_attention import run
 
         with loading(self.path):
-            return run.load_model(self.path, **self.loading)
+            return run.load_model(self.path, **self.loading, say=note)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,48 @@
+"""Progress: one line that changes on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from token_sparse_attention.cli import command
+from token_sparse_attention.cli.command import working
+
+
+def lines(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_log_begins_at_once_and_holds_back_what_follows_too_soon(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_INTERVAL", 60.0)
+    with working("loading") as progress:
+        assert lines(capsys) == ["tsa: loading"]
+        for number in range(5):
+            progress.update(f"step {number}")
+        assert lines(capsys) == []
+    assert lines(capsys) == []
+
+
+def test_the_newest_message_is_shown_when_the_interval_is_over(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_INTERVAL", 0.2)
+    with working("loading") as progress:
+        progress.update("step 1")
+        progress.update("step 2")
+        for _ in range(100):
+            time.sleep(0.05)
+            if found := lines(capsys)[-1:]:
+                break
+        assert found == ["tsa: step 2"]
+        time.sleep(0.3)
+        progress.update("step 3")
+        assert lines(capsys) == ["tsa: step 3"]
+
+
+def test_nothing_is_shown_after_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_INTERVAL", 0.1)
+    with pytest.raises(KeyboardInterrupt), working("loading") as progress:
+        progress.update("step 1")
+        raise KeyboardInterrupt
+    time.sleep(0.3)
+    assert lines(capsys) == ["tsa: loading"]
