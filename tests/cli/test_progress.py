@@ -27,6 +27,7 @@ def test_a_log_begins_at_once_and_holds_back_what_follows_too_soon(monkeypatch, 
 def test_the_newest_message_is_shown_when_the_interval_is_over(monkeypatch, capsys):
     monkeypatch.setattr(command, "_INTERVAL", 0.2)
     with working("loading") as progress:
+        assert lines(capsys) == ["tsa: loading"]
         progress.update("step 1")
         progress.update("step 2")
         for _ in range(100):
@@ -41,8 +42,13 @@ def test_the_newest_message_is_shown_when_the_interval_is_over(monkeypatch, caps
 
 def test_nothing_is_shown_after_the_end(monkeypatch, capsys):
     monkeypatch.setattr(command, "_INTERVAL", 0.1)
-    with pytest.raises(KeyboardInterrupt), working("loading") as progress:
-        progress.update("step 1")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with working("loading") as progress:
+            progress.update("step 1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     time.sleep(0.3)
     assert lines(capsys) == ["tsa: loading"]
