@@ -148,7 +148,7 @@ def test_reports_list_no_tokens():
             model(ids)
         for record in report:
             tensors = [x for x in vars(record.selection).values() if isinstance(x, torch.Tensor)]
-            assert len(tensors) == 4
+            assert len(tensors) == 5
             assert all(one.untyped_storage().nbytes() <= 4 * 8 for one in tensors)
 
 

@@ -163,21 +163,30 @@ def test_registering_again_changes_nothing():
         assert get_model("tsa") is SparseHFLM
 
 
+def arguments(model, tasks, config):
+    given = ["run", "--model", "tsa", "--tasks", "replies", "--include_path", str(tasks)]
+    given += ["--device", "cpu", "--model_args", f"pretrained={model}", "dtype=float32"]
+    return [*given, f"sparse_config={config}"]
+
+
+def test_the_command_is_lm_evals(model, tasks):
+    command = [sys.executable, "-m", "token_sparse_attention.integrations.lm_eval"]
+    command += arguments(model, tasks, WINDOWS.text)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "|replies|" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("config", "code", "said"),
     [
-        (WINDOWS.text, 0, "|replies|"),
         ("default", 1, "tsa: no layer ran sparse in any prompt: context too short"),
         ("publishd", 2, "tsa: --config publishd cannot be used"),
     ],
 )
-def test_the_command_is_lm_evals(model, tasks, config, code, said):
-    command = [sys.executable, "-m", "token_sparse_attention.integrations.lm_eval", "run"]
-    command += ["--model", "tsa", "--tasks", "replies", "--include_path", str(tasks)]
-    arguments = [f"pretrained={model}", f"sparse_config={config}", "dtype=float32"]
-    command += ["--device", "cpu", "--model_args", *arguments]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
-    assert done.returncode == code, done.stderr
-    assert said in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_says_what_is_wrong(monkeypatch, capsys, model, tasks, config, code, said):
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments(model, tasks, config)])
+    assert integration.main() == code
+    assert said in capsys.readouterr().err
