@@ -25,7 +25,7 @@ NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cp
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
     {"errors", "options", "device"},
-    {"records"},
+    {"records", "checks"},
     {"config", "bundled", "impls", "tensor_parallel"},
     {"inputs", "crossover", "reference", "profile", "kernels"},
     {"gate", "results", "settings"},

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _LOADING_ERRORS = (
-    OSError, ValueError, RuntimeError, AttributeError, AssertionError, ImportError,
+    OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError,
+    ImportError,
 )  # fmt: skip
+_LOADERS = ("huggingface_hub", "safetensors", "tokenizers")  # have errors of their own kinds
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "  # begins what PyTorch says where the host has none
 
 
@@ -29,8 +31,33 @@ def loading(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except _LOADING_ERRORS as error:
+    except Exception as error:
+        own = type(error).__module__.partition(".")[0] in _LOADERS or type(error) is Exception
+        if not (own or isinstance(error, _LOADING_ERRORS)):
+            raise
         raise UsageError(f"{name} cannot be loaded: {error}") from error
+
+
+@contextmanager
+def running(name: str, doing: str) -> Iterator[None]:
+    """Turn what goes wrong in running a model into bad input, or into a failed job.
+
+    Args:
+        name: the model.
+        doing: what is done with it: ``"run sparse"``.
+
+    Raises:
+        UsageError: if the block finds that its arguments do not fit.
+        JobFailedError: if the block fails on its way.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{name} cannot be {doing}: {error}") from error
+    except (RuntimeError, LookupError, OSError) as error:
+        raise JobFailedError(f"{name} could not be {doing}: {error}") from error
 
 
 @contextmanager
@@ -56,6 +83,16 @@ def within_memory(prompt_tokens: int, doing: str) -> Iterator[None]:
         raise JobFailedError(
             f"out of memory at {prompt_tokens:,} prompt tokens, {doing}: {said}"
         ) from error
+
+
+def one_line(message: object) -> str:
+    """Return a message without line breaks.
+
+    Example:
+        >>> one_line("not found:\\n  no such file\\n")
+        'not found: no such file'
+    """
+    return " ".join(str(message).split())
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

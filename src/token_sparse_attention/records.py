@@ -286,7 +286,7 @@ def read_text(path: Path, name: str = "") -> str:
     """
     name = name or str(path)
     with _opened(path, name) as file:
-        return _text(file.read(MAX_BYTES + 1), name)
+        return decode(file.read(MAX_BYTES + 1), name)
 
 
 def read_lines(
@@ -303,7 +303,7 @@ def read_lines(
             if not line or (unfinished and not line.endswith(b"\n") and len(line) <= MAX_BYTES):
                 return
             where = f"{name}, line {number}"
-            yield where, _text(line, where)
+            yield where, decode(line, where)
 
 
 @contextmanager
@@ -320,7 +320,12 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _text(content: bytes, name: str) -> str:
+def decode(content: bytes, name: str) -> str:
+    """Return the text of UTF-8, without the mark that may begin it.
+
+    Raises:
+        UsageError: if it is longer than `MAX_BYTES`, or is not UTF-8; the message has `name`.
+    """
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} must have at most {MAX_BYTES:,} bytes, but has more")
     try:

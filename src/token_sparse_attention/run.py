@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from token_sparse_attention.attention.names import parse_backend, pattern_config
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.methods import method_of
@@ -27,6 +29,7 @@ from token_sparse_attention.profile import (
 )
 
 _WARM_UP_TOKENS = 256
+_POSITIONS = re.compile(r"\bwpe$|position[^.]*$")  # modules that hold an embedding per position
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -109,7 +112,12 @@ def load_model(
             for which the processor has no units; or a torch dtype's name.
         trust_remote_code: whether code that comes with the checkpoint may run.
         say: told if the model runs in another dtype than the checkpoint's.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights, in whose place random numbers would stand.
     """
+    if device_map is None:
+        torch.zeros(1, device=pick_device(device)).item()  # raises where it cannot be used
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if dtype == "auto" and device_map is None and torch.device(pick_device(device)).type == "cpu":
         stored = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).dtype
@@ -117,13 +125,19 @@ def load_model(
             dtype = "float32"
             short = str(stored).removeprefix("torch.")
             say(f"this processor has no {short} units, so the model runs in float32")
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any
+    model, loaded = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=dtype,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"the checkpoint has no weights for {missing[0]}, and lacks {len(missing)} in all"
+        )
     if device_map is None:
         model = model.to(pick_device(device))
     return model.eval(), tokenizer
@@ -140,19 +154,62 @@ def lacks_units(dtype: torch.dtype | None) -> bool:
 
 
 def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor:
-    """Return the prompt's token ids ``[1, S]``, through the chat template if there is one."""
+    """Return the prompt's token ids ``[1, S]``, through the chat template if there is one.
+
+    Raises:
+        UsageError: if the template fails.
+    """
     prompt = document if question is None else f"{document.rstrip()}\n\n{question}\n"
     if tokenizer.chat_template is None:
         encoded = tokenizer(prompt, return_tensors="pt")
     else:
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        except Exception as error:  # a template is code of the checkpoint's
+            raise UsageError(f"the tokenizer's chat template failed: {error}") from error
     ids: Tensor = encoded["input_ids"]
     return ids
+
+
+def check_prompt(model: Any, ids: Tensor, new_tokens: int = 0) -> None:
+    """Raise unless a model can read a prompt and write a reply.
+
+    Args:
+        model: the model.
+        ids: ``[1, S]`` token ids of the prompt.
+        new_tokens: most tokens of the reply.
+
+    Raises:
+        UsageError: if the prompt has no token, the model has no embedding for one of its tokens,
+            or it has none for one of the positions.
+    """
+    if not ids.numel():
+        raise UsageError("a prompt must have at least one token, got none")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer must be the model's, of {vocabulary} tokens; got token {largest}"
+        )
+    limit, length = context_limit(model), ids.shape[1] + new_tokens
+    if limit is not None and length > limit and _learns_positions(model):
+        raise UsageError(
+            f"prompt and reply must fit the {limit} positions that this model has embeddings "
+            f"for, got {ids.shape[1]} and {new_tokens} tokens"
+        )
+
+
+def _learns_positions(model: Any) -> bool:
+    """Return whether a model has an embedding for each position, and so none for further ones."""
+    return any(
+        isinstance(module, nn.Embedding) and _POSITIONS.search(name)
+        for name, module in model.named_modules()
+    )
 
 
 class FirstTokenClock(BaseStreamer):
@@ -340,6 +397,8 @@ def _generate(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
         streamer=clock,
         past_key_values=cache,
     )

@@ -27,10 +27,19 @@ def keywords() -> list[str]:
 
 
 def default_config(model: str) -> tuple[Settings, str]:
-    """Return the settings for a model, and in words where they come from."""
+    """Return the settings for a model, and in words where they come from.
+
+    Raises:
+        UsageError: if the model folder's own profile cannot be used.
+    """
     profile = Path(model) / PROFILE_FILE
-    if profile.is_file():
-        return load_config(profile), f"{PROFILE_FILE} of the model"
+    try:
+        if profile.is_file():
+            return load_config(profile), f"{PROFILE_FILE} of the model"
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{profile} cannot be used: {error}; --config default leaves it out"
+        ) from error
     return KVSamplingConfig(), "the library's defaults"
 
 

@@ -57,7 +57,7 @@ def test_texts_that_cannot_be_used(name, file, capsys):
 
 
 def test_text_comes_from_standard_input(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("A word."))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A word.")))
     assert read_text("--prompt-file", "-") == "A word."
 
 

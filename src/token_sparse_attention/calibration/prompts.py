@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from token_sparse_attention.checks import check_unicode
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.records import convert, parse_object, read_lines
 from token_sparse_attention.run import encode_prompt
@@ -26,6 +27,12 @@ class Prompt:
 
     ids: Tensor
     continuation: Tensor | None = None
+
+    @property
+    def read_ids(self) -> Tensor:
+        """All that the model reads: ``[1, S + N]`` token ids, N = 0 without a continuation."""
+        parts = (self.ids,) if self.continuation is None else (self.ids, self.continuation)
+        return torch.cat(parts, dim=1)
 
 
 def text_prompts(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> list[Prompt]:
@@ -95,6 +102,7 @@ class _PromptLine:
         for name, text in (("prompt", self.prompt), ("continuation", self.continuation)):
             if text is not None and not text.strip():
                 raise ValueError(f"{name} must be text, got {text!r}")
+            check_unicode(name, text or "")
 
 
 def _encode(tokenizer: Any, entry: _PromptLine) -> Prompt:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,11 @@ from token_sparse_attention.cli.generate import add_arguments, build
 from token_sparse_attention.cli.info import Info
 from token_sparse_attention.cli.report import Report
 from token_sparse_attention.cli.run import Run
-from token_sparse_attention.errors import JobFailedError, UsageError
+from token_sparse_attention.errors import JobFailedError, UsageError, one_line
 
+TRACEBACK = "TSA_TRACEBACK"  # environment variable: let unforeseen errors end in a traceback
 SUCCESS, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of files that are not saved
 COMMANDS: tuple[type[Command], ...] = (Run, Demo, Calibrate, Eval, Report, Capture, Info)
 BENCHMARKS: tuple[type[Command], ...] = (BenchOp, BenchPrefill)
 
@@ -77,19 +82,52 @@ def _plain(value: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code.
+
+    Every error is one line on standard error. What no code foresaw is one too, and with the
+    environment variable ``TSA_TRACEBACK`` a traceback.
+    """
     try:
+        _prepare_streams()
         succeeded = parse(argv).run()
         sys.stdout.flush()
     except UsageError as error:
-        print(f"tsa: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _say(error, BAD_INPUT)
     except JobFailedError as error:
-        print(f"tsa: {error}", file=sys.stderr)
-        return FAILED
+        return _say(error, FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return FAILED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        if isinstance(error, OSError) and error.errno in _UNWRITTEN:
+            _discard_output()
+            return _say(f"standard output cannot be written: {error.strerror}", FAILED)
+        said = f"unexpected {type(error).__name__}: {error} (with {TRACEBACK}=1 a traceback)"
+        return _say(said, FAILED)
     return SUCCESS if succeeded else FAILED
+
+
+def _prepare_streams() -> None:
+    """See that all output can be written, in an encoding without some characters as well."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # for as long as the process lives  # noqa: SIM115
+    if sys.stdout is None:
+        raise UsageError("standard output is closed")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _say(message: object, code: int) -> int:
+    print(f"tsa: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere, so that the interpreter's end is quiet."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from token_sparse_attention.benchmark.options import MeasuringOptions, OpOptions
+from token_sparse_attention.checks import check_writable
 from token_sparse_attention.cli.command import Command, working
+from token_sparse_attention.errors import running
 
 if TYPE_CHECKING:
     from token_sparse_attention.benchmark.record import Record
@@ -34,9 +36,11 @@ class Benchmark(Command):
         from token_sparse_attention.benchmark.show import show
         from token_sparse_attention.info import provenance
 
+        if self.out is not None:
+            check_writable(self.out, f"--out {self.out}")
         asked = {"command": f"tsa bench {self.name}", **self.asked_but("out")}
-        with working("starting") as status:
-            about = provenance(str(self.options.torch_device))
+        about = provenance(str(self.options.torch_device))
+        with working("starting") as status, running(f"tsa bench {self.name}", "measured"):
             result = collect(measure(status.update), about, asked, self.out)
         if self.json:
             print(result.to_json(), end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +13,17 @@ from rich.console import Console
 
 from token_sparse_attention import bundled
 from token_sparse_attention.calibration.options import CalibrationOptions
+from token_sparse_attention.checks import check_writable
 from token_sparse_attention.cli.command import Command, warn, working
 from token_sparse_attention.cli.model import (
     DenseKernel,
     ModelOptions,
+    check_length,
     read_text,
     require_transformers,
-    warn_of_length,
 )
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig, TokenSelectionConfig
-from token_sparse_attention.errors import UsageError, within_memory
+from token_sparse_attention.errors import UsageError, running, within_memory
 from token_sparse_attention.options import Count, Option
 from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.records import save
@@ -121,9 +121,13 @@ class Calibrate(Command):
         """Measure, choose, and write the profile."""
         if self.prompts.prompts and (self.prompts.text or self.prompts.length):
             raise UsageError("--prompts are used whole; --text and --length do not go with it")
-        for option, path in (("--out", self.out), ("--plot", self.plot)):
-            if path is not None:
-                _check_writable(option, path)
+        self.model.check()
+        if self.out is not None:
+            check_writable(self.out, f"--out {self.out}")
+            measured = measured_path(self.out)
+            check_writable(measured, f"--out {self.out}: {measured}")
+        if self.plot is not None:
+            check_writable(self.plot, f"--plot {self.plot}")
         require_transformers()
         if self.plot:
             from token_sparse_attention.calibration.show import check_plot
@@ -139,6 +143,7 @@ class Calibrate(Command):
 
     def _measure(self) -> CalibrationResult:
         from token_sparse_attention.calibration import job
+        from token_sparse_attention.run import check_prompt
 
         name = self.model.path
         texts = [read_text("--text", path) for path in self.prompts.paths()]
@@ -154,20 +159,21 @@ class Calibrate(Command):
             model, tokenizer = self.model.load()
             prompts = self.prompts.cut(tokenizer, texts)
             lengths = [prompt.ids.shape[1] for prompt in prompts]
-            warn_of_length(model, max(lengths))
+            for prompt in prompts:
+                check_prompt(model, prompt.read_ids)
+            check_length(
+                model, max((prompt.ids for prompt in prompts), key=lambda ids: ids.shape[1])
+            )
             _warn_of_covering(options, min(lengths))
-            try:
-                with within_memory(max(lengths), "calibrating"):
-                    return job.calibrate(
-                        model,
-                        prompts,
-                        options,
-                        name=self.model.recorded,
-                        arguments=self.asked_but("model", "out", "plot"),
-                        on_progress=status.update,
-                    )
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"{name} cannot be calibrated: {error}") from error
+            with running(name, "calibrated"), within_memory(max(lengths), "calibrating"):
+                return job.calibrate(
+                    model,
+                    prompts,
+                    options,
+                    name=self.model.recorded,
+                    arguments=self.asked_but("model", "out", "plot"),
+                    on_progress=status.update,
+                )
 
     def _choose_again(self, measured: Path) -> CalibrationResult:
         """Choose from what was measured before."""
@@ -236,16 +242,6 @@ def _warn_of_covering(options: CalibrationOptions, shortest: int) -> None:
                 f"{setting.value} samples and the window of {window} cover a prompt of "
                 f"{shortest} tokens, which then counts as dense; take longer prompts"
             )
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Raise before hours of measuring if the result could not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{option} {path} cannot be written: {error}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{option} {path} cannot be written")
 
 
 def _show(result: CalibrationResult, written: Sequence[Path]) -> None:

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from token_sparse_attention.checks import check_writable
 from token_sparse_attention.cli.command import Command, print_json, warn, working
-from token_sparse_attention.cli.model import ModelOptions, PromptOptions, require_transformers
-from token_sparse_attention.errors import JobFailedError, UsageError
+from token_sparse_attention.cli.model import (
+    ModelOptions,
+    PromptOptions,
+    check_length,
+    require_transformers,
+)
+from token_sparse_attention.errors import running, within_memory
 from token_sparse_attention.options import Count
 from token_sparse_attention.records import save
 from token_sparse_attention.settings import settings_or_default
@@ -39,12 +45,11 @@ class Capture(Command):
 
     def run(self) -> bool:
         """Read the prompt sparsely, and write what was kept."""
+        self.model.check()
         document = self.prompt.read()
+        check_writable(self.out, f"--out {self.out}")
         require_transformers()
-        try:
-            kept = self._capture(document)
-        except RuntimeError as error:
-            raise JobFailedError(f"the prompt could not be run: {error}") from error
+        kept = self._capture(document)
         save(self.out, kept.to_json(), f"--out {self.out}")
         sparse = [n for n, layer in enumerate(kept.layers) if layer.dense_reason is None]
         if not sparse:
@@ -71,6 +76,7 @@ class Capture(Command):
         with working(f"loading {name}") as status:
             model, tokenizer = self.model.load()
             ids = run.encode_prompt(tokenizer, document, prompt.question)
+            check_length(model, ids, self.max_new_tokens)
             status.update(f"reading {ids.shape[1]:,} tokens")
             asked = {
                 "model": self.model.recorded,
@@ -81,7 +87,7 @@ class Capture(Command):
                 "impl": self.model.impl,
                 "attention_backend": prompt.attention_backend,
             }
-            try:
+            with running(name, "run sparse"), within_memory(ids.shape[1], "sparse"):
                 return capture(
                     model,
                     tokenizer,
@@ -92,5 +98,3 @@ class Capture(Command):
                     impl=self.model.impl,
                     attention_backend=prompt.attention_backend,
                 )
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"{name} cannot be run sparse: {error}") from error

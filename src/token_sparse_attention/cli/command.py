@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from rich.console import Console
 
-from token_sparse_attention.errors import did_you_mean
+from token_sparse_attention.errors import did_you_mean, one_line
 from token_sparse_attention.options import HIDDEN
 
 _INTERVAL = 10.0  # seconds between two lines of progress in a log
@@ -74,7 +74,8 @@ class Parser(argparse.ArgumentParser):
         wrong = _WRONG_WORD.search(message)
         words = re.findall(r"[\w-]+", message.partition("choose from")[2] or self.format_usage())
         hint = did_you_mean(wrong[1], words) if wrong else ""
-        self.exit(2, f"{self.prog}: {message}{hint} (usage: {self.prog} --help)\n")
+        said = one_line(f"{self.prog}: {message}{hint} (usage: {self.prog} --help)")
+        self.exit(2, f"{said}\n")
 
 
 class Progress:
@@ -129,7 +130,7 @@ def working(message: str) -> Progress:
 
 def warn(message: str) -> None:
     """Say on standard error what the user should know."""
-    sys.stderr.write(f"tsa: warning: {message}\n")
+    sys.stderr.write(f"tsa: warning: {one_line(message)}\n")
 
 
 def note(message: str) -> None:

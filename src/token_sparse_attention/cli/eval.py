@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from token_sparse_attention.checks import check_writable
 from token_sparse_attention.cli.command import Command, print_json, working
 from token_sparse_attention.cli.model import ModelOptions, require_transformers
 from token_sparse_attention.errors import JobFailedError, UsageError, loading
@@ -16,6 +17,7 @@ from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import (
     EvalResults,
     begin_with_dense,
+    check_results,
     load_results,
     save_results,
 )
@@ -147,6 +149,7 @@ class Eval(Command):
     def run(self) -> bool:
         """Prepare samples, run them, or score replies."""
         self._check()
+        self._check_outputs()
         samples = self.stored.samples
         if samples and self.score:
             return self._score(self.score, samples)
@@ -181,6 +184,15 @@ class Eval(Command):
                 f"got {self.processes}"
             )
 
+    def _check_outputs(self) -> None:
+        """Refuse files that could not be written, or gone on with."""
+        if self.score:
+            check_writable(self.score, f"--score {self.score}")
+        elif self.prepare_only and self.stored.samples:
+            check_writable(self.stored.samples, f"--samples {self.stored.samples}")
+        elif self.out:
+            check_results(self.out)
+
     def _check_backend(self) -> None:
         from token_sparse_attention.attention.names import BACKENDS, parse_backend
 
@@ -204,13 +216,16 @@ class Eval(Command):
         save_results(path, results)
         return self._show(results, path)
 
-    def _prepare_only(self, path: Path) -> bool:
+    def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         name, trusted = self.model.path, self.model.trust_remote_code
-        with working(f"loading {name}"), loading(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
-        samples = self.prepared.prepare(tokenizer, self.model.recorded)
+        self.model.check()
+        with working(f"loading the tokenizer of {name}"), loading(name):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+
+    def _prepare_only(self, path: Path) -> bool:
+        samples = self.prepared.prepare(self._tokenizer(), self.model.recorded)
         samples.save(path)
         if self.json:
             print_json({"samples": str(path), "count": len(samples.samples)})
@@ -223,20 +238,24 @@ class Eval(Command):
         from token_sparse_attention.evaluation.settings import read_runs
 
         configurations = read_runs(self.config, self.model.path)
-        samples = SampleSet.load(self.stored.samples) if self.stored.samples else None
+        if self.stored.samples:
+            samples = SampleSet.load(self.stored.samples)
+            self.stored.choose(samples)
+        else:  # before the model: what cannot be prepared is told at once
+            samples = self.prepared.prepare(self._tokenizer(), self.model.recorded)
+        scorer = harness.Scorer(samples) if harness.installed_version() else None
         with working(f"loading {self.model.path}"):
             model, tokenizer = self.model.load()
-        if samples is None:
-            samples = self.prepared.prepare(tokenizer, self.model.recorded)
         runner = Runner(model, tokenizer, configurations, self.model.impl, self.attention_backend)
-        return self._show(self._replies(runner, samples, out), out)
+        return self._show(self._replies(runner, samples, scorer, out), out)
 
-    def _replies(self, runner: Runner, samples: SampleSet, out: Path) -> EvalResults:
+    def _replies(
+        self, runner: Runner, samples: SampleSet, scorer: harness.Scorer | None, out: Path
+    ) -> EvalResults:
         """Evaluate with a progress bar."""
         from token_sparse_attention.evaluation import processes
         from token_sparse_attention.evaluation.evaluate import evaluate, make_header
 
-        scorer = harness.Scorer(samples) if harness.installed_version() else None
         header = make_header(runner, samples, self.model.name, self.processes)
         if self.dense_from:
             header = begin_with_dense(out, header, load_results(self.dense_from))
@@ -265,10 +284,10 @@ class Eval(Command):
                         bar, description=what, completed=done
                     ),
                 )
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, LookupError, OSError) as error:
                 raise JobFailedError(
-                    f"the evaluation failed: {error}\n"
-                    f"tsa: {out} keeps what was finished; the same command goes on from there"
+                    f"the evaluation failed: {error}; {out} keeps what was finished, and the same "
+                    "command goes on from there"
                 ) from error
 
     def _show(self, results: EvalResults, path: Path) -> bool:

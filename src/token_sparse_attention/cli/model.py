@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from token_sparse_attention import bundled, records
+from token_sparse_attention.checks import check_unicode
 from token_sparse_attention.cli.command import note, warn
 from token_sparse_attention.errors import UsageError, loading
 from token_sparse_attention.options import Device, Option
@@ -25,8 +27,18 @@ def _read_backend(text: str) -> str:
 def _read_dtype(text: str) -> str:
     import torch
 
-    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
-        raise ValueError(f"must be auto or a torch dtype such as bfloat16, got {text!r}")
+    dtype = getattr(torch, text, None)
+    computes = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    if text != "auto" and not computes:
+        raise ValueError(
+            "must be auto or a torch dtype of real numbers in 16 bits or more, such as bfloat16, "
+            f"got {text!r}"
+        )
+    return text
+
+
+def _read_question(text: str) -> str:
+    check_unicode("the text", text)
     return text
 
 
@@ -74,6 +86,23 @@ class ModelOptions:
         names = ("device", "device_map", "dtype", "trust_remote_code")
         return {name: getattr(self, name) for name in names}
 
+    def check(self) -> None:
+        """Refuse what no model is, before anything is read.
+
+        Raises:
+            UsageError: if the model is a file.
+        """
+        if self.path.lower().endswith(".gguf"):
+            raise UsageError(
+                f"{self.path} cannot be loaded: GGUF files are not read; give the hub id or the "
+                "folder of the model's safetensors"
+            )
+        if os.path.isfile(self.path):
+            raise UsageError(
+                f"{self.path} cannot be loaded: it is a file; give the folder that holds "
+                "config.json and the safetensors"
+            )
+
     def load(self) -> tuple[Any, Any]:
         """Return the model and its tokenizer.
 
@@ -82,6 +111,7 @@ class ModelOptions:
         """
         from token_sparse_attention import run
 
+        self.check()
         with loading(self.path):
             return run.load_model(self.path, **self.loading, say=note)
 
@@ -102,7 +132,7 @@ class PromptOptions:
     """
 
     prompt_file: Annotated[str, Option(metavar="FILE")]
-    question: str | None = None
+    question: Annotated[str | None, Option(read=_read_question)] = None
     config: Annotated[
         str | None, Option(metavar="VALUE", default="profile if there is one, else default")
     ] = None
@@ -120,10 +150,19 @@ def read_text(option: str, path: str | Path) -> str:
         UsageError: if it cannot be read, or is empty.
     """
     name = f"{option} {path}"
-    text = sys.stdin.read() if path == "-" else records.read_text(Path(path), name)
+    text = _standard_input(name) if path == "-" else records.read_text(Path(path), name)
     if not text.strip():
         raise UsageError(f"{name} must hold text, but is empty")
     return text
+
+
+def _standard_input(name: str) -> str:
+    if sys.stdin is None:
+        raise UsageError(f"{name} cannot be read: standard input is closed")
+    try:
+        return records.decode(sys.stdin.buffer.read(records.MAX_BYTES + 1), name)
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error}") from error
 
 
 def require_transformers() -> None:
@@ -143,11 +182,21 @@ def require_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def warn_of_length(model: Any, prompt_tokens: int, new_tokens: int = 0) -> None:
-    """Say on standard error that a prompt exceeds the positions a model was made for."""
-    from token_sparse_attention.run import context_limit
+def check_length(model: Any, ids: Any, new_tokens: int = 0) -> None:
+    """Refuse a prompt that the model cannot read; warn of one longer than it was made for.
 
-    limit = context_limit(model)
+    Args:
+        model: the model.
+        ids: ``[1, S]`` token ids of the prompt.
+        new_tokens: most tokens of the reply.
+
+    Raises:
+        UsageError: see `run.check_prompt`.
+    """
+    from token_sparse_attention.run import check_prompt, context_limit
+
+    check_prompt(model, ids, new_tokens)
+    limit, prompt_tokens = context_limit(model), ids.shape[1]
     if limit is not None and prompt_tokens + new_tokens > limit:
         reply = f" and {new_tokens} new ones" if new_tokens else ""
         warn(

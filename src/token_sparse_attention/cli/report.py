@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from token_sparse_attention.checks import check_writable
 from token_sparse_attention.cli.command import Command, print_json
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.options import Option
@@ -38,6 +39,7 @@ class Report(Command):
 
         if any(path.resolve() == self.out.resolve() for path in self.results):
             raise UsageError(f"--out {self.out} must not be one of the results")
+        check_writable(self.out, f"--out {self.out}")
         inputs = load(self.results)
         save(self.out, build_page(inputs, self.title), f"--out {self.out}")
         if self.json:

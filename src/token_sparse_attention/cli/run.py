@@ -15,10 +15,10 @@ from token_sparse_attention.cli.command import Command, print_json, working
 from token_sparse_attention.cli.model import (
     ModelOptions,
     PromptOptions,
+    check_length,
     require_transformers,
-    warn_of_length,
 )
-from token_sparse_attention.errors import UsageError, within_memory
+from token_sparse_attention.errors import running, within_memory
 from token_sparse_attention.options import Count
 from token_sparse_attention.settings import LEADING_PATTERN, Settings, settings_or_default
 
@@ -52,6 +52,7 @@ class Run(Command):
 
     def run(self) -> bool:
         """Answer, and show the answers, times and layers."""
+        self.model.check()
         document = self.prompt.read()
         require_transformers()
         from token_sparse_attention import run
@@ -61,26 +62,23 @@ class Run(Command):
         with working(f"loading {name}") as status:
             model, tokenizer = self.model.load()
             ids = run.encode_prompt(tokenizer, document, self.prompt.question)
-            warn_of_length(model, ids.shape[1], self.max_new_tokens)
+            check_length(model, ids, self.max_new_tokens)
             answers: dict[str, Answer] = {}
             paths: dict[str, Settings | None] = {"sparse": config}
             for path, settings in (paths | ({"dense": None} if self.compare else {})).items():
                 status.update(f"{path}: reading {ids.shape[1]:,} tokens")
-                try:
-                    with within_memory(ids.shape[1], path):
-                        if not answers:
-                            self._warm_up(model, tokenizer, ids, config)
-                        answers[path] = run.answer(
-                            model,
-                            tokenizer,
-                            ids,
-                            settings,
-                            max_new_tokens=self.max_new_tokens,
-                            impl=self.model.impl,
-                            attention_backend=backend,
-                        )
-                except (ValueError, TypeError) as error:
-                    raise UsageError(f"{name} cannot be run {path}: {error}") from error
+                with running(name, f"run {path}"), within_memory(ids.shape[1], path):
+                    if not answers:
+                        self._warm_up(model, tokenizer, ids, config)
+                    answers[path] = run.answer(
+                        model,
+                        tokenizer,
+                        ids,
+                        settings,
+                        max_new_tokens=self.max_new_tokens,
+                        impl=self.model.impl,
+                        attention_backend=backend,
+                    )
         note = _note(answers, backend)
         if self.json:
             from token_sparse_attention.info import provenance

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.errors import UsageError
@@ -19,7 +20,7 @@ from token_sparse_attention.evaluation.record import LayerKept
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.profile import LayerProfile
-from token_sparse_attention.run import context_limit
+from token_sparse_attention.run import check_prompt, context_limit
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def encode(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Tens
     what does not fit the model's context together with the reply is cut off at the start.
 
     Raises:
-        UsageError: if the reply alone does not fit, or the prompt has no tokens.
+        UsageError: if the reply alone does not fit, or see `run.check_prompt`.
     """
     start = tokenizer.bos_token
     ids: Tensor = tokenizer(
@@ -97,8 +98,7 @@ def encode(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Tens
                 f"replies of {max_new_tokens} tokens do not fit the {limit} positions of the model"
             )
         ids = ids[:, -(limit - max_new_tokens) :]
-    if not ids.shape[1]:
-        raise UsageError("a prompt must have at least one token, got none")
+    check_prompt(model, ids, max_new_tokens)
     return ids
 
 
@@ -143,8 +143,7 @@ def reply(
         attention_backend: what attends in sparse layers without a pattern.
     """
     prompt, ids = ids[0].cpu(), ids.to(model.device)
-    # All keys of all layers: a cache that forgets could not be cropped.
-    cache = DynamicCache()
+    cache, croppable = _cache(model)
     report: PrefillReport | None = None
     with ExitStack() as stack:
         if pattern is not None:
@@ -157,7 +156,7 @@ def reply(
         start = time.perf_counter()
         first = _next_tokens(model, ids, cache, last_only=True)[0]
         seconds = time.perf_counter() - start
-    tokens = _decode(model, cache, first, drafts, prompt, end)
+    tokens = _decode(model, cache, first, drafts if croppable else None, prompt, end)
     kept = None if report is None else kept_of(report, model)
     return Reply(end.text(tokens), tokens, ids.shape[1], kept, seconds)
 
@@ -177,15 +176,18 @@ def _decode(
     model: Any,
     cache: DynamicCache,
     first: int,
-    drafts: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]] | None,
     prompt: Tensor,
     end: Ending,
 ) -> list[int]:
-    """Return the reply that begins with `first`; the cache holds all tokens but the last."""
+    """Return the reply that begins with `first`; the cache holds all tokens but the last.
+
+    Without `drafts`, not even empty ones, each pass decodes one token.
+    """
     tokens = [first]
     while not end.reached(tokens):
         room = end.max_new_tokens - len(tokens) - 1
-        draft = propose(tokens, drafts, prompt)[:room]
+        draft = [] if drafts is None else propose(tokens, drafts, prompt)[:room]
         given = torch.tensor([[tokens[-1], *draft]], device=model.device)
         following = _next_tokens(model, given, cache, last_only=False)
         right = 0
@@ -198,6 +200,18 @@ def _decode(
             if end.reached(tokens):
                 break
     return tokens
+
+
+def _cache(model: Any) -> tuple[DynamicCache, bool]:
+    """Return an empty cache, and whether tokens can be taken out of it again.
+
+    It keeps all keys of all layers, since a cache that forgets could not be cropped; unless
+    some layers have a state in place of keys, which only the model's own cache has.
+    """
+    own = DynamicCache(config=model.config)
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in own.layers):
+        return own, False
+    return DynamicCache(), True
 
 
 def _next_tokens(model: Any, ids: Tensor, cache: DynamicCache, *, last_only: bool) -> list[int]:

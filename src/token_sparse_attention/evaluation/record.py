@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from token_sparse_attention.checks import check_writable
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.profile import layer_configs, settings_from_json
@@ -29,6 +30,7 @@ from token_sparse_attention.records import (
     save_lines,
 )
 
+_HEADER_BEGINS = '{"version":'
 DENSE = "dense"  # the configuration that all others are compared with
 PATTERN = "pattern"  # what the settings of a configuration with a block-sparse pattern hold
 MODEL_FACTS = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -152,6 +154,23 @@ def load_results(path: str | Path) -> EvalResults:
     return EvalResults(header, tuple(samples.values()))
 
 
+def check_results(path: Path) -> None:
+    """Raise unless results can be written to a file, which may hold those of a cut-off run.
+
+    Raises:
+        UsageError: if it cannot be written, or holds something else.
+    """
+    if path.suffix == ".gz":
+        raise UsageError(f"--out must not end in .gz, as results are appended to it; got {path}")
+    check_writable(path, f"--out {path}")
+    if not path.is_file():
+        return
+    if next(read_lines(path, unfinished=True), None) is not None:
+        load_results(path)
+    elif not _HEADER_BEGINS.startswith(next(read_lines(path), ("", ""))[1][: len(_HEADER_BEGINS)]):
+        raise UsageError(f"{path} must begin with the header of an evaluation, but does not")
+
+
 def open_results(path: Path, header: EvalHeader) -> tuple[list[SampleResult], LineFile]:
     """Open a result file for more results: a new one, or the one of a run that was cut off.
 
@@ -161,8 +180,7 @@ def open_results(path: Path, header: EvalHeader) -> tuple[list[SampleResult], Li
     Raises:
         UsageError: if the file belongs to another run; the message says what differs.
     """
-    if path.suffix == ".gz":
-        raise UsageError(f"--out must not end in .gz, as results are appended to it; got {path}")
+    check_results(path)
     if not path.exists() or next(read_lines(path, unfinished=True), None) is None:
         file = LineFile(path, new=True)
         file.write(header)

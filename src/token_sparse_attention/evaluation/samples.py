@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from token_sparse_attention.checks import check_unicode
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.records import (
     Versioned,
@@ -46,6 +47,9 @@ class Sample:
     until: list[str]
     max_new_tokens: int
     doc: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_unicode("prompt", self.prompt)
 
     def unpack_doc(self) -> dict[str, Any]:
         """Return lm-eval's document."""

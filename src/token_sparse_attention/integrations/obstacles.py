@@ -158,8 +158,10 @@ def check_model(model: PreTrainedModel, *, continuous_batching: bool = False) ->
             implementation that is not known, or runs sparse already.
     """
     if not isinstance(model, PreTrainedModel):
+        wraps = hasattr(model, "get_base_model")  # as PEFT's models do
+        hint = "; apply to and generate with its get_base_model()" if wraps else ""
         raise TypeError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}"
         )
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
