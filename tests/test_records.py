@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from token_sparse_attention import records
-from token_sparse_attention.errors import JobFailedError, UsageError
+from token_sparse_attention.errors import JobFailedError, UsageError, did_you_mean
 from token_sparse_attention.records import (
     Count,
     JsonFile,
@@ -26,7 +26,6 @@ from token_sparse_attention.records import (
     check_keys,
     convert,
     encode,
-    near_miss,
     parse,
     parse_object,
     read_lines,
@@ -208,7 +207,7 @@ def test_objects_and_their_names():
     check_keys("config", {"num_samples": 1}, ("num_samples", "num_probes"))
     with pytest.raises(UsageError, match="config has an unknown entry 'num_sample'; did you mean"):
         check_keys("config", {"num_sample": 1}, ("num_samples", "num_probes"))
-    assert near_miss("abacus", ("num_samples",)) == ""
+    assert did_you_mean("abacus", ("num_samples",)) == ""
 
 
 def test_what_has_no_json_form_is_not_written():

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import gzip
 import itertools
@@ -37,7 +36,7 @@ from typing import (
 
 import msgspec
 
-from token_sparse_attention.errors import JobFailedError, UsageError
+from token_sparse_attention.errors import JobFailedError, UsageError, did_you_mean
 
 MAX_BYTES = 1 << 28  # of a file, decompressed; of JSON Lines, which may be longer, of a line
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -50,22 +49,11 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known name most like a wrong one, if any.
-
-    Example:
-        >>> near_miss("num_sample", ["num_samples", "num_probes"])
-        "; did you mean 'num_samples'?"
-    """
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def check_keys(what: str, given: Iterable[str], known: Collection[str]) -> None:
     """Raise UsageError, which begins with `what`, unless all given names are known."""
     for key in given:
         if key not in known:
-            hint = near_miss(key, known) or f"; expected {', '.join(known)}"
+            hint = did_you_mean(key, known) or f"; expected {', '.join(known)}"
             raise UsageError(f"{what} has an unknown entry {key!r}{hint}")
 
 
@@ -133,6 +121,9 @@ def convert(content: Any, kind: type[Decoded], where: str) -> Decoded:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         raise UsageError(_explain(content, str(error), where)) from error
+    except UnicodeEncodeError as error:  # msgspec reads no key or choice that is no UTF-8
+        half = error.object[error.start]
+        raise UsageError(f"{where} must hold whole characters, got {half!r}") from error
 
 
 def _check_known(content: Any, kind: Any, where: str, path: str) -> None:
@@ -180,7 +171,7 @@ def _explain(content: Any, message: str, where: str) -> str:
     for name, index in _STEPS.findall(path.partition("[...]")[0]):
         found = found[name or int(index)]
     if missing := _MISSING.fullmatch(problem):
-        return f"{place} has no entry {missing[1]!r}{near_miss(missing[1], found)}"
+        return f"{place} has no entry {missing[1]!r}{did_you_mean(missing[1], found)}"
     if expected := _EXPECTED.fullmatch(problem):
         wanted = expected[1].replace("`", "").replace(" | ", " or ")
         shown = "" if "[...]" in path else f", got {_short.repr(found)}"
@@ -240,7 +231,7 @@ class Versioned:
             raise UsageError(f"{source} must have version {cls.VERSIONS[-1]}, got {version!r}")
         for name in _fields_of(cls):
             if name not in entries and name not in cls.OPTIONAL:
-                raise UsageError(f"{source} has no entry {name!r}{near_miss(name, entries)}")
+                raise UsageError(f"{source} has no entry {name!r}{did_you_mean(name, entries)}")
         return convert(entries, cls, source)
 
 

@@ -198,7 +198,9 @@ class CalibrationResult(JsonFile):
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
-        if isinstance(self.base, dict):
+        if not isinstance(self.base, SparseConfig):
+            if not isinstance(self.base, dict):
+                raise ValueError(f"base must be an object, got {self.base!r}")
             try:
                 base = config_from_dict(self.base)
             except (ValueError, TypeError) as error:

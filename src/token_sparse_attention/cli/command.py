@@ -135,7 +135,7 @@ def warn(message: str) -> None:
 
 def note(message: str) -> None:
     """Say on standard error what was decided for the user; ``--dtype`` and such override it."""
-    sys.stderr.write(f"tsa: note: {message}\n")
+    sys.stderr.write(f"tsa: note: {one_line(message)}\n")
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -270,7 +270,8 @@ class Eval(Command):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("starting", total=len(samples.samples) * len(runner.names))
             try:
                 return evaluate(
