@@ -125,8 +125,8 @@ def load_model(
             dtype = "float32"
             short = str(stored).removeprefix("torch.")
             say(f"this processor has no {short} units, so the model runs in float32")
-    model: Any
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, loaded = load(
         name,
         dtype=dtype,
         device_map=device_map,

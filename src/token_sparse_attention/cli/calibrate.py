@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from rich.console import Console
+from rich.markup import escape
 
 from token_sparse_attention import bundled
 from token_sparse_attention.calibration.options import CalibrationOptions
@@ -248,7 +249,10 @@ def _show(result: CalibrationResult, written: Sequence[Path]) -> None:
     from token_sparse_attention.calibration.show import layer_table, sentences
 
     console = Console()
-    console.print(f"[bold]{result.model}[/], {result.dtype}, on {result.provenance['device']}")
+    device = result.provenance.get("device", "an unknown device")
+    console.print(
+        f"[bold]{escape(result.model)}[/], {escape(result.dtype)}, on {escape(str(device))}"
+    )
     console.print(layer_table(result))
     for sentence in sentences(result):
         console.print(sentence, markup=False, highlight=False)

@@ -107,7 +107,7 @@ class Progress:
 
     def _show(self) -> None:
         self._shown_at, self._timer = time.monotonic(), None
-        print(f"tsa: {self._message}", file=sys.stderr, flush=True)
+        print(f"tsa: {one_line(self._message)}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         if self._status is None:
