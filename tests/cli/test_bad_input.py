@@ -6,18 +6,21 @@ import gzip
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Lfm2Config, LlamaConfig
 
 from token_sparse_attention import bundled
 from token_sparse_attention.benchmark import measuring
 from token_sparse_attention.cli import BAD_INPUT, FAILED, TRACEBACK, Info, main
+from token_sparse_attention.cli.command import working
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.profile import PROFILE_FILE
@@ -106,14 +109,14 @@ def run_words(model, *more, prompt="text"):
     return ("run", model, "--prompt-file", prompt, "--max-new-tokens", 2, *more)
 
 
-def words_of(command, model):
+def words_of(name, model):
     """Words that run a command on a model."""
     given = {
         "run": ("run", model, "--prompt-file", "text", "--max-new-tokens", 2),
         "capture": ("capture", model, "--prompt-file", "text", "--out", "kept.json"),
         "calibrate": ("calibrate", model, "--method", "drift", "--text", "text", "--length", 90),
     }
-    return given[command]
+    return given[name]
 
 
 @pytest.mark.parametrize("command", ["run", "capture", "calibrate"])
@@ -261,7 +264,7 @@ def test_evaluation_of_a_model_with_layers_that_keep_a_state(models, folder, mon
     prepare(folder / "samples.jsonl.gz")
     words = ("eval", models / "lfm2", "--samples", "samples.jsonl.gz", "--out", "result.jsonl")
     settings = '{"num_probes": 8, "sliding_window": 4096, "sink_size": 0, "num_samples": 8}'
-    assert main([*map(str, words), "--config", f"all={settings}"]) == 0
+    assert main([*map(str, words), "--config", f"[/b]={settings}"]) == 0
     _, *results = map(json.loads, (folder / "result.jsonl").read_text().splitlines())
     assert len(results) == 2
     assert results[0]["reply"] == results[1]["reply"]
@@ -321,23 +324,27 @@ def test_what_no_code_foresaw_is_one_line(capsys, monkeypatch):
     ],
 )
 def test_standard_output_that_cannot_be_written(redirected, code, message):
-    command = f"{sys.executable} -m token_sparse_attention.cli info --json {redirected}"
+    code = (
+        "import sys; from token_sparse_attention import cli\n"
+        "cli.Info.run = lambda self: print('facts') or True; sys.exit(cli.main(['info']))"
+    )
+    command = f"{shlex.join([sys.executable, '-c', code])} {redirected}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, message)
 
 
-def test_output_in_an_encoding_without_some_characters(folder):
-    (folder / "result.json").write_text('{"version": 1}')
+def test_errors_in_an_encoding_without_some_characters():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    command = [
-        sys.executable,
-        "-m",
-        "token_sparse_attention.cli",
-        "report",
-        "absent-é",
-        "--out",
-        "x",
-    ]
+    command = [sys.executable, "-m", "token_sparse_attention.cli", "run", "--prompt-file", "é"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == BAD_INPUT
-    assert done.stderr == "tsa: absent-\\xe9 cannot be read: No such file or directory\n"
+    assert done.stderr == ("tsa: --prompt-file \\xe9 cannot be read: No such file or directory\n")
+
+
+def test_names_that_look_like_markup(monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True)
+    monkeypatch.setattr("token_sparse_attention.cli.command.Console", lambda **_: terminal)
+    with working("loading [/b]") as status:
+        status.update("reading [/i]")
+    assert "reading [/i]" in shown.getvalue()

@@ -22,7 +22,7 @@ from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.records import encode
 
-SEED, PER_FILE, PER_COMMAND = 20, 24, 20
+SEED, PER_FILE, PER_COMMAND = 20, 30, 40
 WORDS = [
     "", " ", "-", "--", "-1", "0", "nan", "inf", "1e999", "9" * 5000, "1,,x", ",", "null", "é",
     "\udce9", "a\nb", "a\tb", "%s %(x)d", "{", "{}", "[]", '{"a":', "[" * 50_000, "a" * 300, "/",
@@ -30,7 +30,7 @@ WORDS = [
     "streaming+", "streaming:{}+{}", 'flexprefill:{"gamma": "x"}', "\u202e", "\x1b[31m",
     "--json=1", "--help=1",
 ]  # fmt: skip
-PROGRESS = ("tsa: loading ", "tsa: preparing ", "tsa: importing ", "tsa: starting")
+PROGRESS = ("tsa: loading", "tsa: preparing", "tsa: importing", "tsa: starting")
 VALUES = [
     None, True, -1, 0, 1.5, 1e308, 10**400, "", "x", "\ud83d", [], {}, [None], {"": None}, [[1]],
     -0.0, "9" * 5000, {"version": 2}, [{}], "NaN",

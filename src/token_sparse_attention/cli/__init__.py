@@ -89,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         _prepare_streams()
-        succeeded = parse(argv).run()
-        sys.stdout.flush()
+        try:
+            succeeded = parse(argv).run()
+        finally:  # after a help too, while an error can be told
+            sys.stdout.flush()
     except UsageError as error:
         return _say(error, BAD_INPUT)
     except JobFailedError as error:

@@ -257,4 +257,4 @@ def _show(result: CalibrationResult, written: Sequence[Path]) -> None:
     for sentence in sentences(result):
         console.print(sentence, markup=False, highlight=False)
     for path in written:
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", markup=False, highlight=False)

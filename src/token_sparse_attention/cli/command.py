@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from rich.console import Console
+from rich.markup import escape
 
 from token_sparse_attention.errors import did_you_mean, one_line
 from token_sparse_attention.options import HIDDEN
@@ -86,7 +87,7 @@ class Progress:
 
     def __init__(self, message: str) -> None:
         console = Console(stderr=True)
-        self._status = console.status(message) if console.is_terminal else None
+        self._status = console.status(escape(message)) if console.is_terminal else None
         self._message = message
         self._shown_at = -_INTERVAL
         self._timer: threading.Timer | None = None
@@ -94,7 +95,7 @@ class Progress:
     def update(self, message: str) -> None:
         """Say what is done now."""
         if self._status is not None:
-            self._status.update(message)
+            self._status.update(escape(message))
             return
         self._message = message
         wait = self._shown_at + _INTERVAL - time.monotonic()

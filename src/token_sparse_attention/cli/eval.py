@@ -265,7 +265,7 @@ class Eval(Command):
             model = self.model
             source = processes.several(runner, self.processes, model.path, model.loading)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

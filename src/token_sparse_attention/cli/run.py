@@ -152,7 +152,8 @@ def layer_table(records: list[LayerRecord]) -> Table:
     for record in records:
         share = f"{record.kept_share:.1%}"
         bars = _bars(record)
-        table.add_row(str(record.layer), path_name(record), share, bars, describe(record))
+        what = escape(describe(record))
+        table.add_row(str(record.layer), path_name(record), share, bars, what)
     return table
 
 

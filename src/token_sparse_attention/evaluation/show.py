@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
@@ -55,6 +56,7 @@ def show(results: EvalResults, path: Path, *, as_json: bool) -> None:
         console.print(
             f"{unscored} replies have no score yet: where lm-eval is installed, run "
             f"tsa eval --score {path} --samples FILE",
+            markup=False,
             highlight=False,
         )
 
@@ -72,13 +74,13 @@ def _all_dense(results: EvalResults, row: Row) -> bool:
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
     """Return a table; the rows of all lengths together only where there are several."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
     several = len({row.length for row in rows if row.length is not None}) > 1
     for row in rows:
         if row.length is not None or several:
-            table.add_row(*cells(row))
+            table.add_row(*map(escape, cells(row)))
     return table
 
 
