@@ -324,11 +324,11 @@ def test_what_no_code_foresaw_is_one_line(capsys, monkeypatch):
     ],
 )
 def test_standard_output_that_cannot_be_written(redirected, code, message):
-    code = (
+    script = (
         "import sys; from token_sparse_attention import cli\n"
         "cli.Info.run = lambda self: print('facts') or True; sys.exit(cli.main(['info']))"
     )
-    command = f"{shlex.join([sys.executable, '-c', code])} {redirected}"
+    command = f"{shlex.join([sys.executable, '-c', script])} {redirected}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, message)
 
