@@ -146,7 +146,7 @@ def load_model(
 def lacks_units(dtype: torch.dtype | None) -> bool:
     """Return whether this processor computes in a half precision without units of its own.
 
-    Such a processor (AVX2, without AVX-512 or AMX) takes about twice as long as in float32.
+    Such a processor, with AVX2 but neither AVX-512 nor AMX, is faster in float32.
     """
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
