@@ -39,6 +39,21 @@ def loading(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def tokenizing(what: str = "the tokenizer") -> Iterator[None]:
+    """Turn whatever a checkpoint's tokenizer or chat template raises into bad input.
+
+    Raises:
+        UsageError: if the block raises anything.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} failed: {error}") from error
+
+
+@contextmanager
 def running(name: str, doing: str) -> Iterator[None]:
     """Turn what goes wrong in running a model into bad input, or into a failed job.
 

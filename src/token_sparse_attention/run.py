@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from token_sparse_attention.attention.names import parse_backend, pattern_config
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import SparseConfig
-from token_sparse_attention.errors import UsageError
+from token_sparse_attention.errors import UsageError, tokenizing
 from token_sparse_attention.integrations.record import PrefillReport
 from token_sparse_attention.integrations.transformers import apply, attention_of_every_layer
 from token_sparse_attention.methods import method_of
@@ -157,21 +157,20 @@ def encode_prompt(tokenizer: Any, document: str, question: str | None) -> Tensor
     """Return the prompt's token ids ``[1, S]``, through the chat template if there is one.
 
     Raises:
-        UsageError: if the template fails.
+        UsageError: if the tokenizer or its template fails.
     """
     prompt = document if question is None else f"{document.rstrip()}\n\n{question}\n"
     if tokenizer.chat_template is None:
-        encoded = tokenizer(prompt, return_tensors="pt")
+        with tokenizing():
+            encoded = tokenizer(prompt, return_tensors="pt")
     else:
-        try:
+        with tokenizing("the tokenizer's chat template"):
             encoded = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 add_generation_prompt=True,
                 return_tensors="pt",
                 return_dict=True,
             )
-        except Exception as error:  # a template is code of the checkpoint's
-            raise UsageError(f"the tokenizer's chat template failed: {error}") from error
     ids: Tensor = encoded["input_ids"]
     return ids
 

@@ -54,7 +54,16 @@ def models(tmp_path_factory):
     """Checkpoints with one fault each, and a good one."""
     folder = tmp_path_factory.mktemp("models")
     make(folder / "good", LlamaConfig(**LLAMA))
-    for name in ("truncated", "pointer", "missing", "profile", "latin", "template", "sizes"):
+    for name in (
+        "truncated",
+        "pointer",
+        "missing",
+        "profile",
+        "latin",
+        "template",
+        "sizes",
+        "tokens",
+    ):
         shutil.copytree(folder / "good", folder / name)
     weights = folder / "good" / "model.safetensors"
     (folder / "truncated" / weights.name).write_bytes(weights.read_bytes()[:1000])
@@ -66,6 +75,8 @@ def models(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
     tokenizer.chat_template = RAISING
     tokenizer.save_pretrained(folder / "template")
+    tokens = folder / "tokens" / "tokenizer_config.json"
+    tokens.write_text(json.dumps(json.loads(tokens.read_text()) | {"model_max_length": "many"}))
     sizes = folder / "sizes" / "config.json"
     sizes.write_text(json.dumps(json.loads(sizes.read_text()) | {"hidden_size": "wide"}))
     make(folder / "vocabulary", LlamaConfig(**LLAMA | {"vocab_size": 50}))
@@ -126,6 +137,7 @@ def words_of(name, model):
         ("truncated", "truncated cannot be loaded: "),
         ("pointer", "pointer cannot be loaded: "),
         ("sizes", "sizes cannot be loaded: "),
+        ("tokens", "the tokenizer failed: "),
         ("missing", "no weights for model.layers.1.self_attn.q_proj.weight, and lacks 1 in all"),
         ("vocabulary", "the tokenizer must be the model's, of 50 tokens; got token "),
         ("gpt2", "must fit the 64 positions that this model has embeddings for, got "),

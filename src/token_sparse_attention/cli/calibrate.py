@@ -24,7 +24,7 @@ from token_sparse_attention.cli.model import (
     require_transformers,
 )
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig, TokenSelectionConfig
-from token_sparse_attention.errors import UsageError, running, within_memory
+from token_sparse_attention.errors import UsageError, running, tokenizing, within_memory
 from token_sparse_attention.options import Count, Option
 from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.records import save
@@ -158,7 +158,8 @@ class Calibrate(Command):
             raise UsageError(str(error)) from error
         with working(f"loading {name}") as status:
             model, tokenizer = self.model.load()
-            prompts = self.prompts.cut(tokenizer, texts)
+            with tokenizing():
+                prompts = self.prompts.cut(tokenizer, texts)
             lengths = [prompt.ids.shape[1] for prompt in prompts]
             for prompt in prompts:
                 check_prompt(model, prompt.read_ids)

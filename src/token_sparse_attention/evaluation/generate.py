@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from token_sparse_attention.config import SparseConfig
-from token_sparse_attention.errors import UsageError
+from token_sparse_attention.errors import UsageError, tokenizing
 from token_sparse_attention.evaluation.drafts import propose
 from token_sparse_attention.evaluation.record import LayerKept
 from token_sparse_attention.integrations.record import PrefillReport
@@ -86,11 +86,13 @@ def encode(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Tens
         UsageError: if the reply alone does not fit, or see `run.check_prompt`.
     """
     start = tokenizer.bos_token
-    ids: Tensor = tokenizer(
-        prompt,
-        return_tensors="pt",
-        add_special_tokens=not (start and prompt.startswith(start)),
-    )["input_ids"]
+    with tokenizing():
+        encoded = tokenizer(
+            prompt,
+            return_tensors="pt",
+            add_special_tokens=not (start and prompt.startswith(start)),
+        )
+    ids: Tensor = encoded["input_ids"]
     limit = context_limit(model)
     if limit is not None:
         if max_new_tokens >= limit:
