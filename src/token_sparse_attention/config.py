@@ -118,6 +118,8 @@ class SparseConfig:
 class KVSamplingConfig(SparseConfig, method="kv_sampling"):
     """Settings of the default method: a sliding window, sinks, and sampled keys.
 
+    The fields of `SparseConfig` are fields here too; it says what is raised.
+
     No query is dropped. Each attends to its sliding window, to the first keys, and to keys that
     its head samples by score and weights by their inverse inclusion probability. The last
     queries attend to every key. See docs/how-it-works.md.
@@ -131,7 +133,6 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
         budget: ``"shared"`` gives every head ``num_samples`` samples, ``"per_head"`` as many on
             average: a quarter to each head, the rest in proportion to the attention that it
             gives to keys before the window.
-        **shared: the fields of `SparseConfig`, which also says what is raised.
 
     Source:
         An extension of arXiv 2602.03216; docs/how-it-works.md cites the closest ideas.
@@ -162,6 +163,8 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
 class TokenSelectionConfig(SparseConfig, method="token_selection"):
     """Settings of Token Sparse Attention (arXiv 2602.03216); the defaults are the published ones.
 
+    The fields of `SparseConfig` are fields here too; it says what is raised.
+
     Every head attends over its own selected tokens only: its queries, keys and values are
     gathered at them. `fallback="window"`, `budget="per_head"`, `keep_ratio`, `dense_queries`,
     `dense_heads` and the crossover are extensions that are off by default.
@@ -180,7 +183,6 @@ class TokenSelectionConfig(SparseConfig, method="token_selection"):
         fallback: what a query that was not selected receives: ``"zero"``, as published, or
             ``"window"``, causal sliding-window attention over the uncompressed tokens.
         sliding_window: width of that window in tokens, the query itself included.
-        **shared: the fields of `SparseConfig`, which also says what is raised.
 
     Example:
         >>> TokenSelectionConfig().drop_mass, TokenSelectionConfig().observation_window
