@@ -217,6 +217,22 @@ def test_dtypes_that_no_model_computes_in(capsys, dtype):
     assert f"such as bfloat16, got '{dtype}'" in error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bench op --budget-seconds inf", "--budget-seconds: must be a number, got 'inf'"),
+        ("bench op --budget-seconds -1", "--budget-seconds: must be at least 0, got -1.0"),
+        ("bench op --kept 0.5,nan", "--kept: must be numbers like 0.1,0.5, got '0.5,nan'"),
+        (
+            "calibrate --method sensitivity --divergence-budget nan",
+            "--divergence-budget: must be a number, got 'nan'",
+        ),
+    ],
+)
+def test_numbers_that_are_no_quantity(capsys, words, message):
+    assert message in error_of(capsys, *words.split())
+
+
 @pytest.mark.parametrize("command", ["run", "capture", "calibrate"])
 def test_files_in_place_of_a_models_folder(folder, capsys, command):
     (folder / "x.gguf").write_bytes(b"GGUF")

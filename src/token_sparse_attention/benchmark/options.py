@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Lengths = tuple[Count, ...]
 Shares = tuple[float, ...]
-Seconds = Annotated[float, Option(metavar="S")]
+Seconds = Annotated[float, Option(metavar="S", minimum=0)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,13 @@ _NUMBERS = {
     int: ("a whole number", "whole numbers like 4096,8192"),
     float: ("a number", "numbers like 0.1,0.5"),
 }
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)  # `Argument.read` says what is expected
+    return value
 
 
 class Argument(NamedTuple):
@@ -45,7 +53,8 @@ class Argument(NamedTuple):
         option, choices = self.option, get_args(self.kind)
         listed = self.many and not option.repeat and self.name.startswith("-")
         parts = [part.strip() for part in text.split(",") if part.strip()] if listed else [text]
-        read: Callable[[str], Any] = option.read or (str if choices else self.kind)
+        plain = _finite if self.kind is float else self.kind
+        read: Callable[[str], Any] = option.read or (str if choices else plain)
         try:
             values = [read(part) for part in parts]
         except (ValueError, TypeError) as error:
