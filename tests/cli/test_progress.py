@@ -7,7 +7,7 @@ import time
 import pytest
 
 from token_sparse_attention.cli import command
-from token_sparse_attention.cli.command import working
+from token_sparse_attention.cli.command import counting, working
 
 
 def lines(capsys):
@@ -52,3 +52,10 @@ def test_nothing_is_shown_after_the_end(monkeypatch, capsys):
         interrupted()
     time.sleep(0.3)
     assert lines(capsys) == ["tsa: loading"]
+
+
+def test_a_log_says_how_many_are_done(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_INTERVAL", 0.0)
+    with counting(3) as report:
+        report("dense, niah", 1)
+    assert lines(capsys) == ["tsa: 0 of 3: starting", "tsa: 1 of 3: dense, niah"]

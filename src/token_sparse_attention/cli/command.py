@@ -8,7 +8,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NoReturn, Self
 
@@ -127,6 +128,27 @@ class Progress:
 def working(message: str) -> Progress:
     """Return a context that says on standard error that something takes a while."""
     return Progress(message)
+
+
+@contextmanager
+def counting(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Show how many of `total` are done: a bar on a terminal, lines as `Progress` elsewhere.
+
+    Yields:
+        Takes what is done now, and how many are done.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        with working(f"0 of {total}: starting") as lines:
+            yield lambda what, done: lines.update(f"{done} of {total}: {what}")
+        return
+    from rich import progress as rich
+
+    text = rich.TextColumn("{task.description}", markup=False)
+    columns = (text, rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda what, done: bar.update(task, description=what, completed=done)
 
 
 def warn(message: str) -> None:

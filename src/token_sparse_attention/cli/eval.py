@@ -6,11 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from token_sparse_attention.checks import check_writable
-from token_sparse_attention.cli.command import Command, print_json, working
+from token_sparse_attention.cli.command import Command, counting, print_json, working
 from token_sparse_attention.cli.model import ModelOptions, require_transformers
 from token_sparse_attention.errors import JobFailedError, UsageError, loading
 from token_sparse_attention.evaluation import harness
@@ -252,7 +249,7 @@ class Eval(Command):
     def _replies(
         self, runner: Runner, samples: SampleSet, scorer: harness.Scorer | None, out: Path
     ) -> EvalResults:
-        """Evaluate with a progress bar."""
+        """Evaluate, and show how far it is."""
         from token_sparse_attention.evaluation import processes
         from token_sparse_attention.evaluation.evaluate import evaluate, make_header
 
@@ -264,26 +261,10 @@ class Eval(Command):
         if self.processes > 1:
             model = self.model
             source = processes.several(runner, self.processes, model.path, model.loading)
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("starting", total=len(samples.samples) * len(runner.names))
+        with counting(len(samples.samples) * len(runner.names)) as report:
             try:
                 return evaluate(
-                    runner,
-                    samples,
-                    header,
-                    out,
-                    scorer=scorer,
-                    source=source,
-                    report=lambda what, done: progress.update(
-                        bar, description=what, completed=done
-                    ),
+                    runner, samples, header, out, scorer=scorer, source=source, report=report
                 )
             except (RuntimeError, LookupError, OSError) as error:
                 raise JobFailedError(
