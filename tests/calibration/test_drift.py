@@ -180,3 +180,15 @@ def test_profile_holds_the_layers_and_leaves_the_settings():
         drift_profile(measured, base, 1.5)
     with pytest.raises(ValueError, match="at least one layer must change its input"):
         drift.summarise([[0.0, 0.0]])
+
+
+def test_a_layer_without_attention_is_not_chosen():
+    torch.manual_seed(0)
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    config = transformers.Lfm2Config(**(SHAPE | {"num_hidden_layers": 4, "layer_types": kinds}))
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    measured = measure_drift(model, [make_ids(120)])
+    assert len(measured.normalised) == 4
+    assert measured.attending == (1, 3)
+    _, profile = drift_profile(measured, TokenSelectionConfig(), quantile=1.0)
+    assert tuple(profile.layers) == (1, 3)

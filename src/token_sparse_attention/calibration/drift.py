@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.integrations.transformers import apply
 from token_sparse_attention.profile import LayerProfile
 
 EPSILON = 1e-8
@@ -31,11 +32,14 @@ class Drift:
         normalised: `relative` divided by its sum over the layers.
         standard_error: of `normalised`'s mean over prompts, each prompt normalised by itself;
             None with one prompt.
+        attending: numbers of the layers that call the attention interface; others, as in
+            hybrid models, cannot run sparse. None for all.
     """
 
     relative: tuple[float, ...]
     normalised: tuple[float, ...]
     standard_error: tuple[float, ...] | None
+    attending: tuple[int, ...] | None = None
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -133,13 +137,15 @@ def measure_drift(
 
     Raises:
         ValueError: if there are no prompts, the layers cannot be found, the model is in
-            training mode, or a hidden state is not finite.
+            training mode, a hidden state is not finite, or `apply` cannot serve the model.
+        RuntimeError: if no layer calls the attention interface.
     """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     check_eval(model)
     rows = []
-    with watch_layers(model) as changes:
+    applied = apply(model, KVSamplingConfig(sparse_layers=()))  # dense; it sees who attends
+    with applied, watch_layers(model) as changes:
         for number, ids in enumerate(prompts, 1):
             on_progress(f"drift, prompt {number} of {len(prompts)}: {ids.shape[1]:,} tokens")
             model(ids.to(model.device), use_cache=False, logits_to_keep=1)
@@ -147,7 +153,7 @@ def measure_drift(
             if not all(map(math.isfinite, row)):
                 raise ValueError(f"the hidden states of prompt {number} must be finite")
             rows.append(row)
-    return summarise(rows)
+    return replace(summarise(rows), attending=tuple(sorted(applied.layers.called)))
 
 
 def summarise(rows: Sequence[Sequence[float]]) -> Drift:
@@ -211,10 +217,12 @@ def drift_profile(
     Args:
         drift: what was measured.
         base: the settings of the sparse layers.
-        quantile: the paper's delta; layers at or below this quantile become sparse.
+        quantile: the paper's delta; of the layers that attend, those at or below this quantile
+            become sparse.
     """
-    threshold, layers = drift_threshold(drift.normalised, quantile)
-    return threshold, LayerProfile(base, {layer: {} for layer in layers})
+    layers = range(len(drift.normalised)) if drift.attending is None else drift.attending
+    threshold, ranks = drift_threshold([drift.normalised[layer] for layer in layers], quantile)
+    return threshold, LayerProfile(base, {layers[rank]: {} for rank in ranks})
 
 
 def check_eval(model: Any) -> None:
