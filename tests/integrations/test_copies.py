@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 
 import torch
@@ -44,6 +45,25 @@ def test_a_copy_does_not_keep_the_model_or_its_report():
     gc.collect()
     assert [one() for one in gone] == [None, None]
     twin(make_ids())
+
+
+def test_a_pickle_is_what_the_model_was_before():
+    for model in (make_model(), make_image_model()):
+        ids = make_ids().clamp(max=190)
+        dense = model(ids).logits
+        with apply(model, SAMPLING):
+            sparse = model(ids).logits
+            pickled = io.BytesIO()
+            torch.save(model, pickled)
+            pickled.seek(0)
+            beside = torch.load(pickled, weights_only=False)
+            assert torch.equal(beside(ids).logits, dense)
+            assert torch.equal(model(ids).logits, sparse)
+        pickled.seek(0)
+        later = torch.load(pickled, weights_only=False)
+        assert torch.equal(later(ids).logits, dense)
+        with apply(later, SAMPLING):
+            assert torch.equal(later(ids).logits, sparse)
 
 
 def test_averaged_models_work():

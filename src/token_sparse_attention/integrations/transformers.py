@@ -236,7 +236,7 @@ _APPLICATIONS: Counter[str] = Counter()  # how many have registered under each n
 
 
 class _PassHooks:
-    """Hooks around a model's forward passes. In a deep copy of the model they do nothing."""
+    """Hooks around a model's forward passes. In a copy or a pickle of the model: nothing."""
 
     def __init__(self, text_config: PreTrainedConfig, name: str, dense_name: str) -> None:
         self._names = (name, dense_name)
@@ -247,6 +247,11 @@ class _PassHooks:
         text_config = copy.deepcopy(self._text_config, memo)
         _restore(text_config, *self._names)
         return _PassHooks(text_config, *self._names)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give an unpickled model's config the dense implementation back."""
+        self.__dict__.update(state)
+        _restore(self._text_config, *self._names)
 
     def before(self, module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
         """Before a forward pass."""
