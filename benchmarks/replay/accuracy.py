@@ -56,7 +56,7 @@ def join(
     Raises:
         UsageError: if replays were made at several target shapes, dtypes or devices.
     """
-    _check_alike(replays)
+    _check_same_target(replays)
     found: dict[tuple[str, int, str, bool], tuple[Replay, ReplayRow]] = {}
     for replay in replays:
         for row in replay.rows:
@@ -79,12 +79,12 @@ def join(
     return tuple(joined)
 
 
-def _check_alike(replays: Sequence[Replay]) -> None:
+def _check_same_target(replays: Sequence[Replay]) -> None:
     targets = {_target(replay, row) for replay in replays for row in replay.rows}
     targets.discard(None)
     if len(targets) > 1:
         one, other, *_ = sorted(map(str, targets))
-        raise UsageError(f"replays must be made alike; got {one}, and {other}")
+        raise UsageError(f"replays must share their settings; got {one}, and {other}")
 
 
 def _target(replay: Replay, row: ReplayRow) -> str | None:

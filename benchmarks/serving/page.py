@@ -73,7 +73,7 @@ def _stress() -> str:
     lengths = result["prompt_tokens"]
     cells = {
         "requests, streamed": result["requests"],
-        "requests hung up on besides": result["aborted_besides"],
+        "further requests hung up on": result["aborted"],
         "prompt lengths": f"{lengths['min']} to {lengths['max']} tokens",
         "requests at once": ", ".join(map(str, result["concurrency"])),
         "lost, wrong or mixed up": result["wrong_or_lost"],

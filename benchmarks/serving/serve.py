@@ -67,7 +67,7 @@ def measure(name: str, prompts: list[list[int]], answers: list[str], concurrency
         "requests": len(replies),
         "lost": sum(not reply for reply, _ in replies),
         "right": sum(answer in reply for reply, answer in replies),
-        "aborted_besides": sum(one.aborted for one in storms),
+        "aborted": sum(one.aborted for one in storms),
         "fewest_pieces": min(pieces),
         "seconds": round(sum(one.seconds for one in storms), 2),
         "memory_per_round": memory,

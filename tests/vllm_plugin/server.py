@@ -112,7 +112,7 @@ def storm(url: str, prompts: list[list[int]], concurrency: int, aborts: float = 
         url: of the server.
         prompts: token ids.
         concurrency: requests under way at once.
-        aborts: share of requests besides, whose client hangs up after the first piece.
+        aborts: share of further requests, whose client hangs up after the first piece.
     """
     return asyncio.run(_storm(url, prompts, concurrency, aborts))
 

@@ -75,7 +75,7 @@ def test_a_storm_of_requests(engines, prompts, tmp_path):
         **provenance("cpu"),
         "vllm": vllm.__version__,
         "requests": len(pieces),
-        "aborted_besides": sum(one.aborted for one in storms),
+        "aborted": sum(one.aborted for one in storms),
         "different_prompts": len(expected),
         "prompt_tokens": {"min": min(map(len, prompts)), "max": max(map(len, prompts))},
         "concurrency": list(CONCURRENCY),

@@ -12,7 +12,7 @@ _LOOKED_UP = 24  # tokens copied from where they were found
 
 
 def propose(tokens: Sequence[int], drafts: Sequence[Sequence[int]], prompt: Tensor) -> list[int]:
-    """Return tokens that may follow: of a draft that began alike, else copied from the prompt.
+    """Return tokens that may follow: of a draft with the same start, else copied from the prompt.
 
     Models that answer from a long prompt copy much of it, right or wrong; looking the last
     tokens up there guesses that (prompt lookup decoding).

@@ -141,8 +141,8 @@ def test_speed_ups_are_of_all_layers_together():
 def test_equal_layers_share_measurements_and_say_so():
     results = make_results()
     samples = [s for s in results.samples if s.configuration in ("dense", "shared")]
-    alike = [dataclasses.replace(s, kept=s.kept and [60, 60]) for s in samples]
-    replayed = made([("a", EvalResults(RESULTS_HEADER, tuple(alike)))])
+    constant = [dataclasses.replace(s, kept=s.kept and [60, 60]) for s in samples]
+    replayed = made([("a", EvalResults(RESULTS_HEADER, tuple(constant)))])
     assert len(replayed.points) == 2
     assert {row.configuration: row.reused for row in replayed.rows} == {"dense": 0, "shared": 1}
 
@@ -195,7 +195,7 @@ def test_accuracy_joins_the_replay_of_the_same_counts():
     fewer = EvalResults(RESULTS_HEADER, after.samples[:-1])
     assert notes(fewer)["profile"] == "not replayed"
     assert set(notes(make_results(length=256)).values()) == {"not replayed"}
-    with pytest.raises(UsageError, match="must be made alike; got 4 heads"):
+    with pytest.raises(UsageError, match="must share their settings; got 4 heads"):
         join([("run", after)], [replayed, made([("run", before)], Shape(4, 2, 16))])
 
 
