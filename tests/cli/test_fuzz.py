@@ -124,7 +124,7 @@ def broken(whole: bytes, chosen: random.Random) -> bytes:
             whole[:at] + noise + whole[at:],
             whole[:at] + noise + whole[at + len(noise) :],
             noise + whole,
-            gzip.compress(whole)[: at + 5],
+            gzip.compress(whole, mtime=0)[: at + 5],
             whole.decode().encode("utf-16"),
             b"[" * 100_000,
             b"",
