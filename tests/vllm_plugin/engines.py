@@ -126,3 +126,14 @@ def hf_gaps(model, ids, config, reply, chunk):
     logits = torch.cat((last, rest))
     own = logits.gather(1, torch.tensor(reply)[:, None])[:, 0]
     return (logits.amax(1) - own).tolist(), report
+
+
+def gained(before: dict, after: dict) -> dict:
+    """Return what counts, or counts by reason, gained; reasons without gain are left out."""
+    gains = {}
+    for name, count in after.items():
+        if isinstance(count, dict):
+            gains[name] = {key: gain for key, gain in gained(before[name], count).items() if gain}
+        else:
+            gains[name] = count - before.get(name, 0)
+    return gains

@@ -19,6 +19,7 @@ from vllm_plugin.engines import (
     SAMPLING,
     additional_config,
     engine_arguments,
+    gained,
     generate,
     hf_gaps,
     hf_generate,
@@ -40,15 +41,8 @@ class Counted:
         return self
 
     def __exit__(self, *_):
-        after = COUNTERS.read()
-        self.gain = {
-            name: after[name] - self._before[name] for name in after if name != "prefills_dense"
-        }
-        self.dense = {
-            reason: count - self._before["prefills_dense"].get(reason, 0)
-            for reason, count in after["prefills_dense"].items()
-            if count > self._before["prefills_dense"].get(reason, 0)
-        }
+        self.gain = gained(self._before, COUNTERS.read())
+        self.dense = self.gain.pop("prefills_dense")
 
 
 PROMPTS = [prompt_ids(length, seed) for seed, length in enumerate((900, 1301, 2048, 1777))]

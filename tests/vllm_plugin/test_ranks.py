@@ -12,7 +12,7 @@ import pytest
 
 import vllm_plugin.engines
 from token_sparse_attention.integrations.vllm.counters import COUNTERS, describe
-from vllm_plugin.engines import additional_config, generate, prompt_ids
+from vllm_plugin.engines import additional_config, gained, generate, prompt_ids
 
 pytestmark = pytest.mark.vllm
 LENGTHS = (900, 1777)
@@ -54,7 +54,5 @@ def test_two_ranks_say_what_one_says(engines, tmp_path, config):
     after = COUNTERS.read()
     assert replies == expected
     # Each rank counts its own heads, so shares are equal and only the first rank reports.
-    gained = {name: after[name] - before[name] for name in after if name != "prefills_dense"} | {
-        "prefills_dense": {}
-    }
-    assert describe(gained) in printed
+    gain = gained(before, after) | {"prefills_dense": {}}
+    assert describe(gain) in printed
