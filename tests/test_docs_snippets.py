@@ -17,8 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cli.test_calibrate import WORDS, make_tokenizer
-from integrations.models import CONFIG, make_model
+from integrations.models import CONFIG, WORDS, make_model, make_tokenizer
 from token_sparse_attention import bundled
 from token_sparse_attention.cli import build_parser, main
 

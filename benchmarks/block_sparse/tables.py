@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from benchmarks.lookup import kept_shares, speed_up
 from benchmarks.markdown import NONE, Rows, Table, figure_or, number
-from benchmarks.operator.tables import runs_table
-from benchmarks.operator.targets import K, Outcome, Target, outcomes
+from benchmarks.operator.tables import runs_table, targets_table
+from benchmarks.operator.targets import K, Outcome, Target
 
 from token_sparse_attention.attention.block_mask import BLOCK_SIZE, BlockGrid
 from token_sparse_attention.benchmark.record import Record
@@ -248,15 +249,9 @@ BLOCK_TARGETS = (
 )
 
 
-def _targets(runs: Sequence[Run]) -> Rows:
-    yield "aim", "measured", "", "run"
-    for aim, measured, verdict, name in outcomes(runs, BLOCK_TARGETS):
-        yield aim, measured, f"**{verdict}**", name
-
-
 BLOCK_TABLES: dict[str, Table] = {
     "block-runs": runs_table,
-    "block-targets": _targets,
+    "block-targets": partial(targets_table, BLOCK_TARGETS),
     "block-speed": _speed,
     "block-estimates": _estimates,
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.lookup import WALL_KINDS, kept_shares, main_kept, overhead_ms, speed_up
 from benchmarks.markdown import NONE, Rows, Table, figure_or, number
-from benchmarks.operator.targets import crossover_ms, outcomes
+from benchmarks.operator.targets import TARGETS, Target, crossover_ms, outcomes
 
 from token_sparse_attention.benchmark.record import KERNEL_KINDS, Record
 from token_sparse_attention.benchmark.runs import CHECK_FAILED, Run, milliseconds, tokens
@@ -283,15 +284,16 @@ def _prefill_speed_up(run: Run, record: Record) -> str:
     return f"{speed_up(base, ours):.2f}x"
 
 
-def _targets(runs: Sequence[Run]) -> Rows:
+def targets_table(targets: Sequence[Target], runs: Sequence[Run]) -> Rows:
+    """Whether each aim was met."""
     yield "aim", "measured", "", "run"
-    for aim, measured, verdict, name in outcomes(runs):
+    for aim, measured, verdict, name in outcomes(runs, targets):
         yield aim, measured, f"**{verdict}**", name
 
 
 TABLES: dict[str, Table] = {
     "runs": runs_table,
-    "targets": _targets,
+    "targets": partial(targets_table, TARGETS),
     "dense": _dense,
     "stages": _stages,
     "whole-dense": _whole_dense,

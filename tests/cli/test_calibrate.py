@@ -7,30 +7,23 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from cli.commands import run
-from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model
+from integrations.models import (
+    CONFIG,
+    LAYERS,
+    SAMPLING,
+    WORDS,
+    make_ids,
+    make_model,
+    make_tokenizer,
+)
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.calibration.prompts import file_prompts, text_prompts
 from token_sparse_attention.calibration.record import CalibrationResult
 from token_sparse_attention.calibration.show import draw, layer_table, ranges, sentences
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.integrations.transformers import apply
-
-WORDS = [f"word{number}" for number in range(190)]
-
-
-def make_tokenizer(*, begin: bool = False):
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if begin:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,8 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from integrations.models import make_model
+from integrations.models import WORDS, make_model, make_tokenizer
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, demo, run
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.calibration import job
@@ -29,18 +27,8 @@ from token_sparse_attention.run import (
     load_model,
 )
 
-WORDS = [f"word{number}" for number in range(190)]
 DOCUMENT = " ".join(WORDS[(7 * i) % 190] for i in range(300))
 CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=16, min_tokens=32)
-
-
-def make_tokenizer():
-    vocabulary = {
-        word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])
-    }
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")

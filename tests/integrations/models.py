@@ -7,7 +7,14 @@ from functools import partial
 
 import torch
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import sdpa_mask
 
 from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, reference
@@ -17,6 +24,7 @@ SAMPLING = KVSamplingConfig(
     num_probes=16, sliding_window=9, sink_size=2, num_samples=24, dense_queries=6, crossover="off"
 )
 LAYERS = 3
+WORDS = [f"word{number}" for number in range(190)]
 SHAPE = {
     "num_hidden_layers": LAYERS,
     "hidden_size": 64,
@@ -70,6 +78,18 @@ def make_model(family: str = "Llama", seed: int = 0, **changes):
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+def make_tokenizer(*, begin: bool = False):
+    """A tokenizer of whole words for these models; `begin` puts <s> before each text."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begin:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
 
 def make_image_model(seed: int = 0):

@@ -158,12 +158,13 @@ def test_files_of_other_samples_are_one_row():
     assert [(row[2], row[7]) for row in rows] == [("0.625 of 0.750", "4")]
 
 
-def test_seeds_are_told_apart():
-    def seeded(seed, length, scores):
-        made = results(length, scores, sparse=True)
-        arguments = {**made.header.arguments, "seed": seed}
-        return EvalResults(dataclasses.replace(made.header, arguments=arguments), made.samples)
+def seeded(seed, length, scores):
+    made = results(length, scores, sparse=True)
+    arguments = {**made.header.arguments, "seed": seed}
+    return EvalResults(dataclasses.replace(made.header, arguments=arguments), made.samples)
 
+
+def test_seeds_are_told_apart():
     rounds = [
         seeded(23, 1024, [(1.0, 0.5), (1.0, 1.0)]),
         seeded(5, 1024, [(1.0, 1.0)]),
@@ -184,11 +185,6 @@ def test_seeds_are_told_apart():
 
 
 def test_the_aim_is_judged_at_its_length_and_by_later_seeds(monkeypatch):
-    def seeded(seed, length, scores):
-        made = results(length, scores, sparse=True)
-        arguments = {**made.header.arguments, "seed": seed}
-        return EvalResults(dataclasses.replace(made.header, arguments=arguments), made.samples)
-
     rounds = [
         seeded(23, 1024, [(1.0, 1.0), (1.0, 1.0)]),
         seeded(5, 1024, [(1.0, 0.5), (1.0, 0.5)]),
