@@ -21,7 +21,7 @@ class Blocks(NamedTuple):
         window: keys that each query sees, itself included, w; at least C.
         sink_size: the first keys, which every query sees and none samples.
         first: the number of the first block, at least 1.
-        count: how many blocks.
+        num_blocks: how many blocks.
     """
 
     size: int
@@ -29,7 +29,7 @@ class Blocks(NamedTuple):
     window: int
     sink_size: int
     first: int
-    count: int
+    num_blocks: int
 
     @property
     def stride(self) -> int:
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
     @property
     def num_scores(self) -> int:
         """How many scores a head has: those of block after block, each up to its reach."""
-        return self.offset(self.count)
+        return self.offset(self.num_blocks)
 
     def offset(self, index: int) -> int:
         """Return where the scores of a block begin, `index` blocks after the first."""

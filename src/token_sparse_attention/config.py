@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from token_sparse_attention.records import check_choice, check_keys, parse_object
 
+CANDIDATES_PER_SAMPLE = 16
+_FEWEST_PART = 4  # of `num_samples`
 _CONFIGS: dict[str, type[SparseConfig]] = {}  # the configs by the names of their methods
 
 
@@ -120,19 +122,24 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
 
     The fields of `SparseConfig` are fields here too; it says what is raised.
 
-    No query is dropped. Each attends to its sliding window, to the first keys, and to keys that
-    its head samples by score and weights by their inverse inclusion probability. The last
-    queries attend to every key. See docs/how-it-works.md.
+    No query is dropped. Queries come in blocks at absolute positions. Each attends to its
+    sliding window, to the first keys, and to keys that its head samples for the block, by score,
+    and weights by their inverse inclusion probability. Queries of the block before give the
+    scores. So what a token's keys and values hold depends on the tokens before it alone, except
+    for the last queries of a prompt, which attend to every key. See docs/how-it-works.md.
 
     Args:
-        num_probes: how many of the last queries score the keys.
-        sliding_window: width of the window in tokens, the query itself included.
+        block_size: how many queries share their samples; a power of two, at least 16.
+        num_probes: how many queries score a block's keys, evenly spread over the block before;
+            a power of two, at most ``block_size``.
+        sliding_window: width of the window in tokens, the query itself included; at least
+            ``block_size``.
         sink_size: how many of the first keys every query attends to.
-        num_samples: how many keys each head samples from those before the last query's window;
-            0 for window and sinks alone.
-        budget: ``"shared"`` gives every head ``num_samples`` samples, ``"per_head"`` as many on
+        num_samples: the most keys that a head samples for a block, see `samples_of`; 0 for
+            window and sinks alone.
+        budget: ``"shared"`` gives every head as many samples, ``"per_head"`` as many on
             average: a quarter to each head, the rest in proportion to the attention that it
-            gives to keys before the window.
+            gives to keys behind the window, at most four times the average.
 
     Source:
         An extension of arXiv 2602.03216; docs/how-it-works.md cites the closest ideas.
@@ -144,19 +151,54 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
 
     calibrated_field: ClassVar[str] = "num_samples"
     calibrated_values: ClassVar[tuple[float, ...]] = (1024, 4096, 16384)
-    num_probes: int = 128
+    block_size: int = 2048
+    num_probes: int = 32
     sliding_window: int = 2048
     sink_size: int = 4
     num_samples: int = 4096
     budget: str = "shared"
 
     def __post_init__(self) -> None:
+        check_int("block_size", self.block_size, 16)
         check_int("num_probes", self.num_probes, 1)
+        for name in ("block_size", "num_probes"):
+            if getattr(self, name).bit_count() != 1:
+                raise ValueError(f"{name} must be a power of two, got {getattr(self, name)}")
+        if self.num_probes > self.block_size:
+            raise ValueError(
+                f"num_probes must be at most block_size = {self.block_size}, got {self.num_probes}"
+            )
         check_int("sliding_window", self.sliding_window, 1)
+        if self.sliding_window < self.block_size:
+            raise ValueError(
+                f"sliding_window must be at least block_size = {self.block_size}, got "
+                f"{self.sliding_window}"
+            )
         check_int("sink_size", self.sink_size, 0)
         check_int("num_samples", self.num_samples, 0)
         check_choice("budget", self.budget, ("shared", "per_head"))
         super().__post_init__()
+
+    @property
+    def fewest_samples(self) -> int:
+        """How many keys a head samples for a block at least, where there are as many."""
+        return -(-self.num_samples // _FEWEST_PART)
+
+    def samples_of(self, candidates: int) -> int:
+        """Return how many keys a head samples for a block, with a shared budget.
+
+        Args:
+            candidates: how many keys lie behind the window of the block's last query, without
+                the sinks. One in 16 is sampled, between a quarter of ``num_samples`` and all
+                of it.
+
+        Example:
+            >>> config = KVSamplingConfig(num_samples=4096)
+            >>> [config.samples_of(candidates) for candidates in (600, 2048, 32768, 131072)]
+            [600, 1024, 2048, 4096]
+        """
+        most = max(self.fewest_samples, candidates // CANDIDATES_PER_SAMPLE)
+        return min(candidates, self.num_samples, most)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,18 +25,12 @@ from token_sparse_attention.config import SparseConfig
 # Token selection must score a sequence before it knows whether it drops enough. Shorter ones
 # run dense unscored, because scoring alone would cost them over 2% of dense attention.
 MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
-# KV sampling decides by lengths, before it scores. On a GPU, whole prefills of 16K tokens with up
-# to 16 heads gained less than 2% or lost time; those of more heads were measured from 32K on.
-MIN_SAMPLED_LENGTH = {"cuda": 24576, "cpu": 20480}
+# KV sampling decides by positions, so that a prompt's split into calls changes nothing.
+SPARSE_FROM = {"cuda": 8192, "cpu": 8192}
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # Overhead of the sliding window of all queries: a fixed part, and a part per token of the window.
 WINDOW_TOKENS = {"cuda": (900.0, 2.3), "cpu": (700.0, 2.8)}
-# Overhead of sinks and samples: a fixed part, and a part for each. They may all lie at the start,
-# where every query sees them. The constants are for that, about 1.5 times what evenly spread ones
-# take. The CPU's are the upper end of a rough measurement.
-SAMPLED_TOKENS = {"cuda": (1000.0, 3.0), "cpu": (4000.0, 20.0)}
-
 # Overhead of each of the last queries that attend to every key. Few heads' queries do not fill a
 # GPU, so the first number is divided by the number of heads; the second is the least.
 DENSE_QUERY_TOKENS = {"cuda": 60.0, "cpu": 0.0}
@@ -93,12 +87,34 @@ def window_overhead(kind: str, width: int) -> float:
     return base + per_token * width
 
 
-def sampled_overhead(kind: str, number: int) -> float:
-    """Return what sinks and samples cost, in keys per query of dense time."""
-    if not number:
-        return 0.0
-    base, per_token = SAMPLED_TOKENS[kind]
-    return base + per_token * number
+class SparseFrom(NamedTuple):
+    """Where KV sampling is faster than dense attention.
+
+    Attributes:
+        position: queries before it attend densely.
+        min_queries: calls with fewer queries run dense.
+    """
+
+    position: int
+    min_queries: int
+
+
+def sparse_from(
+    config: SparseConfig, device: torch.device, num_heads: int, head_dim: int
+) -> SparseFrom:
+    """Return from which position KV sampling is faster.
+
+    Args:
+        config: its settings.
+        device: where the layer attends.
+        num_heads: its query heads there, H.
+        head_dim: D.
+    """
+    if config.crossover == "off":
+        return SparseFrom(0, 1)
+    kind = kind_of(device)
+    starting = math.sqrt(HOST_WORK[kind] / (num_heads * head_dim))
+    return SparseFrom(max(SPARSE_FROM[kind], round(starting)), config.dense_queries + 512)
 
 
 def break_even(

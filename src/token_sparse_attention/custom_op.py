@@ -13,16 +13,16 @@ from torch import Tensor
 
 from token_sparse_attention.config import config_from_json
 from token_sparse_attention.execution import execution_of
-from token_sparse_attention.inputs import AuxRequest, unit_stride
+from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes, unit_stride
 from token_sparse_attention.prefill import prefill
 from token_sparse_attention.results import SparseOutput, TokenSelection
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def aux_text(aux: AuxRequest) -> str:
-    """Return a request as the string in which it travels."""
-    return "".join("1" if wanted else "0" for wanted in aux)
+def aux_text(aux: AuxRequest, chunk: Chunk) -> str:
+    """Return a request as the string in which it travels, with `Chunk.ends_prompt`."""
+    return "".join("1" if wanted else "0" for wanted in (*aux, chunk.ends_prompt))
 
 
 def _prefill(
@@ -30,25 +30,28 @@ def _prefill(
     key: Tensor,
     value: Tensor,
     padding_mask: Tensor | None,
-    config: str,
-    execution: str,
+    past_probes: list[Tensor],
+    settings: str,
     scale: float,
     aux: str,
 ) -> _Outputs:
     """Run the operator; returns output, lse, indices, lengths, reasons and ran_sparse.
 
-    What was not asked for is empty.
+    What was not asked for is empty. `settings` are the lines of `Execution.text` and of
+    `SparseConfig.text`, and `aux` has a last letter for `Chunk.ends_prompt`.
     """
-    wanted = AuxRequest(*(letter == "1" for letter in aux))
+    *letters, ends_prompt = (letter == "1" for letter in aux)
+    wanted = AuxRequest(*letters)
+    execution, config = settings.split("\n", 1)
+    past = PastProbes(*past_probes) if past_probes else None
     output, selection, lse = prefill(
-        query,
-        key,
-        value,
+        (query, key, value),
         padding_mask,
         config_from_json(config),
         execution_of(execution),
         scale,
         wanted,
+        Chunk(past, ends_prompt),
     )
     layout = torch.empty_like(unit_stride(query), device="meta")
     if output.stride() != layout.stride():  # as dense kernels choose; a compiler was told this
@@ -73,7 +76,7 @@ _operator = torch.library.custom_op("token_sparse_attention::prefill", _prefill,
 
 @_operator.register_fake
 def _fake(query: Tensor, key: Tensor, *arguments: object) -> _Outputs:
-    wants_selection, wants_indices, wants_lse = (letter == "1" for letter in str(arguments[-1]))
+    wants_selection, wants_indices, wants_lse, _ = (letter == "1" for letter in str(arguments[-1]))
     batch_size, num_heads, query_len = query.shape[:3]
     lse = query.new_empty(batch_size, num_heads, query_len, dtype=torch.float32)
     if not wants_lse:
@@ -97,11 +100,17 @@ def call_operator(
     execution: str,
     scale: float,
     aux: AuxRequest,
+    chunk: Chunk,
 ) -> SparseOutput:
     """Make the call as one operator, which a compiler does not look into."""
-    query, key, value = tensors
+    key = tensors[1]
     output, lse, indices, lengths, reasons, ran_sparse = torch.ops.token_sparse_attention.prefill(
-        query, key, value, padding_mask, config, execution, scale, aux_text(aux)
+        *tensors,
+        padding_mask,
+        [] if chunk.past_probes is None else [*chunk.past_probes],
+        f"{execution}\n{config}",
+        scale,
+        aux_text(aux, chunk),
     )
     selection = TokenSelection(indices, lengths, ran_sparse, key.shape[2], reasons)
     return SparseOutput(output, selection if aux.selection else None, lse if aux.lse else None)

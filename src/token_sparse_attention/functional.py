@@ -12,7 +12,9 @@ from token_sparse_attention.custom_op import call_operator
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.inputs import (
     AuxRequest,
+    Chunk,
     check_attention_inputs,
+    check_chunk,
     check_config,
     check_dense_heads,
     check_no_gradients,
@@ -23,13 +25,14 @@ from token_sparse_attention.results import SparseOutput
 
 _prefill_untraced = torch.compiler.disable(prefill)  # type: ignore[no-untyped-call]
 _AUTO = Execution()
+_WHOLE = Chunk()
 
 
 @overload
 def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: SparseConfig, *,
     padding_mask: Tensor | None = ..., scale: float | None = ..., execution: Execution = ...,
-    return_aux: None = ...,
+    chunk: Chunk = ..., return_aux: None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -37,7 +40,7 @@ def token_sparse_attention(
 def token_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, config: SparseConfig, *,
     padding_mask: Tensor | None = ..., scale: float | None = ..., execution: Execution = ...,
-    return_aux: AuxRequest,
+    chunk: Chunk = ..., return_aux: AuxRequest,
 ) -> SparseOutput: ...  # fmt: skip
 
 
@@ -50,6 +53,7 @@ def token_sparse_attention(
     padding_mask: Tensor | None = None,
     scale: float | None = None,
     execution: Execution = _AUTO,
+    chunk: Chunk = _WHOLE,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | SparseOutput:
     r"""Sparse causal attention for prefill; the result has no gradient.
@@ -74,6 +78,8 @@ def token_sparse_attention(
             raises, or gives NaN where the check would wait for the device.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
         execution: which code and kernels run, how much at once, and on how many ranks.
+        chunk: what part of its prompts the call holds: the probes of earlier calls, and whether
+            the prompts end here.
         return_aux: what to return with the output, see `AuxRequest`.
 
     Returns:
@@ -93,7 +99,7 @@ def token_sparse_attention(
         >>> query = torch.randn(1, 8, 500, 32)
         >>> key, value = torch.randn(2, 1, 2, 500, 32)
         >>> config = KVSamplingConfig(
-        ...     num_probes=32, sliding_window=64, num_samples=100, crossover="off"
+        ...     block_size=64, num_probes=16, sliding_window=64, num_samples=100, crossover="off"
         ... )
         >>> aux = AuxRequest(selection=True)
         >>> out, selection, _ = token_sparse_attention(query, key, value, config, return_aux=aux)
@@ -108,13 +114,15 @@ def token_sparse_attention(
         raise TypeError(f"return_aux must be an AuxRequest or None, got {type(aux).__name__}")
     check_attention_inputs(query, key, value)
     check_no_gradients(query=query, key=key, value=value)
+    check_chunk(chunk, query)
     check_dense_heads(config, execution.num_ranks * query.shape[1])
     scale = resolve_scale(scale, query.shape[-1])
     if torch.compiler.is_compiling() and execution.tp_group is None:
-        tensors, text = (query, key, value), execution.text
-        result = call_operator(tensors, padding_mask, config.text, text, scale, aux)
+        settings = (config.text, execution.text, scale, aux)
+        result = call_operator((query, key, value), padding_mask, *settings, chunk)
     else:
         run = prefill if execution.tp_group is None else _prefill_untraced
         with torch.no_grad():
-            result = run(query, key, value, padding_mask, config, execution, scale, aux)
+            tensors = (query, key, value)
+            result = run(tensors, padding_mask, config, execution, scale, aux, chunk)
     return result.output if return_aux is None else result

@@ -24,8 +24,9 @@ class DenseReason(str, Enum):
     """Why a sequence, or a whole layer, ran dense instead of sparse."""
 
     SHORT_CONTEXT = "context too short for the method to leave any key out"
-    SHORT_CHUNK = "fewer queries than the method scores the keys with"
+    SHORT_CHUNK = "too few queries in the call"
     ZERO_DROP_MASS = "drop_mass is 0"
+    NO_PROBES = "the queries before, which score the keys, are not known"
     NOTHING_TO_DROP = "no token's mass fits under drop_mass"
     SCORES_NOT_FINITE = "scores are not finite"
     CROSSOVER_LENGTH = "context too short for sparse to be faster (crossover)"
@@ -78,12 +79,15 @@ class Gate(NamedTuple):
         max_dense_context: a sequence with this many keys or fewer runs dense.
         always: why every sequence runs dense, None if the lengths decide.
         break_even: the crossover, from which length sparse is faster.
+        sparse_from: queries before this position attend densely; so a sequence with this many
+            keys or fewer runs dense.
     """
 
     min_queries: int = 1
     max_dense_context: int = 0
     always: DenseReason | None = None
     break_even: BreakEven = NEVER_DENSE
+    sparse_from: int = 0
 
     @property
     def shortest_prompt(self) -> int | None:
@@ -96,7 +100,7 @@ class Gate(NamedTuple):
         if self.always is not None or math.isinf(self.break_even.min_length):
             return None
         least = math.ceil(self.break_even.min_length)
-        return max(self.min_queries, self.max_dense_context + 1, least)
+        return max(self.min_queries, self.max_dense_context + 1, self.sparse_from + 1, least)
 
     def reason(self, query_len: int, kv_len: int) -> DenseReason | None:
         """Return why the lengths of a sequence make it run dense, None if they do not.
@@ -121,6 +125,7 @@ class Gate(NamedTuple):
         gate = self._replace(  # no length is longer, and no tensor takes larger numbers
             min_queries=min(self.min_queries, _LONGEST),
             max_dense_context=min(self.max_dense_context, _LONGEST),
+            sparse_from=min(self.sparse_from, _LONGEST),
         )
         for reason, holds in reversed([*gate._rules(query_lens, kv_lens)]):
             codes = torch.where(torch.as_tensor(holds, device=codes.device), reason.code, codes)
@@ -133,6 +138,8 @@ class Gate(NamedTuple):
         yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context
         if self.always is not None:
             yield self.always, True
+        if self.sparse_from > self.max_dense_context:
+            yield DenseReason.CROSSOVER_LENGTH, kv_len <= self.sparse_from
         if self.break_even.min_length > 0:
             length = effective_length(query_len, kv_len)
             yield DenseReason.CROSSOVER_LENGTH, length < self.break_even.min_length

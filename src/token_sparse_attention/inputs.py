@@ -227,6 +227,60 @@ class AuxRequest(NamedTuple):
         return self.selection and self.indices
 
 
+class PastProbes(NamedTuple):
+    """Queries of earlier calls of the same prompts, which score keys for KV sampling.
+
+    With W probes in a block of C queries, every query at a position ``(t + 1) * C / W - 1`` is a
+    probe; probe t is kept at the entry ``t % R``. A block needs those of the block before, so
+    ``R = 2 * W`` is enough to continue a prompt.
+
+    Attributes:
+        query: ``[B, H, R, D]``.
+        position: ``[B, R]`` int64, the position of the query that an entry holds, -1 for none.
+    """
+
+    query: Tensor
+    position: Tensor
+
+
+class Chunk(NamedTuple):
+    """What part of its prompts a call holds.
+
+    Attributes:
+        past_probes: queries of earlier calls; without them the first block of a call that
+            continues a prompt, whose keys nobody has scored, runs dense.
+        ends_prompt: whether the last queries are those of the prompts. Then the last
+            ``dense_queries`` attend to every key.
+    """
+
+    past_probes: PastProbes | None = None
+    ends_prompt: bool = True
+
+
+def check_chunk(chunk: Chunk, query: Tensor) -> None:
+    """Raise TypeError or ValueError unless past probes fit the query ``[B, H, S_q, D]``."""
+    if not isinstance(chunk, Chunk):
+        raise TypeError(f"chunk must be a Chunk, got {type(chunk).__name__}")
+    past = chunk.past_probes
+    if past is None:
+        return
+    if not isinstance(past, PastProbes):
+        raise TypeError(f"past_probes must be a PastProbes or None, got {type(past).__name__}")
+    batch_size, num_heads, _, head_dim = query.shape
+    number = past.position.shape[-1]
+    if past.position.dtype != torch.int64 or past.position.shape != (batch_size, number):
+        raise ValueError(
+            f"past_probes.position must be int64 of shape [B, R] = [{batch_size}, R], got "
+            f"{past.position.dtype} and {list(past.position.shape)}"
+        )
+    shape = (batch_size, num_heads, number, head_dim)
+    if past.query.dtype != query.dtype or past.query.shape != shape or not number:
+        raise ValueError(
+            f"past_probes.query must be {query.dtype} of shape [B, H, R, D] = {list(shape)}, R at "
+            f"least 1, got {past.query.dtype} and {list(past.query.shape)}"
+        )
+
+
 class Problem(NamedTuple):
     """One call's attention problem, checked.
 
@@ -241,6 +295,7 @@ class Problem(NamedTuple):
         head_chunk: heads that token selection compresses at once; None for as many as fit.
         tp_group: the ranks that hold the layer's other query heads; None without them.
         aux: what is wanted with the output.
+        chunk: what part of its prompts the call holds.
     """
 
     query: Tensor
@@ -252,6 +307,7 @@ class Problem(NamedTuple):
     head_chunk: int | None
     tp_group: ProcessGroup | None
     aux: AuxRequest
+    chunk: Chunk
 
     @property
     def num_heads(self) -> int:
@@ -272,3 +328,13 @@ class Problem(NamedTuple):
         """Return the problem of some query heads and the KV heads that they share."""
         query, key, value = self.query[:, heads], self.key[:, kv_heads], self.value[:, kv_heads]
         return self._replace(query=query, key=key, value=value)
+
+    def until(self, slot: int) -> Problem:
+        """Return the problem without the slots from a later one on; for sequences unpadded."""
+        spans, tokens = [Span(0, slot)] * len(self.query), self.tokens
+        return self._replace(
+            query=self.query[:, :, : slot - self.first_query],
+            key=self.key[:, :, :slot],
+            value=self.value[:, :, :slot],
+            tokens=RealTokens(slot, False, None, spans, tokens.device),
+        )

@@ -1,11 +1,11 @@
 """One call of the operator from start to end, for every method. Read this first.
 
-    gate -> score -> method: prepare, attend -> dense queries and heads
+    gate -> method: prepare, attend -> dense queries and heads
 
-The gate decides from lengths which sequences run dense. The last queries score all keys. The
-method chooses from the scores what each head attends to, and computes the output. Dense
-attention then overwrites three parts of it: sequences that run dense, the last queries, and
-dense heads.
+The gate decides from lengths which sequences run dense. The method scores the keys, chooses from
+the scores what each head attends to, and computes the output. Dense attention then writes what
+is left or overwrites it: sequences that run dense, the first queries, the last queries, and dense
+heads.
 """
 
 from __future__ import annotations
@@ -27,52 +27,50 @@ from token_sparse_attention.gate import DenseReason, Gate
 from token_sparse_attention.impls import resolve_impl
 from token_sparse_attention.inputs import (
     AuxRequest,
+    Chunk,
     Problem,
     Span,
     real_tokens,
     unit_stride,
 )
 from token_sparse_attention.methods import method_of
+from token_sparse_attention.methods.base import Plan
 from token_sparse_attention.results import (
     Attended,
     SparseOutput,
     TokenSelection,
     dense_selection,
 )
-from token_sparse_attention.scoring import score_keys
 from token_sparse_attention.tensor_parallel import local_heads
 
 
 def prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
     padding_mask: Tensor | None,
     config: SparseConfig,
     execution: Execution,
     scale: float,
     aux: AuxRequest,
+    chunk: Chunk,
 ) -> SparseOutput:
     """`token_sparse_attention` on checked arguments."""
-    problem = _problem(query, key, value, padding_mask, execution, scale, aux)
-    backend = resolve_backend(execution.backend, query, key)
+    problem = _problem(tensors, padding_mask, execution, scale, aux, chunk)
+    query = problem.query
+    backend = resolve_backend(execution.backend, query, problem.key)
     method = method_of(config)
     gate = method.gate(query.device, problem.num_heads, query.shape[3])
     if _all_dense(gate, problem):
         return _attend_densely(problem, backend, gate)
+    plan = method.prepare(problem, gate)
+    if isinstance(plan, DenseReason):
+        return _attend_densely(problem, backend, gate._replace(always=plan))
 
-    scores = None
-    if method.num_probes:
-        scores = score_keys(
-            problem.query, problem.key, method.num_probes, problem.tokens, scale, problem.impl
-        )
-    plan = method.prepare(scores, problem, gate)
-    del scores
     into = new_output(problem)
     method.attend(plan, problem, backend, into)
-
     dense_heads = local_heads(config.dense_heads, problem.num_heads, problem.tp_group)
-    _attend_dense_queries(problem, backend, plan.ran_sparse, config.dense_queries, into)
+    _attend_dense_prefix(problem, backend, plan, into)
+    dense_queries = config.dense_queries if chunk.ends_prompt else 0
+    _attend_dense_queries(problem, backend, plan.ran_sparse, dense_queries, into)
     _attend_dense_heads(problem, backend, plan.ran_sparse, dense_heads, into)
     mark_invalid_sequences(into, problem.tokens)
     if plan.selection is None:
@@ -83,20 +81,19 @@ def prefill(
 
 
 def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
     padding_mask: Tensor | None,
     execution: Execution,
     scale: float,
     aux: AuxRequest,
+    chunk: Chunk,
 ) -> Problem:
+    query, key, value = (unit_stride(tensor) for tensor in tensors)
     impl = resolve_impl(execution.impl, query, query.shape[-1])
     tokens = real_tokens(
         padding_mask, len(query), key.shape[2], query.device, on_device=impl == "triton"
     )
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    how = (execution.head_chunk, execution.tp_group, aux)
+    how = (execution.head_chunk, execution.tp_group, aux, chunk)
     return Problem(query, key, value, tokens, scale, impl, *how)
 
 
@@ -132,6 +129,18 @@ def _attend_densely(problem: Problem, backend: Backend, gate: Gate) -> SparseOut
         return SparseOutput(into.out, None, into.lse)
     selection = dense_selection(tokens, problem.num_heads, want_indices=aux.indices)
     return SparseOutput(into.out, _with_reasons(selection, problem, gate), into.lse)
+
+
+def _attend_dense_prefix(problem: Problem, backend: Backend, plan: Plan, into: Attended) -> None:
+    """Attend the queries before ``plan.begins`` in sequences that run sparse, to all keys."""
+    last = min(plan.latest, problem.kv_len)
+    if plan.begins is None or last <= problem.first_query:
+        return
+    start = problem.tokens.bounds[:, 0]
+    ends = torch.where(plan.ran_sparse, plan.begins, start)
+    if not problem.tokens.padded:
+        problem, into = problem.until(last), into.until(last - problem.first_query)
+    backend.dense.attend_sequences(problem, start, into, ends=ends)
 
 
 def _attend_dense_queries(

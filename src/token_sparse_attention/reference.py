@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from token_sparse_attention.blocks import GOLDEN
 from token_sparse_attention.config import (
     KVSamplingConfig,
     SparseConfig,
@@ -21,7 +22,7 @@ from token_sparse_attention.config import (
 
 
 def probe_scores(query: Tensor, key: Tensor, num_probes: int, scale: float) -> Tensor:
-    """Step 1 of both methods: the mean probability that the last queries give each earlier key.
+    """Step 1 of selection: the mean probability that the last queries give each earlier key.
 
     Returns:
         ``[H, S_kv - num_probes]``, float32 (float64 for float64 inputs).
@@ -125,69 +126,112 @@ def masked_attention(
     return out
 
 
-def sampled_weights(scores: Tensor, config: KVSamplingConfig, kv_len: int) -> Tensor:
-    """How often each key ``[H, S_kv]`` counts behind a query's window; 0 if it is not seen.
-
-    Sinks count once, a key that was included with probability p counts 1 / p times.
+def block_scores(
+    probes: Tensor, positions: Tensor, key: Tensor, reach: int, num_probes: int, scale: float
+) -> Tensor:
+    """Step 1 of sampling: the mean probability that a block's probes give each key.
 
     Args:
-        scores: ``[H, N]``.
-        config: says how many of each.
-        kv_len: S_kv.
+        probes: ``[H, P, D]``, those of the `num_probes` that are there.
+        positions: ``[P]``, where they stand.
+        key: ``[H_kv, S_kv, D]``.
+        reach: how many of the first keys are scored.
+        num_probes: W; the mean is over W, also where fewer are there.
+        scale: factor of the logits.
+
+    Returns:
+        ``[H, reach]``, float32 (float64 for float64 inputs).
     """
-    weights = scores.new_zeros(scores.shape[0], kv_len, dtype=torch.float64)
-    weights[:, : config.sink_size] = 1.0
-    reach = max(kv_len - config.sliding_window, 0)  # where the last query's window begins
-    if not config.num_samples or reach <= config.sink_size:
-        return weights
-    behind = F.pad(scores.double(), (0, config.num_probes))[:, :reach]
-    budgets = [float(config.num_samples)] * len(scores)
-    if config.budget == "per_head":
-        mass = behind.sum(1)
-        mass[list(config.dense_heads)] = 0.0
-        sampling = max(len(mass) - len(config.dense_heads), 1)
-        shares = mass * sampling / mass.sum().clamp(min=1e-30)
-        budgets = (config.num_samples * (0.25 + 0.75 * shares).clamp(max=4)).tolist()
-    for head, budget in enumerate(budgets):
-        sampled = systematic_sample(behind[head, config.sink_size :], budget)
-        weights[head, config.sink_size : reach] = sampled
-    return weights
+    precision = torch.promote_types(probes.dtype, torch.float32)
+    group = probes.shape[0] // key.shape[0]
+    end = int(positions[-1]) + 1
+    future = torch.arange(end, device=key.device) > positions[:, None]
+    scores = probes.new_empty(probes.shape[0], reach, dtype=precision)
+    for kv_head, head_key in enumerate(key[:, :end]):  # it serves its whole group of queries
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        logits = probes[heads].to(precision) @ head_key.to(precision).T * scale
+        probabilities = logits.masked_fill_(future, -torch.inf).softmax(-1)
+        scores[heads] = probabilities[..., :reach].sum(1) / num_probes
+    return scores
 
 
-def systematic_sample(scores: Tensor, budget: float) -> Tensor:
-    """Sample about `budget` keys by their scores ``[N]``; 1 / p where sampled, 0 elsewhere.
+def block_budgets(scores: Tensor, config: KVSamplingConfig) -> Tensor:
+    """Step 2: how many keys each head samples for a block, ``[H]`` float64.
 
-    Inclusion probabilities are by half in proportion to the score and by half uniform, at most
-    1. One key is sampled wherever their cumulative sum passes 1/2, 3/2, 5/2 and so on; they are
-    rounded to 2^-32.
+    Args:
+        scores: ``[H, N]`` of the keys that may be sampled.
+        config: the settings.
     """
-    shares = scores / scores.sum().clamp(min=1e-30) + 1 / max(len(scores), 1)
+    count = config.samples_of(scores.shape[1])
+    if config.budget == "shared":
+        return scores.new_full((len(scores),), count, dtype=torch.float64)
+    mass = scores.double().sum(1)
+    mass[list(config.dense_heads)] = 0.0
+    sampling = max(len(mass) - len(config.dense_heads), 1)
+    shares = mass * sampling / mass.sum().clamp(min=1e-30)
+    return count * (0.25 + 0.75 * shares).clamp(max=4)
+
+
+def sample_block(scores: Tensor, budget: float) -> Tensor:
+    """Step 3: how often each key ``[N]`` counts for a block, 0 where it is not sampled.
+
+    Inclusion probabilities are by half in proportion to the score and by half uniform. Keys of
+    probability 1 count once. The probabilities p of the others, rounded to 2^-32, are cumulated;
+    each unit cell of the sum holds one point, and a key that h points fall on counts h / p times.
+    """
+    number = len(scores)
+    if budget >= number:
+        return torch.ones(number, dtype=torch.float64, device=scores.device)
+    shares = scores.double()
+    shares = shares / shares.sum().clamp(min=1e-30) + 1 / number
     low, high = 0.0, 1.0
-    while (shares * high).clamp(max=1).sum() < min(budget, len(scores)) - 1e-9:
+    while (shares * high).clamp(max=1).sum() < budget - 1e-9:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        enough = (shares * middle).clamp(max=1).sum() >= min(budget, len(scores))
+        enough = (shares * middle).clamp(max=1).sum() >= budget
         low, high = (low, middle) if enough else (middle, high)
-    units = ((shares * high).clamp(max=1) * 2**32).round().long().tolist()
-    sampled = torch.zeros(len(scores), dtype=torch.float64)
-    passed, number = 2**31, 0
-    for token, unit in enumerate(units):
-        passed += unit
-        if passed // 2**32 > number:
-            number = passed // 2**32
-            sampled[token] = 2**32 / unit
+    probabilities = (shares * high).tolist()
+    sampled = torch.zeros(number, dtype=torch.float64)
+    cumulated = passed = 0
+    for token, probability in enumerate(probabilities):
+        if probability >= 1:
+            sampled[token] = 1.0
+            continue
+        units = round(probability * 2**32)
+        cumulated += units
+        cell = cumulated // 2**32
+        now = cell + (cumulated % 2**32 > (cell + 1) * GOLDEN % 2**32)
+        if now > passed:
+            sampled[token] = (now - passed) * 2**32 / units
+            passed = now
     return sampled.to(scores.device)
 
 
 def token_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, config: SparseConfig, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SparseConfig,
+    scale: float,
+    *,
+    past_query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output ``[H, S_q, D]`` of the method that `config` is for, and what it chose.
 
+    Args:
+        query: ``[H, S_q, D]``.
+        key: ``[H_kv, S_kv, D]``.
+        value: ``[H_kv, S_kv, D]``.
+        config: the settings.
+        scale: factor of the logits.
+        past_query: ``[H, S_kv - S_q, D]``, the queries of the positions before, from which
+            sampling takes probes; None if they are not known.
+
     Returns:
-        The output; and ``[H, S_kv]`` bool, the tokens that a head keeps or that all its queries
-        see behind their windows, None if the sequence runs dense.
+        The output; and ``[H, S_kv]`` bool, the tokens that a head keeps, or the sinks and the
+        keys that it samples for the last block; None if the sequence, or its last block, runs
+        dense.
     """
     query_len, kv_len = query.shape[1], key.shape[1]
     position = torch.arange(kv_len, device=query.device)
@@ -197,7 +241,7 @@ def token_sparse_attention(
     if isinstance(config, TokenSelectionConfig):
         out, chosen = _selection(query, key, value, config, scale, causal)
     elif isinstance(config, KVSamplingConfig):
-        out, chosen = _sampling(query, key, value, config, scale, causal)
+        out, chosen = _sampling(query, key, value, config, scale, causal, past_query)
     else:
         raise TypeError(f"config must be of one of the two methods, got {config!r}")
     if chosen is None:
@@ -216,20 +260,40 @@ def _sampling(
     config: KVSamplingConfig,
     scale: float,
     causal: Tensor,
+    past_query: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One softmax over each query's window, the sinks, and the samples behind the window."""
+    """Block by block: one softmax over each query's window, the sinks, and the block's samples."""
     query_len, kv_len = query.shape[1], key.shape[1]
-    behind_all = kv_len > config.sliding_window + config.sink_size
-    if query_len < config.num_probes or kv_len <= config.num_probes or not behind_all:
-        return query, None
-    scores = probe_scores(query, key, config.num_probes, scale)
-    if not scores.isfinite().all():
-        return query, None
-    weights = sampled_weights(scores, config, kv_len)
+    first_query, size = kv_len - query_len, config.block_size
+    known_from = first_query if past_query is None else 0
+    every_query = F.pad(query, (0, 0, first_query, 0), value=torch.nan)
+    if past_query is not None:
+        every_query[:, :first_query] = past_query
     slot = torch.arange(kv_len, device=query.device)
-    near = slot > slot[kv_len - query_len :, None] - config.sliding_window
-    counts = torch.where(near, 1.0, weights[:, None]) * causal
-    return masked_attention(query, key, value, counts, scale), weights > 0
+    counts = causal.expand(query.shape[0], -1, -1).double()
+    chosen = None
+    for block in range(max(first_query // size, 1), (kv_len - 1) // size + 1):
+        reach = (block + 1) * size - config.sliding_window
+        stride = size // config.num_probes
+        probes = slot[(block - 1) * size : block * size][stride - 1 :: stride]
+        probes = probes[probes >= known_from]
+        if reach <= config.sink_size or 2 * len(probes) < config.num_probes:
+            chosen = None
+            continue
+        scores = block_scores(every_query[:, probes], probes, key, reach, config.num_probes, scale)
+        if not scores.isfinite().all():
+            return query, None
+        weights = key.new_zeros(query.shape[0], kv_len, dtype=torch.float64)
+        weights[:, : config.sink_size] = 1.0
+        may = slice(config.sink_size, reach)
+        if config.num_samples:
+            for head, budget in enumerate(block_budgets(scores[:, may], config).tolist()):
+                weights[head, may] = sample_block(scores[head, may], budget)
+        chosen = weights > 0
+        for position in range(max(block * size, first_query), min((block + 1) * size, kv_len)):
+            left = max(position - config.sliding_window + 1, 0)  # behind the query's window
+            counts[:, position - first_query, :left] = weights[:, :left]
+    return masked_attention(query, key, value, counts, scale), chosen
 
 
 def _selection(

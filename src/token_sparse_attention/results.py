@@ -59,6 +59,11 @@ class Attended(NamedTuple):
         """Return views of some heads."""
         return Attended(self.out[:, heads], None if self.lse is None else self.lse[:, heads])
 
+    def until(self, query: int) -> Attended:
+        """Return views of the queries before one."""
+        lse = None if self.lse is None else self.lse[:, :, :query]
+        return Attended(self.out[:, :, :query], lse)
+
 
 class PackedSequences(NamedTuple):
     """Packed attention inputs: one sequence per batch entry and head, in that order.

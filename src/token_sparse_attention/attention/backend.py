@@ -100,9 +100,15 @@ class Backend(ABC):
         """
 
     def attend_sequences(
-        self, problem: Problem, begins: Tensor, into: Attended, *, window: int | None = None
+        self,
+        problem: Problem,
+        begins: Tensor,
+        into: Attended,
+        *,
+        window: int | None = None,
+        ends: Tensor | None = None,
     ) -> None:
-        """Causal attention of each sequence's last queries, written in place; the others stay.
+        """Causal attention of some of each sequence's queries, in place; the others stay.
 
         This form reads lengths on the host; backends with `device_lengths` launch for every
         sequence, also where none of its queries attends.
@@ -113,16 +119,19 @@ class Backend(ABC):
                 sequence's start for all of its queries, its end for none.
             into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
             window: keys each query sees, itself included; None for all.
+            ends: ``[B]`` int32, the slot after the last query that attends; None for the
+                sequences' ends.
         """
         query, key, value = problem.query, problem.key, problem.value
         first_query = problem.first_query
         spans = problem.tokens.host_spans()
-        for number, (begin, span) in enumerate(zip(begins.tolist(), spans)):
+        lasts = [span.end for span in spans] if ends is None else ends.tolist()
+        for number, (begin, end, span) in enumerate(zip(begins.tolist(), lasts, spans)):
             begin = max(begin, first_query)
-            if begin >= span.end:
+            if begin >= end:
                 continue
-            queries = slice(begin - first_query, span.end - first_query)
-            keys = slice(span.start, span.end)
+            queries = slice(begin - first_query, end - first_query)
+            keys = slice(span.start, end)
             one = self.attend(
                 query[number : number + 1, :, queries],
                 key[number : number + 1, :, keys],

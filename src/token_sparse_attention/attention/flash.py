@@ -98,10 +98,17 @@ class FlashBackend(Backend):
         return _attend_varlen(packed.query, packed, self.name, scale, window, out, want_lse)
 
     def attend_sequences(
-        self, problem: Problem, begins: Tensor, into: Attended, *, window: int | None = None
+        self,
+        problem: Problem,
+        begins: Tensor,
+        into: Attended,
+        *,
+        window: int | None = None,
+        ends: Tensor | None = None,
     ) -> None:
         """See `Backend.attend_sequences`; nothing is read on the host."""
-        for number, begin_end, lse in self._each(problem, begins, into, window, into.lse is None):
+        limits = torch.stack((begins, problem.tokens.bounds[:, 1] if ends is None else ends), -1)
+        for number, begin_end, lse in self._each(problem, limits, into, window, into.lse is None):
             if into.lse is not None and lse is not None:
                 slot = torch.arange(lse.shape[1], device=lse.device)
                 inside = (slot >= begin_end[0]) & (slot < begin_end[1])
@@ -113,35 +120,41 @@ class FlashBackend(Backend):
         """See `Backend.attend_windows`; the kernel's own log-sum-exp where that will do."""
         if into.lse is not None:
             return super().attend_windows(problem, begins, into, window)
-        each = self._each(problem, begins, into, window, False)
+        limits = torch.stack((begins, problem.tokens.bounds[:, 1]), -1)
+        each = self._each(problem, limits, into, window, False)
         found = [lse[None] for _, _, lse in each if lse is not None]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _each(
         self,
         problem: Problem,
-        begins: Tensor,
+        limits: Tensor,
         into: Attended,
         window: int | None,
         out_only: bool,
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Attend sequence by sequence; yields its number, first and last query, and lse."""
+        """Attend sequence by sequence; yields its number, first and last query, and lse.
+
+        Args:
+            limits: ``[B, 2]`` int32, the slots of each sequence's first query and behind its last.
+        """
         tokens, value = problem.tokens, problem.value
         if tokens.padded and self.name == "fa4":  # see `attend_varlen`
             value = value.masked_fill(~tokens.mask()[:, None, :, None], 0.0)
         query, key, value, out = (
             x.transpose(1, 2) for x in (problem.query, problem.key, value, into.out)
         )
-        cu_seqlens_q = torch.stack((begins, tokens.bounds[:, 1]), -1)
+        cu_seqlens_q = limits
         if problem.first_query:
-            cu_seqlens_q = (cu_seqlens_q - problem.first_query).clamp(min=0)
+            cu_seqlens_q = (limits - problem.first_query).clamp(min=0)
+        cu_seqlens_k = torch.stack((tokens.bounds[:, 0], limits[:, 1]), -1)
         for number in range(len(query)):
             packed = PackedSequences(
                 query[number],
                 key[number],
                 value[number],
                 cu_seqlens_q[number],
-                tokens.bounds[number],
+                cu_seqlens_k[number],
                 query.shape[1],
                 key.shape[1],
             )

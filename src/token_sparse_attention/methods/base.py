@@ -1,7 +1,7 @@
 """What a method is: how the queries of a layer's sparse sequences attend.
 
 A method is one class and one config. `prefill.prefill` calls its functions in this order:
-`gate`, `prepare` with the scores of the keys, `attend`. Defining a subclass registers it:
+`gate`, `prepare`, `attend`. Defining a subclass registers it:
 ``class Mine(Method[MyConfig], config=MyConfig)``.
 """
 
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from token_sparse_attention.attention.backend import Backend
 from token_sparse_attention.config import SparseConfig
-from token_sparse_attention.crossover import NEVER_DENSE
-from token_sparse_attention.gate import Gate
+from token_sparse_attention.gate import DenseReason, Gate
 from token_sparse_attention.inputs import Problem
 from token_sparse_attention.results import Attended, TokenSelection
 
@@ -33,11 +32,16 @@ class Plan(NamedTuple):
         keys: whatever the method's `attend` needs.
         selection: the tokens that it chose; needed where the problem's `aux` asks for it, else
             None. Its `reasons` say why a sequence that passed the gate still runs dense.
+        begins: ``[B]`` int32, the slot of each sequence's first query that attends sparsely; the
+            queries before attend to all keys. None if every query of a sparse sequence does.
+        latest: no sequence begins at a later slot than this.
     """
 
     ran_sparse: Tensor
     keys: Any
     selection: TokenSelection | None
+    begins: Tensor | None = None
+    latest: int = 0
 
 
 class LayerShape(NamedTuple):
@@ -77,11 +81,6 @@ class Method(ABC, Generic[C]):
         super().__init_subclass__(**kwargs)
         _METHODS[config] = cls
 
-    @property
-    def num_probes(self) -> int:
-        """How many of the last queries score the keys; 0 if the method needs no scores."""
-        return 0
-
     def gate(self, device: torch.device, num_heads: int, head_dim: int) -> Gate:
         """Return which lengths of a layer run sparse.
 
@@ -91,25 +90,27 @@ class Method(ABC, Generic[C]):
             head_dim: D.
         """
         del device, num_heads, head_dim
-        return Gate(max(self.num_probes, 1), self.num_probes, None, NEVER_DENSE)
+        return Gate()
 
     @abstractmethod
-    def prepare(self, scores: Tensor | None, problem: Problem, gate: Gate) -> Plan:
+    def prepare(self, problem: Problem, gate: Gate) -> Plan | DenseReason:
         """Decide which sequences run sparse, and what their heads attend to.
 
         Args:
-            scores: ``[B, H, N]`` float32, see `scoring.score_tokens`; NaN for sequences with
-                fewer queries than `num_probes`. None if `num_probes` is 0.
             problem: the inputs.
             gate: what `gate` returned.
+
+        Returns:
+            The plan; or why every sequence runs dense after all.
         """
 
     @abstractmethod
     def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
         """Write the output of the sparse sequences.
 
-        Every real query of a sparse sequence must be written. The caller then writes dense
-        sequences, the last ``dense_queries`` and the ``dense_heads``.
+        Every real query of a sparse sequence must be written, from ``plan.begins`` on. The
+        caller then writes the queries before, dense sequences, the last ``dense_queries`` and
+        the ``dense_heads``.
 
         Args:
             plan: what `prepare` returned.

@@ -6,12 +6,15 @@ from there over the sampled keys. The result is one softmax over both.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from token_sparse_attention.attention.backend import Backend
+from token_sparse_attention.blocks import Blocks
 from token_sparse_attention.impls import load_kernels
 from token_sparse_attention.inputs import Problem
 from token_sparse_attention.results import Attended
@@ -20,97 +23,133 @@ _LOGITS = 2**21  # at once, where PyTorch adds the sampled keys
 
 
 class SampledKeys(NamedTuple):
-    """Keys that every query of a head sees where its window has left them behind.
+    """Keys that the queries of a block see where their windows have left them behind.
 
     Attributes:
-        slots: ``[B, H, M]`` integers, ascending, S_kv behind a head's last one.
-        weights: ``[B, H, M]`` float32, how many keys each stands for: the inverse of its
-            inclusion probability; 1 for sinks.
+        slots: ``[B, H, count, E]`` int32, ascending, sinks first.
+        log_weights: ``[B, H, count, E]`` float32, the logarithm to base 2 of how many keys each
+            stands for: of the inverse of its inclusion probability; 0 for sinks.
+        counts: ``[B, H, count]`` int32, how many entries there are.
     """
 
     slots: Tensor
-    weights: Tensor
+    log_weights: Tensor
+    counts: Tensor
 
 
 def attend_windows(
     problem: Problem,
-    sampled: SampledKeys | None,
-    sequences: Tensor,
+    sampled: Sequence[tuple[Blocks, SampledKeys]],
+    begins: Tensor,
     into: Attended,
     *,
     window: int,
     backend: Backend,
 ) -> None:
-    """Attend every query of some sequences to its window and the sampled keys, in place.
+    """Attend the last queries of each sequence to windows and sampled keys, in place.
 
     Args:
         problem: the inputs.
-        sampled: the keys behind the windows; None for none.
-        sequences: ``[B]`` bool, the sequences wanted; others stay.
+        sampled: the keys behind the windows, for runs of blocks; none for windows alone.
+        begins: ``[B]`` int32, the slot of each sequence's first query that attends, its end for
+            none.
         into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
         window: keys each query sees, itself included.
         backend: what attends within the windows.
     """
-    tokens, window = problem.tokens, min(window, problem.kv_len)
-    start, end = tokens.bounds.unbind(-1)
-    begins = torch.where(sequences, start, end)
-    if sampled is None or not sampled.slots.shape[2]:
+    window = min(window, problem.kv_len)
+    if not any(keys.slots.shape[3] for _, keys in sampled):
         backend.dense.attend_sequences(problem, begins, into, window=window)
         return
     lse = backend.dense.attend_windows(problem, begins, into, window)
-    if problem.impl == "triton":
-        load_kernels("sampled_attention").add_sampled_keys(
-            *problem[:3], sampled, (tokens.bounds, sequences), (into.out, lse),
-            window=window, scale=problem.scale,
-        )  # fmt: skip
-        return
-    slots = torch.where(sequences[:, None, None], sampled.slots, tokens.kv_len)
-    fullest = int((slots < tokens.kv_len).sum(-1).max())
-    present = SampledKeys(slots[..., :fullest], sampled.weights[..., :fullest])
-    _add_sampled_keys(problem, present, Attended(into.out, lse), window)
+    for blocks, keys in sampled:
+        if problem.impl == "triton":
+            load_kernels("sampled_attention").add_sampled_keys(
+                *problem[:3], keys, problem.tokens.bounds, begins, (into.out, lse), blocks,
+                problem.scale,
+            )  # fmt: skip
+        else:
+            for number, begin in enumerate(begins.tolist()):
+                _add_sampled_keys(problem, number, begin, (blocks, keys), Attended(into.out, lse))
 
 
 def _add_sampled_keys(
-    problem: Problem, sampled: SampledKeys, windowed: Attended, window: int
+    problem: Problem,
+    number: int,
+    begin: int,
+    sampled: tuple[Blocks, SampledKeys],
+    windowed: Attended,
 ) -> None:
-    """Merge sampled keys into sliding-window attention, where the window has left them.
+    """Merge sampled keys into a sequence's sliding-window attention.
 
     Args:
         problem: the inputs.
-        sampled: the keys.
+        number: the sequence.
+        begin: the slot of its first query that is changed.
+        sampled: the keys of some blocks.
         windowed: the windowed attention and its log-sum-exp; updated in place.
-        window: keys each query saw, itself included.
     """
-    query, key, value = problem.query, problem.key, problem.value
+    blocks, keys = sampled
+    span, first_query = problem.tokens.host_spans()[number], problem.first_query
+    for index in range(blocks.num_blocks):
+        first = span.start + (blocks.first + index) * blocks.size
+        slots = range(max(first, begin), min(first + blocks.size, span.end))
+        present = int(keys.counts[number, :, index].max()) if slots else 0
+        if not present:
+            continue
+        own = SampledKeys(*(numbers[number, :, index] for numbers in keys))
+        size = max(_LOGITS // (problem.num_heads * present), 1)
+        own = own._replace(slots=own.slots[:, :present], log_weights=own.log_weights[:, :present])
+        gathered = _gather(problem, number, own)
+        for some in range(slots.start, slots.stop, size):
+            queries = slice(some - first_query, min(some + size, slots.stop) - first_query)
+            part = Attended(*(x[number, :, queries] for x in windowed if x is not None))
+            _merge(problem.query[number, :, queries], some - blocks.window, own.slots, gathered,
+                   problem.scale, part)  # fmt: skip
+
+
+def _gather(problem: Problem, number: int, own: SampledKeys) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a sequence's keys and values ``[H, E, D]`` of one block, and what is added."""
+    precision = torch.promote_types(problem.query.dtype, torch.float32)
+    kv_head = torch.arange(problem.num_heads, device=own.slots.device)
+    kv_head = kv_head // (problem.num_heads // problem.key.shape[1])
+    exists = torch.arange(own.slots.shape[1], device=own.slots.device) < own.counts[:, None]
+    at = own.slots.clamp(max=problem.kv_len - 1).long()
+    key = problem.key[number][kv_head[:, None], at].to(precision)
+    value = problem.value[number][kv_head[:, None], at].to(precision)
+    # Where there is no sampled key, what was gathered may be padding, and hold anything.
+    bias = (own.log_weights.to(precision) * math.log(2)).masked_fill(~exists, -torch.inf)
+    hidden = ~exists[..., None]
+    return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0), bias
+
+
+def _merge(
+    query: Tensor,
+    reach: int,
+    slots: Tensor,
+    gathered: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    windowed: Attended,
+) -> None:
+    """Continue the softmax of some queries ``[H, S, D]`` over keys behind their windows.
+
+    Args:
+        query: the queries.
+        reach: the last slot before the first one's window.
+        slots: ``[H, E]``, of the keys.
+        gathered: the keys, the values, and what is added to the logits.
+        scale: factor of the logits.
+        windowed: output and log-sum-exp so far; updated in place.
+    """
     out, lse = windowed
     assert lse is not None
-    group = query.shape[1] // key.shape[1]
-    precision = torch.promote_types(query.dtype, torch.float32)
-    end = problem.tokens.bounds.long()[:, 1]
-    num_sampled = sampled.slots.shape[2]
-    size = max(_LOGITS // max(len(key) * key.shape[1] * num_sampled, 1), 1)
-    for member in range(group):
-        heads = slice(member, None, group)
-        slots = sampled.slots[:, heads]
-        at = slots.clamp(max=key.shape[2] - 1)[..., None]
-        keys = torch.take_along_dim(key, at, 2).to(precision)
-        # Where there is no sampled key, what was gathered may be padding, and hold anything.
-        exists = (slots < key.shape[2])[..., None]
-        values = torch.take_along_dim(value, at, 2).to(precision).masked_fill(~exists, 0.0)
-        bias = sampled.weights[:, heads, None].log()
-        for begin in range(0, query.shape[2], size):
-            queries = slice(begin, min(begin + size, query.shape[2]))
-            position = torch.arange(queries.start, queries.stop, device=query.device)
-            position = (problem.first_query + position)[:, None]
-            seen = slots[:, :, None, :] <= position - window
-            seen = seen & (position < end[:, None, None, None])
-            logits = query[:, heads, queries].to(precision) @ keys.transpose(2, 3)
-            logits = (logits * problem.scale + bias).masked_fill(~seen, -torch.inf)
-            old = lse[:, heads, queries]
-            new = torch.logaddexp(old, logits.logsumexp(-1))
-            mixed = out[:, heads, queries] * (old - new).exp()[..., None]
-            mixed = mixed + (logits - new[..., None]).exp() @ values
-            any_seen = seen.any(-1)
-            old.copy_(torch.where(any_seen, new, old))
-            target = out[:, heads, queries]
-            target.copy_(torch.where(any_seen[..., None], mixed.to(out.dtype), target))
+    key, value, bias = gathered
+    last = reach + torch.arange(query.shape[1], device=query.device)[:, None]
+    seen = slots[:, None] <= last
+    logits = query.to(key.dtype) @ key.transpose(1, 2) * scale + bias[:, None]
+    logits.masked_fill_(~seen, -torch.inf)
+    new = torch.logaddexp(lse, logits.logsumexp(-1))
+    mixed = out * (lse - new).exp()[..., None] + (logits - new[..., None]).exp() @ value
+    any_seen = seen.any(-1)
+    lse.copy_(torch.where(any_seen, new, lse))
+    out.copy_(torch.where(any_seen[..., None], mixed.to(out.dtype), out))

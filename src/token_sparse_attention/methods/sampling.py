@@ -1,129 +1,179 @@
 """The default method: a sliding window, sinks, and sampled keys that stand for all others.
 
-    score -> inclusion probabilities -> systematic sampling
-          -> one softmax over window, sinks and samples, samples weighted by 1 / p
+    blocks of queries -> scores by the block before -> inclusion probabilities
+          -> systematic sampling -> one softmax over window, sinks and samples
 
-A key is *behind* a window if it is earlier than the window's first key. Each head samples keys
-behind the last query's window. A key that is included with probability p enters the softmax
-with the bias log(1 / p), as if it were 1 / p keys. With a random start of the sampling the
-numerator and the denominator are unbiased, and their ratio has a bias of O(1 / M) for M
-samples. Here the start is fixed, so equal scores give equal samples.
+A key is *behind* a window if it is earlier than the window's first key. For each block of
+queries each head samples keys behind the window of the block's last query. A key of inclusion
+probability p enters the softmax with the bias log(1 / p), as if it were 1 / p keys. The queries
+of the block before give the scores, so what a query attends to depends on its past alone.
 
-`sample` decides which keys, by `kernels.sampling` on a GPU and by `sample_keys` elsewhere.
+The points of the systematic sampling are fixed: equal scores give equal samples. One point of a
+low-discrepancy sequence lies in each unit cell of the cumulated probabilities. Equal steps would
+lock onto text of equal period.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from token_sparse_attention import crossover, reference
 from token_sparse_attention.attention.backend import Backend
-from token_sparse_attention.config import KVSamplingConfig
-from token_sparse_attention.crossover import (
-    MIN_SAMPLED_LENGTH,
-    break_even,
-    kind_of,
-    sampled_overhead,
-    window_overhead,
-)
+from token_sparse_attention.blocks import GOLDEN, Blocks
+from token_sparse_attention.config import CANDIDATES_PER_SAMPLE, KVSamplingConfig
 from token_sparse_attention.gate import DenseReason, Gate
 from token_sparse_attention.impls import load_kernels
-from token_sparse_attention.inputs import Problem, RealTokens
+from token_sparse_attention.inputs import Problem
 from token_sparse_attention.methods.base import LayerShape, Method, Plan
 from token_sparse_attention.methods.local import SampledKeys, attend_windows
 from token_sparse_attention.methods.pairs import banded_pairs, dense_query_pairs
+from token_sparse_attention.methods.probes import (
+    Probes,
+    blocks_of,
+    find_probes,
+    first_sparse_slots,
+)
 from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 _UNITS = 2**32  # of a probability; whole numbers add up to the same sum in any order
-_ENTRIES = 2**23  # probabilities at once
 _LEAST = 0.25  # of the mean budget, for every head
 _MOST = 4  # times the mean budget, for any head
+_SCORES = 2**26  # at once
 
 
 class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
     """The default method; see `KVSamplingConfig`."""
 
-    @property
-    def num_probes(self) -> int:
-        """The queries that score the keys."""
-        return self.config.num_probes
-
     def gate(self, device: torch.device, num_heads: int, head_dim: int) -> Gate:
-        """See `Method.gate`; the cost follows from lengths, so the crossover needs no scores."""
-        config, kind = self.config, kind_of(device)
-        overhead = window_overhead(kind, config.sliding_window)
-        overhead += sampled_overhead(kind, config.sink_size + config.num_samples)
-        even = break_even(config, overhead, MIN_SAMPLED_LENGTH, device, num_heads, head_dim)
-        within = max(config.sliding_window + config.sink_size, config.num_probes)
-        return Gate(config.num_probes, within, None, even)
+        """See `Method.gate`; positions decide, so that a prompt's split into calls does not."""
+        config = self.config
+        # No query of an earlier block leaves a key behind its window that is no sink.
+        first = max((config.sliding_window + config.sink_size) // config.block_size, 1)
+        least = first * config.block_size
+        faster = crossover.sparse_from(config, device, num_heads, head_dim)
+        sparse_from = max(-(-faster.position // config.block_size) * config.block_size, least)
+        return Gate(faster.min_queries, least, sparse_from=sparse_from)
 
-    def prepare(self, scores: Tensor | None, problem: Problem, gate: Gate) -> Plan:
-        """Sample each head's keys by their scores."""
-        assert scores is not None
-        sampled, finite = sample(
-            scores, self.config, problem.tokens, problem.impl, problem.tp_group
-        )
+    def prepare(self, problem: Problem, gate: Gate) -> Plan | DenseReason:
+        """Score and sample each head's keys, for block after block."""
+        blocks = blocks_of(self.config, problem, gate.sparse_from)
+        if blocks is None:
+            return DenseReason.NO_PROBES
+        probes = find_probes(problem, blocks)
+        begins = first_sparse_slots(problem, blocks, probes)
+        keys, finite = [], None
+        for begin, some in _parts(blocks, problem):
+            part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
+            sampled, all_finite = sample(problem, some, part, self.config)
+            keys.append((some, sampled))
+            finite = all_finite if finite is None else finite & all_finite
+        assert finite is not None
         if problem.tp_group is not None:
             finite = gather_heads(finite.to(torch.int32), problem.tp_group).bool()
-        ran_sparse = finite.all(-1)
+        end = problem.tokens.bounds[:, 1]
+        ran_sparse = finite.all(-1) & (begins < end)
         if problem.tokens.padded:
             ran_sparse &= _passes(gate, problem)
         selection = None
         if problem.aux.selection:
-            selection = self._list(sampled, ran_sparse, problem)
-        return Plan(ran_sparse, sampled, selection)
+            selection = self._list(keys, ran_sparse, begins < end, problem)
+        latest = problem.kv_len
+        if not problem.tokens.padded:  # earlier calls may have left probes of two blocks
+            latest = (blocks.first + (0 if probes.valid is None else 2)) * blocks.size
+        return Plan(ran_sparse, keys, selection, torch.where(ran_sparse, begins, end), latest)
 
     def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
-        """One softmax over each query's window, the sinks and the samples behind the window."""
+        """One softmax over each query's window, the sinks and its block's samples."""
+        assert plan.begins is not None
         window = self.config.sliding_window
-        attend_windows(problem, plan.keys, plan.ran_sparse, into, window=window, backend=backend)
+        attend_windows(problem, plan.keys, plan.begins, into, window=window, backend=backend)
 
     def work(self, chosen: int, prompt_tokens: int) -> float:
         """See `Method.work`; counts every sink and sample for every query, an upper bound.
 
+        What the crossover runs dense is not counted. With budgets per head, `chosen` is what the
+        last block has, and the other blocks are taken to have the same share of their mean.
+
         Example:
-            >>> config = KVSamplingConfig(sliding_window=10, dense_queries=0)
-            >>> KVSampling(config).work(10, 100)  # (20 * 21 / 2 + 80 * 20) / (100 * 101 / 2)
-            0.3584158415841584
+            >>> config = KVSamplingConfig(
+            ...     block_size=16, num_probes=4, sliding_window=16, num_samples=8, dense_queries=0
+            ... )
+            >>> round(KVSampling(config).work(12, 64), 3)
+            0.66
         """
-        dense = min(self.config.dense_queries, prompt_tokens)
-        pairs = dense_query_pairs(self.config, prompt_tokens)
-        pairs += banded_pairs(prompt_tokens - dense, self.config.sliding_window + chosen)
-        return 2 * pairs / (prompt_tokens * (prompt_tokens + 1))
+        config, size = self.config, self.config.block_size
+        reach = config.sliding_window + config.sink_size
+        last = (prompt_tokens - 1) // size
+        mean = config.samples_of(max((last + 1) * size - reach, 0))
+        share = (chosen - config.sink_size) / mean if mean else 0.0
+        pairs = float(dense_query_pairs(config, prompt_tokens))
+        queries = prompt_tokens - min(config.dense_queries, prompt_tokens)
+        pairs += banded_pairs(queries, config.sliding_window)
+        for block in range(1, -(-queries // size)):
+            candidates = (block + 1) * size - reach
+            if candidates <= 0:
+                continue
+            number = config.sink_size + min(share * config.samples_of(candidates), candidates)
+            behind = banded_pairs(
+                max(min((block + 1) * size, queries) - config.sliding_window, 0), 1
+            )
+            behind -= banded_pairs(max(block * size - config.sliding_window, 0), 1)
+            pairs += number * behind
+        return min(2 * pairs / (prompt_tokens * (prompt_tokens + 1)), 1.0)
 
     def workspace(self, shape: LayerShape) -> int:
-        """See `Method.workspace`: scores, probabilities, log-sum-exps, sampled keys and values."""
-        config, scored = self.config, shape.num_heads * shape.kv_len
-        capacity = _capacity(config.num_samples, config.budget == "per_head", shape.kv_len)
-        sampled = config.sink_size + capacity
-        each = 2 * shape.head_dim * shape.itemsize + 5 * 8
-        held = scored * (4 + 8) + shape.num_heads * (3 * 4 * shape.query_len + sampled * each)
-        if config.num_samples:
-            held += 64 * min(scored, max(_ENTRIES, shape.kv_len))
-        return held
+        """See `Method.workspace`: scores, sampled slots and weights, probes, log-sum-exps."""
+        config = self.config
+        count = max(-(-shape.query_len // config.block_size), 1)
+        entries = config.sink_size + _capacity(config, shape.kv_len)
+        scored = shape.num_heads * min(count * shape.kv_len, max(_SCORES, shape.kv_len))
+        probes = 2 * count * config.num_probes * (shape.head_dim * shape.itemsize + 512)
+        return 4 * scored + shape.num_heads * (
+            count * entries * 8 + probes + 3 * 4 * shape.query_len
+        )
 
-    def _list(self, sampled: SampledKeys, ran_sparse: Tensor, problem: Problem) -> TokenSelection:
-        """Return each head's sinks and samples as a selection; dense sequences list all tokens."""
+    def _list(
+        self,
+        keys: list[tuple[Blocks, SampledKeys]],
+        ran_sparse: Tensor,
+        has_probes: Tensor,
+        problem: Problem,
+    ) -> TokenSelection:
+        """Return the sinks and samples of each sequence's last block as a selection.
+
+        Dense sequences list all tokens.
+        """
         kv_len, want_indices = problem.kv_len, problem.aux.indices
         dense = dense_selection(problem.tokens, problem.num_heads, want_indices=want_indices)
-        slots = sampled.slots
-        lengths = torch.where(ran_sparse[:, None], (slots < kv_len).sum(-1), dense.lengths)
-        reasons = torch.where(ran_sparse, 0, DenseReason.SCORES_NOT_FINITE.code)
-        selection = dense._replace(
-            lengths=lengths, ran_sparse=ran_sparse, reasons=reasons.to(torch.int32)
+        start, end = problem.tokens.bounds.long().unbind(-1)
+        number = (end - start - 1) // self.config.block_size
+        slots, lengths = None, dense.lengths
+        for blocks, sampled in keys:
+            index = number - blocks.first
+            mine = ((index >= 0) & (index < blocks.num_blocks))[:, None]
+            at = index.clamp(0, blocks.num_blocks - 1)[:, None, None]
+            counts = torch.take_along_dim(sampled.counts, at, 2)[..., 0].long()
+            lengths = torch.where(mine & ran_sparse[:, None], counts, lengths)
+            if want_indices:
+                last = torch.take_along_dim(sampled.slots, at[..., None], 2)[:, :, 0]
+                slots = last if slots is None else torch.where(mine[..., None], last, slots)
+        reasons = torch.where(
+            has_probes, DenseReason.SCORES_NOT_FINITE.code, DenseReason.NO_PROBES.code
         )
-        if not want_indices:
+        selection = dense._replace(
+            lengths=lengths,
+            ran_sparse=ran_sparse,
+            reasons=torch.where(ran_sparse, 0, reasons).to(torch.int32),
+        )
+        if slots is None:
             return selection
-        listed = torch.where(slots < kv_len, slots, -1)
+        entry = torch.arange(slots.shape[2], device=slots.device)
+        listed = torch.where(entry < lengths[..., None], slots, -1)
         listed = F.pad(listed, (0, max(kv_len - slots.shape[2], 0)), value=-1)
         indices = torch.where(ran_sparse[:, None, None], listed[..., :kv_len], dense.indices)
         return selection._replace(indices=indices)
@@ -136,182 +186,208 @@ def _passes(gate: Gate, problem: Problem) -> Tensor:
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
 
 
+def _parts(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
+    """Yield runs of blocks whose scores fit in memory, with the index of each one's first."""
+    begin, rows = 0, problem.num_heads * len(problem.query)
+    while begin < blocks.num_blocks:
+        some = blocks._replace(first=blocks.first + begin, num_blocks=1)
+        while begin + some.num_blocks < blocks.num_blocks:
+            longer = some._replace(num_blocks=some.num_blocks + 1)
+            if rows * longer.num_scores > _SCORES:
+                break
+            some = longer
+        yield begin, some
+        begin += some.num_blocks
+
+
+def _capacity(config: KVSamplingConfig, kv_len: int) -> int:
+    """Return how many samples of a head there is room for.
+
+    A prompt that is shorter bounds it by a power of two.
+    """
+    most = config.num_samples * (_MOST if config.budget == "per_head" else 1)
+    return min(most, 1 << (kv_len - 1).bit_length())
+
+
 def sample(
-    scores: Tensor,
-    config: KVSamplingConfig,
-    tokens: RealTokens,
-    impl: str,
-    tp_group: ProcessGroup | None = None,
+    problem: Problem, blocks: Blocks, probes: Probes, config: KVSamplingConfig
 ) -> tuple[SampledKeys, Tensor]:
-    """Return the sinks and the sampled keys of each head, and whether its scores are finite.
+    """Return the sinks and the sampled keys of each block and head.
 
     Args:
-        scores: ``[B, H, N]`` float32, by slot.
-        config: says how many of each.
-        tokens: where the real tokens are.
-        impl: ``"triton"`` or ``"reference"``; both sample the same keys.
-        tp_group: the ranks with the layer's other heads; budgets are shares of all heads' mass.
+        problem: the inputs.
+        blocks: of which queries.
+        probes: theirs.
+        config: the settings.
 
     Returns:
-        The keys, and ``[B, H]`` bool.
+        The keys; and ``[B, H]`` bool, whether the head's scores are finite.
     """
-    enough = math.ceil(tokens.kv_len / _LEAST)  # with these every head samples all keys
-    if config.num_samples > enough:
-        config = dataclasses.replace(config, num_samples=enough)
+    tokens, capacity = problem.tokens, _capacity(config, problem.kv_len)
+    if problem.impl == "triton":
+        scores = load_kernels("block_scoring").score_blocks(
+            *probes, problem.key, tokens.bounds, blocks, problem.scale, padded=tokens.padded
+        )
+    else:
+        scores = _score_blocks(problem, blocks, probes)
     budgets = None
     if config.budget == "per_head":
-        budgets = sample_budgets(scores, config, tokens, tp_group)
-    if impl == "triton":
-        capacity = _capacity(config.num_samples, budgets is not None, tokens.kv_len)
-        slots, weights, finite = load_kernels("sampling").sample_keys(
-            scores, tokens.bounds, tokens.kv_len, config.sliding_window, config.num_samples,
-            capacity, config.sink_size, budgets,
-        )  # fmt: skip
-        return SampledKeys(slots, weights), finite
-    finite = scores.sum(-1).isfinite()  # none is below 0, so nothing cancels
-    start, end = tokens.limits(2)
-    first = start + torch.arange(config.sink_size, device=scores.device)
-    sinks = torch.where(first < end, first, tokens.kv_len).expand(*scores.shape[:2], -1)
-    slots, weights = sample_keys(
-        scores, config.num_samples, tokens,
-        window=config.sliding_window, sink_size=config.sink_size, budgets=budgets,
-    )  # fmt: skip
-    certain = weights.new_ones(sinks.shape)
-    return SampledKeys(torch.cat((sinks, slots), -1), torch.cat((certain, weights), -1)), finite
+        budgets = block_budgets(scores, blocks, problem, config)
+    if problem.impl == "triton":
+        rule = (config.fewest_samples, CANDIDATES_PER_SAMPLE, config.num_samples)
+        *sampled, finite = load_kernels("sampling").sample_blocks(
+            scores, tokens.bounds, problem.kv_len, blocks, *rule, capacity, budgets
+        )
+        return SampledKeys(*sampled), finite
+    return _sample_blocks(scores, problem, blocks, config, budgets)
 
 
-def sample_budgets(
-    scores: Tensor,
-    config: KVSamplingConfig,
-    tokens: RealTokens,
-    tp_group: ProcessGroup | None,
+def _score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
+    """Return the scores ``[B, H, num_scores]``, block after block; see `Blocks.offset`."""
+    num_probes, stride = blocks.num_probes, blocks.stride
+    precision = torch.promote_types(problem.query.dtype, torch.float32)
+    scores = probes.query.new_zeros(*probes.query.shape[:2], blocks.num_scores, dtype=precision)
+    for number, index, reach in _each(problem, blocks):
+        span = problem.tokens.host_spans()[number]
+        some = slice(index * num_probes, (index + 1) * num_probes)
+        position = (blocks.first + index) * blocks.size - stride * torch.arange(
+            num_probes - 1, -1, -1, device=scores.device
+        )
+        query, position = probes.query[number, :, some], position - 1
+        if probes.valid is not None:
+            query = query[:, probes.valid[number, some]]
+            position = position[probes.valid[number, some]]
+        if not len(position):
+            continue
+        begin = blocks.offset(index)
+        key = problem.key[number, :, span.start : span.end]
+        scores[number, :, begin : begin + reach] = reference.block_scores(
+            query, position, key, reach, num_probes, problem.scale
+        )
+    return scores
+
+
+def _each(problem: Problem, blocks: Blocks) -> Iterator[tuple[int, int, int]]:
+    """Yield the sequence, the index and the reach of every block that there is."""
+    for number, span in enumerate(problem.tokens.host_spans()):
+        for index in range(blocks.num_blocks):
+            if (blocks.first + index) * blocks.size < span.end - span.start:
+                yield number, index, blocks.first_reach + index * blocks.size
+
+
+def block_budgets(
+    scores: Tensor, blocks: Blocks, problem: Problem, config: KVSamplingConfig
 ) -> Tensor:
-    """Give each head a quarter of `num_samples`, and the rest by its mass behind the window.
+    """Give each head a quarter of a block's mean budget, and the rest by its mass.
 
     A head's mass is the sum of its candidates' scores. The error that sampling adds to its
     output grows with the mass and falls with the root of the number of samples. Samples in
     proportion to the mass therefore give the least sum of squared errors.
 
     Returns:
-        ``[B, H]`` float64; ``num_samples`` on average, less if a head reaches four times that.
+        ``[B, H, count]`` float64; the mean budget on average, less if a head reaches four times
+        that.
     """
-    behind = _candidates(tokens, config.sliding_window)[:, None, : scores.shape[2]]
-    mass = (scores.double().nan_to_num(0.0) * behind).sum(-1)
-    all_mass = mass if tp_group is None else gather_heads(mass, tp_group)
+    mass = scores.new_empty(*scores.shape[:2], blocks.num_blocks, dtype=torch.float64)
+    means = []
+    for index in range(blocks.num_blocks):
+        reach = blocks.first_reach + index * blocks.size
+        begin = blocks.offset(index)
+        candidates = scores[..., begin + blocks.sink_size : begin + reach]
+        mass[..., index] = candidates.sum(-1, dtype=torch.float64)
+        means.append(config.samples_of(reach - blocks.sink_size))
+    mass.nan_to_num_(0.0, 0.0)
+    all_mass = mass if problem.tp_group is None else gather_heads(mass, problem.tp_group)
     for head in config.dense_heads:  # which need none
         all_mass[:, head] = 0.0
     sampling = max(all_mass.shape[1] - len(config.dense_heads), 1)
-    shares = all_mass * sampling / all_mass.sum(-1, keepdim=True).clamp(min=1e-30)
-    budgets = config.num_samples * (_LEAST + (1 - _LEAST) * shares).clamp(max=_MOST)
-    return budgets if tp_group is None else own_heads(budgets, mass.shape[1], tp_group)
+    shares = all_mass * sampling / all_mass.sum(1, keepdim=True).clamp(min=1e-30)
+    budgets = (_LEAST + (1 - _LEAST) * shares).clamp_(max=_MOST)
+    for index, mean in enumerate(means):  # a list as tensor would be copied, and waited for
+        budgets[..., index] *= mean
+    return (
+        budgets
+        if problem.tp_group is None
+        else own_heads(budgets, mass.shape[1], problem.tp_group)
+    )
 
 
-def _candidates(tokens: RealTokens, window: int, sink_size: int = 0) -> Tensor:
-    """Which slots ``[B, S_kv]`` lie after the sinks and behind the last query's window."""
-    slot = torch.arange(tokens.kv_len, device=tokens.bounds.device)
-    start, end = tokens.limits(1)
-    inside = (slot >= start + sink_size) & (slot < end - window)
-    return inside.expand(len(tokens.bounds), -1)
-
-
-def sample_keys(
+def _sample_blocks(
     scores: Tensor,
-    num_samples: int,
-    tokens: RealTokens,
-    *,
-    window: int = 0,
-    sink_size: int = 0,
-    budgets: Tensor | None = None,
-) -> SampledKeys:
+    problem: Problem,
+    blocks: Blocks,
+    config: KVSamplingConfig,
+    budgets: Tensor | None,
+) -> tuple[SampledKeys, Tensor]:
+    """`sample` in tensor operations, from the scores."""
+    batch_size, num_heads = scores.shape[:2]
+    sinks, capacity = config.sink_size, _capacity(config, problem.kv_len)
+    shape = (batch_size, num_heads, blocks.num_blocks, sinks + capacity)
+    slots = torch.full(shape, problem.kv_len, dtype=torch.int32, device=scores.device)
+    log_weights = torch.zeros(shape, dtype=torch.float32, device=scores.device)
+    counts = torch.zeros(shape[:3], dtype=torch.int32, device=scores.device)
+    finite = torch.ones(shape[:2], dtype=torch.bool, device=scores.device)
+    for number, index, reach in _each(problem, blocks):
+        begin = blocks.offset(index)
+        own = scores[number, :, begin : begin + reach]
+        finite[number] &= own.sum(-1).isfinite()  # none is below 0, so nothing cancels
+        candidates = own[:, sinks:]
+        if budgets is None:
+            count = config.samples_of(candidates.shape[1])
+            budget = candidates.new_full((num_heads, 1), count, dtype=torch.float64)
+        else:
+            budget = budgets[number, :, index, None]
+        weights = sample_keys(candidates, budget)
+        weights = F.pad(weights, (sinks, 0), value=1.0)
+        included = weights > 0
+        entry = torch.where(included, included.cumsum(-1) - 1, sinks + capacity)
+        entry = entry.clamp(max=sinks + capacity)
+        slot = torch.arange(reach, dtype=torch.int32, device=scores.device)
+        slot = (slot + problem.tokens.host_spans()[number].start).expand_as(entry)
+        for target, numbers in ((slots, slot), (log_weights, weights.log2().float())):
+            row = F.pad(target[number, :, index], (0, 1))
+            target[number, :, index] = row.scatter_(-1, entry, numbers)[:, :-1]
+        counts[number, :, index] = included.sum(-1).clamp(max=sinks + capacity)
+    return SampledKeys(slots, log_weights, counts), finite
+
+
+def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
     """Sample keys for each head, with probabilities that grow with their scores.
 
-    Half of a probability goes by the score and half is uniform; a key whose probability would
-    exceed 1 is certain. The samples are equal steps through the cumulative probabilities
-    (systematic sampling), which spreads them over the sequence.
+    Half of a probability goes by the score and half is uniform; keys whose probability would
+    exceed 1 are certain. The others are sampled by one point in each unit cell of their
+    cumulated probabilities.
 
     Args:
-        scores: ``[B, H, N]`` float32, by slot, N at most S_kv; further slots have none.
-        num_samples: M.
-        tokens: where the real tokens are.
-        window: how many of each sequence's last tokens are not sampled.
-        sink_size: how many of its first tokens are not sampled.
-        budgets: ``[B, H]`` float64, how many samples for each head, at most four times
-            `num_samples`; None for `num_samples` for all.
+        scores: ``[H, N]``.
+        budgets: ``[H, 1]`` float64, how many keys to sample.
 
     Returns:
-        ``[B, H, num_samples]``, or four times as many with `budgets`; at most the power of two
-        from S_kv on.
+        ``[H, N]`` float64: 1 for a certain key, ``hits / p`` for one that points fall on, 0 for
+        a key that is not sampled.
 
     Source:
         An extension; vAttention (arXiv 2510.05688) adds weighted samples to best-scored keys.
     """
-    batch_size, num_heads, _ = scores.shape
-    capacity = _capacity(num_samples, budgets is not None, tokens.kv_len)
-    if budgets is None:
-        budgets = scores.new_full((batch_size, num_heads), num_samples, dtype=torch.float64)
-    slots = scores.new_empty(batch_size, num_heads, capacity, dtype=torch.int64)
-    weights = scores.new_empty(batch_size, num_heads, capacity, dtype=torch.float32)
-    if not num_samples:
-        return SampledKeys(slots, weights)
-    candidates = _candidates(tokens, window, sink_size)
-    at_once = max(_ENTRIES // max(batch_size * tokens.kv_len, 1), 1)
-    for first in range(0, num_heads, at_once):
-        heads = slice(first, first + at_once)
-        shares = _shares(scores[:, heads], candidates)
-        probabilities = inclusion_probabilities(shares, budgets[:, heads, None], capacity)
-        slots[:, heads], weights[:, heads] = _systematic(probabilities, capacity)
-    return SampledKeys(slots, weights)
-
-
-def _capacity(num_samples: int, per_head: bool, kv_len: int) -> int:
-    """Return how many samples of a head there is room for.
-
-    Kernels are compiled for this number. A prompt that is shorter bounds it by a power of two.
-    """
-    return min(_MOST * num_samples if per_head else num_samples, 1 << (kv_len - 1).bit_length())
-
-
-def _shares(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Each slot's share of the inclusion probabilities, ``[B, H, S_kv]`` float64; adds up to 1."""
-    real = candidates[:, None]
-    shares = F.pad(scores.double(), (0, candidates.shape[1] - scores.shape[2]))
-    shares = shares.nan_to_num(0.0, 0.0).masked_fill_(~real, 0.0)
+    number = scores.shape[1]
+    shares = scores.double().nan_to_num(0.0, 0.0)
     shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
-    shares += real / real.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=1)
-    return shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
-
-
-def inclusion_probabilities(shares: Tensor, budgets: Tensor, capacity: int) -> Tensor:
-    """Return probabilities in proportion to the shares, at most 1, that add up to the budgets.
-
-    Args:
-        shares: ``[B, H, S]`` float64, above 0 for every key that may be sampled.
-        budgets: ``[B, H, 1]`` float64, what the probabilities add up to. A head with fewer
-            candidates than that includes all of them with probability 1.
-        capacity: no budget is larger.
-    """
-    best = shares.topk(min(capacity, shares.shape[-1]), dim=-1).values
-    certain = torch.arange(best.shape[-1], device=shares.device)
-    rest = (1 - (best.cumsum(-1) - best)).clamp(min=1e-12)  # the share of the other keys
-    factor = (budgets - certain) / rest  # if the best `certain` keys have probability 1
-    candidates = (shares > 0).sum(-1, keepdim=True)
-    number = (factor * best >= 1).sum(-1, keepdim=True)
-    last = (candidates - 1).clamp(0, best.shape[-1] - 1)  # behind it nothing is left to share
-    factor = factor.gather(-1, number.minimum(last))
-    return (shares * factor).clamp(max=1.0)
-
-
-def _systematic(probabilities: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return where the cumulative probability passes 1/2, 3/2, 5/2, ..., and 1 / p there."""
-    units = (probabilities * _UNITS).round().long()
-    passed = (units.cumsum(-1) + _UNITS // 2) // _UNITS
-    before = passed.roll(1, -1)
-    before[..., 0] = 0
-    rank = torch.where((passed > before) & (before < capacity), before, capacity)
-    num_slots = probabilities.shape[-1]
-    slot = torch.arange(num_slots, device=rank.device).expand_as(rank)
-    shape = (*probabilities.shape[:-1], capacity + 1)
-    slots = probabilities.new_full(shape, num_slots, dtype=torch.int64)
-    slots = slots.scatter_(-1, rank, slot)[..., :capacity]
-    sampled = units.gather(-1, slots.clamp(max=num_slots - 1)).clamp(min=1)
-    return slots, (_UNITS / sampled.double()).float()
+    shares += 1 / max(number, 1)
+    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
+    factor, found = budgets, torch.zeros_like(budgets)
+    while True:
+        certain = shares * factor >= 1
+        now = certain.sum(-1, keepdim=True)
+        if bool((now <= found).all()):
+            break
+        found = now.double()
+        rest = (1 - (shares * certain).sum(-1, keepdim=True)).clamp(min=1e-12)
+        factor = torch.maximum(factor, (budgets - found) / rest)
+    certain |= budgets >= number
+    units = (shares * factor).clamp(max=1.0).mul(_UNITS).round().long().masked_fill(certain, 0)
+    cumulated = units.cumsum(-1)
+    cell = cumulated >> 32
+    point = ((cell + 1) * GOLDEN) & (_UNITS - 1)
+    passed = cell + ((cumulated & (_UNITS - 1)) > point)
+    hits = passed.diff(dim=-1, prepend=passed.new_zeros(len(scores), 1))
+    return torch.where(certain, 1.0, hits * _UNITS / units.clamp(min=1).double())

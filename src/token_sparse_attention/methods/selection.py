@@ -42,6 +42,7 @@ from token_sparse_attention.methods.base import LayerShape, Method, Plan
 from token_sparse_attention.methods.local import attend_windows
 from token_sparse_attention.methods.pairs import banded_pairs, dense_query_pairs
 from token_sparse_attention.results import Attended, TokenSelection, dense_selection
+from token_sparse_attention.scoring import score_keys
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads, resolve_tp_group
 
 if TYPE_CHECKING:
@@ -73,9 +74,12 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
             break_even(config, overhead, MIN_LENGTH, device, num_heads, head_dim),
         )
 
-    def prepare(self, scores: Tensor | None, problem: Problem, gate: Gate) -> Plan:
-        """Smooth, budget, select: each head's tokens."""
-        assert scores is not None
+    def prepare(self, problem: Problem, gate: Gate) -> Plan:
+        """Score, smooth, budget, select: each head's tokens."""
+        scores = score_keys(
+            problem.query, problem.key, self.num_probes, problem.tokens, problem.scale,
+            problem.impl,
+        )  # fmt: skip
         selection = select_sequences(
             scores, self.config, problem.tokens, problem.impl,
             gate=gate, query_len=problem.query.shape[2], tp_group=problem.tp_group,
@@ -89,7 +93,9 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
         windowed = self.config.fallback == "window"
         if windowed:
             window = self.config.sliding_window
-            attend_windows(problem, None, plan.ran_sparse, into, window=window, backend=backend)
+            start, end = problem.tokens.bounds.unbind(-1)
+            begins = torch.where(plan.ran_sparse, start, end)
+            attend_windows(problem, (), begins, into, window=window, backend=backend)
         selection, max_length = plan.keys
         zeros = not windowed and not problem.tokens.padded
         if problem.impl == "reference":
