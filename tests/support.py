@@ -82,18 +82,25 @@ def make_problem(
 
 
 def oracle(
-    problem: Problem, config: SparseConfig, sequence: int = 0
+    problem: Problem,
+    config: SparseConfig,
+    sequence: int = 0,
+    *,
+    past_query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The reference on one unpadded sequence: output ``[H, S_q, D]`` and chosen tokens.
 
     It runs in float64, but with samples in the problem's own precision: scores that round
-    otherwise may sample a key's neighbour.
+    otherwise may sample a key's neighbour. `past_query` are all queries of earlier calls.
     """
     samples = isinstance(config, KVSamplingConfig) and config.num_samples
     query, key, value = (
         tensor[sequence] if samples else tensor[sequence].double() for tensor in problem
     )
-    return reference.token_sparse_attention(query, key, value, config, query.shape[-1] ** -0.5)
+    scale = query.shape[-1] ** -0.5
+    return reference.token_sparse_attention(
+        query, key, value, config, scale, past_query=past_query
+    )
 
 
 def with_selection(
