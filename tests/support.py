@@ -20,6 +20,8 @@ from token_sparse_attention import (
     token_sparse_attention,
 )
 from token_sparse_attention.attention.resolve import resolve_backend
+from token_sparse_attention.inputs import Chunk, real_tokens, unit_stride
+from token_sparse_attention.inputs import Problem as Checked
 
 SMALL = TokenSelectionConfig(drop_mass=0.2, observation_window=16, pool_size=5, min_tokens=24)
 SAMPLING = KVSamplingConfig(
@@ -79,6 +81,14 @@ def make_problem(
     key = torch.randn(batch, kv_heads, kv_len, head_dim, generator=generator)
     value = torch.randn(batch, kv_heads, kv_len, head_dim, generator=generator)
     return Problem(*(tensor.to(device, dtype) for tensor in (query, key, value)))
+
+
+def checked(problem: Problem, mask: Tensor | None = None, impl: str = "reference") -> Checked:
+    """The problem as methods get it, of a call that continues nothing."""
+    query, key, _ = problem
+    tokens = real_tokens(mask, len(key), key.shape[2], key.device, on_device=impl == "triton")
+    rest = (tokens, key.shape[3] ** -0.5, impl, None, None, AuxRequest(), Chunk())
+    return Checked(*(unit_stride(tensor) for tensor in problem), *rest)
 
 
 def oracle(

@@ -16,9 +16,9 @@ def test_the_warm_up_is_the_shortest_prompt_that_runs_sparse(monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(bundled.MODEL)
     tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
     ids = torch.arange(3, 3000)[None]
-    config = KVSamplingConfig(num_probes=32, sliding_window=300, num_samples=50)
+    config = KVSamplingConfig(block_size=256, sliding_window=300, num_samples=50)
     shortest = shortest_sparse_prompt(model, dataclasses.replace(config, crossover="off"))
-    assert shortest == 305, "a window, 4 sinks and one key that is left out"
+    assert shortest == 257, "a query beyond the block whose queries score"
     assert shortest_sparse_prompt(model, config) > 20_000, "the crossover"
     reports = []
     monkeypatch.setattr(

@@ -82,7 +82,8 @@ def samplings():
         {"num_samples": 500},
         {"num_samples": 11, "dense_queries": 500},
     ):
-        small = {"num_probes": 8, "sliding_window": 16, "sink_size": 0, "num_samples": 0}
+        small = {"block_size": 16, "num_probes": 8, "sliding_window": 16, "sink_size": 0}
+        small |= {"num_samples": 0}
         yield KVSamplingConfig(**small | {"dense_queries": 0, "crossover": "off"} | fields)
 
 
@@ -108,18 +109,23 @@ def test_work_counts_what_a_literal_mask_allows(config):
 
 
 def test_a_layer_without_sinks_and_samples_is_its_window_alone():
-    config = KVSamplingConfig(sliding_window=10, sink_size=0, num_samples=0, dense_queries=0)
+    config = KVSamplingConfig(
+        block_size=16, num_probes=8, sliding_window=16, sink_size=0, num_samples=0,
+        dense_queries=0,
+    )  # fmt: skip
     sample = dataclasses.replace(SPARSE, kept=[0, None])
-    window = (10 * 11 / 2 + 90 * 10) / (100 * 101 / 2)
+    window = (16 * 17 / 2 + 84 * 16) / (100 * 101 / 2)
     assert attention_work(sample, {0: config}) == pytest.approx((window + 1) / 2)
     assert kept_share(sample) == 0.5
 
 
 def test_dense_heads_do_all_the_work_of_theirs():
-    config = KVSamplingConfig(sliding_window=10, dense_queries=0, dense_heads=(1, 2))
+    config = KVSamplingConfig(
+        block_size=16, num_probes=8, sliding_window=16, dense_queries=0, dense_heads=(1, 2)
+    )
     sample = dataclasses.replace(SPARSE, kept=[[5, 100, 100, 5], None])
     sparse = method_of(config).work(5, 100)
-    assert sparse < 0.3
+    assert sparse < 0.4
     assert attention_work(sample, {0: config}) == pytest.approx(((2 + 2 * sparse) / 4 + 1) / 2)
 
 
