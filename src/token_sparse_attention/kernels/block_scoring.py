@@ -61,9 +61,9 @@ def score_blocks(
     The scores of a block that begins at or behind a sequence's end are not written.
 
     Args:
-        probes: ``[B, H, blocks.count * W, D]``, unit stride over D; probe t of a sequence stands
+        probes: ``[B, H, blocks.num_blocks * W, D]``, unit stride over D; probe t of a sequence stands
             at position ``(blocks.first - 1) * C + (t + 1) * blocks.stride - 1``.
-        valid: ``[B, blocks.count * W]`` bool, which probes there are; the others give every key
+        valid: ``[B, blocks.num_blocks * W]`` bool, which probes there are; the others give every key
             a probability of 0, and may hold anything. None if there are all.
         key: ``[B, H_kv, S_kv, D]``, unit stride over D.
         bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
@@ -80,13 +80,13 @@ def score_blocks(
         return scores
     first, second = tiles or pick_tiles(probes.dtype, head_dim)
     problems = batch_size * num_kv_heads
-    num_splits = triton.cdiv((blocks.first + blocks.count - 1) * blocks.size, first.split)
+    num_splits = triton.cdiv((blocks.first + blocks.num_blocks - 1) * blocks.size, first.split)
     statistics = torch.empty(
         2, problems, num_splits, num_rows, dtype=torch.float32, device=probes.device
     )
     norms = torch.empty(problems, num_rows, dtype=torch.float32, device=probes.device)
     inputs = (probes, key, bounds, scale * LOG2_E.value, *probes.stride()[:3], *key.stride()[:3])
-    counts = (num_kv_heads, blocks.first, blocks.count)
+    counts = (num_kv_heads, blocks.first, blocks.num_blocks)
     shape = {"GROUP": group, "NUM_PROBES": blocks.num_probes, "BLOCK_SIZE": blocks.size}
     constants = shape | dot_constants(probes)
     block_statistics_kernel[(triton.cdiv(num_rows, first.block_m), num_splits, problems)](
@@ -97,7 +97,7 @@ def score_blocks(
         **shape, SPLIT=first.split, BLOCK_M=_COMBINED,
     )  # fmt: skip
     tiles_of_rows = triton.cdiv(num_rows, max(second.block_m, blocks.num_probes))
-    longest = blocks.first_reach + (blocks.count - 1) * blocks.size
+    longest = blocks.first_reach + (blocks.num_blocks - 1) * blocks.size
     block_scores_kernel[(tiles_of_rows, triton.cdiv(longest, second.split), problems)](
         *inputs, *counts, norms, blocks.first_reach, blocks.num_scores, scores,
         **constants, **_launch(second),

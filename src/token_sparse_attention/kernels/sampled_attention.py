@@ -56,8 +56,8 @@ def add_sampled_keys(
             ``[S_kv - S_q, S_kv)``.
         key: ``[B, H_kv, S_kv, D]``.
         value: ``[B, H_kv, S_kv, D]``.
-        sampled: slots ``[B, H, blocks.count, M]`` int32, ascending; base-2 logarithms of their
-            weights, float32; and how many entries there are ``[B, H, blocks.count]`` int32, the
+        sampled: slots ``[B, H, blocks.num_blocks, M]`` int32, ascending; base-2 logarithms of their
+            weights, float32; and how many entries there are ``[B, H, blocks.num_blocks]`` int32, the
             others may hold anything.
         sequences: ``[B, 2]`` int32, each one's real slots ``[start, end)``; and ``[B]`` int32,
             the first slot whose query changes.
@@ -72,13 +72,13 @@ def add_sampled_keys(
     batch_size, num_heads, query_len, head_dim = query.shape
     block_m, block_n, num_warps, num_stages = pick_tiles(query.dtype, head_dim)
     block_m = min(block_m, blocks.size)
-    num_tiles = blocks.count * (blocks.size // block_m)
+    num_tiles = blocks.num_blocks * (blocks.size // block_m)
     sampled_keys_kernel[(num_tiles, batch_size * num_heads)](
         query, key, value, slots.contiguous(), log_weights.contiguous(), counts.contiguous(),
         bounds, begins, out, lse, scale * LOG2_E.value,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         *lse.stride(), num_heads, num_heads // key.shape[1], query_len, key.shape[2] - query_len,
-        slots.shape[3], blocks.first, blocks.count, blocks.window,
+        slots.shape[3], blocks.first, blocks.num_blocks, blocks.window,
         **dot_constants(query), BLOCK_SIZE=blocks.size, BLOCK_M=block_m, BLOCK_N=block_n,
         COUNTED=_COUNTED, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -24,57 +24,43 @@ _UNIT = tl.constexpr(2.0**-32)
 _ROUNDING = tl.constexpr(2.0**52)  # added and subtracted, it leaves a whole number
 
 
-class BlockBudget(NamedTuple):
-    """How many keys to sample for a block: a share of its candidates, between two bounds.
-
-    Attributes:
-        least: the lower bound.
-        share: one key for as many candidates as this.
-        most: the upper bound.
-    """
-
-    least: int
-    share: int
-    most: int
-
-
 @on_its_device
 def sample_blocks(
-    scores: Tensor, bounds: Tensor, kv_len: int, blocks: Blocks, budget: BlockBudget,
-    capacity: int, budgets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return each block's entries, sinks and samples, and whether its scores are finite.
+    scores: Tensor, bounds: Tensor, blocks: Blocks, budget: tuple[int, int, int], capacity: int,
+    budgets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return each block's entries, sinks and samples.
 
     Args:
         scores: ``[B, H, blocks.num_scores]`` float32, as `score_blocks` returns them.
         bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
-        kv_len: S_kv, the slot behind the last entry.
         blocks: the blocks.
-        budget: how many keys to sample, unless `budgets` is given.
+        budget: how many keys to sample, unless `budgets` is given: at least the first number,
+            one for as many candidates as the second, and at most the third.
         capacity: room for samples; a block has no more.
-        budgets: ``[B, H, blocks.count]`` float64, how many keys to sample.
+        budgets: ``[B, H, blocks.num_blocks]`` float64, how many keys to sample.
 
     Returns:
-        Slots ``[B, H, blocks.count, sink_size + capacity]`` int32, ascending; base-2 logarithms
-        of their weights, float32, not written behind the last entry; the number of entries
-        ``[B, H, blocks.count]`` int32, 0 for a block that begins at or behind a sequence's end;
-        and ``[B, H]`` bool, whether all scores of the sequence's blocks are finite.
+        Slots ``[B, H, blocks.num_blocks, sink_size + capacity]`` int32, ascending; base-2
+        logarithms of their weights, float32; and the number of entries, ``[B, H,
+        blocks.num_blocks]`` int32, 0 for a block that begins at or behind a sequence's end.
+        Nothing is written behind the last entry. Where a score is not finite, the first entry's
+        weight is NaN.
     """
     batch_size, num_heads, _ = scores.shape
-    shape = (batch_size, num_heads, blocks.count)
+    shape = (batch_size, num_heads, blocks.num_blocks)
     entries = blocks.sink_size + capacity
     slots = scores.new_empty(*shape, entries, dtype=torch.int32)
     log_weights = scores.new_empty(*shape, entries)
     counts = scores.new_empty(shape, dtype=torch.int32)
-    finite = scores.new_empty(shape, dtype=torch.bool)
     if counts.numel():
-        sample_blocks_kernel[(batch_size * num_heads, blocks.count)](
+        sample_blocks_kernel[(batch_size * num_heads, blocks.num_blocks)](
             scores.contiguous(), None if budgets is None else budgets.contiguous(), bounds,
-            slots, log_weights, counts, finite, num_heads, scores.shape[2], kv_len,
-            blocks.first, blocks.first_reach, *budget, capacity, blocks.sink_size,
+            slots, log_weights, counts, num_heads, scores.shape[2], blocks.first,
+            blocks.first_reach, *budget, capacity, blocks.sink_size,
             BLOCK_SIZE=blocks.size, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
-    return slots, log_weights, counts, finite.all(-1)
+    return slots, log_weights, counts
 
 
 @triton.jit
@@ -167,13 +153,13 @@ def _sample(
 
 @triton.jit(
     do_not_specialize=[
-        "num_heads", "num_scores", "kv_len", "first", "first_reach", "least", "share", "most",
+        "num_heads", "num_scores", "first", "first_reach", "least", "share", "most",
         "capacity", "sink_size",
     ]
 )  # fmt: skip
 def sample_blocks_kernel(
-    scores_ptr, budgets_ptr, bounds_ptr, slots_ptr, log_weights_ptr, counts_ptr, finite_ptr,
-    num_heads, num_scores: tl.int64, kv_len, first, first_reach, least, share, most, capacity,
+    scores_ptr, budgets_ptr, bounds_ptr, slots_ptr, log_weights_ptr, counts_ptr,
+    num_heads, num_scores: tl.int64, first, first_reach, least, share, most, capacity,
     sink_size, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's keys of one block: sums, keys of probability 1, and points passed."""
@@ -187,18 +173,18 @@ def sample_blocks_kernel(
     p_slots = slots_ptr + problem * entries
     p_weights = log_weights_ptr + problem * entries
     count = 0
-    finite = True
     if end - start > (first + index) * BLOCK_SIZE:
         reach = first_reach + index.to(tl.int32) * BLOCK_SIZE
         p_scores = scores_ptr + head * num_scores
         p_scores += index * first_reach + BLOCK_SIZE * (index * (index - 1) // 2)
-        for begin in range(0, sink_size, BLOCK):
-            o_entry = begin + tl.arange(0, BLOCK)
-            tl.store(p_slots + o_entry, start + o_entry, mask=o_entry < sink_size)
-            tl.store(p_weights + o_entry, 0.0, mask=o_entry < sink_size)
         count += sink_size
         total, best = _add_scores(p_scores, sink_size, reach, BLOCK)
         finite = total < float("inf")
+        shown = tl.where(finite, 0.0, float("nan"))
+        for begin in range(0, sink_size, BLOCK):
+            o_entry = begin + tl.arange(0, BLOCK)
+            tl.store(p_slots + o_entry, start + o_entry, mask=o_entry < sink_size)
+            tl.store(p_weights + o_entry, shown, mask=o_entry < sink_size)
         number = reach - sink_size
         if finite & (number > 0):
             if budgets_ptr is None:
@@ -219,8 +205,8 @@ def sample_blocks_kernel(
                 p_scores, p_slots + sink_size, p_weights + sink_size, start, sink_size, reach,
                 by_score, uniform, factor, capacity, BLOCK,
             )  # fmt: skip
+        if (finite == 0) & (sink_size == 0) & (entries > 0):
+            tl.store(p_slots, start)
+            tl.store(p_weights, float("nan"))
+            count += 1
     tl.store(counts_ptr + problem, count)
-    tl.store(finite_ptr + problem, finite)
-    for begin in range(count, entries, BLOCK):
-        o_entry = begin + tl.arange(0, BLOCK)
-        tl.store(p_slots + o_entry, kv_len, mask=o_entry < entries)
