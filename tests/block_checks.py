@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from support import WITH_BOTH, Problem, kept_mask, make_problem, oracle, relativ
 from token_sparse_attention import Execution, KVSamplingConfig, token_sparse_attention
 from token_sparse_attention.inputs import Chunk, PastProbes
 from token_sparse_attention.results import SparseOutput
+
+WHOLE = Chunk()
 
 
 class On(NamedTuple):
@@ -41,7 +44,7 @@ class On(NamedTuple):
         problem: Problem,
         config: KVSamplingConfig,
         mask: Tensor | None = None,
-        chunk: Chunk = Chunk(),
+        chunk: Chunk = WHOLE,
     ) -> SparseOutput:
         """The operator's output, its selection and its log-sum-exp."""
         execution = Execution(self.impl)
@@ -106,7 +109,7 @@ def check_chunks(
     expected = on.run(problem, config)
     parts: list[SparseOutput] = []
     edges = [0, *sorted(cuts), length]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         part = Problem(problem.query[:, :, begin:end], *(x[:, :, :end] for x in problem[1:]))
         chunk = Chunk(past_probes(problem.query, config, begin), ends_prompt=end == length)
         parts.append(on.run(part, config, chunk=chunk))

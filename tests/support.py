@@ -85,7 +85,7 @@ def make_problem(
 
 def checked(problem: Problem, mask: Tensor | None = None, impl: str = "reference") -> Checked:
     """The problem as methods get it, of a call that continues nothing."""
-    query, key, _ = problem
+    key = problem.key
     tokens = real_tokens(mask, len(key), key.shape[2], key.device, on_device=impl == "triton")
     rest = (tokens, key.shape[3] ** -0.5, impl, None, None, AuxRequest(), Chunk())
     return Checked(*(unit_stride(tensor) for tensor in problem), *rest)

@@ -106,7 +106,7 @@ def sparse_from_of(config, device=CUDA, num_heads=32, head_dim=128):
 def test_positions_decide_where_keys_are_sampled():
     """A prompt's length has no say, so that its split into calls has none."""
     config = KVSamplingConfig()
-    gate = method_of(config).gate(CUDA, 32, 128)
+    gate = method_of(config).gate(CUDA, 128, 256)
     assert gate.sparse_from == SPARSE_FROM["cuda"]
     assert gate.break_even == NEVER_DENSE
     assert gate.min_queries == config.dense_queries + 512
@@ -122,7 +122,7 @@ def test_positions_decide_where_keys_are_sampled():
 def test_fewer_heads_need_longer_prompts():
     """While the host starts the sparse kernels, dense attention of few heads is done."""
     config = KVSamplingConfig(num_samples=1024)
-    first = [sparse_from_of(config, num_heads=heads) for heads in (64, 32, 16, 8, 4, 1)]
+    first = [sparse_from_of(config, num_heads=heads) for heads in (256, 32, 16, 8, 4, 1)]
     assert first == sorted(first)
     assert first[0] == SPARSE_FROM["cuda"]
     assert first[5] > SPARSE_FROM["cuda"]

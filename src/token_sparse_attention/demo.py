@@ -149,8 +149,8 @@ def _summary(record: LayerRecord) -> str:
 def demo_settings(name: str) -> tuple[LayerProfile, str]:
     """Return the bundled model's profile in proportion to the document, and what that is.
 
-    Blocks, windows and samples are `SHRINK` times fewer, the layers are the profile's. The crossover is
-    off: at the profile's own sizes a document this short is attended to densely.
+    Blocks, windows and samples are `SHRINK` times fewer, the layers are the profile's. The
+    crossover is off: at the profile's own sizes a document this short is attended to densely.
 
     Args:
         name: the bundled model's folder.

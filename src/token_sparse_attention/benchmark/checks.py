@@ -156,8 +156,7 @@ def _sparse_parts(
     yield slots[last:], slots, None
     if isinstance(config, KVSamplingConfig):
         plan, window = _sampled(inputs, config), config.sliding_window
-        assert plan.begins is not None
-        yield slots[: min(int(plan.begins[0]), last)], slots, None
+        yield slots[: min(plan.begin, last)], slots, None
         for number, queries in enumerate(slots[:last].split(config.block_size)):
             counts = block_counts(plan, head, number, num_slots)
             if counts is not None:

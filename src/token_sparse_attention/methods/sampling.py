@@ -65,15 +65,10 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         if blocks is None:
             return DenseReason.NO_PROBES
         probes = find_probes(problem, blocks)
-        keys = [
-            (
-                some,
-                sample(
-                    problem, some, probes.of_blocks(blocks, begin, some.num_blocks), self.config
-                ),
-            )
-            for begin, some in _parts(blocks, problem)
-        ]
+        keys = []
+        for index, some in _parts(blocks, problem):
+            part = probes.of_blocks(blocks, index, index + some.num_blocks)
+            keys.append((some, sample(problem, some, part, self.config)))
         ran_sparse, begins = None, None
         begin = max(blocks.first * blocks.size, problem.first_query)
         if probes.valid is not None:
