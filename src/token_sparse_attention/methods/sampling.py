@@ -233,7 +233,8 @@ def sample(
     if config.budget == "per_head":
         budgets = block_budgets(scores, blocks, problem, config)
     if problem.impl == "triton":
-        rule = (config.fewest_samples, CANDIDATES_PER_SAMPLE, config.num_samples)
+        fewest, most = (min(n, 2**31 - 1) for n in (config.fewest_samples, config.num_samples))
+        rule = (fewest, CANDIDATES_PER_SAMPLE, most)
         return SampledKeys(
             *load_kernels("sampling").sample_blocks(
                 scores, tokens.bounds, blocks, rule, capacity, budgets
