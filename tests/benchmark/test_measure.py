@@ -202,7 +202,7 @@ def test_checks_notice_wrong_samples_windows_and_dense_queries(config, budget, m
     assert passes(out, selection)
     wrong = [{"dense_queries": 0}, {"dense_queries": 41}, {"sliding_window": 21}]
     if other is SELECTION:
-        wrong += [{"num_samples": 29}, {"sink_size": 3}]
+        wrong += [{"num_samples": 20}, {"sink_size": 3}]
     changed = [dataclasses.replace(config, **change) for change in wrong]
     for one in (*changed, dataclasses.replace(other, budget=budget)):
         assert not passes(with_selection(inputs, one)[0], selection), one
