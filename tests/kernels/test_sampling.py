@@ -92,7 +92,8 @@ def check(scores, bounds, blocks, budget, capacity=None, budgets=None, kv_len=No
     slots, log_weights, counts, finite = found
     shape = (*scores.shape[:2], blocks.count)
     assert slots.shape == log_weights.shape == (*shape, blocks.sink_size + capacity)
-    assert (slots.dtype, log_weights.dtype, counts.dtype) == (torch.int32, torch.float32, torch.int32)
+    assert slots.dtype == counts.dtype == torch.int32
+    assert log_weights.dtype == torch.float32
     assert finite.all()
     for row, (start, end) in enumerate(bounds.tolist()):
         for head in range(shape[1]):

@@ -9,7 +9,7 @@ a fixed size and begin at fixed positions, so a score depends on nothing but its
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -217,7 +217,7 @@ def block_norms_kernel(
         splits = tl.where(exists, splits, 0)
         b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_M], tl.float32)
-        for split in range(0, tl.max(splits, 0)):
+        for split in range(tl.max(splits, 0)):
             o_stat = (problem * num_splits + split) * (count * ROWS) + o_row
             b_one = tl.load(max_ptr + o_stat, mask=split < splits, other=float("-inf"))
             b_new = tl.maximum(b_max, b_one)

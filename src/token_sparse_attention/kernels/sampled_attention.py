@@ -188,7 +188,7 @@ def sampled_keys_kernel(
         p_v = value_ptr + b * stride_vb + head // group * stride_vh
         # Slots and weights are read a tile ahead.
         b_slot, b_weight = _load_entries(p_slots, p_weights, 0, present, BLOCK_N)
-        for tile in range(0, shared):  # every query attends to every key: no mask
+        for tile in range(shared):  # every query attends to every key: no mask
             b_next, b_next_weight = _load_entries(
                 p_slots, p_weights, (tile + 1) * BLOCK_N, present, BLOCK_N
             )  # fmt: skip
