@@ -12,7 +12,7 @@ from token_sparse_attention.blocks import GOLDEN, Blocks
 pytest.importorskip("triton")
 
 from token_sparse_attention.kernels import sampling as kernel
-from token_sparse_attention.kernels.sampling import BlockBudget, sample_blocks
+from token_sparse_attention.kernels.sampling import sample_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNITS = 2**32
@@ -86,15 +86,13 @@ def literal_samples(scores, budget):
 
 def check(scores, bounds, blocks, budget, capacity=None, budgets=None, kv_len=None):
     """What the kernel returns, after comparing it with the literal sampler."""
-    capacity = budget.most + 8 if capacity is None else capacity
+    capacity = budget + 8 if capacity is None else capacity
     kv_len = int(bounds.max()) if kv_len is None else kv_len
-    found = sample_blocks(scores, bounds, kv_len, blocks, budget, capacity, budgets)
-    slots, log_weights, counts, finite = found
+    slots, log_weights, counts = sample_blocks(scores, bounds, blocks, budget, capacity, budgets)
     shape = (*scores.shape[:2], blocks.num_blocks)
     assert slots.shape == log_weights.shape == (*shape, blocks.sink_size + capacity)
     assert slots.dtype == counts.dtype == torch.int32
     assert log_weights.dtype == torch.float32
-    assert finite.all()
     for row, (start, end) in enumerate(bounds.tolist()):
         for head in range(shape[1]):
             for index in range(blocks.num_blocks):
@@ -102,7 +100,7 @@ def check(scores, bounds, blocks, budget, capacity=None, budgets=None, kv_len=No
                 if end - start > (blocks.first + index) * blocks.size:
                     begin = blocks.offset(index) + blocks.sink_size
                     own = scores[row, head, begin : max(blocks.offset(index + 1), begin)]
-                    number = min(budget.most, max(budget.least, len(own) // budget.share))
+                    number = budget
                     if budgets is not None:
                         number = float(budgets[row, head, index])
                     expected = [(sink, 1.0) for sink in range(blocks.sink_size)]
@@ -127,7 +125,7 @@ def one_row(length):
 @pytest.mark.parametrize("count", [1, 40, 300, 2000])
 def test_the_keys_of_a_block(kind, count):
     blocks = Blocks(512, 4, 600, 5, 2, 1)
-    budget = BlockBudget(count, 10**6, count)
+    budget = (count, 10**6, count)
     _, _, counts, _ = check(scores_of(kind, blocks, heads=2), one_row(1100), blocks, budget)
     # A key at which two points are passed is one entry.
     assert (counts - 5 - min(count, blocks.first_reach - 5)).abs().max() <= max(2, 0.2 * count)
@@ -137,14 +135,14 @@ def test_the_keys_of_a_block(kind, count):
 def test_tiles_of_the_real_size(kind, monkeypatch):
     monkeypatch.undo()
     blocks = Blocks(8192, 4, 8192, 3, 2, 1)
-    budget = BlockBudget(500, 10**6, 500)
+    budget = (500, 10**6, 500)
     check(scores_of(kind, blocks), one_row(20000), blocks, budget)
 
 
 @pytest.mark.parametrize("kind", ["soft", "sharp"])
 def test_the_budget_grows_with_the_candidates(kind):
     blocks = Blocks(128, 4, 128, 8, 1, 5)
-    budget = BlockBudget(30, 4, 100)
+    budget = (30, 4, 100)
     scores = scores_of(kind, blocks, heads=2)
     _, _, counts, _ = check(scores, one_row(801), blocks, budget)
     least, more, most, last = (int(counts[0, 0, index]) - 8 for index in (0, 1, 3, 4))
@@ -165,8 +163,8 @@ def test_padded_sequences(sinks):
     generator = torch.Generator(DEVICE).manual_seed(3)
     budgets = 90 * torch.rand(5, 2, 4, dtype=torch.float64, device=DEVICE, generator=generator)
     budgets[0, 0] = torch.tensor([0.0, 0.5, 1e9, 50.25], dtype=torch.float64)
-    check(scores, bounds, blocks, BlockBudget(20, 5, 40), 400, budgets, 500)
-    counts = check(scores, bounds, blocks, BlockBudget(20, 5, 40), 400, None, 500)[2]
+    check(scores, bounds, blocks, (20, 5, 40), 400, budgets, 500)
+    counts = check(scores, bounds, blocks, (20, 5, 40), 400, None, 500)[2]
     present = torch.tensor([[4], [4], [3], [0], [1]], device=DEVICE)
     present = torch.arange(4, device=DEVICE) < present
     assert torch.equal(counts > 0, present[:, None].expand_as(counts))
@@ -174,12 +172,12 @@ def test_padded_sequences(sinks):
 
 def test_what_exceeds_the_capacity_is_dropped():
     blocks = Blocks(64, 4, 64, 2, 4, 2)
-    check(scores_of("soft", blocks), one_row(400), blocks, BlockBudget(90, 4, 90), 50)
+    check(scores_of("soft", blocks), one_row(400), blocks, (90, 4, 90), 50)
 
 
 def test_blocks_that_reach_no_further_than_the_sinks():
     blocks = Blocks(16, 4, 40, 10, 2, 2)  # the first reaches 8, the second 24
-    _, _, counts, _ = check(scores_of("soft", blocks), one_row(64), blocks, BlockBudget(5, 9, 9))
+    _, _, counts, _ = check(scores_of("soft", blocks), one_row(64), blocks, (5, 9, 9))
     assert counts.flatten().tolist()[0] == 10
 
 
@@ -191,7 +189,7 @@ def test_scores_that_are_not_finite(value, position):
     scores = scores_of("soft", blocks, 2, 2)
     scores[1, 0, blocks.offset(1) + position] = value
     bounds = torch.tensor([[0, 300], [0, 300]], dtype=torch.int32, device=DEVICE)
-    arguments = (bounds, 300, blocks, BlockBudget(20, 5, 40), 60)
+    arguments = (bounds, 300, blocks, (20, 5, 40), 60)
     slots, _, counts, finite = sample_blocks(scores, *arguments)
     assert finite.tolist() == [[True, True], [False, True]]
     assert ((slots >= 0) & (slots <= 300)).all()
@@ -216,7 +214,7 @@ def test_other_blocks_and_sequences_change_nothing(data):
     kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 99))
     scores = scores_of(kind, blocks, len(lengths), 2, seed)
     least, share = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 9))
-    budget = BlockBudget(least, share, least + data.draw(st.integers(0, 60)))
+    budget = (least, share, least + data.draw(st.integers(0, 60)))
     whole = check(scores, bounds, blocks, budget, kv_len=500)
     skipped = data.draw(st.integers(0, count - 1))
     taken = data.draw(st.integers(1, count - skipped))
@@ -235,7 +233,7 @@ def test_no_blocks():
     blocks = Blocks(32, 4, 32, 3, 1, 0)
     scores = torch.empty(2, 3, 0, device=DEVICE)
     bounds = torch.tensor([[0, 30], [0, 30]], dtype=torch.int32, device=DEVICE)
-    slots, _, counts, finite = sample_blocks(scores, bounds, 30, blocks, BlockBudget(1, 1, 9), 9)
+    slots, _, counts, finite = sample_blocks(scores, bounds, 30, blocks, (1, 1, 9), 9)
     assert slots.shape == (2, 3, 0, 12)
     assert counts.shape == (2, 3, 0)
     assert finite.all()

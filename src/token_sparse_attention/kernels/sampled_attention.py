@@ -37,7 +37,7 @@ def pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
         return Tiles(32, 32, 4, 2)
     if head_dim > 128:
         return Tiles(64, 64, 8, 2)
-    return Tiles(128, 64, 8, 3)
+    return Tiles(128, 32, 4, 4) if head_dim > 64 else Tiles(128, 64, 4, 3)
 
 
 @on_its_device
@@ -56,8 +56,8 @@ def add_sampled_keys(
             ``[S_kv - S_q, S_kv)``.
         key: ``[B, H_kv, S_kv, D]``.
         value: ``[B, H_kv, S_kv, D]``.
-        sampled: slots ``[B, H, blocks.num_blocks, M]`` int32, ascending; base-2 logarithms of their
-            weights, float32; and how many entries there are ``[B, H, blocks.num_blocks]`` int32, the
+        sampled: slots ``[B, H, num_blocks, M]`` int32, ascending; base-2 logarithms of their
+            weights, float32; and how many entries there are ``[B, H, num_blocks]`` int32, the
             others may hold anything.
         sequences: ``[B, 2]`` int32, each one's real slots ``[start, end)``; and ``[B]`` int32,
             the first slot whose query changes.
@@ -188,7 +188,7 @@ def sampled_keys_kernel(
         p_v = value_ptr + b * stride_vb + head // group * stride_vh
         # Slots and weights are read a tile ahead.
         b_slot, b_weight = _load_entries(p_slots, p_weights, 0, present, BLOCK_N)
-        for tile in range(0, shared):  # every query attends to every key: no mask
+        for tile in range(shared):  # every query attends to every key: no mask
             b_next, b_next_weight = _load_entries(
                 p_slots, p_weights, (tile + 1) * BLOCK_N, present, BLOCK_N
             )  # fmt: skip
