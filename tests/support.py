@@ -23,7 +23,13 @@ from token_sparse_attention.attention.resolve import resolve_backend
 
 SMALL = TokenSelectionConfig(drop_mass=0.2, observation_window=16, pool_size=5, min_tokens=24)
 SAMPLING = KVSamplingConfig(
-    num_probes=16, sliding_window=9, sink_size=0, num_samples=15, dense_queries=0, crossover="off"
+    block_size=16,
+    num_probes=8,
+    sliding_window=16,
+    sink_size=0,
+    num_samples=15,
+    dense_queries=0,
+    crossover="off",
 )
 WITH_SELECTION = AuxRequest(selection=True)
 WITH_LSE = AuxRequest(lse=True)

@@ -21,7 +21,13 @@ from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, refer
 
 CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=16, pool_size=5, min_tokens=32)
 SAMPLING = KVSamplingConfig(
-    num_probes=16, sliding_window=9, sink_size=2, num_samples=24, dense_queries=6, crossover="off"
+    block_size=16,
+    num_probes=8,
+    sliding_window=16,
+    sink_size=2,
+    num_samples=24,
+    dense_queries=6,
+    crossover="off",
 )
 LAYERS = 3
 WORDS = [f"word{number}" for number in range(190)]
@@ -77,6 +83,15 @@ def make_model(family: str = "Llama", seed: int = 0, **changes):
     config = config_class(**(SHAPE | FAMILIES.get(family, {}) | changes))
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
+    return model
+
+
+def sharp(family="Llama"):
+    """A model whose heads prefer different tokens, so that samples differ."""
+    model = make_model(family)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_proj.weight", "q_norm.weight")):
+            weight.data.mul_(20)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model, oracle
+from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model, oracle, sharp
 from integrations.test_transformers import CLOSE, greedy, paths
 from token_sparse_attention import DenseReason, LayerProfile, crossover
 from token_sparse_attention.integrations.transformers import apply
@@ -20,15 +20,6 @@ CONFIGS = {
     "dense heads": dataclasses.replace(SAMPLING, dense_heads=(0, 3)),
     "per head": dataclasses.replace(SAMPLING, budget="per_head", sliding_window=90),
 }
-
-
-def sharp(family="Llama"):
-    """A model whose heads prefer different tokens, so that samples differ."""
-    model = make_model(family)
-    for name, weight in model.named_parameters():
-        if name.endswith(("q_proj.weight", "q_norm.weight")):
-            weight.data.mul_(20)
-    return model
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
