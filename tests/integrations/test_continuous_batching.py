@@ -207,7 +207,7 @@ def test_another_threads_requests_are_not_taken():
         seen.append((call, reader(call)))
     entries = [(weakref.ref(call.cu_seqlens_k), requests) for call, requests in seen]
     reader._seen = Raced(*entries)
-    assert reader(seen[0][0]) == seen[0][1] == [(slice(0, 90), slice(0, 90))]
+    assert reader(seen[0][0]) == seen[0][1] == [(slice(0, 90), slice(0, 90), True)]
 
 
 def test_an_application_is_for_continuous_batching_or_for_other_calls():

@@ -23,11 +23,9 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from token_sparse_attention.integrations import lm_eval as integration  # noqa: E402
 from token_sparse_attention.integrations.lm_eval import SparseHFLM  # noqa: E402
 
-WINDOWS = KVSamplingConfig(
-    num_probes=8, sliding_window=16, sink_size=0, num_samples=4, dense_queries=0, crossover="off"
-)
-ALL = {"method": "kv_sampling", "num_probes": 8, "sliding_window": 16, "num_samples": 4096}
-ALL |= {"crossover": "off"}
+BLOCKS = {"block_size": 16, "num_probes": 8, "sliding_window": 16, "crossover": "off"}
+WINDOWS = KVSamplingConfig(**BLOCKS, sink_size=0, num_samples=4, dense_queries=0)
+ALL = {"method": "kv_sampling", **BLOCKS, "num_samples": 4096}
 REPLIES = """
 task: replies
 dataset_path: json
