@@ -193,6 +193,8 @@ class PagedProbes(Probes):
         """See `Probes.keep`."""
         first_query = layout.kv_len - query.shape[2]
         first = -(-(first_query + 1) // self._stride) * self._stride - 1
+        if first >= layout.kv_len:
+            return
         position = torch.arange(first, layout.kv_len, self._stride, device=query.device)
         kept = self._store.get(self._layer)
         if kept is None or not self._fits(kept, query, key):
