@@ -243,6 +243,21 @@ def test_probes_before_a_crop_stay(model):
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
+def test_probes_of_replaced_tokens_are_not_used(model):
+    """As when drafts that looked like a prompt were rejected, and other tokens came there."""
+    ids, cache = make_ids(LENGTH), DynamicCache()
+    with apply(model, CONFIG):
+        in_parts(model, make_ids(LENGTH, seed=4), [122], cache)
+        cache.crop(-12)
+        in_parts(model, ids, range(111, 123), cache)
+        expected = copy.deepcopy(cache)
+        for _, position, _ in store_of(expected).values():
+            assert (position >= 110).any()
+            position[position >= 110] = -1
+        logits = in_parts(model, ids, [LENGTH], cache)
+        torch.testing.assert_close(logits, in_parts(model, ids, [LENGTH], expected), **CLOSE)
+
+
 @pytest.mark.parametrize("prompt_len", [1, 40])
 def test_rejected_drafts_leave_no_probes(model, prompt_len):
     """What verifies drafts, and is cropped, changes nothing of what follows."""
