@@ -16,8 +16,6 @@ from token_sparse_attention.methods.pairs import banded_pairs
 from token_sparse_attention.results import dense_selection
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from token_sparse_attention.attention.backend import Backend
     from token_sparse_attention.inputs import Problem
     from token_sparse_attention.results import Attended
@@ -43,8 +41,7 @@ class Toy(Method[ToyConfig], config=ToyConfig):
         del device, num_heads, head_dim
         return Gate(max_dense_context=self.config.width)
 
-    def prepare(self, scores: Tensor | None, problem: Problem, gate: Gate) -> Plan:
-        del scores
+    def prepare(self, problem: Problem, gate: Gate) -> Plan:
         start, end = problem.tokens.bounds.unbind(-1)
         queries = end - start.clamp(min=problem.first_query)
         ran_sparse = gate.codes(queries, end - start) == 0
@@ -62,8 +59,10 @@ class Toy(Method[ToyConfig], config=ToyConfig):
         return Plan(ran_sparse, None, selection)
 
     def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
+        start, end = problem.tokens.bounds.unbind(-1)
+        begins = torch.where(plan.ran_sparse, start.clamp(min=problem.first_query), end)
         width = self.config.width
-        attend_windows(problem, None, plan.ran_sparse, into, window=width, backend=backend)
+        attend_windows(problem, (), begins, into, window=width, backend=backend)
 
     def work(self, chosen: int, prompt_tokens: int) -> float:
         del chosen

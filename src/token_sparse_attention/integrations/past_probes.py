@@ -212,7 +212,8 @@ class PagedProbes(Probes):
     def _place(self, position: Tensor) -> Tensor:
         """Return where the probes at some positions are kept."""
         slot = self._slots[position]
-        return slot // self._page * self._per_page + slot % self._page // self._stride
+        place: Tensor = slot // self._page * self._per_page + slot % self._page // self._stride
+        return place
 
     def _fits(self, kept: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor) -> bool:
         shape = (self._places, query.shape[1], query.shape[3])
