@@ -144,7 +144,7 @@ def block_scores(
     """
     precision = torch.promote_types(probes.dtype, torch.float32)
     group = probes.shape[0] // key.shape[0]
-    end = int(positions[-1]) + 1
+    end = max(int(positions[-1]) + 1, reach)  # the last probes may not be known
     future = torch.arange(end, device=key.device) > positions[:, None]
     scores = probes.new_empty(probes.shape[0], reach, dtype=precision)
     for kv_head, head_key in enumerate(key[:, :end]):  # it serves its whole group of queries
