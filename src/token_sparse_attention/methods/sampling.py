@@ -67,7 +67,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         probes = find_probes(problem, blocks)
         begins = first_sparse_slots(problem, blocks, probes)
         keys, finite = [], None
-        for begin, some in _parts(blocks, problem):
+        for begin, some in parts_of(blocks, problem):
             part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
             sampled, all_finite = sample(problem, some, part, self.config)
             keys.append((some, sampled))
@@ -186,7 +186,7 @@ def _passes(gate: Gate, problem: Problem) -> Tensor:
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
 
 
-def _parts(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
+def parts_of(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
     """Yield runs of blocks whose scores fit in memory, with the index of each one's first."""
     begin, rows = 0, problem.num_heads * len(problem.query)
     while begin < blocks.num_blocks:
@@ -224,12 +224,7 @@ def sample(
         The keys; and ``[B, H]`` bool, whether the head's scores are finite.
     """
     tokens, capacity = problem.tokens, _capacity(config, problem.kv_len)
-    if problem.impl == "triton":
-        scores = load_kernels("block_scoring").score_blocks(
-            *probes, problem.key, tokens.bounds, blocks, problem.scale, padded=tokens.padded
-        )
-    else:
-        scores = _score_blocks(problem, blocks, probes)
+    scores = score_blocks(problem, blocks, probes)
     budgets = None
     if config.budget == "per_head":
         budgets = block_budgets(scores, blocks, problem, config)
@@ -242,8 +237,14 @@ def sample(
     return _sample_blocks(scores, problem, blocks, config, budgets)
 
 
-def _score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
+def score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
     """Return the scores ``[B, H, num_scores]``, block after block; see `Blocks.offset`."""
+    if problem.impl == "triton":
+        tokens = problem.tokens
+        scored: Tensor = load_kernels("block_scoring").score_blocks(
+            *probes, problem.key, tokens.bounds, blocks, problem.scale, padded=tokens.padded
+        )
+        return scored
     num_probes, stride = blocks.num_probes, blocks.stride
     precision = torch.promote_types(problem.query.dtype, torch.float32)
     scores = probes.query.new_zeros(*probes.query.shape[:2], blocks.num_scores, dtype=precision)
