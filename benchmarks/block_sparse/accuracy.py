@@ -1,9 +1,8 @@
 """Patterns, alone and with token selection: accuracy beside measured speed.
 
-The results are of `tsa eval`, the times of `benchmarks.block_sparse.layer_times`, with the same names
-of configurations: attention alone, summed over all layers, on the model's own queries and keys,
-with its own heads and with each of them four times. The densities are of
-`benchmarks.block_sparse.density`.
+The results are of `tsa eval`, the times of `layer_times`, with the same names of configurations:
+attention alone, summed over all layers, on the model's own queries and keys, with its own heads
+and with each of them four times. The densities are of `density`.
 """
 
 from __future__ import annotations

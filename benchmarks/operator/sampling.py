@@ -40,7 +40,6 @@ from token_sparse_attention.gate import DenseReason
 from token_sparse_attention.impls import resolve_impl
 from token_sparse_attention.info import provenance
 from token_sparse_attention.inputs import AuxRequest, Chunk, Problem, real_tokens
-from token_sparse_attention.methods.base import Plan
 from token_sparse_attention.methods.probes import blocks_of, find_probes
 from token_sparse_attention.methods.sampling import KVSampling, parts_of, score_blocks
 
@@ -50,7 +49,6 @@ SCORE, PREPARE, WINDOWS, ATTEND, FIRST = "score", "prepare", "windows", "attend"
 K = 1024
 LENGTHS = tuple(count * K for count in (8, 12, 16, 24, 32, 64, 128, 256))
 SHORT = 1000  # tokens of the prompt that the oracle attends to, too
-_SHORT_SETTINGS = {"block_size": 64, "num_probes": 16, "sliding_window": 64, "num_samples": 96}
 
 
 class Shape(NamedTuple):
@@ -151,16 +149,19 @@ def check(options: SamplingOptions, shape: Shape) -> Verdict:
     Twice the error of the dense kernel is allowed, and rounding. Scores that are rounded
     otherwise may exchange a sampled key.
     """
-    config = replace(options.config, **_SHORT_SETTINGS, dense_queries=32)
+    config = replace(
+        options.config, block_size=64, num_probes=16, sliding_window=64, num_samples=96,
+        dense_queries=32,
+    )  # fmt: skip
     point = Point(replace(options, config=config), shape, SHORT)
-    exact = [tensor[0].cpu().double() for tensor in point.inputs]
+    query, key, value = (tensor[0].cpu().double() for tensor in point.inputs)
     causal = torch.ones(SHORT, SHORT, dtype=torch.bool).tril()[None]
     scale = point.inputs.scale
     try:
-        dense = _error(point.dense(), reference.masked_attention(*exact, causal, scale))
+        dense = _error(point.dense(), reference.masked_attention(query, key, value, causal, scale))
     except ValueError as error:
         raise UsageError(f"--dense: {error}") from error
-    expected, chosen = reference.token_sparse_attention(*exact, config, scale)
+    expected, chosen = reference.token_sparse_attention(query, key, value, config, scale)
     found = _error(point.whole(), expected)
     problems = [] if chosen is not None else ["the oracle ran dense"]
     return checks.judge(found, max(2 * dense, 1e-5) + point.inputs.eps, problems)
@@ -206,6 +207,11 @@ def parts_calls(inputs: Inputs, config: KVSamplingConfig, backend_name: str) -> 
     plan = method.prepare(problem, gate)
     if isinstance(plan, DenseReason) or plan.begins is None:
         return {}
+    latest, ends, starts = plan.latest, plan.begins, torch.zeros_like(plan.begins)
+    first = partial(
+        backend.dense.attend_sequences, problem.until(latest), starts, into.until(latest),
+        ends=ends,
+    )  # fmt: skip
 
     def score() -> None:
         for begin, some in parts_of(blocks, problem):
@@ -219,15 +225,8 @@ def parts_calls(inputs: Inputs, config: KVSamplingConfig, backend_name: str) -> 
         PREPARE: partial(method.prepare, problem, gate),
         WINDOWS: windows,
         ATTEND: attend,
-        FIRST: partial(_attend_first, problem, backend, plan, into),
+        FIRST: first,
     }
-
-
-def _attend_first(problem: Problem, backend: Any, plan: Plan, into: Any) -> None:
-    """Attend the queries before the first sparse one, as the operator does."""
-    part = problem.until(plan.latest)
-    begins = torch.zeros_like(plan.begins)
-    backend.dense.attend_sequences(part, begins, into.until(plan.latest), ends=plan.begins)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
