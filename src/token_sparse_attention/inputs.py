@@ -338,3 +338,7 @@ class Problem(NamedTuple):
             value=self.value[:, :, :slot],
             tokens=RealTokens(slot, False, None, spans, tokens.device),
         )
+
+    def since(self, slot: int) -> Problem:
+        """Return the problem without the queries before a slot."""
+        return self._replace(query=self.query[:, :, slot - self.first_query :])

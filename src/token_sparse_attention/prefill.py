@@ -132,19 +132,25 @@ def _attend_densely(problem: Problem, backend: Backend, gate: Gate) -> SparseOut
 
 
 def _attend_dense_prefix(problem: Problem, backend: Backend, plan: Plan, into: Attended) -> None:
-    """Attend the queries before ``plan.begins`` in sequences that run sparse, to all keys."""
-    last = min(plan.latest, problem.kv_len)
-    if plan.begins is None or last <= problem.first_query:
+    """Attend the queries before those that attend sparsely, to all keys."""
+    begin = min(plan.begin, problem.kv_len)
+    if begin <= problem.first_query:
         return
-    start = problem.tokens.bounds[:, 0]
-    ends = torch.where(plan.ran_sparse, plan.begins, start)
     if not problem.tokens.padded:
-        problem, into = problem.until(last), into.until(last - problem.first_query)
+        into = into.of_queries(slice(begin - problem.first_query))
+        problem = problem.until(begin)
+    if plan.begins is None:
+        backend.dense.attend_all(problem, into)
+        return
+    start, end = problem.tokens.bounds.unbind(-1)
+    ends = plan.begins.minimum(end)
+    if plan.ran_sparse is not None:
+        ends = torch.where(plan.ran_sparse, ends, start)
     backend.dense.attend_sequences(problem, start, into, ends=ends)
 
 
 def _attend_dense_queries(
-    problem: Problem, backend: Backend, ran_sparse: Tensor, count: int, into: Attended
+    problem: Problem, backend: Backend, ran_sparse: Tensor | None, count: int, into: Attended
 ) -> None:
     """Attend all queries of sequences that run dense, and the last `count` of the others."""
     start, end = problem.tokens.bounds.unbind(-1)
@@ -152,6 +158,10 @@ def _attend_dense_queries(
     if backend.dense.attend_last(problem, count, into):
         count = 0
     last = (end - count).maximum(start)
+    if ran_sparse is None:
+        if count:
+            backend.dense.attend_sequences(problem, last, into)
+        return
     if backend.dense is backend:  # one launch for both
         launches = [(backend, torch.where(ran_sparse, last, start))]
     else:
@@ -163,13 +173,17 @@ def _attend_dense_queries(
 
 
 def _attend_dense_heads(
-    problem: Problem, backend: Backend, ran_sparse: Tensor, heads: Sequence[int], into: Attended
+    problem: Problem,
+    backend: Backend,
+    ran_sparse: Tensor | None,
+    heads: Sequence[int],
+    into: Attended,
 ) -> None:
     """Attend all queries of some heads in the sequences that run sparse; overwrites them."""
     if not heads:
         return
     start, end = problem.tokens.bounds.unbind(-1)
-    begins = torch.where(ran_sparse, start, end)
+    begins = start if ran_sparse is None else torch.where(ran_sparse, start, end)
     group = problem.num_heads // problem.key.shape[1]
     for adjacent, kv_head in adjacent_heads(heads, group):
         part = problem.of_heads(adjacent, kv_head)

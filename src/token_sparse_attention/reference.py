@@ -281,8 +281,6 @@ def _sampling(
             chosen = None
             continue
         scores = block_scores(every_query[:, probes], probes, key, reach, config.num_probes, scale)
-        if not scores.isfinite().all():
-            return query, None
         weights = key.new_zeros(query.shape[0], kv_len, dtype=torch.float64)
         weights[:, : config.sink_size] = 1.0
         may = slice(config.sink_size, reach)
@@ -290,6 +288,7 @@ def _sampling(
             for head, budget in enumerate(block_budgets(scores[:, may], config).tolist()):
                 weights[head, may] = sample_block(scores[head, may], budget)
         chosen = weights > 0
+        weights[~scores.sum(-1).isfinite()] = torch.nan
         for position in range(max(block * size, first_query), min((block + 1) * size, kv_len)):
             left = max(position - config.sliding_window + 1, 0)  # behind the query's window
             counts[:, position - first_query, :left] = weights[:, :left]

@@ -59,10 +59,10 @@ class Attended(NamedTuple):
         """Return views of some heads."""
         return Attended(self.out[:, heads], None if self.lse is None else self.lse[:, heads])
 
-    def until(self, query: int) -> Attended:
-        """Return views of the queries before one."""
-        lse = None if self.lse is None else self.lse[:, :, :query]
-        return Attended(self.out[:, :, :query], lse)
+    def of_queries(self, queries: slice) -> Attended:
+        """Return views of some queries."""
+        lse = None if self.lse is None else self.lse[:, :, queries]
+        return Attended(self.out[:, :, queries], lse)
 
 
 class PackedSequences(NamedTuple):

@@ -145,18 +145,31 @@ class Backend(ABC):
                 into.lse[number, :, queries] = one.lse[0]
 
     def attend_windows(
-        self, problem: Problem, begins: Tensor, into: Attended, window: int
+        self, problem: Problem, begins: Tensor | None, into: Attended, window: int
     ) -> Tensor:
         """`attend_sequences` in a sliding window; also returns the log-sum-exp ``[B, H, S_q]``.
 
-        Where no query attended, it holds anything, unless ``into.lse`` is given.
+        Where no query attended, it holds anything, unless ``into.lse`` is given. Without
+        `begins` every query attends, of sequences without padding.
         """
+        if begins is None:
+            begins = problem.tokens.bounds[:, 0]
         lse = into.lse
         if lse is None:
             precision = torch.promote_types(problem.query.dtype, torch.float32)
             lse = problem.query.new_empty(problem.query.shape[:3], dtype=precision)
         self.attend_sequences(problem, begins, Attended(into.out, lse), window=window)
         return lse
+
+    def attend_all(self, problem: Problem, into: Attended) -> None:
+        """Causal attention of every query, in place, of sequences without padding."""
+        one = self.attend(
+            problem.query, problem.key, problem.value, scale=problem.scale,
+            want_lse=into.lse is not None,
+        )  # fmt: skip
+        into.out.copy_(one.out)
+        if into.lse is not None and one.lse is not None:
+            into.lse.copy_(one.lse)
 
     def attend_last(self, problem: Problem, count: int, into: Attended) -> bool:
         """Causal attention of the last queries by a kernel that splits their keys.

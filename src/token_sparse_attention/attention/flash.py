@@ -60,7 +60,9 @@ class FlashBackend(Backend):
         query, key, value = (x.transpose(1, 2) for x in tensors)
         if window is not None and window >= key.shape[1]:
             window = None
-        out, lse = _attend_whole(query, key, value, self.name, scale, window, want_lse)
+        out, lse = _attend_whole(
+            (query, key, value), self.name, scale, window, None, want_lse=want_lse
+        )
         return Attended(out.transpose(1, 2), lse if want_lse else None)
 
     def attend_packed(
@@ -115,15 +117,41 @@ class FlashBackend(Backend):
                 into.lse[number] = torch.where(inside, lse, into.lse[number])
 
     def attend_windows(
-        self, problem: Problem, begins: Tensor, into: Attended, window: int
+        self, problem: Problem, begins: Tensor | None, into: Attended, window: int
     ) -> Tensor:
         """See `Backend.attend_windows`; the kernel's own log-sum-exp where that will do."""
+        if begins is None:
+            lse = self._attend_whole(problem, into, window, want_lse=True)
+            assert lse is not None
+            return lse if into.lse is None else into.lse.copy_(lse)
         if into.lse is not None:
             return super().attend_windows(problem, begins, into, window)
         limits = torch.stack((begins, problem.tokens.bounds[:, 1]), -1)
         each = self._each(problem, limits, into, window, False)
         found = [lse[None] for _, _, lse in each if lse is not None]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def attend_all(self, problem: Problem, into: Attended) -> None:
+        """See `Backend.attend_all`."""
+        lse = self._attend_whole(problem, into, None, want_lse=into.lse is not None)
+        if into.lse is not None and lse is not None:
+            into.lse.copy_(lse)
+
+    def _attend_whole(
+        self, problem: Problem, into: Attended, window: int | None, *, want_lse: bool
+    ) -> Tensor | None:
+        """Attend sequences without padding, in place; returns the log-sum-exp."""
+        tensors = (problem.query, problem.key, problem.value)
+        query, key, value, out = (x.transpose(1, 2) for x in (*tensors, into.out))
+        if window is not None and window >= key.shape[1]:
+            window = None
+        written = out if self.name == "fa4" else None
+        result, lse = _attend_whole(
+            (query, key, value), self.name, problem.scale, window, written, want_lse=want_lse
+        )
+        if written is None:
+            out.copy_(result)
+        return lse
 
     def _each(
         self,
@@ -186,20 +214,29 @@ class FlashBackend(Backend):
         return True
 
 
-@on_its_device
 def _attend_whole(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: Tensors,
     name: str,
     scale: float,
     window: int | None,
+    out: Tensor | None,
+    *,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of ``[B, S, heads, D]`` in a window; flash-attn-4 writes into `out`."""
+    return _whole(*tensors, (name, scale, window, out, want_lse))
+
+
+@on_its_device
+def _whole(
+    query: Tensor, key: Tensor, value: Tensor,
+    settings: tuple[str, float, int | None, Tensor | None, bool],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    name, scale, window, out, want_lse = settings
     if name == "fa4":
         left = None if window is None else window - 1
-        settings = {"causal": True, "window_size_left": left, "return_lse": want_lse}
-        result, lse = _fa4_forward()(query, key, value, softmax_scale=scale, **settings)[:2]
+        given = {"causal": True, "window_size_left": left, "return_lse": want_lse, "out": out}
+        result, lse = _fa4_forward()(query, key, value, softmax_scale=scale, **given)[:2]
         return result, lse
     lengths = (None, None, query.shape[1], key.shape[1])
     return _flash_2((query, key, value, *lengths), scale, window)

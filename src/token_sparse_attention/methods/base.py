@@ -29,19 +29,21 @@ class Plan(NamedTuple):
 
     Attributes:
         ran_sparse: ``[B]`` bool, which sequences run sparse; the others are attended densely.
+            None if all do.
         keys: whatever the method's `attend` needs.
         selection: the tokens that it chose; needed where the problem's `aux` asks for it, else
             None. Its `reasons` say why a sequence that passed the gate still runs dense.
-        begins: ``[B]`` int32, the slot of each sequence's first query that attends sparsely; the
-            queries before attend to all keys. None if every query of a sparse sequence does.
-        latest: no sequence begins at a later slot than this.
+        begin: the slot of the first query that attends sparsely; the queries before attend to
+            all keys. Where `begins` is given, no sequence begins later.
+        begins: ``[B]`` int32, each sequence's own, its end where it does not run sparse; None if
+            all begin at `begin`.
     """
 
-    ran_sparse: Tensor
+    ran_sparse: Tensor | None
     keys: Any
     selection: TokenSelection | None
+    begin: int = 0
     begins: Tensor | None = None
-    latest: int = 0
 
 
 class LayerShape(NamedTuple):
@@ -108,7 +110,7 @@ class Method(ABC, Generic[C]):
     def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
         """Write the output of the sparse sequences.
 
-        Every real query of a sparse sequence must be written, from ``plan.begins`` on. The
+        Every real query of a sparse sequence must be written, from ``plan.begin`` on. The
         caller then writes the queries before, dense sequences, the last ``dense_queries`` and
         the ``dense_heads``.
 

@@ -40,7 +40,7 @@ class SampledKeys(NamedTuple):
 def attend_windows(
     problem: Problem,
     sampled: Sequence[tuple[Blocks, SampledKeys]],
-    begins: Tensor,
+    begins: Tensor | None,
     into: Attended,
     *,
     window: int,
@@ -52,20 +52,23 @@ def attend_windows(
         problem: the inputs.
         sampled: the keys behind the windows, for runs of blocks; none for windows alone.
         begins: ``[B]`` int32, the slot of each sequence's first query that attends, its end for
-            none.
+            none; None for every query of sequences without padding.
         into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
         window: keys each query sees, itself included.
         backend: what attends within the windows.
     """
     window = min(window, problem.kv_len)
     if not any(keys.slots.shape[3] for _, keys in sampled):
+        if begins is None:
+            begins = problem.tokens.bounds[:, 0].contiguous()
         backend.dense.attend_sequences(problem, begins, into, window=window)
         return
     lse = backend.dense.attend_windows(problem, begins, into, window)
+    begins = problem.tokens.bounds[:, 0].contiguous() if begins is None else begins
     for blocks, keys in sampled:
         if problem.impl == "triton":
             load_kernels("sampled_attention").add_sampled_keys(
-                *problem[:3], keys, problem.tokens.bounds, begins, (into.out, lse), blocks,
+                *problem[:3], keys, (problem.tokens.bounds, begins), (into.out, lse), blocks,
                 problem.scale,
             )  # fmt: skip
         else:

@@ -65,31 +65,39 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         if blocks is None:
             return DenseReason.NO_PROBES
         probes = find_probes(problem, blocks)
-        begins = first_sparse_slots(problem, blocks, probes)
-        keys, finite = [], None
-        for begin, some in parts_of(blocks, problem):
-            part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
-            sampled, all_finite = sample(problem, some, part, self.config)
-            keys.append((some, sampled))
-            finite = all_finite if finite is None else finite & all_finite
-        assert finite is not None
-        if problem.tp_group is not None:
-            finite = gather_heads(finite.to(torch.int32), problem.tp_group).bool()
-        end = problem.tokens.bounds[:, 1]
-        ran_sparse = finite.all(-1) & (begins < end)
-        if problem.tokens.padded:
-            ran_sparse &= _passes(gate, problem)
+        keys = [
+            (
+                some,
+                sample(
+                    problem, some, probes.of_blocks(blocks, begin, some.num_blocks), self.config
+                ),
+            )
+            for begin, some in parts_of(blocks, problem)
+        ]
+        ran_sparse, begins = None, None
+        begin = max(blocks.first * blocks.size, problem.first_query)
+        if probes.valid is not None:
+            begin = problem.kv_len  # no sequence begins later
+            if not problem.tokens.padded:  # earlier calls may have left probes of two blocks
+                begin = min((blocks.first + 2) * blocks.size, begin)
+            end = problem.tokens.bounds[:, 1]
+            begins = first_sparse_slots(problem, blocks, probes)
+            ran_sparse = begins < end
+            if problem.tokens.padded:
+                ran_sparse &= _passes(gate, problem)
+            begins = torch.where(ran_sparse, begins, end)
+        elif begin <= self.config.sliding_window:  # windows see all keys up to there
+            begin = problem.first_query
         selection = None
         if problem.aux.selection:
-            selection = self._list(keys, ran_sparse, begins < end, problem)
-        latest = problem.kv_len
-        if not problem.tokens.padded:  # earlier calls may have left probes of two blocks
-            latest = (blocks.first + (0 if probes.valid is None else 2)) * blocks.size
-        return Plan(ran_sparse, keys, selection, torch.where(ran_sparse, begins, end), latest)
+            selection = self._list(keys, ran_sparse, problem)
+        return Plan(ran_sparse, keys, selection, begin, begins)
 
     def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
         """One softmax over each query's window, the sinks and its block's samples."""
-        assert plan.begins is not None
+        if plan.begins is None:
+            into = into.of_queries(slice(plan.begin - problem.first_query, None))
+            problem = problem.since(plan.begin)
         window = self.config.sliding_window
         attend_windows(problem, plan.keys, plan.begins, into, window=window, backend=backend)
 
@@ -140,8 +148,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
     def _list(
         self,
         keys: list[tuple[Blocks, SampledKeys]],
-        ran_sparse: Tensor,
-        has_probes: Tensor,
+        ran_sparse: Tensor | None,
         problem: Problem,
     ) -> TokenSelection:
         """Return the sinks and samples of each sequence's last block as a selection.
@@ -151,6 +158,8 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         kv_len, want_indices = problem.kv_len, problem.aux.indices
         dense = dense_selection(problem.tokens, problem.num_heads, want_indices=want_indices)
         start, end = problem.tokens.bounds.long().unbind(-1)
+        if ran_sparse is None:
+            ran_sparse = torch.ones_like(start, dtype=torch.bool)
         number = (end - start - 1) // self.config.block_size
         slots, lengths = None, dense.lengths
         for blocks, sampled in keys:
@@ -162,13 +171,9 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
             if want_indices:
                 last = torch.take_along_dim(sampled.slots, at[..., None], 2)[:, :, 0]
                 slots = last if slots is None else torch.where(mine[..., None], last, slots)
-        reasons = torch.where(
-            has_probes, DenseReason.SCORES_NOT_FINITE.code, DenseReason.NO_PROBES.code
-        )
+        reasons = torch.where(ran_sparse, 0, DenseReason.NO_PROBES.code)
         selection = dense._replace(
-            lengths=lengths,
-            ran_sparse=ran_sparse,
-            reasons=torch.where(ran_sparse, 0, reasons).to(torch.int32),
+            lengths=lengths, ran_sparse=ran_sparse, reasons=reasons.to(torch.int32)
         )
         if slots is None:
             return selection
@@ -211,17 +216,16 @@ def _capacity(config: KVSamplingConfig, kv_len: int) -> int:
 
 def sample(
     problem: Problem, blocks: Blocks, probes: Probes, config: KVSamplingConfig
-) -> tuple[SampledKeys, Tensor]:
+) -> SampledKeys:
     """Return the sinks and the sampled keys of each block and head.
+
+    Scores that are not finite make a weight NaN, so that the block's output is NaN.
 
     Args:
         problem: the inputs.
         blocks: of which queries.
         probes: theirs.
         config: the settings.
-
-    Returns:
-        The keys; and ``[B, H]`` bool, whether the head's scores are finite.
     """
     tokens, capacity = problem.tokens, _capacity(config, problem.kv_len)
     scores = score_blocks(problem, blocks, probes)
@@ -230,19 +234,19 @@ def sample(
         budgets = block_budgets(scores, blocks, problem, config)
     if problem.impl == "triton":
         rule = (config.fewest_samples, CANDIDATES_PER_SAMPLE, config.num_samples)
-        *sampled, finite = load_kernels("sampling").sample_blocks(
-            scores, tokens.bounds, problem.kv_len, blocks, *rule, capacity, budgets
+        return SampledKeys(
+            *load_kernels("sampling").sample_blocks(
+                scores, tokens.bounds, blocks, rule, capacity, budgets
+            )
         )
-        return SampledKeys(*sampled), finite
     return _sample_blocks(scores, problem, blocks, config, budgets)
 
 
 def score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
     """Return the scores ``[B, H, num_scores]``, block after block; see `Blocks.offset`."""
     if problem.impl == "triton":
-        tokens = problem.tokens
         scored: Tensor = load_kernels("block_scoring").score_blocks(
-            *probes, problem.key, tokens.bounds, blocks, problem.scale, padded=tokens.padded
+            *probes, problem.key, problem.tokens.bounds, blocks, problem.scale
         )
         return scored
     num_probes, stride = blocks.num_probes, blocks.stride
@@ -319,7 +323,7 @@ def _sample_blocks(
     blocks: Blocks,
     config: KVSamplingConfig,
     budgets: Tensor | None,
-) -> tuple[SampledKeys, Tensor]:
+) -> SampledKeys:
     """`sample` in tensor operations, from the scores."""
     batch_size, num_heads = scores.shape[:2]
     sinks, capacity = config.sink_size, _capacity(config, problem.kv_len)
@@ -327,11 +331,9 @@ def _sample_blocks(
     slots = torch.full(shape, problem.kv_len, dtype=torch.int32, device=scores.device)
     log_weights = torch.zeros(shape, dtype=torch.float32, device=scores.device)
     counts = torch.zeros(shape[:3], dtype=torch.int32, device=scores.device)
-    finite = torch.ones(shape[:2], dtype=torch.bool, device=scores.device)
     for number, index, reach in _each(problem, blocks):
         begin = blocks.offset(index)
         own = scores[number, :, begin : begin + reach]
-        finite[number] &= own.sum(-1).isfinite()  # none is below 0, so nothing cancels
         candidates = own[:, sinks:]
         if budgets is None:
             count = config.samples_of(candidates.shape[1])
@@ -349,7 +351,9 @@ def _sample_blocks(
             row = F.pad(target[number, :, index], (0, 1))
             target[number, :, index] = row.scatter_(-1, entry, numbers)[:, :-1]
         counts[number, :, index] = included.sum(-1).clamp(max=sinks + capacity)
-    return SampledKeys(slots, log_weights, counts), finite
+        finite = own.sum(-1).isfinite()  # no score is below 0, so nothing cancels
+        log_weights[number, :, index].masked_fill_(~finite[:, None], torch.nan)
+    return SampledKeys(slots, log_weights, counts)
 
 
 def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
     def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
         """Compress, attend, decompress; the queries that were not selected get the fallback."""
         windowed = self.config.fallback == "window"
+        assert plan.ran_sparse is not None
         if windowed:
             window = self.config.sliding_window
             start, end = problem.tokens.bounds.unbind(-1)
