@@ -205,28 +205,28 @@ def parts_calls(inputs: Inputs, config: KVSamplingConfig, backend_name: str) -> 
     probes = find_probes(problem, blocks)
     backend, into = resolve_backend(backend_name, query, key), new_output(problem)
     plan = method.prepare(problem, gate)
-    if isinstance(plan, DenseReason) or plan.begins is None:
+    if isinstance(plan, DenseReason):
         return {}
-    latest, ends, starts = plan.latest, plan.begins, torch.zeros_like(plan.begins)
-    first = partial(
-        backend.dense.attend_sequences, problem.until(latest), starts, into.until(latest),
-        ends=ends,
-    )  # fmt: skip
 
     def score() -> None:
         for begin, some in parts_of(blocks, problem):
             score_blocks(problem, some, probes.of_blocks(blocks, begin, begin + some.num_blocks))
 
     window = min(config.sliding_window, problem.kv_len)
-    windows = partial(backend.dense.attend_windows, problem, plan.begins, into, window)
-    attend = partial(method.attend, plan, problem, backend, into)
-    return {
+    later = problem.since(plan.begin)
+    windows = partial(
+        backend.dense.attend_windows, later, None, into.of_queries(slice(plan.begin, None)), window
+    )
+    calls: dict[str, Call] = {
         SCORE: score,
         PREPARE: partial(method.prepare, problem, gate),
         WINDOWS: windows,
-        ATTEND: attend,
-        FIRST: first,
+        ATTEND: partial(method.attend, plan, problem, backend, into),
     }
+    if plan.begin:
+        before = into.of_queries(slice(plan.begin))
+        calls[FIRST] = partial(backend.dense.attend_all, problem.until(plan.begin), before)
+    return calls
 
 
 def main(argv: Sequence[str] | None = None) -> int:

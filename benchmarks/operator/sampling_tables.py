@@ -105,9 +105,10 @@ def part_shares(run: Run, seq_len: int) -> list[float]:
             raise NoFigureError(NOT_MEASURED)
         return record.median_ms
 
+    first = ms(FIRST) if run.find(FIRST, seq_len) else 0.0
     last = ms(WHOLE) - ms(WITHOUT_LAST) if run.find(WITHOUT_LAST, seq_len) else 0.0
     parts = [ms(SCORE), ms(PREPARE) - ms(SCORE), ms(WINDOWS), ms(ATTEND) - ms(WINDOWS)]
-    parts = [max(part, 0.0) for part in (*parts, ms(FIRST), last)]
+    parts = [max(part, 0.0) for part in (*parts, first, last)]
     return [part / sum(parts) for part in parts]
 
 

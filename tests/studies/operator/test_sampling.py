@@ -20,7 +20,7 @@ from token_sparse_attention.benchmark.runs import Run
 SMALL = '{"block_size": 64, "num_probes": 16, "sliding_window": 64, "num_samples": 32}'
 ARGUMENTS = ["--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
 ARGUMENTS += ["--shapes", "4/2/16,3/1/8", "--lengths", "64,640", "--config", SMALL]
-PARTS = ["score", "prepare", "windows", "attend", "first queries"]
+PARTS = ["score", "prepare", "windows", "attend"]
 
 
 def rows(name, of):
