@@ -92,7 +92,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         window = min(self.config.sliding_window, problem.kv_len)
         lse = backend.dense.attend_windows(problem, plan.begins, into, window)
         keys = []
-        for begin, some in _parts(blocks, problem):
+        for begin, some in parts_of(blocks, problem):
             part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
             sampled = sample(whole, some, part, self.config)
             add_sampled_keys(problem, some, sampled, plan.begins, into._replace(lse=lse))
@@ -179,7 +179,7 @@ def _passes(gate: Gate, problem: Problem) -> Tensor:
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
 
 
-def _parts(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
+def parts_of(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
     """Yield runs of blocks whose scores fit in memory, with the index of each one's first."""
     begin, rows = 0, problem.num_heads * len(problem.query)
     while begin < blocks.num_blocks:
@@ -216,12 +216,7 @@ def sample(
         config: the settings.
     """
     tokens, capacity = problem.tokens, _capacity(config, problem.kv_len)
-    if problem.impl == "triton":
-        scores = load_kernels("block_scoring").score_blocks(
-            *probes, problem.key, tokens.bounds, blocks, problem.scale
-        )
-    else:
-        scores = _score_blocks(problem, blocks, probes)
+    scores = score_blocks(problem, blocks, probes)
     budgets = None
     if config.budget == "per_head":
         budgets = block_budgets(scores, blocks, problem, config)
@@ -234,8 +229,13 @@ def sample(
     return _sample_blocks(scores, problem, blocks, config, budgets)
 
 
-def _score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
+def score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
     """Return the scores ``[B, H, num_scores]``, block after block; see `Blocks.offset`."""
+    if problem.impl == "triton":
+        scored: Tensor = load_kernels("block_scoring").score_blocks(
+            *probes, problem.key, problem.tokens.bounds, blocks, problem.scale
+        )
+        return scored
     num_probes, stride = blocks.num_probes, blocks.stride
     precision = torch.promote_types(problem.query.dtype, torch.float32)
     scores = probes.query.new_zeros(*probes.query.shape[:2], blocks.num_scores, dtype=precision)
