@@ -149,7 +149,7 @@ def _summary(record: LayerRecord) -> str:
 def demo_settings(name: str) -> tuple[LayerProfile, str]:
     """Return the bundled model's profile in proportion to the document, and what that is.
 
-    Blocks, windows and samples are `SHRINK` times smaller, the layers are the profile's. The
+    Blocks, windows and samples are `SHRINK` times fewer, the layers are the profile's. The
     crossover is off: at the profile's own sizes a document this short is attended to densely.
 
     Args:
@@ -163,13 +163,15 @@ def demo_settings(name: str) -> tuple[LayerProfile, str]:
         layer: {**changes, samples: changes.get(samples, base.num_samples) // SHRINK}
         for layer, changes in profile.layers.items()
     }
+    size = base.block_size // SHRINK
     base = replace(
         base,
-        block_size=base.block_size // SHRINK,
+        block_size=size,
+        num_probes=min(base.num_probes, size),
         sliding_window=base.sliding_window // SHRINK,
         crossover="off",
     )
-    return LayerProfile(base, layers), f"{source}, all sizes a sixteenth of its own"
+    return LayerProfile(base, layers), f"{source}, blocks, windows and samples a sixteenth"
 
 
 def run_demo(

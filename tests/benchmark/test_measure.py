@@ -177,7 +177,8 @@ SELECTION = dataclasses.replace(
     CONFIG, drop_mass=0.3, fallback="window", sliding_window=20, dense_queries=40
 )
 SAMPLING = KVSamplingConfig(
-    num_probes=16,
+    block_size=16,
+    num_probes=8,
     sliding_window=20,
     sink_size=2,
     num_samples=30,

@@ -139,7 +139,7 @@ def test_few_last_queries_split_their_keys(heads, splits, monkeypatch):
         return real(backend, query, *rest, **named)
 
     monkeypatch.setattr(FlashBackend, "attend", spy)
-    config = KVSamplingConfig(sliding_window=256, num_samples=64, crossover="off")
+    config = KVSamplingConfig(block_size=256, sliding_window=256, num_samples=64, crossover="off")
     out, _, lse = token_sparse_attention(*problem, config, return_aux=WITH_LSE)
     assert used == ([("flash", 128)] if splits else [])
     group = heads // problem.key.shape[1]
@@ -154,7 +154,7 @@ def test_few_last_queries_split_their_keys(heads, splits, monkeypatch):
 def test_sequences_without_finite_scores_run_dense_to_their_last_query():
     problem = make_problem(query_len=3000, head_dim=64, dtype=torch.bfloat16, device=DEVICE)
     problem.query[0, 0, -5, 0] = torch.nan
-    config = KVSamplingConfig(sliding_window=256, num_samples=64, crossover="off")
+    config = KVSamplingConfig(block_size=256, sliding_window=256, num_samples=64, crossover="off")
     out = token_sparse_attention(*problem, config)
     dense = causal_attention(*problem, scale=0.125)
     torch.testing.assert_close(out, dense, rtol=1e-2, atol=1e-2, equal_nan=True)

@@ -223,7 +223,12 @@ def sample(
     if problem.impl == "triton":
         return SampledKeys(
             *load_kernels("sampling").sample_blocks(
-                scores, tokens.bounds, blocks, config.num_samples, capacity, budgets
+                scores,
+                tokens.bounds,
+                blocks,
+                min(config.num_samples, 2**31 - 1),
+                capacity,
+                budgets,
             )
         )
     return _sample_blocks(scores, problem, blocks, config, budgets)
