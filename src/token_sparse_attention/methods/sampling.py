@@ -362,10 +362,12 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
         An extension; vAttention (arXiv 2510.05688) adds weighted samples to best-scored keys.
     """
     number = scores.shape[1]
-    shares = scores.double().nan_to_num(0.0, 0.0)
-    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
-    shares += 1 / max(number, 1)
-    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
+    exact = scores.double().nan_to_num(0.0, 0.0)
+    total = exact.sum(-1, keepdim=True)
+    by_score, uniform = 1 / total.clamp(min=1e-30), 1 / max(number, 1)
+    both = total * by_score + number * uniform
+    by_score, uniform = by_score / both, uniform / both
+    shares = exact * by_score + uniform
     factor, found = budgets, torch.zeros_like(budgets)
     while True:
         certain = shares * factor >= 1
@@ -375,8 +377,10 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
         found = now.double()
         rest = (1 - (shares * certain).sum(-1, keepdim=True)).clamp(min=1e-12)
         factor = torch.maximum(factor, (budgets - found) / rest)
-    certain |= budgets >= number
-    units = (shares * factor).clamp(max=1.0).mul(_UNITS).round().long().masked_fill(certain, 0)
+    units = exact * (by_score * factor * _UNITS) + uniform * factor * _UNITS
+    units = units.masked_fill(budgets >= number, _UNITS).clamp(max=_UNITS).round().long()
+    certain = units == _UNITS
+    units.masked_fill_(certain, 0)
     cumulated = units.cumsum(-1)
     cell = cumulated >> UNIT_BITS
     point = (((cell + 1) * GOLDEN) & (2**32 - 1)) >> (32 - UNIT_BITS)
