@@ -1,158 +1,241 @@
-"""Sampling by one kernel, against sampling by PyTorch: the same keys with the same weights."""
+"""Sampling keys for blocks by one kernel, against a literal sampler in float64."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support import SAMPLING
-from token_sparse_attention.inputs import real_tokens
-from token_sparse_attention.methods.sampling import sample, sample_keys
+from token_sparse_attention.blocks import GOLDEN, Blocks
 
 pytest.importorskip("triton")
 
 from token_sparse_attention.kernels import sampling as kernel
+from token_sparse_attention.kernels.sampling import BlockBudget, sample_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def scores_of(kind, heads, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(1, heads, length, generator=generator)
-    scores = {
-        "even": torch.full_like(normal, 1 / length),
-        "soft": normal.softmax(-1),
-        "sharp": (8 * normal).softmax(-1),
-        "heavy-tailed": normal.abs() ** -1.5 / length,
-        "geometric": 0.5 ** torch.arange(length).expand_as(normal),
-        "none": torch.zeros_like(normal),
-        "one": torch.zeros_like(normal).index_fill_(-1, torch.tensor([length // 3]), 1.0),
-        "tied": (3 * normal).round().softmax(-1),
-    }
-    return scores[kind].to(DEVICE)
-
-
-def both(scores, count, tokens, window=0, sink_size=0, budgets=None):
-    """What PyTorch samples, after checking that the kernel samples the same."""
-    slots, weights = sample_keys(
-        scores, count, tokens, window=window, sink_size=sink_size, budgets=budgets
-    )
-    mine, my_weights, finite = kernel.sample_keys(
-        scores, tokens.bounds, tokens.kv_len, window, count, slots.shape[2], sink_size, budgets
-    )
-    assert my_weights.dtype == weights.dtype
-    assert torch.equal(finite, scores.sum(-1).isfinite())
-    start, end = tokens.bounds.unbind(-1)
-    sinks = start[:, None, None] + torch.arange(sink_size, device=DEVICE)
-    sinks = sinks.where(sinks < end[:, None, None], tokens.kv_len).expand(*mine.shape[:2], -1)
-    assert torch.equal(mine[..., :sink_size], sinks.int())
-    assert (my_weights[..., :sink_size] == 1.0).all()
-    mine, my_weights = mine[..., sink_size:], my_weights[..., sink_size:]
-    assert torch.equal(mine.long(), slots)
-    own = slots < tokens.kv_len
-    torch.testing.assert_close(my_weights[own], weights[own], rtol=1e-6, atol=0)
-    assert (my_weights[~own] == 1.0).all()
-    return slots
-
-
+UNITS = 2**32
 KINDS = ["even", "soft", "sharp", "heavy-tailed", "geometric", "none", "one", "tied"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [1, 40, 700, 2013, 3000])
-def test_the_same_keys_of_one_sequence(kind, count):
-    length, window = 2113, 100  # 2013 keys may be sampled
-    tokens = real_tokens(None, 1, length, torch.device(DEVICE))
-    slots = both(scores_of(kind, 3, length - 32), count, tokens, window)
-    found = (slots < length).sum(-1)
-    assert (found - min(count, length - window)).abs().max() <= 1
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernel, "_BLOCK", 256)
+
+
+def scores_of(kind, blocks, batch=1, heads=1, seed=0):
+    """``[B, H, blocks.num_scores]`` float32, each block's of one kind."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for index in range(blocks.num_blocks):
+        length = blocks.first_reach + index * blocks.size
+        normal = torch.randn(batch, heads, length, generator=generator)
+        found.append({
+            "even": torch.full_like(normal, 1 / max(length, 1)),
+            "soft": normal.softmax(-1),
+            "sharp": (8 * normal).softmax(-1),
+            "heavy-tailed": normal.abs() ** -1.5 / length,
+            "geometric": 0.5 ** torch.arange(length).expand_as(normal),
+            "none": torch.zeros_like(normal),
+            "one": (torch.arange(length) == length // 3).float().expand_as(normal),
+            "tied": (3 * normal).round().softmax(-1),
+        }[kind])  # fmt: skip
+    return torch.cat(found, -1).to(DEVICE)
+
+
+def literal_factor(shares, budget):
+    """The factor by which shares, each at most 1, add up to the budget."""
+    if budget >= len(shares):
+        return float("inf")
+    certain = 0
+    best = shares.sort(descending=True).values
+    while True:
+        factor = (budget - certain) / float(best[certain:].sum())
+        if not float(best[certain]) * factor >= 1:
+            return factor
+        certain += 1
+
+
+def points_passed(units):
+    cell, part = divmod(units, UNITS)
+    return cell + (part > (cell + 1) * GOLDEN % UNITS)
+
+
+def literal_samples(scores, budget):
+    """Positions and weights of one block's samples, by its candidates' scores."""
+    scores = scores.double().cpu()
+    shares = scores / scores.sum().clamp(min=1e-30) + 1 / max(len(scores), 1)
+    shares = shares / shares.sum()
+    found, passed = [], 0
+    if not len(scores):
+        return found
+    probabilities = shares * literal_factor(shares, budget)
+    for position, probability in enumerate(probabilities.tolist()):
+        if probability >= 1:
+            found.append((position, 1.0))
+            continue
+        units = round(probability * UNITS)
+        hits = points_passed(passed + units) - points_passed(passed)
+        passed += units
+        if hits:
+            found.append((position, hits * UNITS / units))
+    return found
+
+
+def check(scores, bounds, blocks, budget, capacity=None, budgets=None, kv_len=None):
+    """What the kernel returns, after comparing it with the literal sampler."""
+    capacity = budget.most + 8 if capacity is None else capacity
+    kv_len = int(bounds.max()) if kv_len is None else kv_len
+    found = sample_blocks(scores, bounds, kv_len, blocks, budget, capacity, budgets)
+    slots, log_weights, counts, finite = found
+    shape = (*scores.shape[:2], blocks.num_blocks)
+    assert slots.shape == log_weights.shape == (*shape, blocks.sink_size + capacity)
+    assert slots.dtype == counts.dtype == torch.int32
+    assert log_weights.dtype == torch.float32
+    assert finite.all()
+    for row, (start, end) in enumerate(bounds.tolist()):
+        for head in range(shape[1]):
+            for index in range(blocks.num_blocks):
+                expected = []
+                if end - start > (blocks.first + index) * blocks.size:
+                    begin = blocks.offset(index) + blocks.sink_size
+                    own = scores[row, head, begin : max(blocks.offset(index + 1), begin)]
+                    number = min(budget.most, max(budget.least, len(own) // budget.share))
+                    if budgets is not None:
+                        number = float(budgets[row, head, index])
+                    expected = [(sink, 1.0) for sink in range(blocks.sink_size)]
+                    samples = literal_samples(own, number)[:capacity]
+                    expected += [(blocks.sink_size + at, weight) for at, weight in samples]
+                entries = int(counts[row, head, index])
+                assert entries == len(expected)
+                mine = slots[row, head, index].tolist()
+                assert mine[:entries] == [start + position for position, _ in expected]
+                assert set(mine[entries:]) <= {kv_len}
+                weights = torch.tensor([weight for _, weight in expected]).double().log2()
+                own = log_weights[row, head, index, :entries].double().cpu()
+                torch.testing.assert_close(own, weights, rtol=1e-6, atol=2e-6)
+    return found
+
+
+def one_row(length):
+    return torch.tensor([[0, length]], dtype=torch.int32, device=DEVICE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_keys_over_several_blocks(kind):
-    length = 2 * kernel._BLOCK + 517
-    tokens = real_tokens(None, 1, length, torch.device(DEVICE))
-    both(scores_of(kind, 2, length - 128), 1024, tokens, 2048)
+@pytest.mark.parametrize("count", [1, 40, 300, 2000])
+def test_the_keys_of_a_block(kind, count):
+    blocks = Blocks(512, 4, 600, 5, 2, 1)
+    budget = BlockBudget(count, 10**6, count)
+    _, _, counts, _ = check(scores_of(kind, blocks, heads=2), one_row(1100), blocks, budget)
+    # A key at which two points are passed is one entry.
+    assert (counts - 5 - min(count, blocks.first_reach - 5)).abs().max() <= max(2, 0.2 * count)
 
 
-@given(
-    st.integers(1, 3), st.integers(1, 300), st.integers(0, 40), st.integers(1, 400),
-    st.integers(0, 20), st.sampled_from(KINDS), st.integers(0, 99),
-)  # fmt: skip
-def test_the_same_keys_of_any_sequence(heads, scored, others, count, sinks, kind, seed):
-    tokens = real_tokens(None, 1, scored + others, torch.device(DEVICE))
-    both(scores_of(kind, heads, scored, seed), count, tokens, sink_size=sinks)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_of_the_real_size(kind, monkeypatch):
+    monkeypatch.undo()
+    blocks = Blocks(8192, 4, 8192, 3, 2, 1)
+    budget = BlockBudget(500, 10**6, 500)
+    check(scores_of(kind, blocks), one_row(20000), blocks, budget)
 
 
-@pytest.mark.parametrize("sink_size", [0, 7])
-def test_padding_and_sinks(monkeypatch, sink_size):
-    monkeypatch.setattr(kernel, "_BLOCK", 128)
-    length = 700
-    mask = torch.ones(3, length, dtype=torch.bool, device=DEVICE)
-    mask[0, :333] = False
-    mask[1, 402:] = False
-    mask[2, 30:] = False  # nothing is left to sample
-    scores = scores_of("soft", 4, length - 10).expand(3, -1, -1).clone()
-    budgets = 90 * torch.rand(3, 4, dtype=torch.float64, device=DEVICE)
-    tokens = real_tokens(mask, 3, length, torch.device(DEVICE))
-    for given_budgets in (None, budgets):
-        slots = both(scores, 50, tokens, 40, sink_size, given_budgets)
-        for sequence in range(3):
-            first = int(mask[sequence].int().argmax())
-            for head in range(4):
-                own = slots[sequence, head][slots[sequence, head] < length]
-                assert mask[sequence, own].all()
-                assert (own >= first + sink_size).all()
-                assert (len(own) > 0) == (sequence < 2)
+@pytest.mark.parametrize("kind", ["soft", "sharp"])
+def test_the_budget_grows_with_the_candidates(kind):
+    blocks = Blocks(128, 4, 128, 8, 1, 5)
+    budget = BlockBudget(30, 4, 100)
+    scores = scores_of(kind, blocks, heads=2)
+    _, _, counts, _ = check(scores, one_row(801), blocks, budget)
+    least, more, most, last = (int(counts[0, 0, index]) - 8 for index in (0, 1, 3, 4))
+    assert least < more < most
+    assert abs(most - last) <= 6
 
 
-def test_padding_holds_anything():
-    length = 700
-    mask = torch.ones(1, length, dtype=torch.bool, device=DEVICE)
-    mask[0, :333] = False
-    scores = scores_of("soft", 4, length - 10)
-    tokens = real_tokens(mask, 1, length, torch.device(DEVICE))
-    expected = kernel.sample_keys(scores, tokens.bounds, length, 40, 50, 50, 3)
-    scores[..., :333] = torch.nan
-    for mine, right in zip(
-        kernel.sample_keys(scores, tokens.bounds, length, 40, 50, 50, 3), expected
-    ):
-        assert torch.equal(mine, right)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
-def test_slots_are_slots_whatever_the_scores(value):
-    """Sequences whose scores are not finite run dense, after their keys were gathered."""
-    scores = scores_of("soft", 2, 500)
-    scores[0, 0, 77] = value
-    scores[0, 1] = value
-    tokens = real_tokens(None, 1, 532, torch.device(DEVICE))
-    slots, weights, finite = kernel.sample_keys(scores, tokens.bounds, 532, 0, 60, 60)
-    assert ((slots >= 0) & (slots <= 532)).all()
-    assert (slots.diff() >= 0).all()
-    assert weights.isfinite().all()
-    assert not finite[0, 1], "the sum of 500 such numbers is not finite"
-    bounded = scores.where(scores < 1, 0.0)
-    assert torch.equal(slots, kernel.sample_keys(bounded, tokens.bounds, 532, 0, 60, 60)[0])
-
-
-@pytest.mark.parametrize("budget", ["shared", "per_head"])
-@pytest.mark.parametrize(("sinks", "samples"), [(0, 0), (4, 0), (0, 70), (4, 70)])
-@pytest.mark.parametrize("kv_len", [3, 62, 500])
-def test_sinks_and_samples(budget, sinks, samples, kv_len):
-    config = dataclasses.replace(
-        SAMPLING, budget=budget, sliding_window=60, num_samples=samples, sink_size=sinks
+@pytest.mark.parametrize("sinks", [0, 7])
+def test_padded_sequences(sinks):
+    blocks = Blocks(64, 4, 70, sinks, 2, 4)
+    bounds = torch.tensor(
+        [[0, 500], [133, 500], [20, 277], [7, 8], [60, 189]], dtype=torch.int32, device=DEVICE
     )
-    scores = scores_of("soft", 4, kv_len)
-    tokens = real_tokens(None, 1, kv_len, torch.device(DEVICE))
-    theirs, their_finite = sample(scores, config, tokens, "reference")
-    mine, my_finite = sample(scores, config, tokens, "triton")
-    assert torch.equal(mine.slots.long(), theirs.slots)
-    assert torch.equal(my_finite, their_finite)
-    assert (mine.slots.diff() >= 0).all()
-    own = theirs.slots < kv_len
-    torch.testing.assert_close(mine.weights[own], theirs.weights[own], rtol=1e-6, atol=0)
+    scores = scores_of("soft", blocks, 5, 2)
+    scores[2, :, blocks.offset(3) :] = torch.nan  # of a block that does not exist
+    scores[3] = torch.nan
+    scores[4, :, blocks.offset(1) :] = torch.nan
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    budgets = 90 * torch.rand(5, 2, 4, dtype=torch.float64, device=DEVICE, generator=generator)
+    budgets[0, 0] = torch.tensor([0.0, 0.5, 1e9, 50.25], dtype=torch.float64)
+    check(scores, bounds, blocks, BlockBudget(20, 5, 40), 400, budgets, 500)
+    counts = check(scores, bounds, blocks, BlockBudget(20, 5, 40), 400, None, 500)[2]
+    present = torch.tensor([[4], [4], [3], [0], [1]], device=DEVICE)
+    present = torch.arange(4, device=DEVICE) < present
+    assert torch.equal(counts > 0, present[:, None].expand_as(counts))
+
+
+def test_what_exceeds_the_capacity_is_dropped():
+    blocks = Blocks(64, 4, 64, 2, 4, 2)
+    check(scores_of("soft", blocks), one_row(400), blocks, BlockBudget(90, 4, 90), 50)
+
+
+def test_blocks_that_reach_no_further_than_the_sinks():
+    blocks = Blocks(16, 4, 40, 10, 2, 2)  # the first reaches 8, the second 24
+    _, _, counts, _ = check(scores_of("soft", blocks), one_row(64), blocks, BlockBudget(5, 9, 9))
+    assert counts.flatten().tolist()[0] == 10
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("position", [1, 77])
+def test_scores_that_are_not_finite(value, position):
+    """They are told for the sequence's head, whose slots are slots all the same."""
+    blocks = Blocks(64, 4, 64, 3, 2, 3)
+    scores = scores_of("soft", blocks, 2, 2)
+    scores[1, 0, blocks.offset(1) + position] = value
+    bounds = torch.tensor([[0, 300], [0, 300]], dtype=torch.int32, device=DEVICE)
+    arguments = (bounds, 300, blocks, BlockBudget(20, 5, 40), 60)
+    slots, _, counts, finite = sample_blocks(scores, *arguments)
+    assert finite.tolist() == [[True, True], [False, True]]
+    assert ((slots >= 0) & (slots <= 300)).all()
+    others = sample_blocks(scores.nan_to_num(0.0, 0.0), *arguments)
+    assert torch.equal(counts[0], others[2][0])
+    assert torch.equal(slots[0], others[0][0])
+    bounds[1, 1] = 3 * 64  # the block does not exist
+    assert sample_blocks(scores, *arguments)[3].all()
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_other_blocks_and_sequences_change_nothing(data):
+    sinks, window = data.draw(st.integers(0, 20)), data.draw(st.integers(32, 60))
+    first, count = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 5))
+    blocks = Blocks(32, 4, window, sinks, first, count)
+    lengths = data.draw(st.lists(st.integers(1, (first + count) * 32), min_size=1, max_size=2))
+    bounds = torch.tensor(
+        [[3 * row, 3 * row + length] for row, length in enumerate(lengths)],
+        dtype=torch.int32, device=DEVICE,
+    )  # fmt: skip
+    kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 99))
+    scores = scores_of(kind, blocks, len(lengths), 2, seed)
+    least, share = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 9))
+    budget = BlockBudget(least, share, least + data.draw(st.integers(0, 60)))
+    whole = check(scores, bounds, blocks, budget, kv_len=500)
+    skipped = data.draw(st.integers(0, count - 1))
+    taken = data.draw(st.integers(1, count - skipped))
+    row = data.draw(st.integers(0, len(lengths) - 1))
+    part = blocks._replace(first=first + skipped, num_blocks=taken)
+    own = scores[row : row + 1, :, blocks.offset(skipped) : blocks.offset(skipped + taken)]
+    mine = sample_blocks(own, bounds[row : row + 1], 500, part, budget, budget.most + 8)
+    entries = mine[2]
+    assert torch.equal(entries, whole[2][row : row + 1, :, skipped : skipped + taken])
+    real = torch.arange(mine[0].shape[-1], device=DEVICE) < entries[..., None]
+    for one, other in zip(mine[:2], whole):
+        assert torch.equal(one[real], other[row : row + 1, :, skipped : skipped + taken][real])
+
+
+def test_no_blocks():
+    blocks = Blocks(32, 4, 32, 3, 1, 0)
+    scores = torch.empty(2, 3, 0, device=DEVICE)
+    bounds = torch.tensor([[0, 30], [0, 30]], dtype=torch.int32, device=DEVICE)
+    slots, _, counts, finite = sample_blocks(scores, bounds, 30, blocks, BlockBudget(1, 1, 9), 9)
+    assert slots.shape == (2, 3, 0, 12)
+    assert counts.shape == (2, 3, 0)
+    assert finite.all()

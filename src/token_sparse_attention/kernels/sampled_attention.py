@@ -1,8 +1,9 @@
-"""Merge each head's sampled keys into the sliding-window attention of all its queries.
+"""Merge each block's sampled keys into the sliding-window attention of its queries.
 
-All queries of a head share its sampled keys. `gather_sampled_kernel` first copies these keys and
-their values. Then `sampled_keys_kernel` takes a block of queries, starts from its sliding-window
-output and log-sum-exp, and continues the online softmax.
+The queries of a block share each head's sampled keys. `sampled_keys_kernel` takes a tile of
+queries, starts from its sliding-window output and log-sum-exp, and continues the online softmax
+over the keys and values at the sampled slots. Tiles begin at fixed positions, so a query's
+result depends on nothing but the query, its block's samples, and their keys.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.blocks import Blocks
 from token_sparse_attention.device import on_its_device
 from token_sparse_attention.kernels.softmax import LN_2, LOG2_E, dot_constants, load_rows
 
-_GATHERED = 4096  # numbers of K, and as many of V, per program of the gathering kernel
+_COUNTED = 128  # tiles of sampled keys whose first and last slots are read at once
 
 
 class Tiles(NamedTuple):
@@ -35,118 +37,92 @@ def pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
         return Tiles(32, 32, 4, 2)
     if head_dim > 128:
         return Tiles(64, 64, 8, 2)
-    return Tiles(128, 32, 4, 4)  # the fastest of those measured on an H100
+    return Tiles(128, 64, 8, 3)
 
 
 @on_its_device
 def add_sampled_keys(
-    query: Tensor, key: Tensor, value: Tensor, sampled: tuple[Tensor, Tensor | None],
-    sequences: tuple[Tensor, Tensor], windowed: tuple[Tensor, Tensor], *,
-    window: int, scale: float,
+    query: Tensor, key: Tensor, value: Tensor, sampled: tuple[Tensor, Tensor, Tensor],
+    sequences: tuple[Tensor, Tensor], windowed: tuple[Tensor, Tensor], blocks: Blocks,
+    scale: float,
 ) -> None:  # fmt: skip
-    """Merge sampled keys into sliding-window attention, in place, except in padding.
+    """Merge each block's sampled keys into sliding-window attention, in place.
+
+    A query at position p, of block p // C, sees its block's entries up to position p - w.
+    Queries of other blocks stay as they are.
 
     Args:
-        query: ``[B, H, S_q, D]``, unit stride over D, as all others.
+        query: ``[B, H, S_q, D]``, unit stride over D, as all others; the slots
+            ``[S_kv - S_q, S_kv)``.
         key: ``[B, H_kv, S_kv, D]``.
         value: ``[B, H_kv, S_kv, D]``.
-        sampled: slots ``[B, H, M]`` int32, ascending, S_kv or more for no key, M may be 0; and
-            ``[B, H, M]`` float32, factors of the keys' exponentials, None for 1.
-        sequences: ``[B, 2]`` int32, each one's real slots ``[start, end)``; and ``[B]`` bool,
-            which to change.
+        sampled: slots ``[B, H, blocks.num_blocks, M]`` int32, ascending; base-2 logarithms of their
+            weights, float32; and how many entries there are ``[B, H, blocks.num_blocks]`` int32, the
+            others may hold anything.
+        sequences: ``[B, 2]`` int32, each one's real slots ``[start, end)``; and ``[B]`` int32,
+            the first slot whose query changes.
         windowed: the sliding-window attention ``[B, H, S_q, D]``, and its log-sum-exp
             ``[B, H, S_q]`` float32.
-        window: keys that each query has attended to, its own included; it attends to the
-            sampled keys before these.
+        blocks: the blocks.
         scale: factor of the logits.
     """
-    (slots, weights), (bounds, wanted), (out, lse) = sampled, sequences, windowed
-    if not slots.shape[2]:
+    (slots, log_weights, counts), (bounds, begins), (out, lse) = sampled, sequences, windowed
+    if not slots.numel():
         return
     batch_size, num_heads, query_len, head_dim = query.shape
-    slots = slots.contiguous()
-    sampled_key, sampled_value, log_weights = _gather(key, value, slots, weights)
     block_m, block_n, num_warps, num_stages = pick_tiles(query.dtype, head_dim)
-    sampled_keys_kernel[(triton.cdiv(query_len, block_m), batch_size * num_heads)](
-        query, slots, sampled_key, sampled_value, log_weights, bounds, wanted, out, lse,
-        scale * LOG2_E.value,
-        *query.stride()[:3], *out.stride()[:3], *lse.stride(),
-        num_heads, query_len, key.shape[2] - query_len,
-        **dot_constants(query), NUM_KEYS=slots.shape[2],
-        SLOT_BLOCK=min(triton.next_power_of_2(slots.shape[2]), 2048), WINDOW=window,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+    block_m = min(block_m, blocks.size)
+    num_tiles = blocks.num_blocks * (blocks.size // block_m)
+    sampled_keys_kernel[(num_tiles, batch_size * num_heads)](
+        query, key, value, slots.contiguous(), log_weights.contiguous(), counts.contiguous(),
+        bounds, begins, out, lse, scale * LOG2_E.value,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *lse.stride(), num_heads, num_heads // key.shape[1], query_len, key.shape[2] - query_len,
+        slots.shape[3], blocks.first, blocks.num_blocks, blocks.window,
+        **dot_constants(query), BLOCK_SIZE=blocks.size, BLOCK_M=block_m, BLOCK_N=block_n,
+        COUNTED=_COUNTED, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
-def _gather(
-    key: Tensor, value: Tensor, slots: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values ``[B, H, M, D]`` at each query head's slots, and log2 of the weights.
-
-    An entry without a key gets those of the last slot.
-    """
-    batch_size, num_kv_heads, kv_len, head_dim = key.shape
-    num_heads, num_keys = slots.shape[1:]
-    keys, values = (key.new_empty(*slots.shape, head_dim) for _ in range(2))
-    log_weights = None
-    if weights is not None:
-        weights, log_weights = weights.contiguous(), torch.empty_like(weights)
-    block_d = max(triton.next_power_of_2(head_dim), 16)
-    block_n = max(_GATHERED // block_d, 1)
-    gather_sampled_kernel[(triton.cdiv(num_keys, block_n), batch_size * num_heads)](
-        key, value, slots, weights, keys, values, log_weights,
-        *key.stride()[:3], *value.stride()[:3], num_heads, num_heads // num_kv_heads, kv_len,
-        NUM_KEYS=num_keys, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=block_n,
-    )  # fmt: skip
-    return keys, values, log_weights
-
-
-@triton.jit(do_not_specialize=["kv_len"])
-def gather_sampled_kernel(
-    key_ptr, value_ptr, slots_ptr, weights_ptr, keys_ptr, values_ptr, log_weights_ptr,
-    stride_kb: tl.int64, stride_kh: tl.int64, stride_ks: tl.int64,
-    stride_vb: tl.int64, stride_vh: tl.int64, stride_vs: tl.int64,
-    num_heads, group, kv_len,
-    NUM_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit
+def _count_tiles(
+    p_slots, count, all_see, one_sees, BLOCK_N: tl.constexpr, COUNTED: tl.constexpr
 ):  # fmt: skip
-    """Copy a block of one head's sampled keys and values, and take log2 of the weights."""
-    problem = tl.program_id(1).to(tl.int64)
-    b = problem // num_heads
-    kv_head = problem % num_heads // group
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = o_n < NUM_KEYS
-    o_entry = problem * NUM_KEYS + o_n
-    b_slot = tl.load(slots_ptr + o_entry, mask=exists, other=0)
-    b_slot = tl.minimum(b_slot, kv_len - 1).to(tl.int64)
-    if weights_ptr is not None:
-        b_weight = tl.load(weights_ptr + o_entry, mask=exists, other=1.0)
-        tl.store(log_weights_ptr + o_entry, tl.log2(b_weight), mask=exists)
-    o_d = tl.arange(0, BLOCK_D)
-    inside = exists[:, None] & (o_d < HEAD_DIM)[None, :]
-    o_out = o_entry[:, None] * HEAD_DIM + o_d[None, :]
-    p_key = key_ptr + b * stride_kb + kv_head * stride_kh + b_slot[:, None] * stride_ks
-    tl.store(keys_ptr + o_out, tl.load(p_key + o_d[None, :], mask=inside), mask=inside)
-    p_value = value_ptr + b * stride_vb + kv_head * stride_vh + b_slot[:, None] * stride_vs
-    tl.store(values_ptr + o_out, tl.load(p_value + o_d[None, :], mask=inside), mask=inside)
+    """How many tiles of entries lie up to the slot `all_see`, and begin up to `one_sees`."""
+    shared = 0
+    seen = 0
+    for begin in range(0, count, COUNTED * BLOCK_N):
+        o_n = begin + tl.arange(0, COUNTED) * BLOCK_N
+        b_first = tl.load(p_slots + o_n, mask=o_n < count, other=2147483647)
+        seen += tl.sum((b_first <= one_sees).to(tl.int32), 0)
+        o_n += BLOCK_N - 1
+        b_last = tl.load(p_slots + o_n, mask=o_n < count, other=2147483647)
+        shared += tl.sum((b_last <= all_see).to(tl.int32), 0)
+    return shared, seen
+
+
+@triton.jit
+def _load_entries(p_slots, p_weights, begin, count, BLOCK_N: tl.constexpr):
+    """A tile's slots, that of no query behind the last entry, and what is added to its logits."""
+    o_n = begin + tl.arange(0, BLOCK_N)
+    b_slot = tl.load(p_slots + o_n, mask=o_n < count, other=2147483647)
+    return b_slot, tl.load(p_weights + o_n, mask=o_n < count, other=0.0)
 
 
 @triton.jit
 def _attend_tile(
-    b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, seen,
-    slots_ptr, k_ptr, v_ptr, scale_log2,
-    MASKED: tl.constexpr, WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v,
+    stride_ks: tl.int64, stride_vs: tl.int64, scale_log2,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Update the online softmax by a head's sampled keys from number `begin` on."""
-    o_n = begin + tl.arange(0, BLOCK_N)
-    exists = o_n < seen
-    b_k = load_rows(k_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
-    b_v = load_rows(v_ptr, first_entry + o_n, HEAD_DIM, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    """Update the online softmax by the sampled keys of one tile."""
+    exists = b_slot < 2147483647
+    b_k = load_rows(p_k, b_slot, stride_ks, exists, HEAD_DIM, BLOCK_D, UPCAST)
+    b_v = load_rows(p_v, b_slot, stride_vs, exists, HEAD_DIM, BLOCK_D, UPCAST)
     b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-    if WEIGHTED:
-        b_logits += b_weight[None, :]
+    b_logits += b_weight[None, :]
     if MASKED:
-        b_slot = tl.load(slots_ptr + first_entry + o_n, mask=exists, other=2147483647)
         b_logits = tl.where(b_slot[None, :] <= b_reach[:, None], b_logits, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_logits, 1))
     b_probs = tl.exp2(b_logits - b_new[:, None])
@@ -157,54 +133,48 @@ def _attend_tile(
     return b_acc, b_new, b_sum
 
 
-@triton.jit
-def _load_log_weights(
-    log_weights_ptr, first_entry, begin, seen, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """What is added to a tile's logits, base 2."""
-    if WEIGHTED:
-        o_n = begin + tl.arange(0, BLOCK_N)
-        b_weight = tl.load(log_weights_ptr + first_entry + o_n, mask=o_n < seen, other=0.0)
-    else:
-        b_weight = tl.zeros([BLOCK_N], tl.float32)
-    return b_weight
-
-
-@triton.jit(do_not_specialize=["query_len", "first_query", "stride_lb", "stride_lh", "stride_ls"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_lb", "stride_lh", "stride_ls", "query_len", "first_query", "entries", "first",
+        "count", "window",
+    ]
+)  # fmt: skip
 def sampled_keys_kernel(
-    query_ptr, slots_ptr, k_ptr, v_ptr, log_weights_ptr, bounds_ptr,
-    sequences_ptr, out_ptr, lse_ptr, scale_log2,
+    query_ptr, key_ptr, value_ptr, slots_ptr, log_weights_ptr, counts_ptr, bounds_ptr,
+    begins_ptr, out_ptr, lse_ptr, scale_log2,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qs: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_ks: tl.int64,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vs: tl.int64,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_os: tl.int64,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_ls: tl.int64,
-    num_heads, query_len, first_query,
+    num_heads, group, query_len, first_query, entries, first, count, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    NUM_KEYS: tl.constexpr, SLOT_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """One block of one head's queries."""
-    WEIGHTED: tl.constexpr = log_weights_ptr is not None
-    problem = tl.program_id(1).to(tl.int64)
-    first_entry = problem * NUM_KEYS
-    b = problem // num_heads
-    head = problem % num_heads
+    """One tile of one head's queries."""
+    TILES: tl.constexpr = BLOCK_SIZE // BLOCK_M
+    b = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_heads).to(tl.int64)
     start = tl.load(bounds_ptr + 2 * b)
-    end = tl.load(bounds_ptr + 2 * b + 1)
-    end = start + (end - start) * tl.load(sequences_ptr + b).to(tl.int32)  # empty if not wanted
-    o_query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_slot = first_query + o_query
-    real = (o_query < query_len) & (o_slot >= start) & (o_slot < end)
-    b_reach = tl.where(real, o_slot - WINDOW, -1)  # the last slot before each query's window
-    longest, shortest = tl.max(b_reach, 0), tl.min(b_reach, 0)
-    seen = 0  # sampled keys that any of the queries attends to
-    shared = 0  # that all of them attend to
-    for begin in range(0, NUM_KEYS, SLOT_BLOCK):
-        o_n = begin + tl.arange(0, SLOT_BLOCK)
-        b_slot = tl.load(slots_ptr + first_entry + o_n, mask=o_n < NUM_KEYS, other=2147483647)
-        seen += tl.sum((b_slot <= longest).to(tl.int32), 0)
-        shared += tl.sum((b_slot <= shortest).to(tl.int32), 0)
-    shared = shared // BLOCK_N * BLOCK_N
+    begin_slot = start + first * BLOCK_SIZE + tl.program_id(0) * BLOCK_M  # of the tile
+    low = tl.maximum(tl.load(begins_ptr + b), tl.maximum(first_query, start))
+    high = tl.minimum(tl.load(bounds_ptr + 2 * b + 1), first_query + query_len)
+    problem = tl.program_id(1).to(tl.int64) * count + tl.program_id(0) // TILES
+    present = tl.load(counts_ptr + problem)
+    if (begin_slot + BLOCK_M <= low) | (begin_slot >= high):
+        present = 0
+    p_slots = slots_ptr + problem * entries
+    p_weights = log_weights_ptr + problem * entries
+    # What the tile's queries see, whether or not they are queries of this call.
+    first_sees = begin_slot - window
+    shared, seen = _count_tiles(
+        p_slots, present, first_sees, first_sees + BLOCK_M - 1, BLOCK_N, COUNTED
+    )  # fmt: skip
     if seen > 0:
+        o_slot = begin_slot + tl.arange(0, BLOCK_M)
+        real = (o_slot >= low) & (o_slot < high)
+        o_query = o_slot - first_query
         p_q = query_ptr + b * stride_qb + head * stride_qh
         b_q = load_rows(p_q, o_query, stride_qs, real, HEAD_DIM, BLOCK_D, UPCAST)
         p_out = out_ptr + b * stride_ob + head * stride_oh
@@ -213,26 +183,27 @@ def sampled_keys_kernel(
         p_lse = lse_ptr + b * stride_lb + head * stride_lh + o_query.to(tl.int64) * stride_ls
         b_max = tl.load(p_lse, mask=real, other=0.0) * LOG2_E
         b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-        b_weight = _load_log_weights(log_weights_ptr, first_entry, 0, seen, WEIGHTED, BLOCK_N)
-        for begin in range(0, shared, BLOCK_N):  # every query attends to every key: no mask
-            # Weights are read a tile ahead: the pipeline takes care of keys and values only.
-            b_next = _load_log_weights(
-                log_weights_ptr, first_entry, begin + BLOCK_N, seen, WEIGHTED, BLOCK_N
+        b_reach = o_slot - window
+        p_k = key_ptr + b * stride_kb + head // group * stride_kh
+        p_v = value_ptr + b * stride_vb + head // group * stride_vh
+        # Slots and weights are read a tile ahead.
+        b_slot, b_weight = _load_entries(p_slots, p_weights, 0, present, BLOCK_N)
+        for tile in range(0, shared):  # every query attends to every key: no mask
+            b_next, b_next_weight = _load_entries(
+                p_slots, p_weights, (tile + 1) * BLOCK_N, present, BLOCK_N
             )  # fmt: skip
             b_acc, b_max, b_sum = _attend_tile(
-                b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, NUM_KEYS,
-                slots_ptr, k_ptr, v_ptr, scale_log2, False, WEIGHTED, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PRECISION, UPCAST,
+                b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v,
+                stride_ks, stride_vs, scale_log2, False, HEAD_DIM, BLOCK_D, PRECISION, UPCAST,
             )  # fmt: skip
-            b_weight = b_next
-        for begin in range(shared, seen, BLOCK_N):
-            b_weight = _load_log_weights(
-                log_weights_ptr, first_entry, begin, seen, WEIGHTED, BLOCK_N
+            b_slot, b_weight = b_next, b_next_weight
+        for tile in range(shared, seen):
+            b_slot, b_weight = _load_entries(
+                p_slots, p_weights, tile * BLOCK_N, present, BLOCK_N
             )  # fmt: skip
             b_acc, b_max, b_sum = _attend_tile(
-                b_q, b_acc, b_max, b_sum, b_reach, b_weight, first_entry, begin, seen, slots_ptr,
-                k_ptr, v_ptr, scale_log2, True, WEIGHTED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
-                UPCAST,
+                b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v,
+                stride_ks, stride_vs, scale_log2, True, HEAD_DIM, BLOCK_D, PRECISION, UPCAST,
             )  # fmt: skip
         o_d = tl.arange(0, BLOCK_D)
         p_out += o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]

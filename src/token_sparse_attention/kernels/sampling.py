@@ -1,159 +1,212 @@
-"""Sample each head's keys by their scores, one program per head.
+"""Sample each head's keys for each block of queries by their scores, one program per block.
 
-The same keys as `methods.sampling.sample_keys`, in a few passes over the scores. Keys of
-inclusion probability 1 are found without sorting: the keys whose share of the probability
-exceeds one sample are taken out, the factor of the other keys grows with what these leave over,
-and this repeats until no further key exceeds one sample.
+A few passes over the scores. Keys of inclusion probability 1 are found without sorting: the keys
+whose share of the probability exceeds one sample are taken out, the factor of the other keys
+grows with what these leave over, and this repeats until no further key exceeds one sample.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from token_sparse_attention.blocks import GOLDEN, Blocks
 from token_sparse_attention.device import on_its_device
 
-_BLOCK = 8192  # keys per iteration; with 16 warps the fastest of those measured on an H200
+_BLOCK = 8192  # keys per iteration
+_WARPS = 16
+_GOLDEN = tl.constexpr(GOLDEN)
+_UNIT = tl.constexpr(2.0**-32)
+_ROUNDING = tl.constexpr(2.0**52)  # added and subtracted, it leaves a whole number
 
 
 @on_its_device
-def sample_keys(
-    scores: Tensor, bounds: Tensor, kv_len: int, window: int, num_samples: int, capacity: int,
-    sink_size: int = 0, budgets: Tensor | None = None,
+def sample_blocks(
+    scores: Tensor, bounds: Tensor, blocks: Blocks, budget: tuple[int, int, int], capacity: int,
+    budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return each head's sinks and samples, and whether its scores are finite.
+    """Return each block's entries, sinks and samples.
 
     Args:
-        scores: ``[B, H, N]`` float32, by slot, N at most S_kv; further slots score 0.
+        scores: ``[B, H, blocks.num_scores]`` float32, as `score_blocks` returns them.
         bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
-        kv_len: S_kv, the slot of an entry without a key; its weight is 1.
-        window: the last keys of each sequence, as many as this, are not sampled.
-        num_samples: how many keys to sample, unless `budgets` is given.
-        capacity: entries for samples per head; no more are returned.
-        sink_size: the first keys, as many as this, are the first entries and not sampled.
-        budgets: ``[B, H]`` float64, how many keys to sample for each head.
+        blocks: the blocks.
+        budget: how many keys to sample, unless `budgets` is given: at least the first number,
+            one for as many candidates as the second, and at most the third.
+        capacity: room for samples; a block has no more.
+        budgets: ``[B, H, blocks.num_blocks]`` float64, how many keys to sample.
 
     Returns:
-        Slots ``[B, H, sink_size + capacity]`` int32, ascending; their weights, float32, 1 / p
-        for a key of inclusion probability p; ``[B, H]`` bool.
+        Slots ``[B, H, blocks.num_blocks, sink_size + capacity]`` int32, ascending; base-2
+        logarithms of their weights, float32; and the number of entries, ``[B, H,
+        blocks.num_blocks]`` int32, 0 for a block that begins at or behind a sequence's end.
+        Nothing is written behind the last entry. Where a score is not finite, the first entry's
+        weight is NaN.
     """
-    batch_size, num_heads, num_scored = scores.shape
-    entries = sink_size + capacity
-    slots = scores.new_empty(batch_size, num_heads, entries, dtype=torch.int32)
-    weights = scores.new_empty(batch_size, num_heads, entries)
-    finite = scores.new_empty(batch_size, num_heads, dtype=torch.bool)
-    sample_keys_kernel[(batch_size * num_heads,)](
-        scores.contiguous(), None if budgets is None else budgets.contiguous(), bounds,
-        slots, weights, finite, num_heads, num_scored, kv_len, window, num_samples, capacity,
-        sink_size, BLOCK=_BLOCK, num_warps=16,
-    )  # fmt: skip
-    return slots, weights, finite
+    batch_size, num_heads, _ = scores.shape
+    shape = (batch_size, num_heads, blocks.num_blocks)
+    entries = blocks.sink_size + capacity
+    slots = scores.new_empty(*shape, entries, dtype=torch.int32)
+    log_weights = scores.new_empty(*shape, entries)
+    counts = scores.new_empty(shape, dtype=torch.int32)
+    if counts.numel():
+        sample_blocks_kernel[(batch_size * num_heads, blocks.num_blocks)](
+            scores.contiguous(), None if budgets is None else budgets.contiguous(), bounds,
+            slots, log_weights, counts, num_heads, scores.shape[2], blocks.first,
+            blocks.first_reach, *budget, capacity, blocks.sink_size,
+            BLOCK_SIZE=blocks.size, BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+    return slots, log_weights, counts
 
 
 @triton.jit
-def _load_block(p_scores, begin, stop, num_scored, BLOCK: tl.constexpr):
-    """A block's slots, which of them may be sampled, and their scores, float64."""
-    o_slot = begin + tl.arange(0, BLOCK)
-    real = o_slot < stop
-    b_score = tl.load(p_scores + o_slot, mask=real & (o_slot < num_scored), other=0.0)
-    # Sequences whose scores are not finite run dense, but their slots are read all the same.
-    b_score = tl.where(b_score < 1e30, b_score, 0.0)
-    return o_slot, real, b_score.to(tl.float64)
+def _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK: tl.constexpr):
+    """A tile's positions, which of them may be sampled, and their shares, float64."""
+    o_key = begin + tl.arange(0, BLOCK)
+    real = o_key < reach
+    b_score = tl.load(p_scores + o_key, mask=real, other=0.0)
+    return o_key, real, b_score.to(tl.float64) * by_score + uniform
 
 
 @triton.jit
-def _all_finite(p_scores, start, end, num_scored, BLOCK: tl.constexpr):
-    """Whether a head's scores are finite; all are at least 0, so none cancel in their sum."""
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for begin in range(start, tl.minimum(end, num_scored), BLOCK):
-        o_slot = begin + tl.arange(0, BLOCK)
-        b_sum += tl.load(p_scores + o_slot, mask=o_slot < tl.minimum(end, num_scored), other=0.0)
-    return tl.sum(b_sum, 0) < float("inf")
+def _add_scores(p_scores, sink_size, reach, BLOCK: tl.constexpr):
+    """The sum of the scores behind the sinks, and the highest; no number if one is not finite."""
+    b_sum = tl.zeros([BLOCK], tl.float64)
+    b_best = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, reach, BLOCK):
+        o_key = begin + tl.arange(0, BLOCK)
+        b_score = tl.load(p_scores + o_key, mask=o_key < reach, other=0.0)
+        b_score = tl.where((o_key < sink_size) & (b_score < float("inf")), 0.0, b_score)
+        b_sum += b_score.to(tl.float64)
+        b_best = tl.maximum(b_best, b_score)
+    return tl.sum(b_sum, 0), tl.max(b_best, 0)
+
+
+@triton.jit
+def _find_factor(p_scores, low, reach, by_score, uniform, best, budget, BLOCK: tl.constexpr):
+    """The factor by which the shares, each at most 1, add up to the budget."""
+    factor = budget
+    if budget >= (reach - low).to(tl.float64):
+        factor += float("inf")  # all keys are certain
+    more = (best * factor >= 1.0) & (factor < float("inf"))
+    while more:
+        b_mass = tl.zeros([BLOCK], tl.float64)
+        b_certain = tl.zeros([BLOCK], tl.int32)
+        b_best = tl.zeros([BLOCK], tl.float64)
+        for begin in range(low, reach, BLOCK):
+            _, real, b_share = _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK)
+            inside = real & (b_share * factor >= 1.0)
+            b_mass += tl.where(inside, b_share, 0.0)
+            b_certain += inside.to(tl.int32)
+            b_best = tl.maximum(b_best, tl.where(real & ~inside, b_share, 0.0))
+        rest = tl.maximum(1.0 - tl.sum(b_mass, 0), 1e-12)
+        factor = tl.maximum(factor, (budget - tl.sum(b_certain, 0)) / rest)
+        more = tl.max(b_best, 0) * factor >= 1.0
+    return factor
+
+
+@triton.jit
+def _count_points(b_units):
+    """How many points a sum of units has passed: one in each unit cell, 2^32 units wide.
+
+    The points' places in their cells are a low-discrepancy sequence.
+    """
+    b_cell = b_units >> 32
+    b_point = (b_cell + 1) * _GOLDEN & 0xFFFFFFFF
+    return b_cell + ((b_units & 0xFFFFFFFF) > b_point).to(tl.int64)
+
+
+@triton.jit
+def _sample(
+    p_scores, p_slots, p_weights, start, low, reach, by_score, uniform, factor, capacity,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the certain keys, and those at which the others' cumulative units pass a point.
+
+    Whole units of 2^-32 add up to the same sum in any order.
+    """
+    passed = tl.zeros([1], tl.int64)
+    found = tl.zeros([1], tl.int32)
+    for begin in range(low, reach, BLOCK):
+        o_key, real, b_share = _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK)
+        b_probability = b_share * factor
+        certain = real & (b_probability >= 1.0)
+        sampled = real & (b_probability < 1.0)
+        b_units = tl.where(sampled, b_probability * 4294967296.0 + _ROUNDING - _ROUNDING, 0.0)
+        b_units = b_units.to(tl.int64)
+        b_after = passed + tl.cumsum(b_units, 0)
+        b_hits = (_count_points(b_after) - _count_points(b_after - b_units)).to(tl.int32)
+        taken = (certain | (b_hits > 0)).to(tl.int32)
+        o_entry = found + tl.cumsum(taken, 0) - taken
+        stored = (taken > 0) & (o_entry < capacity)
+        tl.store(p_slots + o_entry, start + o_key, mask=stored)
+        b_weight = (b_hits - 1).to(tl.float32) - tl.log2(b_units.to(tl.float32) * _UNIT)
+        tl.store(p_weights + o_entry, tl.where(certain, 0.0, b_weight), mask=stored)
+        passed += tl.sum(b_units, 0)
+        found += tl.sum(taken, 0)
+    return tl.minimum(tl.sum(found, 0), capacity)
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_heads", "num_scored", "kv_len", "window", "num_samples", "capacity", "sink_size",
+        "num_heads", "num_scores", "first", "first_reach", "least", "share", "most",
+        "capacity", "sink_size",
     ]
 )  # fmt: skip
-def sample_keys_kernel(
-    scores_ptr, budgets_ptr, bounds_ptr, slots_ptr, weights_ptr, finite_ptr,
-    num_heads, num_scored, kv_len, window, num_samples, capacity, sink_size,
-    BLOCK: tl.constexpr,
+def sample_blocks_kernel(
+    scores_ptr, budgets_ptr, bounds_ptr, slots_ptr, log_weights_ptr, counts_ptr,
+    num_heads, num_scores: tl.int64, first, first_reach, least, share, most, capacity,
+    sink_size, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head: sums, keys of probability 1, and equal steps through the probabilities."""
+    """One head's keys of one block: sums, keys of probability 1, and points passed."""
     head = tl.program_id(0).to(tl.int64)  # of all sequences' heads
+    index = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)  # the longest runs first
+    problem = head * tl.num_programs(1) + index
     b = head // num_heads
-    first = tl.load(bounds_ptr + 2 * b)
+    start = tl.load(bounds_ptr + 2 * b)
     end = tl.load(bounds_ptr + 2 * b + 1)
-    start = tl.minimum(first + sink_size, end)
-    stop = end - window
-    p_scores = scores_ptr + head * num_scored
-    tl.store(finite_ptr + head, _all_finite(p_scores, first, end, num_scored, BLOCK))
-    p_slots = slots_ptr + head * (sink_size + capacity)
-    p_weights = weights_ptr + head * (sink_size + capacity)
-    for begin in range(0, sink_size, BLOCK):
-        o_entry = begin + tl.arange(0, BLOCK)
-        b_sink = tl.where(first + o_entry < end, first + o_entry, kv_len)
-        tl.store(p_slots + o_entry, b_sink, mask=o_entry < sink_size)
-        tl.store(p_weights + o_entry, 1.0, mask=o_entry < sink_size)
-    p_slots += sink_size
-    p_weights += sink_size
-    if budgets_ptr is None:
-        budget = num_samples.to(tl.float64)
-    else:
-        budget = tl.load(budgets_ptr + head)
-
-    b_sum = tl.zeros([BLOCK], tl.float64)
-    b_number = tl.zeros([BLOCK], tl.int32)
-    for begin in range(start, stop, BLOCK):
-        _, real, b_score = _load_block(p_scores, begin, stop, num_scored, BLOCK)
-        b_sum += b_score
-        b_number += real.to(tl.int32)
-    total = tl.sum(b_sum, 0)
-    number = tl.sum(b_number, 0).to(tl.float64)
-    # Half of the probability is in proportion to the scores, half is uniform.
-    by_score = 1.0 / tl.maximum(total, 1e-30)
-    uniform = 1.0 / tl.maximum(number, 1.0)
-    both = tl.maximum(total * by_score + number * uniform, 1e-30)
-    by_score = by_score / both
-    uniform = uniform / both
-
-    factor = budget
-    certain = 0
-    more = stop > start
-    while more:
-        b_mass = tl.zeros([BLOCK], tl.float64)
-        b_certain = tl.zeros([BLOCK], tl.int32)
-        for begin in range(start, stop, BLOCK):
-            _, real, b_score = _load_block(p_scores, begin, stop, num_scored, BLOCK)
-            b_share = b_score * by_score + uniform
-            inside = real & (b_share * factor >= 1.0)
-            b_mass += tl.where(inside, b_share, 0.0)
-            b_certain += inside.to(tl.int32)
-        found = tl.sum(b_certain, 0)
-        more = found > certain
-        certain = found
-        rest = tl.maximum(1.0 - tl.sum(b_mass, 0), 1e-12)
-        factor = tl.maximum(factor, (budget - certain) / rest)
-
-    # In units of 2^-32: integers add up to the same sum in any order. A key is sampled where
-    # the sum passes a half, one and a half, and so on.
-    passed = tl.zeros([1], tl.int64) + 2147483648
-    for begin in range(start, stop, BLOCK):
-        o_slot, real, b_score = _load_block(p_scores, begin, stop, num_scored, BLOCK)
-        b_probability = tl.minimum((b_score * by_score + uniform) * factor, 1.0)
-        b_units = tl.where(real, b_probability * 4294967296.0 + 0.5, 0.0).to(tl.int64)
-        b_after = passed + tl.cumsum(b_units, 0)
-        o_entry = (b_after - b_units) >> 32
-        sampled = ((b_after >> 32) > o_entry) & (o_entry < capacity)
-        tl.store(p_slots + o_entry, o_slot, mask=sampled)
-        b_weight = 4294967296.0 / tl.maximum(b_units, 1).to(tl.float64)
-        tl.store(p_weights + o_entry, b_weight.to(tl.float32), mask=sampled)
-        passed += tl.sum(b_units, 0)
-    for begin in range(tl.sum(passed >> 32, 0).to(tl.int32), capacity, BLOCK):
-        o_entry = begin + tl.arange(0, BLOCK)
-        tl.store(p_slots + o_entry, kv_len, mask=o_entry < capacity)
-        tl.store(p_weights + o_entry, 1.0, mask=o_entry < capacity)
+    entries = sink_size + capacity
+    p_slots = slots_ptr + problem * entries
+    p_weights = log_weights_ptr + problem * entries
+    count = 0
+    if end - start > (first + index) * BLOCK_SIZE:
+        reach = first_reach + index.to(tl.int32) * BLOCK_SIZE
+        p_scores = scores_ptr + head * num_scores
+        p_scores += index * first_reach + BLOCK_SIZE * (index * (index - 1) // 2)
+        count += sink_size
+        total, best = _add_scores(p_scores, sink_size, reach, BLOCK)
+        finite = total < float("inf")
+        shown = tl.where(finite, 0.0, float("nan"))
+        for begin in range(0, sink_size, BLOCK):
+            o_entry = begin + tl.arange(0, BLOCK)
+            tl.store(p_slots + o_entry, start + o_entry, mask=o_entry < sink_size)
+            tl.store(p_weights + o_entry, shown, mask=o_entry < sink_size)
+        number = reach - sink_size
+        if finite & (number > 0):
+            if budgets_ptr is None:
+                budget = tl.minimum(most, tl.maximum(least, number // share)).to(tl.float64)
+            else:
+                budget = tl.load(budgets_ptr + problem)
+            # Half of the probability is in proportion to the scores, half is uniform.
+            by_score = 1.0 / tl.maximum(total, 1e-30)
+            uniform = 1.0 / number.to(tl.float64)
+            both = total * by_score + number * uniform
+            by_score = by_score / both
+            uniform = uniform / both
+            best_share = best.to(tl.float64) * by_score + uniform
+            factor = _find_factor(
+                p_scores, sink_size, reach, by_score, uniform, best_share, budget, BLOCK
+            )  # fmt: skip
+            count += _sample(
+                p_scores, p_slots + sink_size, p_weights + sink_size, start, sink_size, reach,
+                by_score, uniform, factor, capacity, BLOCK,
+            )  # fmt: skip
+        if (finite == 0) & (sink_size == 0) & (entries > 0):
+            tl.store(p_slots, start)
+            tl.store(p_weights, float("nan"))
+            count += 1
+    tl.store(counts_ptr + problem, count)
