@@ -1,11 +1,10 @@
 """How far block-wise samples of keys take a released model's answers from dense ones.
 
-    python -m benchmarks.fidelity prepare --model hf --prose vim/*.txt --out prompts.json.gz
-    python -m benchmarks.fidelity run --model hf --prompts prompts.json.gz --out part-0.jsonl
+    python -m benchmarks.fidelity run --model hf --length 31744 --pieces 16 --out part-0.jsonl
     python -m benchmarks.fidelity table part-*.jsonl --out fidelity.json
 
-`run` writes a line as each document of a variant is done; several may share a GPU, each with
-documents of its own (``--which 0,4,8``).
+The prompts are those of `tsa fidelity`. `run` writes a line as each piece of text of a variant
+is done; several may share a GPU, each with pieces of its own (``--which 0,4,8``).
 """
 
 from __future__ import annotations
@@ -19,73 +18,75 @@ from typing import Any
 
 import torch
 from benchmarks.command import list_of, make_parser, positive, run_command
-from benchmarks.fidelity import prompts as prompts_of
 from benchmarks.fidelity.measure import measure
 from benchmarks.fidelity.model import Model
 from benchmarks.fidelity.table import show, summarise
 from benchmarks.fidelity.variants import VARIANTS
 
+from token_sparse_attention import bundled
 from token_sparse_attention.errors import UsageError
+from token_sparse_attention.fidelity.prompts import CONTINUED, SHAPES, Prompt, PromptMaker
 from token_sparse_attention.info import provenance
-
-_ROOM = 640
-"""Tokens of answers that follow a prompt."""
+from token_sparse_attention.records import read_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare prompts, measure, or show what was measured."""
+    """Measure, or show what was measured."""
     parser = make_parser("benchmarks.fidelity", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("prepare", help="write the prompts")
-    one.add_argument("--model", required=True, type=Path, help="folder with a tokenizer")
-    one.add_argument("--prose", required=True, nargs="+", type=Path, help="text files")
-    one.add_argument("--documents", type=positive, default=24, help="how many (default: 24)")
-    one.add_argument("--length", type=positive, default=prompts_of.LENGTH, help="tokens")
-    one.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    one.add_argument("--out", required=True, type=Path, help="where to write")
-    two = commands.add_parser("run", help="measure variants")
-    two.add_argument("--model", required=True, type=Path, help="folder with the weights")
-    two.add_argument("--prompts", required=True, type=Path, help="what prepare wrote")
-    two.add_argument("--which", type=list_of(int), default=(), help="documents (default: all)")
-    two.add_argument("--variants", default="", help="names between semicolons (default: all)")
-    two.add_argument("--device", default="cuda", help="torch device (default: cuda)")
-    two.add_argument(
+    one = commands.add_parser("run", help="measure variants")
+    one.add_argument("--model", required=True, type=Path, help="folder with weights, tokenizer")
+    one.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        default=bundled.SAMPLE,
+        help="text files (default: those of tsa fidelity)",
+    )
+    one.add_argument("--length", type=positive, default=31744, help="tokens (default: 31744)")
+    one.add_argument("--pieces", type=positive, default=16, help="of text (default: 16)")
+    one.add_argument("--which", type=list_of(int), default=(), help="pieces (default: all)")
+    one.add_argument("--variants", default="", help="names between semicolons (default: all)")
+    one.add_argument("--device", default="cuda", help="torch device (default: cuda)")
+    one.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model"
     )
-    two.add_argument("--out", required=True, type=Path, help="where to write")
-    three = commands.add_parser("table", help="join and show what was measured")
-    three.add_argument("parts", nargs="+", type=Path, help="what run wrote")
-    three.add_argument("--out", type=Path, help="where to write the results as JSON")
-    handlers = {"prepare": _prepare, "run": _run, "table": _table}
+    one.add_argument("--out", required=True, type=Path, help="where to write")
+    two = commands.add_parser("table", help="join and show what was measured")
+    two.add_argument("parts", nargs="+", type=Path, help="what run wrote")
+    two.add_argument("--out", type=Path, help="where to write the results as JSON")
+    handlers = {"run": _run, "table": _table}
     return run_command(parser, lambda args: handlers[args.command](args), argv)
 
 
-def _prepare(args: argparse.Namespace) -> bool:
+def _pieces(args: argparse.Namespace) -> dict[int, list[Prompt]]:
+    """Return the prompts of the pieces that are asked for."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    made = prompts_of.prepare(tokenizer, args.prose, args.documents, args.length, args.seed)
-    prompts_of.save(made, args.out)
-    return True
+    texts = {path.name: read_text(path) for path in args.text}
+    made = PromptMaker(AutoTokenizer.from_pretrained(args.model), texts).make(
+        args.length, args.pieces, tuple(SHAPES)
+    )
+    which = args.which or range(args.pieces)
+    return {number: [one for one in made if one.index == number] for number in which}
 
 
 def _run(args: argparse.Namespace) -> bool:
     torch.set_float32_matmul_precision("high")
-    given = prompts_of.load(args.prompts)
     names = [n.strip() for n in args.variants.split(";") if n.strip()] or list(VARIANTS)
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UsageError(f"no such variant: {unknown[0]}; there are {', '.join(VARIANTS)}")
-    length = max(len(one["document"]) for one in given)
-    model = Model(args.model, args.device, getattr(torch, args.dtype), length + _ROOM)
+    pieces = _pieces(args)
+    room = args.length + CONTINUED
+    model = Model(args.model, args.device, getattr(torch, args.dtype), room)
     about = provenance(args.device) | {
         "shape": [model.layers, model.heads, model.kv_heads, model.size],
-        "prompt_tokens": length - prompts_of.CONTINUED,
+        "prompt_tokens": args.length,
         "dtype": args.dtype,
     }
-    which = args.which or range(len(given))
     with args.out.open("w", encoding="utf-8") as file:
         print(json.dumps({"provenance": about}), file=file, flush=True)
-        for record in measure(model, given, which, [VARIANTS[name] for name in names]):
+        for record in measure(model, pieces, [VARIANTS[name] for name in names]):
             print(json.dumps(record), file=file, flush=True)
     return True
 

@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.fidelity.measure import KINDS
 from benchmarks.markdown import NONE, markdown_table
 
+from token_sparse_attention.fidelity.prompts import SHAPES
+
+KINDS = tuple(SHAPES)
 REFERENCE = "M 2048"
 
 

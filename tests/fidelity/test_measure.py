@@ -11,11 +11,12 @@ from transformers import AutoTokenizer, DynamicCache
 
 from integrations.models import make_model
 from support import SAMPLING
-from token_sparse_attention import TokenSelectionConfig, apply, bundled
+from token_sparse_attention import TokenSelectionConfig, bundled
 from token_sparse_attention.evaluation.evaluate import Runner
 from token_sparse_attention.evaluation.settings import Configuration
 from token_sparse_attention.fidelity.measure import compare, make_header, measure
 from token_sparse_attention.fidelity.prompts import SHAPES, PromptMaker
+from token_sparse_attention.integrations.transformers import apply
 from token_sparse_attention.records import read_text
 
 SELECTING = TokenSelectionConfig(

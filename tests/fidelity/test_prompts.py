@@ -129,7 +129,9 @@ def test_a_token_that_begins_texts_begins_prompts(begin):
 
 def test_a_line_is_asked_for_only_if_it_has_one_answer():
     draw = random.Random(0)
-    code = "x = 1\ndef first_one(alpha, beta):\n    pass\n\ndef other_one(gamma, delta):\n    pass\n"
+    code = (
+        "x = 1\ndef first_one(alpha, beta):\n    pass\n\ndef other_one(gamma, delta):\n    pass\n"
+    )
     assert ask_for_line(code, code + " other_one(1)", draw) == (
         "Which line of the text defines `first_one`?", "def first_one(alpha, beta):"
     )  # fmt: skip

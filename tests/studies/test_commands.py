@@ -9,7 +9,7 @@ import benchmarks
 import pytest
 
 COMMANDS = (
-    *("pages", "operator.sampling", "replay.__main__"),
+    *("pages", "operator.sampling", "fidelity.__main__", "replay.__main__"),
     *("block_sparse.density", "block_sparse.speed", "block_sparse.tune"),
     *("frontier.heads", "frontier.layer_times", "frontier.positions", "frontier.prompts"),
     *("frontier.screen", "serving.chunks", "serving.first_token", "serving.serve"),
