@@ -225,19 +225,21 @@ class _Piece(NamedTuple):
         draw = maker.random(LOOKUP, self.length, self.index)
         names = draw.sample(_NAMES, max(min(_KEYS, self.length // _TOKENS_PER_KEY), 2))
         keys = {name: str(uuid.UUID(int=draw.getrandbits(128), version=4)) for name in names}
-        lines = text.splitlines()
         comment = "# " if _SIGNATURE.search(text) else ""
-        kept = len(maker.cut(text, self.length - 64 * len(names))[1].splitlines())
-        for number, (name, key) in reversed([*enumerate(keys.items())]):
-            at = int((number + draw.uniform(0.1, 0.9)) / len(keys) * kept)
-            lines.insert(at, f"{comment}The registration key of {name} is {key}.")
+        facts = [f"{comment}The registration key of {n} is {key}." for n, key in keys.items()]
+        room = self.length - _ASKED - len(maker.ids("\n".join(facts)))
+        kept, lines = len(maker.cut(text, max(room, 1))[1].splitlines()), text.splitlines()
+        low, high = _SPAN
+        for number, fact in reversed([*enumerate(facts)]):
+            depth = low + (high - low) * (number + draw.random()) / len(facts)
+            lines.insert(int(depth * kept), fact)
         text = "\n".join(lines)
-        span = _within(maker.cut(text, self.length - _ASKED)[1])
-        there = [name for name, key in keys.items() if key in span]
+        span = maker.cut(text, self.length - _ASKED)[1]
+        there = [name for name, fact in zip(names, facts) if fact in span]
         if len(there) < 2:
             raise UsageError(
-                f"--text must have lines, between which keys fit; leave out {LOOKUP} and "
-                f"{SECOND_TURN} of --shapes"
+                f"--lengths must leave room for two lines with a key; leave out {LOOKUP} and "
+                f"{SECOND_TURN} of --shapes, or {self.length}"
             )
         first, second = draw.sample(there, 2)
         ids = self._filled("", text, f"\n\n{_ask_for_key(first)}")
