@@ -172,7 +172,8 @@ class PromptMaker:
         return joined
 
 
-class _Piece(NamedTuple):
+@dataclass(frozen=True)
+class _Piece:
     """A piece of text, from which a prompt of every shape is made."""
 
     maker: PromptMaker

@@ -108,10 +108,10 @@ def draw(results: FidelityResults, suffix: str) -> bytes:
 
 def _draw(axes: Axes, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows):
-        look = {"color": f"C{number % 10}"}
+        color = f"C{number % 10}"
         if row.divergence_interval is not None:
-            axes.vlines(row.seconds, *row.divergence_interval, alpha=0.5, **look)
-        axes.plot(row.seconds, row.divergence, "o", label=row.configuration, **look)
+            axes.vlines(row.seconds, *row.divergence_interval, alpha=0.5, color=color)
+        axes.plot(row.seconds, row.divergence, "o", label=row.configuration, color=color)
     axes.axvline(rows[0].dense_seconds, color="C7", linestyle="--", label="dense")
     positive = [row.divergence for row in rows if row.divergence > 0]
     if positive:  # nothing diverges has a place on this scale, unlike on a logarithmic one
