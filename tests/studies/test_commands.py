@@ -9,7 +9,7 @@ import benchmarks
 import pytest
 
 COMMANDS = (
-    *("pages", "operator.sampling"),
+    *("pages", "operator.sampling", "fidelity.__main__"),
     *("block_sparse.density", "block_sparse.layer_times", "block_sparse.speed"),
     *("block_sparse.tune", "serving.chunks", "serving.first_token", "serving.serve"),
 )
