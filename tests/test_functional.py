@@ -18,7 +18,7 @@ from support import (
     WITH_SELECTION,
     Problem,
     causal_attention,
-    checked,
+    counts_behind,
     kept_mask,
     make_problem,
     oracle,
@@ -41,11 +41,9 @@ from token_sparse_attention import (
 from token_sparse_attention.attention.backend import PackedHeads
 from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.attention.sdpa import SDPABackend
-from token_sparse_attention.benchmark.checks import block_counts
 from token_sparse_attention.compression import compress_sequences
 from token_sparse_attention.config import single_precision
 from token_sparse_attention.gate import reason_of
-from token_sparse_attention.methods import method_of
 from token_sparse_attention.methods import selection as selection_method
 
 SELECTED = [
@@ -493,24 +491,6 @@ def test_the_crossover_runs_short_and_little_dropped_rows_dense(monkeypatch):
     assert reason_of(int(selection.reasons[0])) is DenseReason.CROSSOVER_KEPT
 
 
-def counts_behind(problem, config, counts):
-    """How often keys count for each query behind whose window they are, 1 where all do."""
-    method = method_of(config)
-    plan = method.prepare(checked(problem), method.gate(torch.device("cpu"), 4, 16))
-    first, kv_len = problem.key.shape[2] - problem.query.shape[2], problem.key.shape[2]
-    if isinstance(plan, DenseReason):
-        counts.fill_(1.0)
-        return
-    begin = plan.begin if plan.begins is None else int(plan.begins[0])
-    for query, slot in enumerate(range(first, kv_len)):
-        for head in range(4):
-            own = block_counts(plan, head, slot // config.block_size, kv_len)
-            dense = own is None or slot < (
-                plan.begin if plan.begins is None else int(plan.begins[0])
-            )
-            counts[head, query] = 1.0 if dense else own
-
-
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @pytest.mark.parametrize("query_len", [190, 90])
 def test_lse_is_that_of_the_keys_attended_to(config, query_len):
@@ -532,7 +512,7 @@ def test_lse_is_that_of_the_keys_attended_to(config, query_len):
                 problem.query[number : number + 1, :, max(start - first, 0) :],
                 *(tensor[number : number + 1, :, start:] for tensor in problem[1:]),
             )
-            counts_behind(alone, config, behind[:, max(start - first, 0) :, start:])
+            behind[:, max(start - first, 0) :, start:] = counts_behind(alone, config)
         sparse = result.selection.ran_sparse[number]
         for head in range(4):
             others = torch.where(near, 1.0, behind[head])

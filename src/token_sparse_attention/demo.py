@@ -167,7 +167,7 @@ def demo_settings(name: str) -> tuple[LayerProfile, str]:
     base = replace(
         base,
         block_size=size,
-        num_probes=min(base.num_probes, size),
+        num_probes=min(base.num_probes, size // 4),
         sliding_window=base.sliding_window // SHRINK,
         crossover="off",
     )

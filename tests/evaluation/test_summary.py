@@ -85,7 +85,7 @@ def samplings():
         yield KVSamplingConfig(**small | {"dense_queries": 0, "crossover": "off"} | fields)
 
 
-@pytest.mark.parametrize("config", selections(), ids=str)
+@pytest.mark.parametrize("config", [*selections()], ids=str)
 def test_work_counts_what_a_literal_mask_allows(config):
     work = method_of(config).work
     falling = torch.linspace(2.0, 1.0, 192)[None]  # the last are dropped
@@ -103,7 +103,7 @@ def test_work_counts_what_a_literal_mask_allows(config):
 
 
 @pytest.mark.parametrize("length", [200, 208, 209, 40])
-@pytest.mark.parametrize("config", samplings(), ids=str)
+@pytest.mark.parametrize("config", [*samplings()], ids=str)
 def test_work_of_samples_counts_what_the_operator_attends_to(config, length):
     """Queries of one block attend to its sinks and samples where they lie behind the window."""
     problem = make_problem(heads=1, kv_heads=1, query_len=length)

@@ -155,12 +155,12 @@ def _sparse_parts(
     last = max(num_slots - config.dense_queries, 0)
     yield slots[last:], slots, None
     if isinstance(config, KVSamplingConfig):
-        plan, window = _sampled(inputs, config), config.sliding_window
-        yield slots[: min(plan.begin, last)], slots, None
-        for number, queries in enumerate(slots[:last].split(config.block_size)):
-            counts = block_counts(plan, head, number, num_slots)
-            if counts is not None:
-                yield queries, slots, _Near(window, counts)
+        plan = _sampled(inputs, config)
+        for begin in range(0, last, config.block_size):
+            queries = slots[begin : min(begin + config.block_size, last)]
+            counts = block_counts(plan, head, begin // config.block_size, num_slots)
+            near = None if counts is None else _Near(config.sliding_window, counts)
+            yield queries, slots, near
     elif isinstance(config, TokenSelectionConfig):
         yield chosen[chosen < last], chosen, None
         dropped = torch.ones(num_slots, dtype=torch.bool, device=chosen.device)
@@ -238,7 +238,7 @@ def block_counts(plan: Plan, head: int, number: int, num_slots: int) -> Tensor |
         if 0 <= index < blocks.num_blocks:
             count = int(keys.counts[0, head, index])
             slots = keys.slots[0, head, index, :count].long()
-            counts = slots.new_zeros(num_slots, dtype=torch.float64)
+            counts = torch.zeros(num_slots, dtype=torch.float64, device=slots.device)
             counts[slots] = keys.log_weights[0, head, index, :count].double().exp2()
             return counts
     return None
