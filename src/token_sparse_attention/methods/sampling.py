@@ -364,7 +364,7 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
     number = scores.shape[1]
     exact = scores.double().nan_to_num(0.0, 0.0)
     total = exact.sum(-1, keepdim=True)
-    by_score, uniform = 1 / total.clamp(min=1e-30), 1 / max(number, 1)
+    by_score, uniform = 1 / total.clamp(min=1e-30), torch.full_like(total, 1 / max(number, 1))
     both = total * by_score + number * uniform
     by_score, uniform = by_score / both, uniform / both
     shares = exact * by_score + uniform
