@@ -93,6 +93,7 @@ def test_the_demos_settings_are_the_profiles_in_proportion():
     for layer, config in whole.items():
         assert config == dataclasses.replace(
             small[layer],
+            block_size=16 * small[layer].block_size,
             sliding_window=16 * small[layer].sliding_window,
             num_samples=16 * small[layer].num_samples,
             crossover="auto",

@@ -25,7 +25,8 @@ NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cp
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
     {"errors", "options", "device"},
-    {"records", "checks"},
+    {"records", "checks", "plots"},
+    {"result_lines"},
     {"blocks", "bundled", "config", "impls", "tensor_parallel"},
     {"inputs", "crossover", "reference", "profile", "kernels"},
     {"gate", "results", "settings"},
@@ -37,6 +38,7 @@ LEVELS = [
     {"integrations", "info"},
     {"run", "benchmark"},
     {"demo", "calibration", "evaluation"},
+    {"fidelity"},
     {"report"},
     {"cli"},
 ]

@@ -11,14 +11,13 @@ from token_sparse_attention import Method, SparseConfig
 from token_sparse_attention.config import check_int
 from token_sparse_attention.gate import Gate
 from token_sparse_attention.methods.base import Plan
-from token_sparse_attention.methods.local import attend_windows
 from token_sparse_attention.methods.pairs import banded_pairs
 from token_sparse_attention.results import dense_selection
 
 if TYPE_CHECKING:
     from token_sparse_attention.attention.backend import Backend
     from token_sparse_attention.inputs import Problem
-    from token_sparse_attention.results import Attended
+    from token_sparse_attention.results import Attended, TokenSelection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +43,26 @@ class Toy(Method[ToyConfig], config=ToyConfig):
     def prepare(self, problem: Problem, gate: Gate) -> Plan:
         start, end = problem.tokens.bounds.unbind(-1)
         queries = end - start.clamp(min=problem.first_query)
-        ran_sparse = gate.codes(queries, end - start) == 0
-        selection = None
-        if problem.aux.selection:  # dense sequences list all tokens, sparse ones chose none
-            dense = dense_selection(
-                problem.tokens, problem.num_heads, want_indices=problem.aux.indices
-            )
-            selection = dense._replace(
-                indices=dense.indices.masked_fill(ran_sparse[:, None, None], -1),
-                lengths=dense.lengths.masked_fill(ran_sparse[:, None], 0),
-                ran_sparse=ran_sparse,
-                reasons=torch.zeros_like(ran_sparse, dtype=torch.int32),
-            )
-        return Plan(ran_sparse, None, selection)
+        return Plan(gate.codes(queries, end - start) == 0, None)
 
-    def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
-        width = self.config.width
+    def attend(
+        self, plan: Plan, problem: Problem, backend: Backend, into: Attended
+    ) -> TokenSelection | None:
         start, end = problem.tokens.bounds.unbind(-1)
         begins = torch.where(plan.ran_sparse, start, end)
-        attend_windows(problem, (), begins, into, window=width, backend=backend)
+        backend.dense.attend_sequences(problem, begins, into, window=self.config.width)
+        if not problem.aux.selection:
+            return None
+        # Dense sequences list all tokens, sparse ones chose none.
+        dense = dense_selection(
+            problem.tokens, problem.num_heads, want_indices=problem.aux.indices
+        )
+        return dense._replace(
+            indices=dense.indices.masked_fill(plan.ran_sparse[:, None, None], -1),
+            lengths=dense.lengths.masked_fill(plan.ran_sparse[:, None], 0),
+            ran_sparse=plan.ran_sparse,
+            reasons=torch.zeros_like(plan.ran_sparse, dtype=torch.int32),
+        )
 
     def work(self, chosen: int, prompt_tokens: int) -> float:
         del chosen

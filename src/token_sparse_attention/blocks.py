@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 GOLDEN = 2654435769  # 2^32 times the golden ratio's fraction
+UNIT_BITS = 18  # inclusion probabilities are rounded to 2^-18
 
 
 class Blocks(NamedTuple):

@@ -13,8 +13,6 @@ from typing import Any, ClassVar
 
 from token_sparse_attention.records import check_choice, check_keys, parse_object
 
-CANDIDATES_PER_SAMPLE = 16
-_FEWEST_PART = 4  # of `num_samples`
 _CONFIGS: dict[str, type[SparseConfig]] = {}  # the configs by the names of their methods
 
 
@@ -135,9 +133,8 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
         sliding_window: width of the window in tokens, the query itself included; at least
             ``block_size``.
         sink_size: how many of the first keys every query attends to.
-        num_samples: the most keys that a head samples for a block, see `samples_of`; 0 for
-            window and sinks alone.
-        budget: ``"shared"`` gives every head as many samples, ``"per_head"`` as many on
+        num_samples: how many keys a head samples for a block; 0 for window and sinks alone.
+        budget: ``"shared"`` gives every head ``num_samples`` samples, ``"per_head"`` as many on
             average: a quarter to each head, the rest in proportion to the attention that it
             gives to keys behind the window, at most four times the average.
 
@@ -150,12 +147,12 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
     """
 
     calibrated_field: ClassVar[str] = "num_samples"
-    calibrated_values: ClassVar[tuple[float, ...]] = (1024, 4096, 16384)
+    calibrated_values: ClassVar[tuple[float, ...]] = (1024, 2048, 4096)
     block_size: int = 2048
-    num_probes: int = 32
+    num_probes: int = 16
     sliding_window: int = 2048
     sink_size: int = 4
-    num_samples: int = 4096
+    num_samples: int = 2048
     budget: str = "shared"
 
     def __post_init__(self) -> None:
@@ -178,27 +175,6 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
         check_int("num_samples", self.num_samples, 0)
         check_choice("budget", self.budget, ("shared", "per_head"))
         super().__post_init__()
-
-    @property
-    def fewest_samples(self) -> int:
-        """How many keys a head samples for a block at least, where there are as many."""
-        return -(-self.num_samples // _FEWEST_PART)
-
-    def samples_of(self, candidates: int) -> int:
-        """Return how many keys a head samples for a block, with a shared budget.
-
-        Args:
-            candidates: how many keys lie behind the window of the block's last query, without
-                the sinks. One in 16 is sampled, between a quarter of ``num_samples`` and all
-                of it.
-
-        Example:
-            >>> config = KVSamplingConfig(num_samples=4096)
-            >>> [config.samples_of(candidates) for candidates in (600, 2048, 32768, 131072)]
-            [600, 1024, 2048, 4096]
-        """
-        most = max(self.fewest_samples, candidates // CANDIDATES_PER_SAMPLE)
-        return min(candidates, self.num_samples, most)
 
 
 @dataclass(frozen=True, kw_only=True)

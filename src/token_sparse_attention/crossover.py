@@ -6,9 +6,8 @@ the keys on which dense attention spends as much time per query: `BreakEven.fixe
 sparse wins where ``k^2 < 1 - fixed_tokens / S``. Starting its kernels also takes the host time.
 Dense attention of a short prompt, or of few heads, may end before that.
 
-Three commands measured the constants: `tsa bench op`, `tsa bench prefill` with few heads
-(`HOST_WORK`), and `python -m benchmarks.operator.sampling` (windows, samples, dense queries).
-See benchmarks/operator/study.md.
+`tsa bench op` and `python -m benchmarks.operator.sampling` measure the operator; see
+benchmarks/operator/study.md.
 """
 
 from __future__ import annotations

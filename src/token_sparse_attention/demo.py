@@ -18,7 +18,7 @@ from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.run import Answer, ask, encode_prompt, load_model, read, warm_up
 from token_sparse_attention.settings import default_config
 
-SHRINK = 16  # 128K tokens, which the model's profile was confirmed at, over the document's
+SHRINK = 16  # 128K tokens, which the model's profile is for, over the document's
 MIN_CORRECT = 4
 MAX_SEEN = 0.9  # share of a prompt's tokens that at least one layer must not exceed
 _MAX_NEW_TOKENS = 40

@@ -66,16 +66,16 @@ def prefill(
         return _attend_densely(problem, backend, gate._replace(always=plan))
 
     into = new_output(problem)
-    method.attend(plan, problem, backend, into)
+    selection = method.attend(plan, problem, backend, into)
     dense_heads = local_heads(config.dense_heads, problem.num_heads, problem.tp_group)
     _attend_dense_prefix(problem, backend, plan, into)
     dense_queries = config.dense_queries if chunk.ends_prompt else 0
     _attend_dense_queries(problem, backend, plan.ran_sparse, dense_queries, into)
     _attend_dense_heads(problem, backend, plan.ran_sparse, dense_heads, into)
     mark_invalid_sequences(into, problem.tokens)
-    if plan.selection is None:
+    if selection is None:
         return SparseOutput(into.out, None, into.lse)
-    selection = _with_dense_heads(plan.selection, dense_heads, problem)
+    selection = _with_dense_heads(selection, dense_heads, problem)
     selection = _with_reasons(selection, problem, gate)
     return SparseOutput(into.out, selection.to_int64(), into.lse)
 

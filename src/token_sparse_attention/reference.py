@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_sparse_attention.blocks import GOLDEN
+from token_sparse_attention.blocks import GOLDEN, UNIT_BITS
 from token_sparse_attention.config import (
     KVSamplingConfig,
     SparseConfig,
@@ -144,7 +144,7 @@ def block_scores(
     """
     precision = torch.promote_types(probes.dtype, torch.float32)
     group = probes.shape[0] // key.shape[0]
-    end = max(int(positions[-1]) + 1, reach)
+    end = max(int(positions[-1]) + 1, reach)  # the last probes may not be known
     future = torch.arange(end, device=key.device) > positions[:, None]
     scores = probes.new_empty(probes.shape[0], reach, dtype=precision)
     for kv_head, head_key in enumerate(key[:, :end]):  # it serves its whole group of queries
@@ -162,21 +162,20 @@ def block_budgets(scores: Tensor, config: KVSamplingConfig) -> Tensor:
         scores: ``[H, N]`` of the keys that may be sampled.
         config: the settings.
     """
-    count = config.samples_of(scores.shape[1])
     if config.budget == "shared":
-        return scores.new_full((len(scores),), count, dtype=torch.float64)
+        return scores.new_full((len(scores),), config.num_samples, dtype=torch.float64)
     mass = scores.double().sum(1)
     mass[list(config.dense_heads)] = 0.0
     sampling = max(len(mass) - len(config.dense_heads), 1)
     shares = mass * sampling / mass.sum().clamp(min=1e-30)
-    return count * (0.25 + 0.75 * shares).clamp(max=4)
+    return config.num_samples * (0.25 + 0.75 * shares).clamp(max=4)
 
 
 def sample_block(scores: Tensor, budget: float) -> Tensor:
     """Step 3: how often each key ``[N]`` counts for a block, 0 where it is not sampled.
 
-    Inclusion probabilities are by half in proportion to the score and by half uniform. Keys of
-    probability 1 count once. The probabilities p of the others, rounded to 2^-32, are cumulated;
+    Inclusion probabilities are by half in proportion to the score and by half uniform, rounded
+    to 2^-18. Keys of probability 1 count once. The probabilities p of the others are cumulated;
     each unit cell of the sum holds one point, and a key that h points fall on counts h / p times.
     """
     number = len(scores)
@@ -195,15 +194,16 @@ def sample_block(scores: Tensor, budget: float) -> Tensor:
     sampled = torch.zeros(number, dtype=torch.float64)
     cumulated = passed = 0
     for token, probability in enumerate(probabilities):
-        if probability >= 1:
+        units = round(probability * 2**UNIT_BITS)
+        if units >= 2**UNIT_BITS:
             sampled[token] = 1.0
             continue
-        units = round(probability * 2**32)
         cumulated += units
-        cell = cumulated // 2**32
-        now = cell + (cumulated % 2**32 > (cell + 1) * GOLDEN % 2**32)
+        cell = cumulated // 2**UNIT_BITS
+        point = (cell + 1) * GOLDEN % 2**32 // 2 ** (32 - UNIT_BITS)
+        now = cell + (cumulated % 2**UNIT_BITS > point)
         if now > passed:
-            sampled[token] = (now - passed) * 2**32 / units
+            sampled[token] = (now - passed) * 2**UNIT_BITS / units
             passed = now
     return sampled.to(scores.device)
 

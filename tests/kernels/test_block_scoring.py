@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from token_sparse_attention.kernels import block_scoring
 from token_sparse_attention.kernels.block_scoring import Tiles, score_blocks
+from token_sparse_attention.kernels.sampling import sample_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL_TILES = (Tiles(64, 32, 64, 4, 2), Tiles(64, 32, 96, 4, 2))
@@ -115,6 +116,26 @@ def test_probes_that_are_not_valid_hold_anything(num_probes):
     probes = probes.masked_fill(~valid[:, None, :, None], torch.nan)
     scores = check(probes, valid, key, bounds, blocks)
     assert (scores[1, :, blocks.offset(1) :] == 0).all()
+
+
+@pytest.mark.parametrize("num_known", [3, 5, 8])
+def test_keys_behind_the_last_known_probe_are_not_scored(num_known):
+    """The queries of a block from some position on are not known: they were decoded."""
+    blocks = Blocks(32, 8, 32, 2, 2, 2)
+    probes, key, bounds = problem(blocks, [128, 100])
+    valid = (torch.arange(16, device=DEVICE) < 8 + num_known).expand(2, -1).contiguous()
+    probes = probes.masked_fill(~valid[:, None, :, None], torch.nan)
+    scores = check(probes, valid, key, bounds, blocks)
+    last = scores[..., blocks.offset(1) :]
+    assert last.shape[-1] == blocks.first_reach + 32
+    assert scores.isfinite().all()
+    seen = probe_position(blocks, 8 + num_known - 1) + 1
+    assert (last[..., :seen] > 0).all()
+    assert (last[..., seen:] == 0).all()
+    _, log_weights, counts = sample_blocks(scores, bounds, blocks, 20, 20)
+    real = torch.arange(22, device=DEVICE) < counts[..., None]
+    assert (counts > 10).all()
+    assert log_weights[real].isfinite().all()
 
 
 def test_a_key_that_is_not_finite_is_seen_from_then_on():

@@ -331,6 +331,22 @@ def test_nan_in_the_inputs_runs_dense():
     assert out[0, 1, -3].isnan().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_probe_that_is_not_finite_makes_the_block_that_it_scores_nan(value, sinks):
+    config = dataclasses.replace(SAMPLING, sink_size=sinks)
+    problem = problem_here(query_len=150)
+    problem.query[0, 1, 4 * 16 - 1] = value  # the last probe of block 3
+    broken = torch.zeros(1, 4, 150, dtype=torch.bool, device=DEVICE)
+    broken[0, 1, 4 * 16 - 1 : 5 * 16] = True
+    for execution in IMPLS.values():
+        out, _, lse = token_sparse_attention(
+            *problem, config, execution=execution, return_aux=WITH_LSE
+        )
+        assert torch.equal(out.isnan(), broken[..., None].expand_as(out))
+        assert lse[~broken].isfinite().all()
+
+
 def test_impl_choices(monkeypatch):
     tensor = torch.zeros(1, device=DEVICE)
     assert resolve_impl("reference", tensor) == "reference"

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from token_sparse_attention.kernels import sampled_attention
 from token_sparse_attention.kernels.sampled_attention import Tiles, add_sampled_keys
+from token_sparse_attention.kernels.sampling import sample_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
@@ -199,6 +200,29 @@ def test_other_calls_and_sequences_change_nothing(data):
     )  # fmt: skip
     torch.testing.assert_close(out, whole[0][rows, :, begin:], rtol=0, atol=0)
     torch.testing.assert_close(lse, whole[1][rows, :, begin:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("sinks", "position"), [(0, 0), (0, 40), (3, 1), (3, 40)])
+def test_scores_that_are_not_finite_make_their_block_nan(value, sinks, position):
+    bounds = torch.tensor([[0, 150], [7, 157]], dtype=torch.int32, device=DEVICE)
+    blocks = Blocks(32, 4, 32, sinks, 1, 4)
+    problem, real = padded_problem(bounds, 157, heads=2, kv_heads=1, query_len=157)
+    scores = torch.rand(2, 2, blocks.num_scores, device=DEVICE)
+    begins = bounds[:, 0].contiguous()
+    expected = check(problem, real, bounds, sample_blocks(scores, bounds, blocks, 15, 20), blocks)[
+        1
+    ]
+    scores[1, 1, blocks.offset(2) + position] = value
+    sampled = sample_blocks(scores, bounds, blocks, 15, 20)
+    (out, lse), _ = windowed_and_expected(problem, real, bounds, sampled, blocks, begins)
+    add_sampled_keys(*problem, sampled, (bounds, begins), (out, lse), blocks, SCALE)
+    broken = torch.zeros_like(lse, dtype=torch.bool)
+    broken[1, 1, 7 + 3 * 32 : 7 + 4 * 32] = True
+    assert torch.equal(lse.isnan(), broken)
+    assert torch.equal(out.isnan(), broken[..., None].expand_as(out))
+    assert torch.equal(out[~broken], expected[0][~broken])
+    assert torch.equal(lse[~broken], expected[1][~broken])
 
 
 @pytest.mark.parametrize(("count", "capacity"), [(0, 9), (2, 0)])

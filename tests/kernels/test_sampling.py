@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from token_sparse_attention.blocks import GOLDEN, Blocks
+from token_sparse_attention.blocks import GOLDEN, UNIT_BITS, Blocks
 
 pytest.importorskip("triton")
 
 from token_sparse_attention.kernels import sampling as kernel
-from token_sparse_attention.kernels.sampling import BlockBudget, sample_blocks
+from token_sparse_attention.kernels.sampling import sample_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-UNITS = 2**32
+UNITS = 2**UNIT_BITS
 KINDS = ["even", "soft", "sharp", "heavy-tailed", "geometric", "none", "one", "tied"]
 
 
@@ -60,7 +60,7 @@ def literal_factor(shares, budget):
 
 def points_passed(units):
     cell, part = divmod(units, UNITS)
-    return cell + (part > (cell + 1) * GOLDEN % UNITS)
+    return cell + (part > ((cell + 1) * GOLDEN % 2**32) >> (32 - UNIT_BITS))
 
 
 def literal_samples(scores, budget):
@@ -84,17 +84,16 @@ def literal_samples(scores, budget):
     return found
 
 
-def check(scores, bounds, blocks, budget, capacity=None, budgets=None, kv_len=None):
+def check(scores, bounds, blocks, num_samples, capacity=None, budgets=None):
     """What the kernel returns, after comparing it with the literal sampler."""
-    capacity = budget.most + 8 if capacity is None else capacity
-    kv_len = int(bounds.max()) if kv_len is None else kv_len
-    found = sample_blocks(scores, bounds, kv_len, blocks, budget, capacity, budgets)
-    slots, log_weights, counts, finite = found
+    capacity = num_samples + 8 if capacity is None else capacity
+    found = sample_blocks(scores, bounds, blocks, num_samples, capacity, budgets)
+    slots, log_weights, counts = found
     shape = (*scores.shape[:2], blocks.num_blocks)
     assert slots.shape == log_weights.shape == (*shape, blocks.sink_size + capacity)
+    assert counts.shape == shape
     assert slots.dtype == counts.dtype == torch.int32
     assert log_weights.dtype == torch.float32
-    assert finite.all()
     for row, (start, end) in enumerate(bounds.tolist()):
         for head in range(shape[1]):
             for index in range(blocks.num_blocks):
@@ -102,17 +101,14 @@ def check(scores, bounds, blocks, budget, capacity=None, budgets=None, kv_len=No
                 if end - start > (blocks.first + index) * blocks.size:
                     begin = blocks.offset(index) + blocks.sink_size
                     own = scores[row, head, begin : max(blocks.offset(index + 1), begin)]
-                    number = min(budget.most, max(budget.least, len(own) // budget.share))
-                    if budgets is not None:
-                        number = float(budgets[row, head, index])
+                    number = num_samples if budgets is None else float(budgets[row, head, index])
                     expected = [(sink, 1.0) for sink in range(blocks.sink_size)]
                     samples = literal_samples(own, number)[:capacity]
                     expected += [(blocks.sink_size + at, weight) for at, weight in samples]
                 entries = int(counts[row, head, index])
                 assert entries == len(expected)
-                mine = slots[row, head, index].tolist()
-                assert mine[:entries] == [start + position for position, _ in expected]
-                assert set(mine[entries:]) <= {kv_len}
+                mine = slots[row, head, index, :entries].tolist()
+                assert mine == [start + position for position, _ in expected]
                 weights = torch.tensor([weight for _, weight in expected]).double().log2()
                 own = log_weights[row, head, index, :entries].double().cpu()
                 torch.testing.assert_close(own, weights, rtol=1e-6, atol=2e-6)
@@ -124,11 +120,10 @@ def one_row(length):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [1, 40, 300, 2000])
+@pytest.mark.parametrize("count", [0, 1, 40, 300, 2000])
 def test_the_keys_of_a_block(kind, count):
     blocks = Blocks(512, 4, 600, 5, 2, 1)
-    budget = BlockBudget(count, 10**6, count)
-    _, _, counts, _ = check(scores_of(kind, blocks, heads=2), one_row(1100), blocks, budget)
+    _, _, counts = check(scores_of(kind, blocks, heads=2), one_row(1100), blocks, count)
     # A key at which two points are passed is one entry.
     assert (counts - 5 - min(count, blocks.first_reach - 5)).abs().max() <= max(2, 0.2 * count)
 
@@ -137,19 +132,7 @@ def test_the_keys_of_a_block(kind, count):
 def test_tiles_of_the_real_size(kind, monkeypatch):
     monkeypatch.undo()
     blocks = Blocks(8192, 4, 8192, 3, 2, 1)
-    budget = BlockBudget(500, 10**6, 500)
-    check(scores_of(kind, blocks), one_row(20000), blocks, budget)
-
-
-@pytest.mark.parametrize("kind", ["soft", "sharp"])
-def test_the_budget_grows_with_the_candidates(kind):
-    blocks = Blocks(128, 4, 128, 8, 1, 5)
-    budget = BlockBudget(30, 4, 100)
-    scores = scores_of(kind, blocks, heads=2)
-    _, _, counts, _ = check(scores, one_row(801), blocks, budget)
-    least, more, most, last = (int(counts[0, 0, index]) - 8 for index in (0, 1, 3, 4))
-    assert least < more < most
-    assert abs(most - last) <= 6
+    check(scores_of(kind, blocks), one_row(20000), blocks, 500)
 
 
 @pytest.mark.parametrize("sinks", [0, 7])
@@ -165,8 +148,8 @@ def test_padded_sequences(sinks):
     generator = torch.Generator(DEVICE).manual_seed(3)
     budgets = 90 * torch.rand(5, 2, 4, dtype=torch.float64, device=DEVICE, generator=generator)
     budgets[0, 0] = torch.tensor([0.0, 0.5, 1e9, 50.25], dtype=torch.float64)
-    check(scores, bounds, blocks, BlockBudget(20, 5, 40), 400, budgets, 500)
-    counts = check(scores, bounds, blocks, BlockBudget(20, 5, 40), 400, None, 500)[2]
+    check(scores, bounds, blocks, 20, 400, budgets)
+    counts = check(scores, bounds, blocks, 20)[2]
     present = torch.tensor([[4], [4], [3], [0], [1]], device=DEVICE)
     present = torch.arange(4, device=DEVICE) < present
     assert torch.equal(counts > 0, present[:, None].expand_as(counts))
@@ -174,32 +157,40 @@ def test_padded_sequences(sinks):
 
 def test_what_exceeds_the_capacity_is_dropped():
     blocks = Blocks(64, 4, 64, 2, 4, 2)
-    check(scores_of("soft", blocks), one_row(400), blocks, BlockBudget(90, 4, 90), 50)
+    check(scores_of("soft", blocks), one_row(400), blocks, 90, 50)
 
 
 def test_blocks_that_reach_no_further_than_the_sinks():
     blocks = Blocks(16, 4, 40, 10, 2, 2)  # the first reaches 8, the second 24
-    _, _, counts, _ = check(scores_of("soft", blocks), one_row(64), blocks, BlockBudget(5, 9, 9))
+    _, _, counts = check(scores_of("soft", blocks), one_row(64), blocks, 5)
     assert counts.flatten().tolist()[0] == 10
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("position", [1, 77])
-def test_scores_that_are_not_finite(value, position):
-    """They are told for the sequence's head, whose slots are slots all the same."""
-    blocks = Blocks(64, 4, 64, 3, 2, 3)
+@pytest.mark.parametrize(("sinks", "position"), [(3, 1), (3, 77), (0, 77), (300, 77)])
+def test_scores_that_are_not_finite(value, sinks, position):
+    """The block's first entry, at the sequence's start, has no number as its weight."""
+    blocks = Blocks(64, 4, 64, sinks, 2, 3)
     scores = scores_of("soft", blocks, 2, 2)
+    others = check(scores, bounds := two_rows(300, 300), blocks, 20)
     scores[1, 0, blocks.offset(1) + position] = value
-    bounds = torch.tensor([[0, 300], [0, 300]], dtype=torch.int32, device=DEVICE)
-    arguments = (bounds, 300, blocks, BlockBudget(20, 5, 40), 60)
-    slots, _, counts, finite = sample_blocks(scores, *arguments)
-    assert finite.tolist() == [[True, True], [False, True]]
-    assert ((slots >= 0) & (slots <= 300)).all()
-    others = sample_blocks(scores.nan_to_num(0.0, 0.0), *arguments)
-    assert torch.equal(counts[0], others[2][0])
-    assert torch.equal(slots[0], others[0][0])
-    bounds[1, 1] = 3 * 64  # the block does not exist
-    assert sample_blocks(scores, *arguments)[3].all()
+    slots, log_weights, counts = sample_blocks(scores, bounds, blocks, 20, 28)
+    broken = torch.zeros_like(counts, dtype=torch.bool)
+    broken[1, 0, 1] = True
+    number = int(counts[1, 0, 1])
+    assert number == max(sinks, 1)
+    assert slots[1, 0, 1, :number].tolist() == list(range(number))
+    assert log_weights[1, 0, 1, :number].isnan().all()
+    assert torch.equal(counts[~broken], others[2][~broken])
+    real = (torch.arange(slots.shape[-1], device=DEVICE) < counts[..., None]) & ~broken[..., None]
+    assert torch.equal(slots[real], others[0][real])
+    assert torch.equal(log_weights[real], others[1][real])
+    missing = sample_blocks(scores, two_rows(300, 3 * 64), blocks, 20, 28)
+    assert missing[2][1, :, 1:].tolist() == [[0, 0], [0, 0]]
+
+
+def two_rows(*lengths):
+    return torch.tensor([[0, length] for length in lengths], dtype=torch.int32, device=DEVICE)
 
 
 @settings(max_examples=20)
@@ -215,15 +206,14 @@ def test_other_blocks_and_sequences_change_nothing(data):
     )  # fmt: skip
     kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 99))
     scores = scores_of(kind, blocks, len(lengths), 2, seed)
-    least, share = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 9))
-    budget = BlockBudget(least, share, least + data.draw(st.integers(0, 60)))
-    whole = check(scores, bounds, blocks, budget, kv_len=500)
+    num_samples = data.draw(st.integers(0, 90))
+    whole = check(scores, bounds, blocks, num_samples)
     skipped = data.draw(st.integers(0, count - 1))
     taken = data.draw(st.integers(1, count - skipped))
     row = data.draw(st.integers(0, len(lengths) - 1))
     part = blocks._replace(first=first + skipped, num_blocks=taken)
     own = scores[row : row + 1, :, blocks.offset(skipped) : blocks.offset(skipped + taken)]
-    mine = sample_blocks(own, bounds[row : row + 1], 500, part, budget, budget.most + 8)
+    mine = sample_blocks(own, bounds[row : row + 1], part, num_samples, num_samples + 8)
     entries = mine[2]
     assert torch.equal(entries, whole[2][row : row + 1, :, skipped : skipped + taken])
     real = torch.arange(mine[0].shape[-1], device=DEVICE) < entries[..., None]
@@ -234,8 +224,6 @@ def test_other_blocks_and_sequences_change_nothing(data):
 def test_no_blocks():
     blocks = Blocks(32, 4, 32, 3, 1, 0)
     scores = torch.empty(2, 3, 0, device=DEVICE)
-    bounds = torch.tensor([[0, 30], [0, 30]], dtype=torch.int32, device=DEVICE)
-    slots, _, counts, finite = sample_blocks(scores, bounds, 30, blocks, BlockBudget(1, 1, 9), 9)
+    slots, _, counts = sample_blocks(scores, two_rows(30, 30), blocks, 1, 9)
     assert slots.shape == (2, 3, 0, 12)
     assert counts.shape == (2, 3, 0)
-    assert finite.all()

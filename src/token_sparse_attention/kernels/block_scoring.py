@@ -9,7 +9,7 @@ a fixed size and begin at fixed positions, so a score depends on nothing but its
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,7 +46,7 @@ def pick_tiles(dtype: torch.dtype, head_dim: int) -> tuple[Tiles, Tiles]:
         return Tiles(32, 32, 4096, 4, 2), Tiles(32, 32, 4096, 4, 2)
     if head_dim > 128:
         return Tiles(128, 64, 4096, 8, 2), Tiles(128, 64, 4096, 8, 2)
-    return Tiles(128, 128, 4096, 8, 3), Tiles(128, 128, 4096, 8, 3)
+    return Tiles(128, 64, 4096, 8, 3), Tiles(128, 64, 4096, 4, 3)
 
 
 @on_its_device
@@ -61,9 +61,9 @@ def score_blocks(
     The scores of a block that begins at or behind a sequence's end are not written.
 
     Args:
-        probes: ``[B, H, blocks.num_blocks * W, D]``, unit stride over D; probe t of a sequence stands
+        probes: ``[B, H, num_blocks * W, D]``, unit stride over D; probe t of a sequence stands
             at position ``(blocks.first - 1) * C + (t + 1) * blocks.stride - 1``.
-        valid: ``[B, blocks.num_blocks * W]`` bool, which probes there are; the others give every key
+        valid: ``[B, num_blocks * W]`` bool, which probes there are; the others give every key
             a probability of 0, and may hold anything. None if there are all.
         key: ``[B, H_kv, S_kv, D]``, unit stride over D.
         bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
@@ -217,7 +217,7 @@ def block_norms_kernel(
         splits = tl.where(exists, splits, 0)
         b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_M], tl.float32)
-        for split in range(0, tl.max(splits, 0)):
+        for split in range(tl.max(splits, 0)):
             o_stat = (problem * num_splits + split) * (count * ROWS) + o_row
             b_one = tl.load(max_ptr + o_stat, mask=split < splits, other=float("-inf"))
             b_new = tl.maximum(b_max, b_one)

@@ -7,26 +7,28 @@ grows with what these leave over, and this repeats until no further key exceeds 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from token_sparse_attention.blocks import GOLDEN, Blocks
+from token_sparse_attention.blocks import GOLDEN, UNIT_BITS, Blocks
 from token_sparse_attention.device import on_its_device
 
-_BLOCK = 8192  # keys per iteration
+_BLOCK = 4096  # keys per iteration; their units add up in 32 bits
 _WARPS = 16
 _GOLDEN = tl.constexpr(GOLDEN)
-_UNIT = tl.constexpr(2.0**-32)
-_ROUNDING = tl.constexpr(2.0**52)  # added and subtracted, it leaves a whole number
+_UNIT_BITS = tl.constexpr(UNIT_BITS)
+_INSIDE = tl.constexpr(2**UNIT_BITS - 1)
+_POINT_BITS = tl.constexpr(32 - UNIT_BITS)
+_UNITS = tl.constexpr(2.0**UNIT_BITS)
+_WHOLE = tl.constexpr(2**UNIT_BITS)
+_ROUNDING = tl.constexpr(2.0**52)  # added, it leaves a whole number in the low bits
 
 
 @on_its_device
 def sample_blocks(
-    scores: Tensor, bounds: Tensor, blocks: Blocks, budget: tuple[int, int, int], capacity: int,
+    scores: Tensor, bounds: Tensor, blocks: Blocks, num_samples: int, capacity: int,
     budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return each block's entries, sinks and samples.
@@ -35,8 +37,7 @@ def sample_blocks(
         scores: ``[B, H, blocks.num_scores]`` float32, as `score_blocks` returns them.
         bounds: ``[B, 2]`` int32, each sequence's real slots ``[start, end)``.
         blocks: the blocks.
-        budget: how many keys to sample, unless `budgets` is given: at least the first number,
-            one for as many candidates as the second, and at most the third.
+        num_samples: how many keys to sample, unless `budgets` is given.
         capacity: room for samples; a block has no more.
         budgets: ``[B, H, blocks.num_blocks]`` float64, how many keys to sample.
 
@@ -57,7 +58,7 @@ def sample_blocks(
         sample_blocks_kernel[(batch_size * num_heads, blocks.num_blocks)](
             scores.contiguous(), None if budgets is None else budgets.contiguous(), bounds,
             slots, log_weights, counts, num_heads, scores.shape[2], blocks.first,
-            blocks.first_reach, *budget, capacity, blocks.sink_size,
+            blocks.first_reach, num_samples, capacity, blocks.sink_size,
             BLOCK_SIZE=blocks.size, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return slots, log_weights, counts
@@ -110,14 +111,15 @@ def _find_factor(p_scores, low, reach, by_score, uniform, best, budget, BLOCK: t
 
 
 @triton.jit
-def _count_points(b_units):
-    """How many points a sum of units has passed: one in each unit cell, 2^32 units wide.
+def _count_points(cells, b_units):
+    """How many points lie up to a number of units behind a number of cells, one in each cell.
 
-    The points' places in their cells are a low-discrepancy sequence.
+    A cell is 2^18 units wide. The points' places in their cells are a low-discrepancy sequence.
     """
-    b_cell = b_units >> 32
-    b_point = (b_cell + 1) * _GOLDEN & 0xFFFFFFFF
-    return b_cell + ((b_units & 0xFFFFFFFF) > b_point).to(tl.int64)
+    b_cell = cells + (b_units >> _UNIT_BITS)
+    b_point = ((b_cell + 1).to(tl.uint32) * _GOLDEN) >> _POINT_BITS
+    b_inside = b_units & _INSIDE
+    return b_cell + (b_inside > b_point.to(tl.int32)).to(tl.int32)
 
 
 @triton.jit
@@ -127,39 +129,47 @@ def _sample(
 ):  # fmt: skip
     """Write the certain keys, and those at which the others' cumulative units pass a point.
 
-    Whole units of 2^-32 add up to the same sum in any order.
+    Whole units of 2^-18 add up to the same sum in any order.
     """
-    passed = tl.zeros([1], tl.int64)
-    found = tl.zeros([1], tl.int32)
+    slope = by_score * factor * _UNITS
+    offset = uniform * factor * _UNITS
+    if factor == float("inf"):  # all keys are certain
+        slope = 0.0 * uniform
+        offset = slope + _UNITS
+    cells = low * 0  # that are passed, and the units passed in the next one
+    inside = low * 0
+    found = low * 0
     for begin in range(low, reach, BLOCK):
-        o_key, real, b_share = _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK)
-        b_probability = b_share * factor
-        certain = real & (b_probability >= 1.0)
-        sampled = real & (b_probability < 1.0)
-        b_units = tl.where(sampled, b_probability * 4294967296.0 + _ROUNDING - _ROUNDING, 0.0)
-        b_units = b_units.to(tl.int64)
-        b_after = passed + tl.cumsum(b_units, 0)
-        b_hits = (_count_points(b_after) - _count_points(b_after - b_units)).to(tl.int32)
+        o_key = begin + tl.arange(0, BLOCK)
+        real = o_key < reach
+        b_score = tl.load(p_scores + o_key, mask=real, other=0.0)
+        b_rounded = tl.minimum(b_score.to(tl.float64) * slope + offset, _UNITS) + _ROUNDING
+        b_units = b_rounded.to(tl.int64, bitcast=True).to(tl.int32)
+        certain = real & (b_units >= _WHOLE)
+        b_units = tl.where(real & (b_units < _WHOLE), b_units, 0)
+        b_after = inside + tl.cumsum(b_units, 0)
+        b_hits = _count_points(cells, b_after) - _count_points(cells, b_after - b_units)
         taken = (certain | (b_hits > 0)).to(tl.int32)
         o_entry = found + tl.cumsum(taken, 0) - taken
         stored = (taken > 0) & (o_entry < capacity)
         tl.store(p_slots + o_entry, start + o_key, mask=stored)
-        b_weight = (b_hits - 1).to(tl.float32) - tl.log2(b_units.to(tl.float32) * _UNIT)
+        b_weight = (b_hits - 1).to(tl.float32) - tl.log2(b_units.to(tl.float32) / _UNITS)
         tl.store(p_weights + o_entry, tl.where(certain, 0.0, b_weight), mask=stored)
-        passed += tl.sum(b_units, 0)
+        inside += tl.sum(b_units, 0)
+        cells += inside >> _UNIT_BITS
+        inside = inside & _INSIDE
         found += tl.sum(taken, 0)
-    return tl.minimum(tl.sum(found, 0), capacity)
+    return tl.minimum(found, capacity)
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_heads", "num_scores", "first", "first_reach", "least", "share", "most",
-        "capacity", "sink_size",
+        "num_heads", "num_scores", "first", "first_reach", "num_samples", "capacity", "sink_size",
     ]
 )  # fmt: skip
 def sample_blocks_kernel(
     scores_ptr, budgets_ptr, bounds_ptr, slots_ptr, log_weights_ptr, counts_ptr,
-    num_heads, num_scores: tl.int64, first, first_reach, least, share, most, capacity,
+    num_heads, num_scores: tl.int64, first, first_reach, num_samples, capacity,
     sink_size, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's keys of one block: sums, keys of probability 1, and points passed."""
@@ -188,7 +198,7 @@ def sample_blocks_kernel(
         number = reach - sink_size
         if finite & (number > 0):
             if budgets_ptr is None:
-                budget = tl.minimum(most, tl.maximum(least, number // share)).to(tl.float64)
+                budget = num_samples.to(tl.float64)
             else:
                 budget = tl.load(budgets_ptr + problem)
             # Half of the probability is in proportion to the scores, half is uniform.

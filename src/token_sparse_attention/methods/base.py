@@ -25,14 +25,12 @@ _METHODS: dict[type[SparseConfig], type[Method[Any]]] = {}
 
 
 class Plan(NamedTuple):
-    """What a method decided to attend to.
+    """What a method decided before it attends.
 
     Attributes:
         ran_sparse: ``[B]`` bool, which sequences run sparse; the others are attended densely.
             None if all do.
         keys: whatever the method's `attend` needs.
-        selection: the tokens that it chose; needed where the problem's `aux` asks for it, else
-            None. Its `reasons` say why a sequence that passed the gate still runs dense.
         begin: the slot of the first query that attends sparsely; the queries before attend to
             all keys. Where `begins` is given, no sequence begins later.
         begins: ``[B]`` int32, each sequence's own, its end where it does not run sparse; None if
@@ -41,7 +39,6 @@ class Plan(NamedTuple):
 
     ran_sparse: Tensor | None
     keys: Any
-    selection: TokenSelection | None
     begin: int = 0
     begins: Tensor | None = None
 
@@ -96,7 +93,7 @@ class Method(ABC, Generic[C]):
 
     @abstractmethod
     def prepare(self, problem: Problem, gate: Gate) -> Plan | DenseReason:
-        """Decide which sequences run sparse, and what their heads attend to.
+        """Decide which sequences and queries run sparse.
 
         Args:
             problem: the inputs.
@@ -107,7 +104,9 @@ class Method(ABC, Generic[C]):
         """
 
     @abstractmethod
-    def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
+    def attend(
+        self, plan: Plan, problem: Problem, backend: Backend, into: Attended
+    ) -> TokenSelection | None:
         """Write the output of the sparse sequences.
 
         Every real query of a sparse sequence must be written, from ``plan.begin`` on. The
@@ -119,6 +118,10 @@ class Method(ABC, Generic[C]):
             problem: the inputs.
             backend: what attends.
             into: output and log-sum-exp to write.
+
+        Returns:
+            What each head attends to, where the problem's `aux` asks for it, else None. Its
+            `reasons` say why a sequence that passed the gate ran dense all the same.
         """
 
     @abstractmethod

@@ -1,19 +1,17 @@
-"""Sliding windows, merged with keys sampled from behind them.
+"""Sampled keys, merged into the attention of sliding windows that have left them behind.
 
-The window runs on the fastest kernel there is, with its log-sum-exp; one more kernel goes on
-from there over the sampled keys. The result is one softmax over both.
+Windows run on the fastest kernel there is, with their log-sum-exp; one more kernel goes on from
+there over the sampled keys. The result is one softmax over both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.backend import Backend
 from token_sparse_attention.blocks import Blocks
 from token_sparse_attention.impls import load_kernels
 from token_sparse_attention.inputs import Problem
@@ -37,43 +35,33 @@ class SampledKeys(NamedTuple):
     counts: Tensor
 
 
-def attend_windows(
+def add_sampled_keys(
     problem: Problem,
-    sampled: Sequence[tuple[Blocks, SampledKeys]],
+    blocks: Blocks,
+    sampled: SampledKeys,
     begins: Tensor | None,
-    into: Attended,
-    *,
-    window: int,
-    backend: Backend,
+    windowed: Attended,
 ) -> None:
-    """Attend the last queries of each sequence to windows and sampled keys, in place.
+    """Merge sampled keys into sliding-window attention, where the windows have left them.
 
     Args:
         problem: the inputs.
-        sampled: the keys behind the windows, for runs of blocks; none for windows alone.
+        blocks: the blocks whose queries see the keys.
+        sampled: the keys.
         begins: ``[B]`` int32, the slot of each sequence's first query that attends, its end for
             none; None for every query of sequences without padding.
-        into: output ``[B, H, S_q, D]`` and log-sum-exp to write.
-        window: keys each query sees, itself included.
-        backend: what attends within the windows.
+        windowed: the windowed attention and its log-sum-exp; updated in place.
     """
-    window = min(window, problem.kv_len)
-    if not any(keys.slots.shape[3] for _, keys in sampled):
-        if begins is None:
-            begins = problem.tokens.bounds[:, 0].contiguous()
-        backend.dense.attend_sequences(problem, begins, into, window=window)
+    if not sampled.slots.shape[3]:
         return
-    lse = backend.dense.attend_windows(problem, begins, into, window)
     begins = problem.tokens.bounds[:, 0].contiguous() if begins is None else begins
-    for blocks, keys in sampled:
-        if problem.impl == "triton":
-            load_kernels("sampled_attention").add_sampled_keys(
-                *problem[:3], keys, (problem.tokens.bounds, begins), (into.out, lse), blocks,
-                problem.scale,
-            )  # fmt: skip
-        else:
-            for number, begin in enumerate(begins.tolist()):
-                _add_sampled_keys(problem, number, begin, (blocks, keys), Attended(into.out, lse))
+    if problem.impl == "triton":
+        load_kernels("sampled_attention").add_sampled_keys(
+            *problem[:3], sampled, (problem.tokens.bounds, begins), windowed, blocks, problem.scale
+        )
+        return
+    for number, begin in enumerate(begins.tolist()):
+        _add_sampled_keys(problem, number, begin, (blocks, sampled), windowed)
 
 
 def _add_sampled_keys(

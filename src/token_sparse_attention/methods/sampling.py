@@ -23,13 +23,13 @@ from torch import Tensor
 
 from token_sparse_attention import crossover, reference
 from token_sparse_attention.attention.backend import Backend
-from token_sparse_attention.blocks import GOLDEN, Blocks
-from token_sparse_attention.config import CANDIDATES_PER_SAMPLE, KVSamplingConfig
+from token_sparse_attention.blocks import GOLDEN, UNIT_BITS, Blocks
+from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.gate import DenseReason, Gate
 from token_sparse_attention.impls import load_kernels
 from token_sparse_attention.inputs import Problem
 from token_sparse_attention.methods.base import LayerShape, Method, Plan
-from token_sparse_attention.methods.local import SampledKeys, attend_windows
+from token_sparse_attention.methods.local import SampledKeys, add_sampled_keys
 from token_sparse_attention.methods.pairs import banded_pairs, dense_query_pairs
 from token_sparse_attention.methods.probes import (
     Probes,
@@ -40,7 +40,7 @@ from token_sparse_attention.methods.probes import (
 from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads
 
-_UNITS = 2**32  # of a probability; whole numbers add up to the same sum in any order
+_UNITS = 2**UNIT_BITS  # of a probability; whole numbers add up to the same sum in any order
 _LEAST = 0.25  # of the mean budget, for every head
 _MOST = 4  # times the mean budget, for any head
 _SCORES = 2**26  # at once
@@ -60,73 +60,66 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         return Gate(faster.min_queries, least, sparse_from=sparse_from)
 
     def prepare(self, problem: Problem, gate: Gate) -> Plan | DenseReason:
-        """Score and sample each head's keys, for block after block."""
+        """Find the blocks and their probes, and with them where sparse attention begins."""
         blocks = blocks_of(self.config, problem, gate.sparse_from)
         if blocks is None:
             return DenseReason.NO_PROBES
         probes = find_probes(problem, blocks)
-        keys = []
-        for index, some in _parts(blocks, problem):
-            part = probes.of_blocks(blocks, index, index + some.num_blocks)
-            keys.append((some, sample(problem, some, part, self.config)))
-        ran_sparse, begins = None, None
         begin = max(blocks.first * blocks.size, problem.first_query)
-        if probes.valid is not None:
-            begin = problem.kv_len  # no sequence begins later
-            if not problem.tokens.padded:  # earlier calls may have left probes of two blocks
-                begin = min((blocks.first + 2) * blocks.size, begin)
-            end = problem.tokens.bounds[:, 1]
-            begins = first_sparse_slots(problem, blocks, probes)
-            ran_sparse = begins < end
-            if problem.tokens.padded:
-                ran_sparse &= _passes(gate, problem)
-            begins = torch.where(ran_sparse, begins, end)
-        elif begin <= self.config.sliding_window:  # windows see all keys up to there
-            begin = problem.first_query
-        selection = None
-        if problem.aux.selection:
-            selection = self._list(keys, ran_sparse, problem)
-        return Plan(ran_sparse, keys, selection, begin, begins)
+        if probes.valid is None:
+            if begin <= self.config.sliding_window:  # windows see all keys up to there
+                begin = problem.first_query
+            return Plan(None, (blocks, probes), begin)
+        begin = problem.kv_len  # no sequence begins later
+        if not problem.tokens.padded:  # earlier calls may have left probes of two blocks
+            begin = min((blocks.first + 2) * blocks.size, begin)
+        end = problem.tokens.bounds[:, 1]
+        begins = first_sparse_slots(problem, blocks, probes)
+        ran_sparse = begins < end
+        if problem.tokens.padded:
+            ran_sparse &= _passes(gate, problem)
+        return Plan(ran_sparse, (blocks, probes), begin, torch.where(ran_sparse, begins, end))
 
-    def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
+    def attend(
+        self, plan: Plan, problem: Problem, backend: Backend, into: Attended
+    ) -> TokenSelection | None:
         """One softmax over each query's window, the sinks and its block's samples."""
+        (blocks, probes), whole = plan.keys, problem
         if plan.begins is None:
             into = into.of_queries(slice(plan.begin - problem.first_query, None))
             problem = problem.since(plan.begin)
-        window = self.config.sliding_window
-        attend_windows(problem, plan.keys, plan.begins, into, window=window, backend=backend)
+        # Windows first: the host prepares the rest while the device attends to them.
+        window = min(self.config.sliding_window, problem.kv_len)
+        lse = backend.dense.attend_windows(problem, plan.begins, into, window)
+        keys = []
+        for begin, some in parts_of(blocks, problem):
+            part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
+            sampled = sample(whole, some, part, self.config)
+            add_sampled_keys(problem, some, sampled, plan.begins, into._replace(lse=lse))
+            if problem.aux.selection:
+                keys.append((some, sampled))
+        return self._list(keys, plan.ran_sparse, whole) if keys else None
 
     def work(self, chosen: int, prompt_tokens: int) -> float:
         """See `Method.work`; counts every sink and sample for every query, an upper bound.
 
-        What the crossover runs dense is not counted. With budgets per head, `chosen` is what the
-        last block has, and the other blocks are taken to have the same share of their mean.
+        What the crossover runs dense is not counted. `chosen` is what the last block has; blocks
+        with fewer candidates have all of them.
 
         Example:
             >>> config = KVSamplingConfig(
             ...     block_size=16, num_probes=4, sliding_window=16, num_samples=8, dense_queries=0
             ... )
             >>> round(KVSampling(config).work(12, 64), 3)
-            0.66
+            0.736
         """
         config, size = self.config, self.config.block_size
-        reach = config.sliding_window + config.sink_size
-        last = (prompt_tokens - 1) // size
-        mean = config.samples_of(max((last + 1) * size - reach, 0))
-        share = (chosen - config.sink_size) / mean if mean else 0.0
-        pairs = float(dense_query_pairs(config, prompt_tokens))
         queries = prompt_tokens - min(config.dense_queries, prompt_tokens)
+        pairs = dense_query_pairs(config, prompt_tokens)
         pairs += banded_pairs(queries, config.sliding_window)
         for block in range(1, -(-queries // size)):
-            candidates = (block + 1) * size - reach
-            if candidates <= 0:
-                continue
-            number = config.sink_size + min(share * config.samples_of(candidates), candidates)
-            behind = banded_pairs(
-                max(min((block + 1) * size, queries) - config.sliding_window, 0), 1
-            )
-            behind -= banded_pairs(max(block * size - config.sliding_window, 0), 1)
-            pairs += number * behind
+            behind = max((block + 1) * size - config.sliding_window, 0)
+            pairs += min(chosen, behind) * (min((block + 1) * size, queries) - block * size)
         return min(2 * pairs / (prompt_tokens * (prompt_tokens + 1)), 1.0)
 
     def workspace(self, shape: LayerShape) -> int:
@@ -186,7 +179,7 @@ def _passes(gate: Gate, problem: Problem) -> Tensor:
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
 
 
-def _parts(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
+def parts_of(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
     """Yield runs of blocks whose scores fit in memory, with the index of each one's first."""
     begin, rows = 0, problem.num_heads * len(problem.query)
     while begin < blocks.num_blocks:
@@ -223,28 +216,31 @@ def sample(
         config: the settings.
     """
     tokens, capacity = problem.tokens, _capacity(config, problem.kv_len)
-    if problem.impl == "triton":
-        scores = load_kernels("block_scoring").score_blocks(
-            *probes, problem.key, tokens.bounds, blocks, problem.scale
-        )
-    else:
-        scores = _score_blocks(problem, blocks, probes)
+    scores = score_blocks(problem, blocks, probes)
     budgets = None
     if config.budget == "per_head":
         budgets = block_budgets(scores, blocks, problem, config)
     if problem.impl == "triton":
-        fewest, most = (min(n, 2**31 - 1) for n in (config.fewest_samples, config.num_samples))
-        rule = (fewest, CANDIDATES_PER_SAMPLE, most)
         return SampledKeys(
             *load_kernels("sampling").sample_blocks(
-                scores, tokens.bounds, blocks, rule, capacity, budgets
+                scores,
+                tokens.bounds,
+                blocks,
+                min(config.num_samples, 2**31 - 1),
+                capacity,
+                budgets,
             )
         )
     return _sample_blocks(scores, problem, blocks, config, budgets)
 
 
-def _score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
+def score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
     """Return the scores ``[B, H, num_scores]``, block after block; see `Blocks.offset`."""
+    if problem.impl == "triton":
+        scored: Tensor = load_kernels("block_scoring").score_blocks(
+            *probes, problem.key, problem.tokens.bounds, blocks, problem.scale
+        )
+        return scored
     num_probes, stride = blocks.num_probes, blocks.stride
     precision = torch.promote_types(problem.query.dtype, torch.float32)
     scores = probes.query.new_zeros(*probes.query.shape[:2], blocks.num_scores, dtype=precision)
@@ -286,26 +282,22 @@ def block_budgets(
     proportion to the mass therefore give the least sum of squared errors.
 
     Returns:
-        ``[B, H, count]`` float64; the mean budget on average, less if a head reaches four times
+        ``[B, H, count]`` float64; `num_samples` on average, less if a head reaches four times
         that.
     """
     mass = scores.new_empty(*scores.shape[:2], blocks.num_blocks, dtype=torch.float64)
-    means = []
     for index in range(blocks.num_blocks):
         reach = blocks.first_reach + index * blocks.size
         begin = blocks.offset(index)
         candidates = scores[..., begin + blocks.sink_size : begin + reach]
         mass[..., index] = candidates.sum(-1, dtype=torch.float64)
-        means.append(config.samples_of(reach - blocks.sink_size))
     mass.nan_to_num_(0.0, 0.0)
     all_mass = mass if problem.tp_group is None else gather_heads(mass, problem.tp_group)
     for head in config.dense_heads:  # which need none
         all_mass[:, head] = 0.0
     sampling = max(all_mass.shape[1] - len(config.dense_heads), 1)
     shares = all_mass * sampling / all_mass.sum(1, keepdim=True).clamp(min=1e-30)
-    budgets = (_LEAST + (1 - _LEAST) * shares).clamp_(max=_MOST)
-    for index, mean in enumerate(means):  # a list as tensor would be copied, and waited for
-        budgets[..., index] *= mean
+    budgets = config.num_samples * (_LEAST + (1 - _LEAST) * shares).clamp(max=_MOST)
     return (
         budgets
         if problem.tp_group is None
@@ -332,8 +324,7 @@ def _sample_blocks(
         own = scores[number, :, begin : begin + reach]
         candidates = own[:, sinks:]
         if budgets is None:
-            count = config.samples_of(candidates.shape[1])
-            budget = candidates.new_full((num_heads, 1), count, dtype=torch.float64)
+            budget = candidates.new_full((num_heads, 1), config.num_samples, dtype=torch.float64)
         else:
             budget = budgets[number, :, index, None]
         weights = sample_keys(candidates, budget)
@@ -371,10 +362,12 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
         An extension; vAttention (arXiv 2510.05688) adds weighted samples to best-scored keys.
     """
     number = scores.shape[1]
-    shares = scores.double().nan_to_num(0.0, 0.0)
-    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
-    shares += 1 / max(number, 1)
-    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
+    exact = scores.double().nan_to_num(0.0, 0.0)
+    total = exact.sum(-1, keepdim=True)
+    by_score, uniform = 1 / total.clamp(min=1e-30), torch.full_like(total, 1 / max(number, 1))
+    both = total * by_score + number * uniform
+    by_score, uniform = by_score / both, uniform / both
+    shares = exact * by_score + uniform
     factor, found = budgets, torch.zeros_like(budgets)
     while True:
         certain = shares * factor >= 1
@@ -384,11 +377,13 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
         found = now.double()
         rest = (1 - (shares * certain).sum(-1, keepdim=True)).clamp(min=1e-12)
         factor = torch.maximum(factor, (budgets - found) / rest)
-    certain |= budgets >= number
-    units = (shares * factor).clamp(max=1.0).mul(_UNITS).round().long().masked_fill(certain, 0)
+    units = exact * (by_score * factor * _UNITS) + uniform * factor * _UNITS
+    units = units.masked_fill(budgets >= number, _UNITS).clamp(max=_UNITS).round().long()
+    certain = units == _UNITS
+    units.masked_fill_(certain, 0)
     cumulated = units.cumsum(-1)
-    cell = cumulated >> 32
-    point = ((cell + 1) * GOLDEN) & (_UNITS - 1)
+    cell = cumulated >> UNIT_BITS
+    point = (((cell + 1) * GOLDEN) & (2**32 - 1)) >> (32 - UNIT_BITS)
     passed = cell + ((cumulated & (_UNITS - 1)) > point)
     hits = passed.diff(dim=-1, prepend=passed.new_zeros(len(scores), 1))
     return torch.where(certain, 1.0, hits * _UNITS / units.clamp(min=1).double())

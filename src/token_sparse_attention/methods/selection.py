@@ -39,7 +39,6 @@ from token_sparse_attention.inputs import (
     real_tokens,
 )
 from token_sparse_attention.methods.base import LayerShape, Method, Plan
-from token_sparse_attention.methods.local import attend_windows
 from token_sparse_attention.methods.pairs import banded_pairs, dense_query_pairs
 from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.scoring import score_keys
@@ -86,9 +85,11 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
             want_reasons=problem.aux.selection,
         )  # fmt: skip
         keys = (selection, most_tokens(self.config, problem, gate.break_even))
-        return Plan(selection.ran_sparse, keys, selection if problem.aux.selection else None)
+        return Plan(selection.ran_sparse, keys)
 
-    def attend(self, plan: Plan, problem: Problem, backend: Backend, into: Attended) -> None:
+    def attend(
+        self, plan: Plan, problem: Problem, backend: Backend, into: Attended
+    ) -> TokenSelection | None:
         """Compress, attend, decompress; the queries that were not selected get the fallback."""
         windowed = self.config.fallback == "window"
         assert plan.ran_sparse is not None
@@ -96,17 +97,19 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
             window = self.config.sliding_window
             start, end = problem.tokens.bounds.unbind(-1)
             begins = torch.where(plan.ran_sparse, start, end)
-            attend_windows(problem, (), begins, into, window=window, backend=backend)
+            window = min(window, problem.kv_len)
+            backend.dense.attend_sequences(problem, begins, into, window=window)
         selection, max_length = plan.keys
+        listed = selection if problem.aux.selection else None
         zeros = not windowed and not problem.tokens.padded
         if problem.impl == "reference":
             if zeros:
                 zero_sequences(into, selection.ran_sparse)
             if not selection.ran_sparse.any():
-                return
+                return listed
             selection = selection.sparse_only()
         elif not backend.device_lengths and not selection.ran_sparse.any():
-            return
+            return listed
         lengths = selection.lengths * selection.ran_sparse[:, None]
         selection = selection._replace(lengths=lengths)
         for sequences in head_groups(problem, max_length):
@@ -123,6 +126,7 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
                 attended, selection, offsets, sequences, into, zeros=zeros, impl=problem.impl
             )
             del attended
+        return listed
 
     def work(self, chosen: int, prompt_tokens: int) -> float:
         """See `Method.work`.
