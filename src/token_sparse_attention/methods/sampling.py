@@ -101,24 +101,22 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
     def work(self, chosen: int, prompt_tokens: int) -> float:
         """See `Method.work`; counts every sink and sample for every query, an upper bound.
 
-        What the crossover runs dense is not counted. `chosen` is what the last block has; blocks
-        with fewer candidates have all of them.
+        What the crossover runs dense is not counted. `chosen` is what the last block has; queries
+        with fewer keys behind their windows see all of them.
 
         Example:
             >>> config = KVSamplingConfig(
             ...     block_size=16, num_probes=4, sliding_window=16, num_samples=8, dense_queries=0
             ... )
             >>> round(KVSampling(config).work(12, 64), 3)
-            0.736
+            0.68
         """
-        config, size = self.config, self.config.block_size
+        config = self.config
         queries = prompt_tokens - min(config.dense_queries, prompt_tokens)
         pairs = dense_query_pairs(config, prompt_tokens)
         pairs += banded_pairs(queries, config.sliding_window)
-        for block in range(1, -(-queries // size)):
-            behind = max((block + 1) * size - config.sliding_window, 0)
-            pairs += min(chosen, behind) * (min((block + 1) * size, queries) - block * size)
-        return min(2 * pairs / (prompt_tokens * (prompt_tokens + 1)), 1.0)
+        pairs += banded_pairs(max(queries - config.sliding_window, 0), chosen)
+        return 2 * pairs / (prompt_tokens * (prompt_tokens + 1))
 
     def workspace(self, shape: LayerShape) -> int:
         """See `Method.workspace`: scores, sampled slots and weights, probes, log-sum-exps."""
