@@ -23,7 +23,7 @@ from torch import Tensor
 
 from token_sparse_attention import crossover, reference
 from token_sparse_attention.attention.backend import Backend
-from token_sparse_attention.blocks import GOLDEN, UNIT_BITS, Blocks
+from token_sparse_attention.blocks import FACTOR_STEPS, GOLDEN, UNIT_BITS, Blocks
 from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.gate import DenseReason, Gate
 from token_sparse_attention.impls import load_kernels
@@ -369,7 +369,7 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
     by_score, uniform = by_score / both, uniform / both
     shares = exact * by_score + uniform
     factor, found = budgets, torch.zeros_like(budgets)
-    while True:
+    for _ in range(FACTOR_STEPS):
         certain = shares * factor >= 1
         now = certain.sum(-1, keepdim=True)
         if bool((now <= found).all()):
