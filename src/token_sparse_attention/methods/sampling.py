@@ -15,6 +15,7 @@ lock onto text of equal period.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -85,14 +86,14 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
     ) -> TokenSelection | None:
         """One softmax over each query's window, the sinks and its block's samples."""
         (blocks, probes), whole = plan.keys, problem
-        if plan.begins is None:
+        if plan.begins is None and plan.begin > problem.first_query:
             into = into.of_queries(slice(plan.begin - problem.first_query, None))
             problem = problem.since(plan.begin)
         # Windows first: the host prepares the rest while the device attends to them.
         window = min(self.config.sliding_window, problem.kv_len)
         lse = backend.dense.attend_windows(problem, plan.begins, into, window)
         keys = []
-        for begin, some in _parts(blocks, problem):
+        for begin, some in _parts(blocks, problem.num_heads * len(problem.query), _SCORES):
             part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
             sampled = sample(whole, some, part, self.config)
             add_sampled_keys(problem, some, sampled, plan.begins, into._replace(lse=lse))
@@ -179,18 +180,20 @@ def _passes(gate: Gate, problem: Problem) -> Tensor:
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
 
 
-def _parts(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
-    """Yield runs of blocks whose scores fit in memory, with the index of each one's first."""
-    begin, rows = 0, problem.num_heads * len(problem.query)
+@functools.lru_cache(maxsize=64)
+def _parts(blocks: Blocks, rows: int, most: int) -> list[tuple[int, Blocks]]:
+    """Return runs of blocks that have few enough scores, with the index of each one's first."""
+    begin, parts = 0, []
     while begin < blocks.num_blocks:
         some = blocks._replace(first=blocks.first + begin, num_blocks=1)
         while begin + some.num_blocks < blocks.num_blocks:
             longer = some._replace(num_blocks=some.num_blocks + 1)
-            if rows * longer.num_scores > _SCORES:
+            if rows * longer.num_scores > most:
                 break
             some = longer
-        yield begin, some
+        parts.append((begin, some))
         begin += some.num_blocks
+    return parts
 
 
 def _capacity(config: KVSamplingConfig, kv_len: int) -> int:
