@@ -47,7 +47,7 @@ compat: $(VENV)/installed
 	export PYTHONPATH=$(CURDIR)/.venv-newest OMP_NUM_THREADS=1; \
 	$(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(NEWEST_TRANSFORMERS)", t' && \
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
-		tests/integrations tests/calibration tests/evaluation tests/report/test_capture.py tests/test_bundled.py tests/cli
+		tests/integrations tests/calibration tests/evaluation tests/fidelity tests/report/test_capture.py tests/test_bundled.py tests/cli
 
 wheel-check:
 	scripts/wheel-check.sh $(PYTHON)

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 from benchmarks.markdown import EMPTY, Table, build
 from token_sparse_attention.benchmark.measuring import collect
 from token_sparse_attention.benchmark.options import OpOptions
@@ -143,6 +140,9 @@ def measured(
         measure: yields the records, and tells its argument what it is doing.
         tables: what to print, by name.
     """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     asked = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(args).items()}
     asked = {"command": command} | {n: v for n, v in asked.items() if n != "out"}
     about = provenance(str(args.device))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks import summary
 from benchmarks.block_sparse import page as block_sparse
 from benchmarks.command import make_parser, run_command
-from benchmarks.frontier import page as frontier
+from benchmarks.fidelity import page as fidelity
 from benchmarks.markdown import Page
 from benchmarks.operator import page as operator
 from benchmarks.serving import page as serving
@@ -21,7 +21,7 @@ from benchmarks.serving import page as serving
 
 def every_page() -> Iterator[Page]:
     """Yield every page there is."""
-    for study in (summary, operator, block_sparse, frontier, serving):
+    for study in (summary, operator, block_sparse, fidelity, serving):
         yield from study.pages()
 
 

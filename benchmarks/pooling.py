@@ -1,4 +1,4 @@
-"""Result files of `tsa eval`: a folder of them, several as one, and scores side by side."""
+"""Result files of `tsa eval`: a folder of them, and several as one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from token_sparse_attention.evaluation.record import EvalResults, Key, SampleResult, load_results
+from token_sparse_attention.evaluation.record import EvalResults, load_results
 
 
 def load_folder(folder: Path) -> dict[str, EvalResults]:
@@ -32,44 +32,3 @@ def pooled(rounds: Sequence[EvalResults]) -> EvalResults:
     if len({sample.key for sample in samples}) != len(samples):
         raise ValueError("results to pool must not have the same sample and configuration twice")
     return replace(rounds[0], samples=tuple(samples))
-
-
-def beside(rounds: Sequence[EvalResults]) -> EvalResults:
-    """Return results of the same samples under different configurations as one.
-
-    Later ones began with the dense replies of the first (``tsa eval --dense-from``).
-
-    Raises:
-        ValueError: if they are of other models or samples, or have a reply twice that differs.
-    """
-    first = rounds[0].header
-    configurations = dict(first.configurations)
-    samples: dict[Key, SampleResult] = {}
-    for one in rounds:
-        if one.header.model != first.model or _samples_of(one) != _samples_of(rounds[0]):
-            raise ValueError("results side by side must be of the same model and samples")
-        for name, settings in one.header.configurations.items():
-            if configurations.setdefault(name, settings) != settings:
-                raise ValueError(f"results side by side differ in what {name} is")
-        for sample in one.samples:
-            if samples.setdefault(sample.key, sample) != sample:
-                raise ValueError(f"results side by side differ in {sample.key}")
-    header = replace(first, configurations=configurations)
-    return replace(rounds[0], header=header, samples=tuple(samples.values()))
-
-
-def _samples_of(results: EvalResults) -> object:
-    return results.header.arguments["samples_sha256"]
-
-
-def paired_scores(
-    results: EvalResults, length: int, base: str, other: str
-) -> list[tuple[float, float]]:
-    """Return two configurations' scores of every sample of a length that has both."""
-    scores = {sample.key: sample.score for sample in results.samples}
-    return [
-        (score, its)
-        for key, score in scores.items()
-        if key[1] == length and key[3] == base and score is not None
-        if (its := scores.get((*key[:3], other))) is not None
-    ]

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.block_sparse import accuracy
-from benchmarks.frontier.confirmation import Point, Shown, glance, name_of, points
-from benchmarks.frontier.page import CONFIRMED, SECOND
-from benchmarks.frontier.words import describe
 from benchmarks.lookup import speed_up
-from benchmarks.markdown import NONE, Page, figure_or, markdown_table, number
+from benchmarks.markdown import EMPTY, NONE, Page, figure_or, markdown_table, number
 from benchmarks.operator.page import RESULTS, load_runs
+from benchmarks.operator.sampling import WHOLE
+from benchmarks.operator.sampling_tables import by_shape, eager_speed_up, graph_speed_up
 from benchmarks.pooling import load_folder, pooled
-from benchmarks.replay.layers import ReplayPoint
-from benchmarks.replay.results import Replay
 from benchmarks.serving import page as serving
-from benchmarks.style import figure_file, interval
 from token_sparse_attention.benchmark.runs import Run, milliseconds, tokens
-from token_sparse_attention.config import KVSamplingConfig
-from token_sparse_attention.evaluation.summary import difference_interval, relative_loss_bound
+from token_sparse_attention.evaluation.record import EvalResults
+from token_sparse_attention.evaluation.summary import Row, summarise
 
 ROOT = RESULTS.parents[1]
 LENGTH = 131072
-BUNDLED, QWEN = "bundled, 11.8M", "Qwen3, 23.6M"
-SHIPPED = "H3"
-"""The configuration that ships as the bundled model's profile."""
-BY_LENGTH = ("published", "K", SHIPPED)
+SELECTED = {"bundled, 11.8M": "bundled", "Qwen3, 23.6M": "qwen3"}
+"""Folders of replies under token selection, by what the page calls the model."""
 SELECTION = ("op-h200-current", "op-h200-long", "op-h200")
 """Runs of token selection, the newest first."""
 PREFILL = "prefill-h100-32-heads"
@@ -36,79 +29,57 @@ KEPT = 0.5
 
 def pages() -> list[Page]:
     """Return the page."""
-    models = load_models()
+    replies = {
+        model: list(load_folder(RESULTS / "selection" / folder).values())
+        for model, folder in SELECTED.items()
+    }
     runs = {run.name: run for run in load_runs()}
-    bundled = models[BUNDLED]
+    named = [*(runs[name] for name in SELECTION), runs[PREFILL]]
+    sampled = [run for run in runs.values() if run.name.startswith("sampling-")]
     tables = {
-        "models": glance(models, LENGTH),
-        "settings": legend(models),
-        "lengths": by_length(points(bundled.rounds, bundled.replays)),
-        "layer": one_layer(bundled.replays[0].points),
+        "layer": one_layer(sampled),
+        "selection-answers": by_length(replies),
         "selection": selection([runs[name] for name in SELECTION]),
         "prefill": prefill(runs[PREFILL]),
         "serving": served(serving.read("first-token-chunks-h100.json")),
         "patterns": patterns(),
-        "files": files(models, [*(runs[name] for name in SELECTION), runs[PREFILL]]),
+        "files": files(replies, [*sampled, *named]),
     }
-    figures = {"accuracy-speed": lambda path: draw(models, path)}
-    return [Page(ROOT / "docs" / "results.md", tables, figures)]
+    return [Page(ROOT / "docs" / "results.md", tables)]
 
 
-def load_models() -> dict[str, Shown]:
-    """Return what was confirmed on each model."""
-    return {
-        name: Shown(
-            list(load_folder(folder).values()), [Replay.load(folder / "replay-128k.json")], chosen
-        )
-        for name, folder, chosen in (
-            (BUNDLED, CONFIRMED, ("published", "F", "K", SHIPPED, "calibrated-12")),
-            (QWEN, SECOND, ("published", "calibrated-8", "calibrated-12")),
-        )
-    }
-
-
-def legend(models: Mapping[str, Shown]) -> str:
-    """Say what each configuration of the main table runs."""
-    lines = []
-    for model, shown in models.items():
-        settings = {n: s for one in shown.rounds for n, s in one.header.configurations.items()}
-        for name in shown.configurations:
-            if name != "published":
-                lines.append(f"- {model}, {name_of(name)}: {describe(settings[name])}.\n")
-    return "".join(lines)
-
-
-def by_length(found: Sequence[Point]) -> str:
-    """Return loss, its bound and the number of prompts of `BY_LENGTH`, one row per length."""
-    lines = [["tokens", *map(name_of, BY_LENGTH)]]
-    for length in sorted({point.length for point in found}):
-        at = {point.configuration: point for point in found if point.length == length}
-        cells = [
-            f"{at[name].loss:.1%}, below {relative_loss_bound(at[name].scores):.1%} "
-            f"({len(at[name].pairs):,})"
-            for name in BY_LENGTH
-        ]
-        lines.append([tokens(length), *cells])
+def one_layer(runs: Sequence[Run]) -> str:
+    """Return the speed-up of one layer under KV sampling, by heads and length."""
+    found = list(by_shape(runs))
+    if not found:
+        return EMPTY + "\n"
+    lengths = sorted({length for _, run in found for length in run.lengths(WHOLE)})
+    lines = [["heads", "timed", *map(tokens, lengths)]]
+    for heads, run in found:
+        for timed, cell in (("eager calls", eager_speed_up), ("CUDA graph", graph_speed_up)):
+            lines.append([heads, timed, *(figure_or(cell, run, length) for length in lengths)])
     return markdown_table(lines)
 
 
-def one_layer(measured: Sequence[ReplayPoint]) -> str:
-    """Return the operator's time in one layer by its number of samples, without dense heads."""
-    lines = [["heads", "window", "samples", "dense, ms", "sparse, ms", "speed-up"]]
-    seen: dict[tuple[int, int, int, int], ReplayPoint] = {}
-    for point in measured:
-        settings = point.settings or {}
-        sampled = settings.get("method") == KVSamplingConfig.method
-        if sampled and not settings["dense_heads"] and settings["sliding_window"] == 2048:
-            shape = (-point.num_heads, point.head_dim)
-            seen.setdefault((*shape, 2048, settings["num_samples"]), point)
-    for (heads, head_dim, window, samples), point in sorted(seen.items()):
-        if not point.passed or point.dense_ms is None or point.median_ms is None:
-            continue
-        cells = [f"{-heads} of {head_dim}", f"{window:,}", f"{samples:,}"]
-        cells += [number(point.dense_ms), number(point.median_ms)]
-        lines.append([*cells, f"{point.dense_ms / point.median_ms:.2f}x"])
+def by_length(replies: Mapping[str, Sequence[EvalResults]]) -> str:
+    """Return what token selection loses in every layer, one row per model and length."""
+    head = ["model", "tokens", "score, dense", "loss", "loss below", "work", "prompts"]
+    lines = [head]
+    for model, rounds in replies.items():
+        rows = [row for one in rounds for row in summarise(one) if _is_shown(row)]
+        for row in sorted(rows, key=lambda row: row.length or 0):
+            lines.append(
+                [
+                    *(model, tokens(row.length or 0), f"{row.score:.3f}, {row.dense_score:.3f}"),
+                    *(f"{row.relative_loss:.1%}", f"{row.relative_loss_upper:.1%}"),
+                    *(row.shown_work, f"{row.pairs:,}"),
+                ]
+            )
     return markdown_table(lines)
+
+
+def _is_shown(row: Row) -> bool:
+    return row.task is None and bool(row.length) and row.configuration == "published"
 
 
 def selection(runs: Sequence[Run]) -> str:
@@ -138,11 +109,8 @@ def _faster(run: Run, length: int) -> str:
 
 
 _PREFILL_SETTINGS = (
-    ("samples-4096/all", None, "4,096 samples, all layers"),
-    ("samples-4096/half", None, "4,096 samples, half of the layers"),
-    ("samples-1024/all", None, "1,024 samples, all layers"),
-    ("sparse/all", KEPT, "token selection, half kept, all layers"),
-    ("sparse/half", KEPT, "token selection, half kept, half of the layers"),
+    ("sparse/all", "token selection, half kept, all layers"),
+    ("sparse/half", "token selection, half kept, half of the layers"),
 )
 
 
@@ -151,22 +119,16 @@ def prefill(run: Run) -> str:
     lengths = run.lengths("dense")
     dense = [f"{milliseconds(run.need('dense', length)):,.0f} ms" for length in lengths]
     lines = [["settings", *map(tokens, lengths)], ["dense", *dense]]
-    for name, kept, label in _PREFILL_SETTINGS:
-        lines.append(
-            [label, *(figure_or(_first_token, run, name, length, kept) for length in lengths)]
-        )
+    for name, label in _PREFILL_SETTINGS:
+        lines.append([label, *(figure_or(_first_token, run, name, length) for length in lengths)])
     return markdown_table(lines)
 
 
-def _first_token(run: Run, name: str, length: int, kept: float | None) -> str:
-    return f"{speed_up(run.need('dense', length), run.need(name, length, kept)):.2f}x"
+def _first_token(run: Run, name: str, length: int) -> str:
+    return f"{speed_up(run.need('dense', length), run.need(name, length, KEPT)):.2f}x"
 
 
-_SERVED = {
-    "dense": "dense",
-    "num_samples=2048": "2,048 samples, window 512",
-    "drop_mass=0.5": "token selection, about half kept",
-}
+_SERVED = {"dense": "dense", "drop_mass=0.5": "token selection, about half kept"}
 
 
 def served(result: Mapping[str, Any]) -> str:
@@ -183,41 +145,23 @@ def served(result: Mapping[str, Any]) -> str:
 
 
 def patterns() -> str:
-    """Return what each pattern costs and gains at `LENGTH`, alone and with token sparsity."""
+    """Return what each pattern costs and gains at `LENGTH`, alone and on selected tokens."""
     rounds, times, _ = accuracy.load()
     return accuracy.at_length(pooled(rounds), times, LENGTH)
 
 
-def files(models: Mapping[str, Shown], runs: Sequence[Run]) -> str:
+def files(replies: Mapping[str, Sequence[EvalResults]], runs: Sequence[Run]) -> str:
     """Return which device and commit each part of the page is from."""
     lines = [["what", "device", "commit", "flash-attn-4"]]
-    measured: list[tuple[str, Any]] = []
-    for model, shown in models.items():
-        measured += [(f"replies, {model}", one.header.provenance) for one in shown.rounds]
-        measured += [(f"attention of all layers, {model}", r.provenance) for r in shown.replays]
+    measured: list[tuple[str, Any]] = [
+        (f"replies, {model}", one.header.provenance)
+        for model, rounds in replies.items()
+        for one in rounds
+    ]
     measured += [(f"`{run.name}`", run.result.provenance) for run in runs]
     for what, about in measured:
         version = about["versions"].get("flash-attn-4") or NONE
-        line = [what, about["device"], f"`{about['commit'][:12]}`", version]
+        line = [what, about["device"], f"`{str(about['commit'])[:12]}`", version]
         if line not in lines:
             lines.append(line)
     return markdown_table(lines)
-
-
-def draw(models: Mapping[str, Shown], path: Path) -> None:
-    """Draw the score's difference from dense over the speed-up at `LENGTH`, with its interval."""
-    with figure_file(path) as axes:
-        for color, (model, shown) in zip(("tab:blue", "tab:orange"), models.items()):
-            for marker, point in zip("osD^v", shown.at(LENGTH)):
-                if point.times is None or point.times.times is None:
-                    continue
-                low, high = difference_interval(point.scores)
-                middle = point.sparse - point.dense
-                label = f"{model}: {name_of(point.configuration)}"
-                look = {"color": color, "marker": marker, "label": label}
-                interval(axes, point.times.times.speed_up, low, middle, high, **look)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"speed-up of all layers' attention over dense, {tokens(LENGTH)} tokens")
-        axes.set_ylabel("score minus dense score,\n95% interval")
-        axes.set_xlim(left=0)
-        axes.legend(loc="lower right", fontsize=7)

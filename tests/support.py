@@ -12,6 +12,7 @@ from torch import Tensor
 
 from token_sparse_attention import (
     AuxRequest,
+    DenseReason,
     KVSamplingConfig,
     SparseConfig,
     TokenSelection,
@@ -20,6 +21,10 @@ from token_sparse_attention import (
     token_sparse_attention,
 )
 from token_sparse_attention.attention.resolve import resolve_backend
+from token_sparse_attention.benchmark.checks import block_counts
+from token_sparse_attention.inputs import Chunk, real_tokens, unit_stride
+from token_sparse_attention.inputs import Problem as Checked
+from token_sparse_attention.methods import method_of
 
 SMALL = TokenSelectionConfig(drop_mass=0.2, observation_window=16, pool_size=5, min_tokens=24)
 SAMPLING = KVSamplingConfig(
@@ -81,19 +86,61 @@ def make_problem(
     return Problem(*(tensor.to(device, dtype) for tensor in (query, key, value)))
 
 
+def checked(problem: Problem, mask: Tensor | None = None, impl: str = "reference") -> Checked:
+    """The problem as methods get it, of a call that continues nothing."""
+    key = problem.key
+    tokens = real_tokens(mask, len(key), key.shape[2], key.device, on_device=impl == "triton")
+    rest = (tokens, key.shape[3] ** -0.5, impl, None, None, AuxRequest(), Chunk())
+    return Checked(*(unit_stride(tensor) for tensor in problem), *rest)
+
+
+def counts_behind(problem: Problem, config: KVSamplingConfig, impl: str = "reference") -> Tensor:
+    """How often keys count for the queries of one call behind whose windows they are.
+
+    Returns:
+        ``[H, S_q, S_kv]`` float64, by what the operator samples; 1 where all keys are seen.
+    """
+    _, heads, query_len, head_dim = problem.query.shape
+    kv_len, device = problem.key.shape[2], problem.query.device
+    counts = torch.ones(heads, query_len, kv_len, dtype=torch.float64, device=device)
+    method = method_of(config)
+    gate = method.gate(device, heads, head_dim)
+    if gate.reason(query_len, kv_len) is not None:
+        return counts
+    plan = method.prepare(checked(problem, impl=impl), gate)
+    if isinstance(plan, DenseReason):
+        return counts
+    begin = plan.begin if plan.begins is None else int(plan.begins[0])
+    size, first = config.block_size, kv_len - query_len
+    for block in range(begin // size, -(-kv_len // size)):
+        queries = slice(max(block * size, begin) - first, (block + 1) * size - first)
+        for head in range(heads):
+            own = block_counts(plan, head, block, kv_len)
+            if own is not None:
+                counts[head, queries] = own
+    return counts
+
+
 def oracle(
-    problem: Problem, config: SparseConfig, sequence: int = 0
+    problem: Problem,
+    config: SparseConfig,
+    sequence: int = 0,
+    *,
+    past_query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The reference on one unpadded sequence: output ``[H, S_q, D]`` and chosen tokens.
 
     It runs in float64, but with samples in the problem's own precision: scores that round
-    otherwise may sample a key's neighbour.
+    otherwise may sample a key's neighbour. `past_query` are all queries of earlier calls.
     """
     samples = isinstance(config, KVSamplingConfig) and config.num_samples
     query, key, value = (
         tensor[sequence] if samples else tensor[sequence].double() for tensor in problem
     )
-    return reference.token_sparse_attention(query, key, value, config, query.shape[-1] ** -0.5)
+    scale = query.shape[-1] ** -0.5
+    return reference.token_sparse_attention(
+        query, key, value, config, scale, past_query=past_query
+    )
 
 
 def with_selection(

@@ -93,6 +93,7 @@ def test_the_demos_settings_are_the_profiles_in_proportion():
     for layer, config in whole.items():
         assert config == dataclasses.replace(
             small[layer],
+            block_size=16 * small[layer].block_size,
             sliding_window=16 * small[layer].sliding_window,
             num_samples=16 * small[layer].num_samples,
             crossover="auto",
@@ -149,13 +150,13 @@ def test_the_demo_fails_on_wrong_answers_and_without_sparsity():
             "the heads of layer 3 kept 25.0% of the prompt's tokens",
         ),
         (
-            KVSamplingConfig(sliding_window=40, dense_queries=4),
+            KVSamplingConfig(block_size=32, sliding_window=40, dense_queries=4),
             0.25 + 0.1,
             "the queries of layer 3 saw at most 35.0% of the prompt's tokens, windows included, "
             "the last 4 aside",
         ),
         (
-            KVSamplingConfig(sliding_window=500, dense_queries=0),
+            KVSamplingConfig(block_size=32, sliding_window=500, dense_queries=0),
             1.0,
             "the queries of layer 2 saw at most 100.0% of the prompt's tokens, windows included",
         ),

@@ -18,7 +18,6 @@ from token_sparse_attention.config import config_from_dict
 
 common = {
     "budget": st.sampled_from(["shared", "per_head"]),
-    "sliding_window": st.integers(1, 4096),
     "dense_queries": st.integers(0, 300),
     "dense_heads": st.sets(st.integers(0, 63)).map(tuple),
     "crossover": st.sampled_from(["off", "auto"]),
@@ -32,10 +31,13 @@ configs = st.builds(
     min_tokens=st.integers(0, 10_000),
     keep_ratio=st.none() | st.floats(0, 1, exclude_min=True),
     fallback=st.sampled_from(["zero", "window"]),
+    sliding_window=st.integers(1, 4096),
     **common,
 ) | st.builds(
     KVSamplingConfig,
-    num_probes=st.integers(1, 4096),
+    block_size=st.integers(4, 12).map(lambda exponent: 2**exponent),
+    num_probes=st.integers(0, 4).map(lambda exponent: 2**exponent),
+    sliding_window=st.integers(4096, 9000),
     sink_size=st.integers(0, 64),
     num_samples=st.integers(0, 4096),
     **common,
@@ -55,7 +57,8 @@ def test_published_values_are_the_papers():
 
 def test_defaults_of_sampling():
     default = KVSamplingConfig()
-    assert (default.num_probes, default.sliding_window, default.sink_size) == (128, 2048, 4)
+    assert (default.block_size, default.num_probes) == (2048, 32)
+    assert (default.sliding_window, default.sink_size) == (2048, 4)
     assert (default.num_samples, default.budget, default.dense_queries) == (4096, "shared", 128)
     assert (default.crossover, default.dense_heads, default.sparse_layers) == ("auto", (), None)
 
@@ -155,7 +158,14 @@ def test_bad_settings_of_selection_are_named(fields, error, message):
     ("fields", "error", "message"),
     [
         *COMMON,
+        ({"block_size": 8}, ValueError, "block_size must be at least 16, got 8"),
+        ({"block_size": 48}, ValueError, "block_size must be a power of two, got 48"),
+        ({"block_size": 64.0}, TypeError, "block_size must be an int, got 64.0"),
+        ({"block_size": 4096}, ValueError, "sliding_window must be at least block_size = 4096"),
         ({"num_probes": 0}, ValueError, "num_probes must be at least 1, got 0"),
+        ({"num_probes": 24}, ValueError, "num_probes must be a power of two, got 24"),
+        ({"num_probes": 4096}, ValueError, "num_probes must be at most block_size = 2048, got"),
+        ({"sliding_window": 2047}, ValueError, "at least block_size = 2048, got 2047"),
         ({"num_probes": 2.0}, TypeError, "num_probes must be an int, got 2.0"),
         ({"sink_size": -1}, ValueError, "sink_size must be at least 0"),
         ({"num_samples": -1}, ValueError, "num_samples must be at least 0"),

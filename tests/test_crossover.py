@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.operator.sampling_tables import dense_query_keys, sampling_keys
 
 from token_sparse_attention import DenseReason, KVSamplingConfig, TokenSelectionConfig
-from token_sparse_attention.benchmark.runs import Run
 from token_sparse_attention.crossover import (
-    DENSE_QUERY_TOKENS,
-    LEAST_DENSE_QUERY_TOKENS,
     MIN_LENGTH,
-    MIN_SAMPLED_LENGTH,
     NEVER_DENSE,
     OVERHEAD_TOKENS,
-    SAMPLED_TOKENS,
+    SPARSE_FROM,
     WINDOW_TOKENS,
     BreakEven,
     effective_length,
@@ -79,20 +73,6 @@ def test_break_even():
     assert window.fixed_tokens > zero.fixed_tokens
     assert break_even_of(replace(auto, sliding_window=4096)) == zero, "there is no window"
     assert break_even_of(replace(auto, keep_ratio=0.5)) == NEVER_DENSE
-    alone, sinks, samples = (
-        break_even_of(KVSamplingConfig(sink_size=sinks, num_samples=samples)).fixed_tokens
-        for sinks, samples in ((0, 0), (4, 0), (4, 100))
-    )
-    assert alone < sinks < samples
-
-
-def test_where_keys_are_sampled_lengths_decide():
-    """No scoring is in vain, so shorter sequences may run sparse than with selected queries."""
-    few, many = (KVSamplingConfig(num_samples=samples) for samples in (0, 100_000))
-    assert break_even_of(few).min_length == MIN_SAMPLED_LENGTH["cpu"]
-    even = break_even_of(many)
-    assert even.min_length == even.fixed_tokens > MIN_SAMPLED_LENGTH["cpu"]
-    assert MIN_SAMPLED_LENGTH["cuda"] < MIN_LENGTH["cuda"]
 
 
 @pytest.mark.parametrize(
@@ -119,43 +99,42 @@ def test_constants_cover_the_measured_overhead(device, file, kind, dense):
         assert 0.7 * (base + 512 * per_token) < window <= base + 512 * per_token
 
 
-@pytest.mark.parametrize("num_heads", [8, 32])
-def test_constants_cover_the_measured_samples_and_dense_queries(num_heads):
-    """The costliest placement of sampled keys, at the start, is not far below them."""
-    run = Run.load(RESULTS / f"far-h200-{num_heads}-heads.json")
-    lengths = [n for n in run.lengths("far/score") if n >= MIN_SAMPLED_LENGTH["cuda"]]
-    assert len(lengths) == 3
-    base, per_token = SAMPLED_TOKENS["cuda"]
-    dense_query = max(DENSE_QUERY_TOKENS["cuda"] / num_heads, LEAST_DENSE_QUERY_TOKENS["cuda"])
-    each = []
-    for length in lengths:
-        shares = {}
-        for name in run.names("far/draw/"):
-            setting = name.removeprefix("far/draw/")
-            count = int(re.search(r"\d+", setting)[0])
-            shares[setting] = sampling_keys(run, length, setting) / (base + per_token * count)
-        assert 0.85 < max(shares.values()) <= 1, shares
-        each.append(dense_query_keys(run, length, 128))
-    assert 0.75 < max(each) / dense_query <= 1, each
+def sparse_from_of(config, device=CUDA, num_heads=32, head_dim=128):
+    return method_of(config).gate(device, num_heads, head_dim).sparse_from
+
+
+def test_positions_decide_where_keys_are_sampled():
+    """A prompt's length has no say, so that its split into calls has none."""
+    config = KVSamplingConfig()
+    gate = method_of(config).gate(CUDA, 128, 256)
+    assert gate.sparse_from == SPARSE_FROM["cuda"]
+    assert gate.break_even == NEVER_DENSE
+    assert gate.min_queries == config.dense_queries + 512
+    off = method_of(replace(config, crossover="off")).gate(CUDA, 32, 128)
+    assert (off.sparse_from, off.min_queries) == (2048, 1)
+    for size in (16, 64, 4096, 65536):
+        blocks = replace(config, block_size=size, num_probes=16, sliding_window=65536)
+        position = sparse_from_of(blocks)
+        assert position % size == 0
+        assert position >= SPARSE_FROM["cuda"]
 
 
 def test_fewer_heads_need_longer_prompts():
     """While the host starts the sparse kernels, dense attention of few heads is done."""
     config = KVSamplingConfig(num_samples=1024)
-    least = [break_even_of(config, CUDA, heads, 128).min_length for heads in (64, 32, 16, 8, 4, 1)]
-    assert least == sorted(least)
-    assert least[:2] == [MIN_SAMPLED_LENGTH["cuda"]] * 2
-    assert least[3] == break_even_of(config, CUDA, 16, 64).min_length
-    assert least[5] == pytest.approx(2 * least[4])
+    first = [sparse_from_of(config, num_heads=heads) for heads in (256, 32, 16, 8, 4, 1)]
+    assert first == sorted(first)
+    assert first[0] == SPARSE_FROM["cuda"]
+    assert first[5] > SPARSE_FROM["cuda"]
+    assert first[3] == sparse_from_of(config, num_heads=16, head_dim=64)
+    assert first[5] == pytest.approx(2 * first[4], rel=0.2)
     selecting = TokenSelectionConfig(crossover="auto")
     assert break_even_of(selecting, CUDA, 1, 128).min_length > MIN_LENGTH["cuda"]
-    assert break_even_of(config, CPU, 1, 64) == break_even_of(config, CPU, 64, 128)
+    assert sparse_from_of(config, CPU, 1, 64) == sparse_from_of(config, CPU, 64, 128)
 
 
-@pytest.mark.parametrize(
-    "config", [KVSamplingConfig(num_samples=8192), TokenSelectionConfig(crossover="auto")]
-)
-def test_dense_heads_leave_less_to_gain(config):
+def test_dense_heads_leave_less_to_gain():
+    config = TokenSelectionConfig(crossover="auto")
     without = break_even_of(config, CUDA, 32, 128)
     quarter, all_of_them = (
         method_of(replace(config, dense_heads=tuple(range(count)))).gate(CUDA, 32, 128)
@@ -165,28 +144,6 @@ def test_dense_heads_leave_less_to_gain(config):
     least = max(without.fixed_tokens / 0.75, without.min_length)
     assert quarter.break_even.min_length == pytest.approx(least)
     assert all_of_them.reason(10**7, 10**7) is DenseReason.CROSSOVER_LENGTH
-    if isinstance(config, KVSamplingConfig):
-        assert without.min_length == without.fixed_tokens > MIN_SAMPLED_LENGTH["cuda"]
-        assert quarter.break_even.min_length == pytest.approx(without.min_length / 0.75)
-
-
-@pytest.mark.parametrize("num_heads", [4, 8, 16, 32])
-@pytest.mark.parametrize("samples", [1024, 4096])
-def test_whole_prefills_get_faster_from_the_crossover_on_and_hardly_below(num_heads, samples):
-    measured = times(f"prefill-h100-{num_heads}-heads.json", "eager")
-    config = KVSamplingConfig(num_samples=samples)
-    least = break_even_of(config, CUDA, num_heads, 128).min_length
-    speed_ups = {
-        length: measured["dense", length, None] / time
-        for (name, length, _), time in measured.items()
-        if name == f"samples-{samples}/all"
-    }
-    assert min(speed_ups) < least < max(speed_ups) or num_heads == 32
-    for length, speed_up in speed_ups.items():
-        if length >= least:
-            assert speed_up > 1.05, (length, speed_up)
-        else:
-            assert speed_up < 1.35, (length, speed_up)
 
 
 def test_where_the_method_decides_dense_it_costs_under_two_percent():

@@ -11,6 +11,7 @@ import torch
 from support import SAMPLING, SMALL, make_problem
 from token_sparse_attention import AuxRequest, Execution, token_sparse_attention
 from token_sparse_attention.custom_op import aux_text
+from token_sparse_attention.inputs import Chunk
 
 WANTS = [
     AuxRequest(selection, indices, lse)
@@ -33,8 +34,9 @@ def test_opcheck(wants, padded, config):
     problem = make_problem(batch=2, query_len=90, kv_len=120)
     mask = torch.ones(2, 120, dtype=torch.bool)
     mask[1, :20] = False
-    texts = config.text, Execution().text
-    arguments = (*problem, mask if padded else None, *texts, 0.3, aux_text(wants))
+    settings = f"{Execution().text}\n{config.text}"
+    aux = aux_text(wants, Chunk())
+    arguments = (*problem, mask if padded else None, [], settings, 0.3, aux)
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
 

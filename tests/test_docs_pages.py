@@ -59,33 +59,47 @@ def test_links_lead_somewhere(page):
 def test_numbers_are_measured_ones():
     """Each speed-up, score and time is in a generated table, as it is written on the page."""
     measured = "".join(map(read, MEASURED))
-    found = 0
     for page in PAGES:
         if page in MEASURED:
             continue
         text = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
         for number in re.findall(r"\d+\.\d\dx|[+-]\d\.\d{3}|\b0\.\d{3}\b|\d+(?:\.\d+)? ms", text):
             if number != f"{TokenSelectionConfig().drop_mass}":
-                found += 1
                 assert number.removesuffix(" ms") in measured, f"{page.name}: {number}"
-    assert found
 
 
 def test_the_crossovers_lengths_are_the_codes():
-    shortest = {*crossover.MIN_LENGTH.values(), *crossover.MIN_SAMPLED_LENGTH.values()}
-    for length in shortest:
+    for length in crossover.MIN_LENGTH.values():
         assert re.search(rf"\b{length // 1024}K\b", read(CHOOSING)), length
 
 
 @pytest.mark.parametrize(
     ("device", "heads"), [("cuda", 32), ("cuda", 8), ("cuda", 4), ("cpu", 32)]
 )
-def test_from_where_on_prompts_run_sparse_is_the_codes(device, heads):
-    """By default, for heads of 128; in thousands of tokens."""
+def test_from_where_on_queries_attend_sparsely_is_the_codes(device, heads):
+    """By default, for heads of 128; in units of 1,024 tokens."""
     gate = method_of(KVSamplingConfig()).gate(torch.device(device), heads, 128)
-    least = gate.break_even.min_length
-    unit = 1024 if least in crossover.MIN_SAMPLED_LENGTH.values() else 1000
-    assert re.search(rf"\b{least / unit:.0f}K\b", read(CHOOSING)), (device, heads, least)
+    assert gate.sparse_from % 1024 == 0
+    assert re.search(rf"\b{gate.sparse_from // 1024}K\b", read(CHOOSING)), (device, heads, gate)
+    more = gate.min_queries - KVSamplingConfig().dense_queries
+    for page in (CHOOSING, DOCS / "how-it-works.md", DOCS / "troubleshooting.md"):
+        assert f"fewer than `dense_queries` + {more} " in " ".join(read(page).split())
+
+
+def test_how_many_samples_a_block_has_is_the_codes():
+    config = KVSamplingConfig(num_samples=4096)
+    assert config.samples_of(16 * 2000) == 2000
+    assert config.fewest_samples == 4096 // 4
+    for page in (CHOOSING, DOCS / "how-it-works.md", ROOT / "DESIGN.md"):
+        text = " ".join(read(page).split())
+        assert "samples one in 16 of its candidates" in text
+        assert re.search("a quarter of `num_samples` and (at most )?all of it", text)
+
+
+def test_the_quick_starts_sizes_are_the_defaults():
+    config, text = KVSamplingConfig(), " ".join(read(DOCS / "quick-start.md").split())
+    assert f"sees the last {config.sliding_window:,} keys" in text
+    assert f"up to {config.num_samples:,} sampled keys" in text
 
 
 def test_the_layout_names_what_there_is():

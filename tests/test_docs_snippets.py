@@ -89,6 +89,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
 
 def given(page: Path, folder: Path) -> dict[str, object]:
     """Names and files that a page's reader has before its first block."""
+    if page.name == "fidelity.md":
+        words = ["--lengths", "256", "--pieces", "1", "--shapes", "continue"]
+        assert main(["fidelity", *words, "--out", str(folder / "fidelity.jsonl")]) == 0
     if page.name != "calibration.md":
         return {}
     from token_sparse_attention.calibration.job import calibrate

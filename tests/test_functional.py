@@ -18,6 +18,7 @@ from support import (
     WITH_SELECTION,
     Problem,
     causal_attention,
+    counts_behind,
     kept_mask,
     make_problem,
     oracle,
@@ -43,10 +44,7 @@ from token_sparse_attention.attention.sdpa import SDPABackend
 from token_sparse_attention.compression import compress_sequences
 from token_sparse_attention.config import single_precision
 from token_sparse_attention.gate import reason_of
-from token_sparse_attention.inputs import real_tokens
 from token_sparse_attention.methods import selection as selection_method
-from token_sparse_attention.methods.sampling import sample_budgets
-from token_sparse_attention.reference import probe_scores, sampled_weights
 
 SELECTED = [
     dataclasses.replace(SMALL, budget=budget, **others)
@@ -69,6 +67,7 @@ SAMPLED = [
         {"budget": "per_head"},
         {"sink_size": 2, "num_samples": 180},  # more than some sequences have keys for
         {"sink_size": 2, "num_samples": 11, "dense_queries": 21},
+        {"sliding_window": 37, "num_samples": 64, "num_probes": 2},
         {"dense_heads": (0,)},
         {"dense_heads": (0,), "budget": "per_head", "dense_queries": 21},
     )
@@ -96,7 +95,7 @@ def sparse_run(problem, config, **kwargs):
 
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (8, 2)])
-@pytest.mark.parametrize(("query_len", "kv_len"), [(63, 63), (257, 257), (40, 111), (16, 190)])
+@pytest.mark.parametrize(("query_len", "kv_len"), [(63, 63), (257, 257), (40, 111), (24, 190)])
 def test_operator_equals_the_oracle(config, heads, kv_heads, query_len, kv_len):
     problem = make_problem(heads=heads, kv_heads=kv_heads, query_len=query_len, kv_len=kv_len)
     out, selection = sparse_run(problem, config)
@@ -147,7 +146,7 @@ def test_last_queries_attended_apart_change_nothing(monkeypatch, finite, padded)
     config = dataclasses.replace(VARIANTS[-1], dense_queries=21, dense_heads=())
     problem = make_problem(batch=2, query_len=190)
     if not finite:
-        problem.query[0, 0, -3] = torch.nan  # that row runs dense
+        problem.query[0, 0, 63] = torch.nan  # a probe
     mask = torch.ones(2, 190, dtype=torch.bool) if padded else None
     if mask is not None:
         mask[0, :20] = False
@@ -403,7 +402,7 @@ def test_a_compiled_call_has_the_layout_that_the_compiler_was_told(query_len, ba
 
 def test_double_precision_stays_double_with_samples():
     problem = make_problem(query_len=150, dtype=torch.float64)
-    config = dataclasses.replace(SAMPLING, sliding_window=20, num_samples=150)
+    config = dataclasses.replace(SAMPLING, sliding_window=20, num_samples=600)
     out, selection = with_selection(problem, config)
     assert selection.ran_sparse.all()
     dense = causal_attention(*problem, scale=problem.query.shape[-1] ** -0.5)
@@ -437,17 +436,6 @@ def test_dense_heads_are_dense_and_the_others_as_without(backend, without):
             assert selection.lengths[0, head] == others.lengths[0, head] < 190
 
 
-def test_dense_heads_leave_their_samples_to_the_others():
-    """Which share them out by need where budgets are per head."""
-    config = dataclasses.replace(VARIANTS[-1], dense_heads=(1, 2), num_samples=30)
-    tokens = real_tokens(None, 1, 200, torch.device("cpu"), on_device=False)
-    need = torch.tensor([0.2, 0.9, 0.9, 0.4])
-    scores = (need / 180)[None, :, None].expand(1, 4, 180)
-    budgets = sample_budgets(scores, config, tokens, None)[0]
-    expected = [30 * (0.25 + 0.75 * share) for share in (2 / 3, 0, 0, 4 / 3)]
-    torch.testing.assert_close(budgets, torch.tensor(expected, dtype=torch.float64))
-
-
 def test_heads_that_a_layer_does_not_have_are_refused():
     problem = make_problem(heads=4, kv_heads=2, query_len=150)
     config = dataclasses.replace(VARIANTS[-1], dense_heads=(1, 4))
@@ -462,9 +450,21 @@ def test_extreme_values():
     assert token_sparse_attention(*tiny, SMALL).isfinite().all()
 
 
-@pytest.mark.parametrize("config", [SMALL, VARIANTS[-1]], ids=name_of)
-def test_nan_in_the_inputs_runs_dense(config):
+def test_nan_in_the_scores_makes_their_block_nan():
+    """No text before changes: not the output of earlier queries, and not that of later blocks."""
     problem = make_problem(query_len=150)
+    expected = token_sparse_attention(*problem, SAMPLING)
+    problem.query[0, 1, 63] = torch.nan  # a probe of block 4
+    out, selection = with_selection(problem, SAMPLING)
+    assert selection.ran_sparse.all()
+    hidden = torch.zeros(4, 150, dtype=torch.bool)
+    hidden[1, 63:80] = True
+    assert torch.equal(out[0].isnan().any(-1), hidden)
+    assert torch.equal(out[0][~hidden], expected[0][~hidden])
+
+
+def test_nan_in_the_inputs_runs_dense():
+    config, problem = SMALL, make_problem(query_len=150)
     problem.query[0, 1, -3] = torch.nan
     out, selection = with_selection(problem, config)
     assert not selection.ran_sparse.any()
@@ -506,15 +506,13 @@ def test_lse_is_that_of_the_keys_attended_to(config, query_len):
     near = slot > slot[first:, None] - config.sliding_window
     for number in range(2):
         start, end = mask[number].nonzero()[[0, -1], 0].tolist()
-        behind = torch.zeros(4, 190, dtype=torch.float64)
+        behind = torch.zeros(4, query_len, 190, dtype=torch.float64)
         if sampling:
-            scores = probe_scores(
-                problem.query[number, :, -config.num_probes :],
-                problem.key[number, :, start : end + 1],
-                config.num_probes,
-                0.25,
+            alone = Problem(
+                problem.query[number : number + 1, :, max(start - first, 0) :],
+                *(tensor[number : number + 1, :, start:] for tensor in problem[1:]),
             )
-            behind[:, start : end + 1] = sampled_weights(scores, config, end + 1 - start)
+            behind[:, max(start - first, 0) :, start:] = counts_behind(alone, config)
         sparse = result.selection.ran_sparse[number]
         for head in range(4):
             others = torch.where(near, 1.0, behind[head])

@@ -52,17 +52,21 @@ def test_reasons_of_lengths_for_selection():
 
 
 def test_reasons_of_lengths_for_sampling():
-    config = KVSamplingConfig(num_probes=8, sliding_window=20, sink_size=4, crossover="off")
+    config = dataclasses.replace(SAMPLING, sliding_window=20, sink_size=4)
     gate = gate_of(config)
-    assert gate.reason(7, 100) is DenseReason.SHORT_CHUNK
-    assert gate.reason(24, 24) is DenseReason.SHORT_CONTEXT
-    assert gate.reason(25, 25) is None
-    many_probes = gate_of(dataclasses.replace(config, num_probes=40))
-    assert many_probes.reason(40, 40) is DenseReason.SHORT_CONTEXT
-    assert many_probes.reason(40, 41) is None
+    assert gate.reason(1, 100) is None
+    assert gate.reason(16, 16) is DenseReason.SHORT_CONTEXT
+    assert gate.reason(17, 17) is None, "block 1 leaves the keys 4 to 11 behind"
+    wide = gate_of(dataclasses.replace(config, sink_size=12))
+    assert wide.reason(32, 32) is DenseReason.SHORT_CONTEXT, "block 1 leaves sinks behind alone"
+    assert wide.reason(33, 33) is None
     auto = gate_of(dataclasses.replace(config, crossover="auto"))
+    assert auto.sparse_from % 16 == 0
     assert auto.reason(1000, 1000) is DenseReason.CROSSOVER_LENGTH
+    assert auto.reason(auto.sparse_from, auto.sparse_from) is DenseReason.CROSSOVER_LENGTH
     assert auto.reason(10**6, 10**6) is None
+    assert auto.reason(511, 10**6) is DenseReason.SHORT_CHUNK
+    assert auto.shortest_prompt == auto.sparse_from + 1
 
 
 gates = st.builds(
@@ -72,6 +76,7 @@ gates = st.builds(
     st.none() | st.just(DenseReason.ZERO_DROP_MASS),
     st.just(NEVER_DENSE)
     | st.builds(BreakEven, st.floats(0, 800), st.just(1.0), st.floats(0, 100)),
+    st.integers(0, 400) | st.just(10**25),
 )
 lengths = st.tuples(st.integers(0, 500), st.integers(0, 500)).map(
     lambda pair: (pair[0], pair[0] + pair[1] or 1)
@@ -91,7 +96,7 @@ def test_host_and_device_give_one_reason(gate, pairs, dtype):
         [
             TokenSelectionConfig(observation_window=9, min_tokens=30),
             TokenSelectionConfig(crossover="auto", fallback="window"),
-            KVSamplingConfig(num_probes=9, sliding_window=50, crossover="off"),
+            KVSamplingConfig(block_size=32, sliding_window=50, crossover="off"),
             KVSamplingConfig(num_samples=1000),
         ]
     ),
@@ -124,10 +129,10 @@ IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("config", [SMALL, SAMPLING], ids=["selection", "sampling"])
 def test_each_sequence_of_a_batch_says_why_as_it_does_alone(monkeypatch, config, query_len, impl):
     """The crossover too decides for each sequence by its own lengths."""
-    for constants in ("MIN_LENGTH", "MIN_SAMPLED_LENGTH"):
-        monkeypatch.setitem(getattr(crossover, constants), "cpu", 90)
-    for constants in ("WINDOW_TOKENS", "SAMPLED_TOKENS"):
-        monkeypatch.setitem(getattr(crossover, constants), "cpu", (0.0, 0.0))
+    monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", 90)
+    monkeypatch.setitem(crossover.SPARSE_FROM, "cpu", 90)
+    monkeypatch.setattr(crossover, "LEAST_CALL", 9)
+    monkeypatch.setitem(crossover.WINDOW_TOKENS, "cpu", (0.0, 0.0))
     monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", 1.0)
     config = dataclasses.replace(config, crossover="auto")
     problem = make_problem(batch=5, heads=2, kv_heads=1, query_len=query_len, kv_len=150)
@@ -171,9 +176,8 @@ def test_reasons_that_scores_give(impl):
     reasons = [reason_of(code) for code in result.selection.reasons.tolist()]
     assert reasons == [None, DenseReason.NOTHING_TO_DROP, DenseReason.SCORES_NOT_FINITE]
     _, sampled = with_selection(problem, SAMPLING, execution=Execution(impl))
-    reasons = [reason_of(code) for code in sampled.reasons.tolist()]
-    assert reasons == [None, None, DenseReason.SCORES_NOT_FINITE]
+    assert not sampled.reasons.any(), "blocks, and no sequences, lack finite scores"
 
 
-def test_the_base_methods_gate_needs_the_probes():
-    assert Method.gate(method_of(SAMPLING), CPU, 8, 64).reason(15, 99) is DenseReason.SHORT_CHUNK
+def test_the_base_methods_gate_runs_everything_sparse():
+    assert Method.gate(method_of(SAMPLING), CPU, 8, 64).reason(1, 1) is None

@@ -25,8 +25,9 @@ NEED_VLLM = {f"token_sparse_attention.integrations.vllm.{name}" for name in ("cp
 # A module may import those of its own level's parts and of the levels before it.
 LEVELS = [
     {"errors", "options", "device"},
-    {"records", "checks"},
-    {"config", "bundled", "impls", "tensor_parallel"},
+    {"records", "checks", "plots"},
+    {"result_lines"},
+    {"blocks", "bundled", "config", "impls", "tensor_parallel"},
     {"inputs", "crossover", "reference", "profile", "kernels"},
     {"gate", "results", "settings"},
     {"attention", "scoring", "compression"},
@@ -37,6 +38,7 @@ LEVELS = [
     {"integrations", "info"},
     {"run", "benchmark"},
     {"demo", "calibration", "evaluation"},
+    {"fidelity"},
     {"report"},
     {"cli"},
 ]
@@ -79,7 +81,7 @@ def test_only_dispatchers_import_the_reference():
         for file in ROOT.rglob("*.py")
         if "reference" in imported_parts(file)
     }
-    assert users == {"scoring.py", "methods/selection.py"}
+    assert users == {"scoring.py", "methods/sampling.py", "methods/selection.py"}
 
 
 def in_fresh_process(code: str) -> str:
@@ -98,7 +100,7 @@ import torch, token_sparse_attention as tsa
 q = torch.randn(1, 2, 300, 16)
 for config in (
     tsa.TokenSelectionConfig(drop_mass=0.2, observation_window=16, min_tokens=32),
-    tsa.KVSamplingConfig(num_probes=16, sliding_window=32, num_samples=20, crossover="off"),
+    tsa.KVSamplingConfig(block_size=32, sliding_window=32, num_samples=20, crossover="off"),
 ):
     aux = tsa.AuxRequest(selection=True)
     out, selection, _ = tsa.token_sparse_attention(q, q, q, config, return_aux=aux)

@@ -142,6 +142,7 @@ def test_the_crossover_is_taken_from_layers_too():
 
 
 OLD_PROFILES = sorted((Path(__file__).parent / "profiles_version_1").glob("*.json"))
+NARROW = "three-dense-layers"  # its window is narrower than a block is today
 OLD_DEFAULTS = {
     "drop_mass": None,
     "window_size": 128,
@@ -166,7 +167,6 @@ def meaning(old):
     shared = {name: old[name] for name in ("budget", "dense_queries", "crossover")}
     if old["drop_mass"] is None and not old["select_queries"]:
         return KVSamplingConfig(
-            num_probes=old["window_size"],
             sliding_window=old["fallback_window"],
             sink_size=old["fallback_sinks"],
             num_samples=old["fallback_samples"],
@@ -188,7 +188,15 @@ def test_there_are_old_profiles():
     assert len(OLD_PROFILES) >= 9
 
 
-@pytest.mark.parametrize("file", OLD_PROFILES, ids=lambda file: file.stem)
+def test_an_old_window_narrower_than_a_block_is_named():
+    (narrow,) = (file for file in OLD_PROFILES if file.stem == NARROW)
+    with pytest.raises(ValueError, match="sliding_window must be at least block_size = 2048"):
+        convert_settings(json.loads(narrow.read_text()))
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in OLD_PROFILES if file.stem != NARROW], ids=lambda file: file.stem
+)
 def test_old_profiles_keep_their_meaning(file):
     text = file.read_text()
     old = json.loads(text)
@@ -250,6 +258,7 @@ def test_old_configs_keep_their_meaning(fields):
             {"version": 1, "base": {}, "layers": {"1": {"drop_mass": 0.1}}},
             r"layers\[1\] drops queries and the base does not",
         ),
+        ({"fallback_window": 512}, "sliding_window must be at least block_size = 2048, got 512"),
     ],
 )
 def test_what_no_method_has_any_more_is_named(fields, message):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, bundled, run
+from token_sparse_attention.crossover import SPARSE_FROM
 from token_sparse_attention.run import answer, shortest_sparse_prompt, warm_up
 
 
@@ -16,10 +17,10 @@ def test_the_warm_up_is_the_shortest_prompt_that_runs_sparse(monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(bundled.MODEL)
     tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
     ids = torch.arange(3, 3000)[None]
-    config = KVSamplingConfig(num_probes=32, sliding_window=300, num_samples=50)
+    config = KVSamplingConfig(block_size=256, sliding_window=300, num_samples=50)
     shortest = shortest_sparse_prompt(model, dataclasses.replace(config, crossover="off"))
-    assert shortest == 305, "a window, 4 sinks and one key that is left out"
-    assert shortest_sparse_prompt(model, config) > 20_000, "the crossover"
+    assert shortest == 257, "a query beyond the block whose queries score"
+    assert shortest_sparse_prompt(model, config) == SPARSE_FROM["cpu"] + 1
     reports = []
     monkeypatch.setattr(
         run, "answer", lambda *given, **options: reports.append(answer(*given, **options))

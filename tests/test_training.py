@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -170,7 +171,13 @@ def test_the_card_refuses_a_profile_that_the_results_are_not_of(tmp_path):
     (tmp_path / PROFILE_FILE).write_text(other.to_json())
     with training_importable():
         from training import card
-    results = sorted((card.MEASURED / "confirm").glob("16k-H.jsonl.gz"))
+    lines = gzip.decompress((card.MEASURED / "selection/bundled/64k.jsonl.gz").read_bytes())
+    header, rows = lines.split(b"\n", 1)
+    settings = json.loads((bundled.MODEL / PROFILE_FILE).read_text())
+    changed = json.loads(header)
+    changed["configurations"]["profile"] = settings
+    results = [tmp_path / "replies.jsonl"]
+    results[0].write_bytes(json.dumps(changed).encode() + b"\n" + rows)
     with pytest.raises(ValueError, match="must be the shipped profile"):
         card.make_card(
             card.RESULTS / "ruler.jsonl.gz", card.RESULTS / "training.json", tmp_path, results, []

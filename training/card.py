@@ -13,17 +13,16 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from benchmarks.frontier.version_1 import summarise
 from safetensors import safe_open
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults, load_results
-from token_sparse_attention.evaluation.summary import Row
+from token_sparse_attention.evaluation.summary import Row, summarise
 from token_sparse_attention.methods import method_of
 from token_sparse_attention.profile import PROFILE_FILE, LayerProfile
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
-PROFILE = "H3"  # what those results call the shipped profile
+PROFILE = "profile"  # what results call the shipped profile
 
 _CARD = """\
 ---
@@ -70,7 +69,7 @@ lines of their own, with or without a mark such as `[needle 3]`, or inside a par
 
 RULER as lm-evaluation-harness {lm_eval} makes and scores it; greedy replies, {dtype}, dense
 attention. Mean score, and the number of samples in brackets, by context length in tokens: all
-dense replies in the results of training, confirmation, patterns and screening, each sample once.
+dense replies in the results of training, token selection and patterns, each sample once.
 Their seeds are {seeds}, the device was one {devices}.
 Training used neither these seeds nor this code. The numbers of samples differ because most runs
 lasted for a fixed time.
@@ -84,13 +83,12 @@ pairs of a query and a key, those of the window included.
 
 `{profile_file}` holds the settings that `tsa run` uses for this model: no queries
 dropped, a window of {window:,} tokens and up to {most_samples:,} keys sampled by score, and of all
-heads only {dense_heads} dense. Such sizes are for long prompts: short ones
-run dense, as sparse would not be faster, on a GPU those of less than {crossover} tokens. `tsa
-demo`, whose document is short, takes a sixteenth of them.
+heads only {dense_heads} dense. Such sizes are for long prompts. Short ones
+run dense, as sparse would not be faster; on a GPU, prompts of up to {crossover} tokens do. `tsa
+demo`, whose document is short, takes a sixteenth of all sizes.
 
-The profile (at 16384 with `"crossover": "off"`) and the paper's rule in all layers, `published`,
-on other samples of five of these tasks, those on which dense reaches 0.5; how it was chosen is in
-docs/results.md:
+The paper's rule in all layers, `published`, on other samples of five of these tasks, those on
+which dense reaches 0.5:
 
 {profile_table}
 
@@ -134,7 +132,7 @@ def make_card(
         ruler: results of several settings.
         training: what `python -m training` wrote.
         model: the folder.
-        confirmed: results with the shipped profile.
+        confirmed: results with the published rule, or with the shipped profile.
         others: results whose dense replies count too.
     """
     measured = load_results(ruler)
@@ -178,14 +176,14 @@ def _dense_heads(profile: LayerProfile) -> str:
 
 
 def _crossover(profile: LayerProfile, config: dict[str, Any]) -> str:
-    """From how many tokens on all of the model's sparse layers run sparse on a GPU, roughly."""
+    """Up to how many tokens a prompt runs dense in some of the model's layers on a GPU."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    lengths = {
-        method_of(one).gate(torch.device("cuda"), heads, head_dim).break_even.min_length
+    shortest = [
+        method_of(one).gate(torch.device("cuda"), heads, head_dim).shortest_prompt or 0
         for one in profile.layer_configs(config["num_hidden_layers"]).values()
-    }
-    return f"{round(max(lengths), -3):,.0f}"
+    ]
+    return f"{max(shortest) - 1:,}"
 
 
 def _count_parameters(weights: Path) -> int:
@@ -279,17 +277,16 @@ def main() -> None:
         "--confirmed",
         type=Path,
         nargs="*",
-        help=f"results with the shipped profile, as {PROFILE}",
+        help=f"results with the published rule, or the shipped profile as {PROFILE}",
     )
     parser.add_argument(
         "--others", type=Path, nargs="*", help="results whose dense replies count too"
     )
     parser.add_argument("--training", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
-    confirmed = args.confirmed or sorted((MEASURED / "confirm").glob("*.jsonl.gz"))
+    confirmed = args.confirmed or sorted((MEASURED / "selection" / "bundled").glob("*.jsonl.gz"))
     others = args.others or [
         *sorted((MEASURED / "patterns").glob("*.jsonl.gz")),
-        *sorted((MEASURED / "questions").glob("*.jsonl.gz")),
         *sorted(RESULTS.glob("cwe-*.jsonl.gz")),
     ]
     card = make_card(args.ruler, args.training, args.model, confirmed, others)

@@ -1,39 +1,33 @@
-"""Patterns, token sparsity and both: accuracy beside measured speed.
+"""Patterns, alone and with token selection: accuracy beside measured speed.
 
-The results are of `tsa eval`, the times of `benchmarks.frontier.layer_times`, with the same names
-of configurations: attention alone, summed over all layers, on the model's own queries and keys,
-with its own heads and with each of them four times. The densities are of
-`benchmarks.block_sparse.density`.
+The results are of `tsa eval`, the times of `layer_times`, with the same names of configurations:
+attention alone, summed over all layers, on the model's own queries and keys, with its own heads
+and with each of them four times. The densities are of `density`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from benchmarks.markdown import markdown_table
-from benchmarks.pooling import load_folder, paired_scores, pooled
-from benchmarks.replay.results import Replay
+from benchmarks.pooling import load_folder, pooled
 from benchmarks.style import figure_file, interval
 
 from token_sparse_attention.evaluation.record import DENSE, EvalResults
-from token_sparse_attention.evaluation.summary import Row, difference_interval, summarise
+from token_sparse_attention.evaluation.summary import Row, summarise
 
 RESULTS = Path(__file__).parents[1] / "results" / "patterns"
 TIMES = {"8 heads": RESULTS / "times.json", "32 heads": RESULTS / "times-32-heads.json"}
 DENSITIES = RESULTS / "density.json"
-REPLAY = RESULTS.parent / "confirm" / "replay-128k.json"
-SPARSE = "F"
-"""The configuration of token sparsity alone, which others add to a pattern."""
 
 
 def name_of(configuration: str) -> str:
     """Return what the page calls a configuration."""
-    words = {SPARSE: "token sparsity", "published": "published rule"}
-    return " + ".join(words.get(part, part) for part in configuration.split("+"))
+    return configuration.replace("+published", " + token selection")
 
 
 Times = Mapping[str, Mapping[str, Any]]
@@ -77,23 +71,6 @@ def at_length(results: EvalResults, times: Times, length: int) -> str:
     return markdown_table(lines)
 
 
-def replayed(replay: Replay, configuration: str) -> str:
-    """Return the speed-up of a configuration's attention without launches, by shape.
-
-    Args:
-        replay: of `benchmarks.replay`.
-        configuration: its name there.
-    """
-    lines = [["settings", "heads", "speed-up"]]
-    for row in replay.rows:
-        found = replay.times(row)
-        if row.configuration == configuration and found:
-            point = replay.row_points(row)[0]
-            heads = f"{point.num_heads} and {point.num_kv_heads} of {point.head_dim}"
-            lines.append([name_of(configuration), heads, f"{found.speed_up:.2f}x"])
-    return markdown_table(lines)
-
-
 def _rows(results: EvalResults) -> list[Row]:
     """Each length and sparse configuration, all tasks together."""
     return [
@@ -106,47 +83,6 @@ def _rows(results: EvalResults) -> list[Row]:
 def _median(speeds: Sequence[float]) -> str:
     """The median, and in brackets of how many prompts."""
     return f"{median(speeds):.2f}x ({len(speeds)})" if speeds else "-"
-
-
-def combined(results: EvalResults, times: Times) -> str:
-    """Return each pattern with token sparsity beside the same pattern alone, by length."""
-    head = ["tokens", "pattern", "alone", "with token sparsity", "difference"]
-    head += [f"speed-up, {heads}" for heads in times]
-    head += ["95% interval", "n"]
-    lines = [head]
-    for length, alone, pairs in _combinations(results):
-        ratios = [
-            [
-                both / own
-                for own, both in zip(
-                    speeds_of(one, length, alone), speeds_of(one, length, f"{alone}+{SPARSE}")
-                )
-            ]
-            for one in times.values()
-        ]
-        low, high = difference_interval(pairs)
-        first, second = (fmean(column) for column in zip(*pairs))
-        cells = [
-            f"{length // 1024}K",
-            alone,
-            f"{first:.3f}",
-            f"{second:.3f}",
-            f"{second - first:+.3f}",
-            *map(_median, ratios),
-            f"{low:+.3f} to {high:+.3f}",
-            str(len(pairs)),
-        ]
-        lines.append(cells)
-    return markdown_table(lines)
-
-
-def _combinations(results: EvalResults) -> Iterator[tuple[int, str, list[tuple[float, float]]]]:
-    """Yield length, pattern, and the scores of the pattern alone and with token sparsity."""
-    for length in sorted({sample.length for sample in results.samples}):
-        for alone in results.header.configurations:
-            pairs = paired_scores(results, length, alone, f"{alone}+{SPARSE}")
-            if pairs:
-                yield length, alone, pairs
 
 
 def speeds_of(times: Mapping[str, Any], length: int, configuration: str) -> list[float]:
@@ -213,9 +149,7 @@ def tables(
     files = {f"times, {heads}": one for heads, one in times.items()}
     return {
         "accuracy": table(results, times),
-        "combined": combined(results, times),
         "density": density(densities),
-        "replayed": replayed(Replay.load(REPLAY), SPARSE),
         "runs": runs(rounds, {**files, "densities": densities}),
     }
 
@@ -243,9 +177,8 @@ def _draw_panel(axes: Any, rows: Sequence[Row], timed: Mapping[str, Any]) -> Non
         speeds = speeds_of(timed, row.length or 0, row.configuration)
         if speeds:
             ends = (row.difference_low, row.difference, row.difference_high)
-            marker = "s" if SPARSE in row.configuration else "o"
             label = name_of(row.configuration)
-            interval(axes, median(speeds), *ends, color=f"C{number}", marker=marker, label=label)
+            interval(axes, median(speeds), *ends, color=f"C{number}", label=label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(1, color="black", linewidth=0.8)
 

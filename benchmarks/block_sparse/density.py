@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.block_sparse.layer_times import new_content, some_of_each_length
+from benchmarks.block_sparse.observed import prefill_with
 from benchmarks.command import make_parser, run_command
-from benchmarks.frontier.layer_times import new_content, some_of_each_length
-from benchmarks.frontier.observed import prefill_with
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor

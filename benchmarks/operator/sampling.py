@@ -1,195 +1,298 @@
-"""Key sampling stage by stage: windows, sinks, sampled keys, and dense last queries.
+"""KV sampling against dense attention: the whole operator, its parts, its memory.
 
-    python -m benchmarks.operator.sampling --out benchmarks/results/far.json
-    python -m benchmarks.operator.sampling --lengths 131072 --samples 4096
+    python -m benchmarks.operator.sampling --out benchmarks/results/sampling-h200.json
+    python -m benchmarks.operator.sampling --shapes 14/2/64 --lengths 32768
 
-The times give the constants of `crossover` for sampled keys and dense queries.
+The crossover is off. Before anything is timed, the operator's output is compared with the
+oracle's on a short prompt. Whole and dense take turns, once replayed from CUDA graphs, once
+called eagerly and timed by the host's clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from benchmarks.command import (
-    add_lists,
-    add_measuring_arguments,
-    make_parser,
-    measured,
-    op_options,
-    positive,
-    run_command,
-)
-from benchmarks.operator.sampling_tables import SAMPLING, SAMPLING_TABLES, WINDOW
+from benchmarks.command import DTYPES, add_lists, make_parser, positive, run_command
+from torch import Tensor
 
+from token_sparse_attention import reference
 from token_sparse_attention.attention.names import BACKENDS
 from token_sparse_attention.attention.output import new_output
-from token_sparse_attention.attention.resolve import resolve_backend
-from token_sparse_attention.benchmark import checks
-from token_sparse_attention.benchmark.contenders import dense_call
-from token_sparse_attention.benchmark.op import Contender, Point, Report, prefixed
-from token_sparse_attention.benchmark.options import OpOptions
-from token_sparse_attention.benchmark.record import Record
-from token_sparse_attention.config import KVSamplingConfig
+from token_sparse_attention.attention.resolve import causal_attention, resolve_backend
+from token_sparse_attention.benchmark import checks, timing
+from token_sparse_attention.benchmark.checks import Inputs, Verdict, random_inputs
+from token_sparse_attention.benchmark.measuring import device_named
+from token_sparse_attention.benchmark.record import Record, ResultFile
+from token_sparse_attention.benchmark.timing import Call, Timing
+from token_sparse_attention.config import KVSamplingConfig, config_from_dict
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.gate import DenseReason
 from token_sparse_attention.impls import resolve_impl
-from token_sparse_attention.inputs import AuxRequest, Problem, real_tokens
-from token_sparse_attention.methods.local import attend_windows
-from token_sparse_attention.methods.sampling import sample
-from token_sparse_attention.scoring import score_tokens
+from token_sparse_attention.info import provenance
+from token_sparse_attention.inputs import AuxRequest, Chunk, Problem, real_tokens
+from token_sparse_attention.methods.probes import blocks_of, find_probes
+from token_sparse_attention.methods.sampling import KVSampling, parts_of, score_blocks
 
-LENGTHS = (65536, 131072)
-SAMPLES, SINKS, DENSE_QUERIES = (1024, 4096, 8192), (4096,), (128,)
-_CONFIG = KVSamplingConfig(
-    sliding_window=512, sink_size=0, num_samples=0, dense_queries=0, crossover="off"
-)
+SUITE = "sampling"
+DENSE, WHOLE, WITHOUT_LAST = "dense", "whole", "whole without dense queries"
+SCORE, PREPARE, WINDOWS, ATTEND, FIRST = "score", "prepare", "windows", "attend", "first queries"
+K = 1024
+LENGTHS = tuple(count * K for count in (8, 12, 16, 24, 32, 64, 128, 256))
+SHORT = 1000  # tokens of the prompt that the oracle attends to, too
+
+
+class Shape(NamedTuple):
+    """A layer's query heads, KV heads and head size."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+SHAPES = (Shape(32, 8, 128), Shape(8, 2, 128), Shape(14, 2, 64))
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What to measure.
+    """What to measure, and how.
 
     Attributes:
-        common: device, lengths, shape and budget; of its backends only the first is read, the
-            dense kernel, which also attends within the windows.
-        samples: numbers of sampled keys.
-        sinks: numbers of first keys, which every query sees: the most that sampled keys can cost.
-        dense_queries: numbers of last queries that attend to every key.
+        device: where.
+        dtype: of the inputs.
+        config: the settings; their crossover is off.
+        backend: the dense kernel, which also attends within the windows.
+        budget: seconds to spend on each time, as far as a few samples allow.
     """
 
-    common: OpOptions
-    samples: tuple[int, ...] = SAMPLES
-    sinks: tuple[int, ...] = SINKS
-    dense_queries: tuple[int, ...] = DENSE_QUERIES
-
-    def settings(self) -> dict[str, KVSamplingConfig]:
-        """Return what is measured, by name; the middle number of samples in every combination."""
-        found = {WINDOW: _CONFIG}
-        for count in self.sinks:
-            found[f"sinks-{count}"] = replace(_CONFIG, sink_size=count)
-        for count in self.samples:
-            found[f"samples-{count}"] = replace(_CONFIG, num_samples=count)
-        main = WINDOW
-        if self.samples:
-            main = f"samples-{self.samples[len(self.samples) // 2]}"
-            found[f"{main}-per-head"] = replace(found[main], budget="per_head")
-        for count in self.dense_queries:
-            found[f"{main}-dense-{count}"] = replace(found[main], dense_queries=count)
-        return found
+    device: torch.device
+    dtype: torch.dtype
+    config: KVSamplingConfig
+    backend: str
+    budget: float
 
 
-def measure(options: SamplingOptions, report: Report = lambda _: None) -> Iterator[Record]:
-    """Yield every record of a run, in order; `report` is told what is being measured.
+class Point:
+    """One shape and length: its inputs, and what its records have in common."""
 
-    Raises:
-        UsageError: if the dense kernel cannot run.
+    def __init__(self, options: SamplingOptions, shape: Shape, seq_len: int) -> None:
+        timing.free_memory(options.device)
+        self.options, self.shape, self.seq_len = options, shape, seq_len
+        self.inputs = random_inputs(seq_len, *shape, options.device, options.dtype)
+        self.config = replace(options.config, dense_heads=())
+
+    def record(self, name: str, kind: str, **fields: Any) -> Record:
+        """Return a record of this shape and length."""
+        dtype = str(self.options.dtype).removeprefix("torch.")
+        at = (1, *self.shape, self.seq_len, dtype)
+        return Record(SUITE, name, kind, *at, **fields)
+
+    def dense(self) -> Tensor:
+        """Attend densely."""
+        backend = self.options.backend
+        return causal_attention(*self.inputs, scale=self.inputs.scale, backend=backend)
+
+    def whole(self, config: KVSamplingConfig | None = None) -> Tensor:
+        """Call the operator."""
+        execution = Execution("auto", self.options.backend)
+        config = config or self.config
+        return token_sparse_attention(*self.inputs, config, execution=execution)
+
+    def timed(self, calls: dict[str, Call], verdict: Verdict | None = None) -> Iterator[Record]:
+        """Time calls in turns, by the host's clock too where there is another one."""
+        device, budget = self.options.device, self.options.budget
+        for measure in (timing.kernel_times, timing.wall_times):
+            taken = measure(list(calls.values()), device, budget)
+            yield from (self._time(name, one, verdict) for name, one in zip(calls, taken))
+            if taken and taken[0].kind == "eager":
+                return
+
+    def _time(self, name: str, taken: Timing, verdict: Verdict | None) -> Record:
+        if verdict is None:
+            return self.record(name, **taken._asdict())
+        note = "; ".join(filter(None, (verdict.note, taken.note)))
+        fields = taken._replace(note=note)._asdict()
+        return self.record(name, **fields, error=verdict.error, passed=verdict.passed)
+
+
+def measure(
+    options: SamplingOptions,
+    shapes: Sequence[Shape],
+    lengths: Sequence[int],
+    report: Callable[[str], object] = lambda _: None,
+) -> Iterator[Record]:
+    """Yield every record of a run, in order; `report` is told what is being measured."""
+    for shape in shapes:
+        verdict = check(options, shape)
+        for seq_len in lengths:
+            what = f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, {seq_len:,}"
+            report(f"{what} tokens")
+            point = Point(options, shape, seq_len)
+            try:
+                yield from _measure_point(point, verdict)
+            except torch.OutOfMemoryError as error:
+                yield point.record(WHOLE, "skipped", note=f"OutOfMemoryError: {error}"[:200])
+
+
+def check(options: SamplingOptions, shape: Shape) -> Verdict:
+    """Compare the operator with the oracle on a short prompt, with settings to match.
+
+    Twice the error of the dense kernel is allowed, and rounding. Scores that are rounded
+    otherwise may exchange a sampled key.
     """
-    for seq_len in options.common.lengths:
-        point = Point(options.common, seq_len, "far")
-        say = prefixed(report, seq_len)
-        backend = options.common.dense[0]
-        say(f"dense, {backend}")
-        try:
-            dense = dense_call(backend, point.inputs)
-            verdict = checks.check_dense(point.inputs, dense())
-        except ValueError as error:
-            raise UsageError(f"--dense: {error}") from error
-        point.reference_error = verdict.allowance
-        yield from point.timed(Contender(f"far/dense/{backend}", dense, verdict))
-        yield from _stages(options, point, say)
-        yield from _whole(options, point, say)
-
-
-def _stages(options: SamplingOptions, point: Point, say: Report) -> Iterator[Record]:
-    """Time scoring; sampling; windows with and without sampled keys in turns."""
-    query, key, value = point.inputs
-    backend = resolve_backend(options.common.dense[0], query, key)
-    impl = resolve_impl("auto", query, query.shape[-1])
-    tokens = real_tokens(None, 1, point.seq_len, query.device, on_device=impl == "triton")
-    of = (query, key, value, tokens, point.inputs.scale, impl)
-    problem = Problem(*of, head_chunk=None, tp_group=None, aux=AuxRequest())
-    every = torch.ones(1, dtype=torch.bool, device=query.device)
-    say("scoring")
-    score = partial(score_tokens, query, key, _CONFIG.num_probes)
-    yield from point.timed(Contender("far/score", score))
-    scores = score()
-    sampling, windows = [], []
-    into = new_output(problem)
-    for name, config in options.settings().items():
-        if config.dense_queries:
-            continue
-        choose = partial(sample, scores, config, tokens, impl)
-        if name != WINDOW:
-            sampling.append(Contender(f"{SAMPLING}{name}", choose))
-        sampled, _ = choose()
-        attend = partial(
-            attend_windows, problem, sampled, every, into,
-            window=config.sliding_window, backend=backend,
-        )  # fmt: skip
-        windows.append(Contender(f"far/windows/{name}", attend))
-    say("sampling keys")
-    yield from point.timed(*sampling)
-    say("windows and sampled keys")
-    yield from point.timed(*windows)
-
-
-def _whole(options: SamplingOptions, point: Point, say: Report) -> Iterator[Record]:
-    """Check the operator under every setting, and time all in turns."""
-    contenders = []
-    for name, config in options.settings().items():
-        say(f"whole operator, {name}")
-        call = partial(
-            token_sparse_attention,
-            *point.inputs,
-            config,
-            execution=Execution("auto", options.common.dense[0]),
-        )
-        out, selection, _ = call(return_aux=AuxRequest(selection=True))
-        verdict = checks.check_sparse(
-            point.inputs, out, selection, config, reference_error=point.reference_error
-        )
-        del out, selection
-        contenders.append(Contender(f"far/whole/{name}", call, verdict))
+    config = replace(
+        options.config, block_size=64, num_probes=16, sliding_window=64, num_samples=96,
+        dense_queries=32,
+    )  # fmt: skip
+    point = Point(replace(options, config=config), shape, SHORT)
+    query, key, value = (tensor[0].cpu().double() for tensor in point.inputs)
+    causal = torch.ones(SHORT, SHORT, dtype=torch.bool).tril()[None]
+    scale = point.inputs.scale
     try:
-        yield from point.timed(*contenders)
-    except torch.OutOfMemoryError as error:
-        yield point.skipped("far/whole", error)
+        dense = _error(point.dense(), reference.masked_attention(query, key, value, causal, scale))
+    except ValueError as error:
+        raise UsageError(f"--dense: {error}") from error
+    expected, chosen = reference.token_sparse_attention(query, key, value, config, scale)
+    found = _error(point.whole(), expected)
+    problems = [] if chosen is not None else ["the oracle ran dense"]
+    return checks.judge(found, max(2 * dense, 1e-5) + point.inputs.eps, problems)
+
+
+def _error(out: Tensor, exact: Tensor) -> float:
+    return float((out[0].cpu().double() - exact).norm() / exact.norm())
+
+
+def _measure_point(point: Point, verdict: Verdict) -> Iterator[Record]:
+    calls: dict[str, Call] = {DENSE: point.dense, WHOLE: point.whole}
+    if point.config.dense_queries:
+        calls[WITHOUT_LAST] = partial(point.whole, replace(point.config, dense_queries=0))
+    yield from point.timed(calls, verdict)
+    for name in (DENSE, WHOLE):
+        peak = timing.peak_extra_mib(calls[name], point.options.device)
+        if peak is not None:
+            yield point.record(name, "memory", peak_extra_mib=peak)
+    parts = parts_calls(point.inputs, point.config, point.options.backend)
+    yield from point.timed(parts)
+
+
+@torch.no_grad()
+def parts_calls(inputs: Inputs, config: KVSamplingConfig, backend_name: str) -> dict[str, Call]:
+    """Return a call of each part of the operator; none if the prompt runs dense.
+
+    `PREPARE` scores, as `SCORE` does alone, and then samples. `ATTEND` attends to windows, as
+    `WINDOWS` does alone, and to samples.
+    """
+    query, key, value = inputs
+    impl = resolve_impl("auto", query, query.shape[-1])
+    tokens = real_tokens(None, 1, key.shape[2], query.device, on_device=impl == "triton")
+    problem = Problem(
+        query, key, value, tokens, inputs.scale, impl, None, None, AuxRequest(), Chunk()
+    )
+    method = KVSampling(config)
+    gate = method.gate(query.device, query.shape[1], query.shape[3])
+    blocks = blocks_of(config, problem, gate.sparse_from)
+    if blocks is None or gate.reason(query.shape[2], key.shape[2]) is not None:
+        return {}
+    probes = find_probes(problem, blocks)
+    backend, into = resolve_backend(backend_name, query, key), new_output(problem)
+    plan = method.prepare(problem, gate)
+    if isinstance(plan, DenseReason):
+        return {}
+
+    def score() -> None:
+        for begin, some in parts_of(blocks, problem):
+            score_blocks(problem, some, probes.of_blocks(blocks, begin, begin + some.num_blocks))
+
+    window = min(config.sliding_window, problem.kv_len)
+    later = problem.since(plan.begin)
+    windows = partial(
+        backend.dense.attend_windows, later, None, into.of_queries(slice(plan.begin, None)), window
+    )
+    calls: dict[str, Call] = {
+        SCORE: score,
+        PREPARE: partial(method.prepare, problem, gate),
+        WINDOWS: windows,
+        ATTEND: partial(method.attend, plan, problem, backend, into),
+    }
+    if plan.begin:
+        before = into.of_queries(slice(plan.begin))
+        calls[FIRST] = partial(backend.dense.attend_all, problem.until(plan.begin), before)
+    return calls
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line names."""
     parser = make_parser("benchmarks.operator.sampling", __doc__)
+    shapes = tuple("/".join(map(str, shape)) for shape in SHAPES)
     add_lists(
         parser,
         {
             "lengths": (positive, LENGTHS, "prompt lengths"),
-            "samples": (positive, SAMPLES, "numbers of sampled keys"),
-            "sinks": (positive, SINKS, "numbers of first keys, the costliest place"),
-            "dense-queries": (positive, DENSE_QUERIES, "numbers of last, dense queries"),
+            "shapes": (str, shapes, "query heads/KV heads/head size"),
         },
     )
     parser.add_argument(
-        "--dense",
-        choices=[name for name in BACKENDS if name != "auto"],
-        help="dense kernel, also of the windows (default: fa4; off CUDA flash)",
+        "--config", default="{}", metavar="JSON", help="settings that are not the defaults"
     )
-    add_measuring_arguments(parser, 0.2)
+    dense = [name for name in BACKENDS if name != "auto"]
+    parser.add_argument("--dense", choices=dense, help="dense kernel (default: fa4; CPU: flash)")
+    parser.add_argument("--device", default="auto", help="torch device (default: auto)")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--budget-seconds", type=float, default=0.3, metavar="S", help="per time")
+    parser.add_argument("--commit", help="of the code, where it is no git checkout")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the results")
     return run_command(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> bool:
-    common = op_options(args)
-    dense = args.dense or ("fa4" if common.torch_device.type == "cuda" else "flash")
-    counts = (args.samples, args.sinks, args.dense_queries)
-    options = SamplingOptions(replace(common, backends=(dense,)), *counts)
-    name = "benchmarks.operator.sampling"
-    return measured(args, name, partial(measure, options), SAMPLING_TABLES)
+    device = device_named(args.device)
+    backend = args.dense or ("fa4" if device.type == "cuda" else "flash")
+    dtype = getattr(torch, args.dtype)
+    options = SamplingOptions(device, dtype, _config(args.config), backend, args.budget_seconds)
+    about = provenance(str(device))
+    about["commit"] = about["commit"] or args.commit
+    asked = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(args).items()}
+    asked = {n: v for n, v in asked.items() if n not in ("out", "commit")}
+    asked |= {"command": "benchmarks.operator.sampling", "config": options.config.to_dict()}
+    records: list[Record] = []
+    shapes = [_shape(text) for text in args.shapes]
+    for record in measure(options, shapes, args.lengths, partial(print, file=sys.stderr)):
+        records.append(record)
+        result = ResultFile(about, asked, tuple(records))
+        if args.out:
+            result.save(args.out, f"--out {args.out}")
+        if record.median_ms is not None:
+            print(f"{record.name}, {record.kind}: {record.median_ms:.4g} ms", flush=True)
+    failed = next((one for one in records if one.passed is False), None)
+    if failed:
+        print(f"check failed: {failed.note}", file=sys.stderr)
+    return failed is None
+
+
+def _config(text: str) -> KVSamplingConfig:
+    try:
+        config = config_from_dict({**json.loads(text), "crossover": "off"})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--config: {error}") from error
+    if not isinstance(config, KVSamplingConfig):
+        raise UsageError(f"--config must be of the method kv_sampling, got {config.method}")
+    return config
+
+
+def _shape(text: str) -> Shape:
+    numbers = text.split("/")
+    if len(numbers) != 3 or not all(one.isdigit() and int(one) for one in numbers):
+        raise UsageError(f"--shapes must be like 32/8/128, got {text!r}")
+    return Shape(*map(int, numbers))
 
 
 if __name__ == "__main__":

@@ -1,148 +1,115 @@
-"""Tables of what `benchmarks.operator.sampling` measured.
-
-Costs are numbers of keys per query: how many keys dense attention passes over, for every query,
-in the time that a stage takes. So are the constants of `crossover`.
-"""
+"""Tables of what `benchmarks.operator.sampling` measured."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from benchmarks.lookup import speed_up
 from benchmarks.markdown import NONE, Rows, Table, figure_or, number
-
-from token_sparse_attention.benchmark.record import Record
-from token_sparse_attention.benchmark.runs import (
-    NOT_MEASURED,
-    NoFigureError,
-    Run,
-    milliseconds,
-    tokens,
+from benchmarks.operator.sampling import (
+    ATTEND,
+    DENSE,
+    FIRST,
+    PREPARE,
+    SCORE,
+    SUITE,
+    WHOLE,
+    WINDOWS,
+    WITHOUT_LAST,
+    Shape,
 )
 
-WINDOW = "window"  # the setting without sinks and sampled keys
-SAMPLING = "far/draw/"  # what the files call the stage that samples keys
+from token_sparse_attention.benchmark.record import KERNEL_KINDS
+from token_sparse_attention.benchmark.runs import NOT_MEASURED, NoFigureError, Run, tokens
+
+DEVICE = tuple(kind for kind in KERNEL_KINDS if kind != "eager")
 
 
-def _dense(run: Run, seq_len: int) -> Record:
-    names = run.names("far/dense/")
-    if not names:
-        raise NoFigureError(NOT_MEASURED)
-    return run.need(names[0], seq_len)
+def by_shape(runs: Sequence[Run]) -> Iterator[tuple[str, Run]]:
+    """Yield the heads in words and the records of every shape of every run of this study."""
+    for run in runs:
+        records = [one for one in run.result.records if one.suite == SUITE]
+        shapes = [Shape(one.num_heads, one.num_kv_heads, one.head_dim) for one in records]
+        for shape in dict.fromkeys(shapes):
+            own = tuple(one for one, its in zip(records, shapes) if its == shape)
+            heads = f"{shape.num_heads}/{shape.num_kv_heads} of {shape.head_dim}"
+            yield heads, Run(run.name, replace(run.result, records=own))
 
 
-def keys_per_query(run: Run, seq_len: int, name: str) -> float:
-    """Return how many keys per query dense attention passes over in a stage's time.
-
-    Raises:
-        NoFigureError: if one was not measured, or dense attention's check failed.
-    """
-    return _keys_in(run, seq_len, milliseconds(run.need(name, seq_len, checked=False)))
-
-
-def _keys_in(run: Run, seq_len: int, ms: float) -> float:
-    return ms / milliseconds(_dense(run, seq_len)) * seq_len
-
-
-def sampling_keys(run: Run, seq_len: int, setting: str) -> float:
-    """Return what sampling a setting's keys and attending to them costs, in keys per query.
-
-    Raises:
-        NoFigureError: if it was not measured, or the operator's check under it failed.
-    """
-    run.need(f"far/whole/{setting}", seq_len)
-    choosing, attending, window = (
-        keys_per_query(run, seq_len, name)
-        for name in (f"{SAMPLING}{setting}", f"far/windows/{setting}", f"far/windows/{WINDOW}")
+def _whole(runs: Sequence[Run]) -> Rows:
+    yield (
+        *("run", "heads", "tokens", "dense, ms", "sparse, ms", "20% to 80%", "speed-up"),
+        *("speed-up by graph", "extra MiB"),
     )
-    return choosing + attending - window
+    for heads, run in by_shape(runs):
+        for seq_len in run.lengths(WHOLE):
+            cells = (
+                figure_or(cell, run, seq_len)
+                for cell in (_dense_ms, _whole_ms, _spread, eager_speed_up, graph_speed_up)
+            )
+            peak = run.find(WHOLE, seq_len, kinds=("memory",))
+            mib = NONE if peak is None else number(peak.peak_extra_mib or 0.0)
+            yield run.name, heads, tokens(seq_len), *cells, mib
 
 
-def dense_query_keys(run: Run, seq_len: int, count: int) -> float:
-    """Return what each of the last `count` queries costs that attend to every key.
+def _dense_ms(run: Run, seq_len: int) -> str:
+    return number(run.need(DENSE, seq_len, kinds=("eager",)).median_ms or 0.0)
 
-    It is the difference that they make to the operator.
 
-    Raises:
-        NoFigureError: if it was not measured, or a check failed.
+def _whole_ms(run: Run, seq_len: int) -> str:
+    return number(run.need(WHOLE, seq_len, kinds=("eager",)).median_ms or 0.0)
+
+
+def _spread(run: Run, seq_len: int) -> str:
+    record = run.need(WHOLE, seq_len, kinds=("eager",))
+    return f"{number(record.low_ms or 0.0)} to {number(record.high_ms or 0.0)}"
+
+
+def eager_speed_up(run: Run, seq_len: int) -> str:
+    """Return the speed-up by the host's clock."""
+    return _speed_up(run, seq_len, ("eager",))
+
+
+def graph_speed_up(run: Run, seq_len: int) -> str:
+    """Return the speed-up on the device."""
+    return _speed_up(run, seq_len, DEVICE)
+
+
+def _speed_up(run: Run, seq_len: int, kinds: Sequence[str]) -> str:
+    base, ours = (run.need(name, seq_len, kinds=kinds) for name in (DENSE, WHOLE))
+    return f"{speed_up(base, ours):.2f}x"
+
+
+def _parts(runs: Sequence[Run]) -> Rows:
+    yield (
+        *("run", "heads", "tokens", "scoring", "sampling", "windows", "sampled attention"),
+        *("first queries", "last queries"),
+    )
+    for heads, run in by_shape(runs):
+        for seq_len in run.lengths(SCORE):
+            shares = part_shares(run, seq_len)
+            yield run.name, heads, tokens(seq_len), *(f"{share:.0%}" for share in shares)
+
+
+def part_shares(run: Run, seq_len: int) -> list[float]:
+    """Return each part's share of their sum, in the order of the table.
+
+    Sampling is what `PREPARE` takes beyond `SCORE`, sampled attention what `ATTEND` takes beyond
+    `WINDOWS`; the last queries are what the operator takes beyond itself without them.
     """
-    return _keys_in(run, seq_len, _dense_queries_ms(run, seq_len, count)) / count
+
+    def ms(name: str) -> float:
+        record = run.find(name, seq_len)
+        if record is None or record.median_ms is None:
+            raise NoFigureError(NOT_MEASURED)
+        return record.median_ms
+
+    first = ms(FIRST) if run.find(FIRST, seq_len) else 0.0
+    last = ms(WHOLE) - ms(WITHOUT_LAST) if run.find(WITHOUT_LAST, seq_len) else 0.0
+    parts = [ms(SCORE), ms(PREPARE) - ms(SCORE), ms(WINDOWS), ms(ATTEND) - ms(WINDOWS)]
+    parts = [max(part, 0.0) for part in (*parts, first, last)]
+    return [part / sum(parts) for part in parts]
 
 
-def _dense_queries_ms(run: Run, seq_len: int, count: int) -> float:
-    without = _without_dense_queries(run).get(count)
-    if without is None:
-        raise NoFigureError(NOT_MEASURED)
-    both = (run.need(name, seq_len) for name in (f"{without}-dense-{count}", without))
-    with_them, others = map(milliseconds, both)
-    return with_them - others
-
-
-def _without_dense_queries(run: Run) -> dict[int, str]:
-    """What was measured with some number of dense queries: the same without, by the number."""
-    found = (re.fullmatch(r"(.*)-dense-(\d+)", name) for name in run.names("far/whole/"))
-    return {int(one[2]): one[1] for one in found if one}
-
-
-def _settings(runs: Sequence[Run]) -> Rows:
-    yield "run", "tokens", "setting", "choose", "attend", "whole", "speed-up", "keys per query"
-    for run in runs:
-        for seq_len in run.lengths("far/score"):
-            for name in run.names("far/whole/"):
-                setting = name.removeprefix("far/whole/")
-                yield (
-                    *(run.name, tokens(seq_len), setting),
-                    _ms(run, seq_len, f"{SAMPLING}{setting}"),
-                    _ms(run, seq_len, f"far/windows/{setting}"),
-                    figure_or(_checked_ms, run, seq_len, name),
-                    figure_or(_speed_up, run, seq_len, name),
-                    figure_or(_sampling_keys, run, seq_len, setting),
-                )
-
-
-def _stages(runs: Sequence[Run]) -> Rows:
-    yield "run", "tokens", "stage", "ms", "keys per query"
-    for run in runs:
-        for seq_len in run.lengths("far/score"):
-            for name in (*run.names("far/dense/"), "far/score", f"far/windows/{WINDOW}"):
-                stage = name.removeprefix("far/").replace("/", ", ")
-                cost = figure_or(_keys, run, seq_len, name)
-                yield run.name, tokens(seq_len), stage, _ms(run, seq_len, name), cost
-            for count in _without_dense_queries(run):
-                ms = figure_or(_extra, run, seq_len, count)
-                cost = figure_or(_each, run, seq_len, count)
-                yield run.name, tokens(seq_len), f"{count} dense queries", ms, cost
-
-
-def _ms(run: Run, seq_len: int, name: str) -> str:
-    record = run.find(name, seq_len)
-    return NONE if record is None or record.median_ms is None else number(record.median_ms)
-
-
-def _checked_ms(run: Run, seq_len: int, name: str) -> str:
-    return number(milliseconds(run.need(name, seq_len)))
-
-
-def _speed_up(run: Run, seq_len: int, name: str) -> str:
-    return f"{speed_up(_dense(run, seq_len), run.need(name, seq_len)):.2f}x"
-
-
-def _sampling_keys(run: Run, seq_len: int, setting: str) -> str:
-    return number(sampling_keys(run, seq_len, setting))
-
-
-def _keys(run: Run, seq_len: int, name: str) -> str:
-    return number(keys_per_query(run, seq_len, name))
-
-
-def _extra(run: Run, seq_len: int, count: int) -> str:
-    return number(_dense_queries_ms(run, seq_len, count))
-
-
-def _each(run: Run, seq_len: int, count: int) -> str:
-    each = dense_query_keys(run, seq_len, count)
-    return f"{number(count * each)}: {number(each)} each"
-
-
-SAMPLING_TABLES: dict[str, Table] = {"far-settings": _settings, "far-stages": _stages}
+SAMPLING_TABLES: dict[str, Table] = {"sampling": _whole, "sampling-parts": _parts}

@@ -31,7 +31,7 @@ from token_sparse_attention.info import provenance
 CHUNKS = (512, 1024, 2048)
 UNCHUNKED = 16384
 NEW_TOKENS = 40
-SAMPLES = KVSamplingConfig(sliding_window=512, sink_size=0, num_samples=1024, crossover="off")
+SAMPLES = KVSamplingConfig(block_size=512, sliding_window=512, num_samples=1024, crossover="off")
 # The published rule loses answers here, less with a window for dropped queries.
 DROPPED = TokenSelectionConfig(drop_mass=0.2, fallback="window")
 SETTINGS: dict[str, SparseConfig] = {

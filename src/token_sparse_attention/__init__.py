@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from token_sparse_attention.execution import Execution
     from token_sparse_attention.functional import token_sparse_attention
     from token_sparse_attention.gate import DenseReason
-    from token_sparse_attention.inputs import AuxRequest
+    from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
     from token_sparse_attention.methods.base import Method
     from token_sparse_attention.methods.selection import select_tokens
     from token_sparse_attention.profile import LayerProfile, load_config
@@ -27,12 +27,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AuxRequest",
+    "Chunk",
     "DenseReason",
     "Execution",
     "KVSamplingConfig",
     "LayerProfile",
     "Method",
     "PackedSequences",
+    "PastProbes",
     "SparseConfig",
     "SparseOutput",
     "TokenSelection",
@@ -53,7 +55,7 @@ _NAMES = {
     "execution": ("Execution",),
     "functional": ("token_sparse_attention",),
     "gate": ("DenseReason",),
-    "inputs": ("AuxRequest",),
+    "inputs": ("AuxRequest", "Chunk", "PastProbes"),
     "methods.base": ("Method",),
     "methods.selection": ("select_tokens",),
     "profile": ("LayerProfile", "load_config"),

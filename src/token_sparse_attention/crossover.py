@@ -6,9 +6,8 @@ the keys on which dense attention spends as much time per query: `BreakEven.fixe
 sparse wins where ``k^2 < 1 - fixed_tokens / S``. Starting its kernels also takes the host time.
 Dense attention of a short prompt, or of few heads, may end before that.
 
-Three commands measured the constants: `tsa bench op`, `tsa bench prefill` with few heads
-(`HOST_WORK`), and `python -m benchmarks.operator.sampling` (windows, samples, dense queries).
-See benchmarks/operator/study.md.
+`tsa bench op` and `python -m benchmarks.operator.sampling` measure the operator; see
+benchmarks/operator/study.md.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from token_sparse_attention.config import SparseConfig
 MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
 # KV sampling decides by positions, so that a prompt's split into calls changes nothing.
 SPARSE_FROM = {"cuda": 8192, "cpu": 8192}
+LEAST_CALL = 512  # queries of a call, its dense ones aside; fewer run dense
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # Overhead of the sliding window of all queries: a fixed part, and a part per token of the window.
@@ -114,7 +114,7 @@ def sparse_from(
         return SparseFrom(0, 1)
     kind = kind_of(device)
     starting = math.sqrt(HOST_WORK[kind] / (num_heads * head_dim))
-    return SparseFrom(max(SPARSE_FROM[kind], round(starting)), config.dense_queries + 512)
+    return SparseFrom(max(SPARSE_FROM[kind], round(starting)), config.dense_queries + LEAST_CALL)
 
 
 def break_even(

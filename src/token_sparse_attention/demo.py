@@ -18,7 +18,7 @@ from token_sparse_attention.profile import LayerProfile
 from token_sparse_attention.run import Answer, ask, encode_prompt, load_model, read, warm_up
 from token_sparse_attention.settings import default_config
 
-SHRINK = 16  # 128K tokens, which the model's profile was confirmed at, over the document's
+SHRINK = 16  # 128K tokens, which the model's profile is for, over the document's
 MIN_CORRECT = 4
 MAX_SEEN = 0.9  # share of a prompt's tokens that at least one layer must not exceed
 _MAX_NEW_TOKENS = 40
@@ -149,8 +149,8 @@ def _summary(record: LayerRecord) -> str:
 def demo_settings(name: str) -> tuple[LayerProfile, str]:
     """Return the bundled model's profile in proportion to the document, and what that is.
 
-    Windows and samples are `SHRINK` times fewer, the layers are the profile's. The crossover is
-    off: at the profile's own sizes a document this short is attended to densely.
+    Blocks, windows and samples are `SHRINK` times fewer, the layers are the profile's. The
+    crossover is off: at the profile's own sizes a document this short is attended to densely.
 
     Args:
         name: the bundled model's folder.
@@ -163,8 +163,15 @@ def demo_settings(name: str) -> tuple[LayerProfile, str]:
         layer: {**changes, samples: changes.get(samples, base.num_samples) // SHRINK}
         for layer, changes in profile.layers.items()
     }
-    base = replace(base, sliding_window=base.sliding_window // SHRINK, crossover="off")
-    return LayerProfile(base, layers), f"{source}, windows and samples a sixteenth of its own"
+    size = base.block_size // SHRINK
+    base = replace(
+        base,
+        block_size=size,
+        num_probes=min(base.num_probes, size // 4),
+        sliding_window=base.sliding_window // SHRINK,
+        crossover="off",
+    )
+    return LayerProfile(base, layers), f"{source}, blocks, windows and samples a sixteenth"
 
 
 def run_demo(

@@ -23,7 +23,6 @@ PROFILE_FILE = "token_sparse_profile.json"  # a model folder may ship its own se
 # Names of the fields that version 1 of the files had, by the method that they are now of.
 _OLD_SHARED = {name: name for name in ("budget", "dense_queries", "crossover", "sparse_layers")}
 _OLD_SAMPLING = _OLD_SHARED | {
-    "window_size": "num_probes",
     "fallback_window": "sliding_window",
     "fallback_sinks": "sink_size",
     "fallback_samples": "num_samples",
@@ -46,6 +45,8 @@ _OLD_UNUSED: dict[str, tuple[Any, ...]] = {
     "fallback_sinks": (0,),
     "dense_heads": ([], ()),
 }
+# KV sampling scored keys by the last queries of a prompt; their number has no successor.
+_OLD_IGNORED = ("select_queries", "pool_size", "min_tokens", "window_size")
 # What version 1 took for absent fields, where the paper's config takes something else.
 _OLD_DEFAULTS = {
     "fallback": "window",
@@ -239,15 +240,23 @@ def convert_settings(content: Mapping[str, Any]) -> dict[str, Any]:
         content: the parsed JSON object.
 
     Returns:
-        The JSON object that `settings_from_json` reads.
+        The JSON object that `settings_from_json` reads. Of KV sampling, windows, samples and
+        dense heads stay, blocks and probes take their defaults.
 
     Raises:
-        ValueError: if it sets what no method has any more, or mixes methods between layers.
+        ValueError: if it sets what no method has any more, mixes methods between layers, or has
+            a window that is narrower than a block.
 
     Example:
         >>> convert_settings({"fallback_samples": 1024})
         {'method': 'kv_sampling', 'num_samples': 1024}
     """
+    converted = _convert(content)
+    settings_from_json(json.dumps(converted))
+    return converted
+
+
+def _convert(content: Mapping[str, Any]) -> dict[str, Any]:
     if "version" not in content:
         return _convert_config(content)
     base = _convert_config(content.get("base", {}))
@@ -277,7 +286,7 @@ def _rename(fields: Mapping[str, Any], *, selects: bool) -> dict[str, Any]:
     for name, value in fields.items():
         if name in names:
             renamed[names[name]] = value
-        elif name not in ("select_queries", "pool_size", "min_tokens") and (
+        elif name not in _OLD_IGNORED and (
             name not in _OLD_UNUSED or value not in _OLD_UNUSED[name]
         ):
             method = "token_selection" if selects else "kv_sampling"

@@ -144,7 +144,7 @@ def block_scores(
     """
     precision = torch.promote_types(probes.dtype, torch.float32)
     group = probes.shape[0] // key.shape[0]
-    end = int(positions[-1]) + 1
+    end = max(int(positions[-1]) + 1, reach)  # the last probes may not be known
     future = torch.arange(end, device=key.device) > positions[:, None]
     scores = probes.new_empty(probes.shape[0], reach, dtype=precision)
     for kv_head, head_key in enumerate(key[:, :end]):  # it serves its whole group of queries
@@ -174,8 +174,8 @@ def block_budgets(scores: Tensor, config: KVSamplingConfig) -> Tensor:
 def sample_block(scores: Tensor, budget: float) -> Tensor:
     """Step 3: how often each key ``[N]`` counts for a block, 0 where it is not sampled.
 
-    Inclusion probabilities are by half in proportion to the score and by half uniform. Keys of
-    probability 1 count once. The probabilities p of the others, rounded to 2^-18, are cumulated;
+    Inclusion probabilities are by half in proportion to the score and by half uniform, rounded
+    to 2^-18. Keys of probability 1 count once. The probabilities p of the others are cumulated;
     each unit cell of the sum holds one point, and a key that h points fall on counts h / p times.
     """
     number = len(scores)
@@ -194,10 +194,10 @@ def sample_block(scores: Tensor, budget: float) -> Tensor:
     sampled = torch.zeros(number, dtype=torch.float64)
     cumulated = passed = 0
     for token, probability in enumerate(probabilities):
-        if probability >= 1:
+        units = round(probability * 2**UNIT_BITS)
+        if units >= 2**UNIT_BITS:
             sampled[token] = 1.0
             continue
-        units = round(probability * 2**UNIT_BITS)
         cumulated += units
         cell = cumulated // 2**UNIT_BITS
         point = (cell + 1) * GOLDEN % 2**32 // 2 ** (32 - UNIT_BITS)

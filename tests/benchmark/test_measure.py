@@ -177,7 +177,8 @@ SELECTION = dataclasses.replace(
     CONFIG, drop_mass=0.3, fallback="window", sliding_window=20, dense_queries=40
 )
 SAMPLING = KVSamplingConfig(
-    num_probes=16,
+    block_size=16,
+    num_probes=8,
     sliding_window=20,
     sink_size=2,
     num_samples=30,
@@ -201,7 +202,7 @@ def test_checks_notice_wrong_samples_windows_and_dense_queries(config, budget, m
     assert passes(out, selection)
     wrong = [{"dense_queries": 0}, {"dense_queries": 41}, {"sliding_window": 21}]
     if other is SELECTION:
-        wrong += [{"num_samples": 29}, {"sink_size": 3}]
+        wrong += [{"num_samples": 20}, {"sink_size": 3}]
     changed = [dataclasses.replace(config, **change) for change in wrong]
     for one in (*changed, dataclasses.replace(other, budget=budget)):
         assert not passes(with_selection(inputs, one)[0], selection), one
@@ -213,11 +214,13 @@ def test_checks_notice_wrong_samples_windows_and_dense_queries(config, budget, m
         real = sampling.sample
 
         def unweighted(*given):
-            keys, finite = real(*given)
-            return keys._replace(weights=torch.ones_like(keys.weights)), finite
+            keys = real(*given)
+            return keys._replace(log_weights=torch.zeros_like(keys.log_weights))
 
-        monkeypatch.setattr(sampling, "sample", unweighted)
-        assert not passes(with_selection(inputs, config)[0], selection), "weights are checked"
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "sample", unweighted)
+            out, _ = with_selection(inputs, config)
+        assert not passes(out, selection), "weights are checked"
 
 
 def eager_with(inputs, indices):

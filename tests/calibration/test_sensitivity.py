@@ -131,7 +131,8 @@ def test_a_layer_that_drops_nothing_costs_nothing_and_saves_nothing():
 
 
 SAMPLES = KVSamplingConfig(
-    num_probes=16,
+    block_size=16,
+    num_probes=8,
     sliding_window=16,
     sink_size=0,
     num_samples=24,

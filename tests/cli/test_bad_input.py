@@ -291,7 +291,7 @@ def test_evaluation_of_a_model_with_layers_that_keep_a_state(models, folder, mon
     monkeypatch.setattr(harness, "installed_version", lambda: None)
     prepare(folder / "samples.jsonl.gz")
     words = ("eval", models / "lfm2", "--samples", "samples.jsonl.gz", "--out", "result.jsonl")
-    settings = '{"num_probes": 8, "sliding_window": 4096, "sink_size": 0, "num_samples": 8}'
+    settings = '{"block_size": 16, "num_probes": 8, "sink_size": 0, "num_samples": 8}'
     assert main([*map(str, words), "--config", f"[/b]={settings}"]) == 0
     _, *results = map(json.loads, (folder / "result.jsonl").read_text().splitlines())
     assert len(results) == 2

@@ -194,7 +194,7 @@ def test_values_are_of_the_method_that_the_settings_are_of(folder, capsys):
 def test_short_texts_and_samples_that_cover_a_prompt_are_warned_of(folder, capsys):
     short = folder / "short.txt"
     short.write_text("word1 word2 word3")
-    settings = '{"sliding_window": 40, "num_probes": 8, "crossover": "off"}'
+    settings = '{"block_size": 16, "num_probes": 8, "sliding_window": 40, "crossover": "off"}'
     calibrate(
         folder / "model", "--method", "sensitivity", "--divergence-budget", 1,
         "--values", "10,50", "--text", short, "--length", 90, "--num-prompts", 1,

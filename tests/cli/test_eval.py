@@ -138,7 +138,8 @@ def test_configurations_that_left_nothing_out_are_noted(model, tmp_path, capsys,
     samples = [dataclasses.replace(sample, length=length) for sample in made.samples]
     path = tmp_path / "s.jsonl.gz"
     dataclasses.replace(made, samples=samples).save(path)
-    small = '{"num_probes": 8, "sliding_window": 16, "num_samples": 8, "crossover": "off"}'
+    small = '{"block_size": 16, "num_probes": 8, "sliding_window": 16, "num_samples": 8, '
+    small += '"crossover": "off"}'
     wide = small.replace('"num_samples": 8', '"num_samples": 4096')
     given = (f"wide={wide}", f"small={small}", "idle=default", "patterned=streaming+default")
     configurations = [word for value in given for word in ("--config", value)]

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from evaluation.results import DENSE, HEADER, SPARSE, pair, results
+from support import checked, make_problem
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, reference
+from token_sparse_attention.benchmark.checks import block_counts
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.show import ran_dense
 from token_sparse_attention.evaluation.summary import (
@@ -44,13 +46,9 @@ def literal_share(scores, config):
     position = torch.arange(kv_len)
     causal = position <= position[:, None]
     seen = position > position[:, None] - config.sliding_window
-    if isinstance(config, KVSamplingConfig):
-        keep = reference.sampled_weights(scores, config, kv_len)[0] > 0
-        seen = seen | keep
-    else:
-        keep = reference.keep_tokens(scores, config)[0]
-        windows = seen if config.fallback == "window" else torch.zeros_like(causal)
-        seen = torch.where(keep[:, None], keep, windows)
+    keep = reference.keep_tokens(scores, config)[0]
+    windows = seen if config.fallback == "window" else torch.zeros_like(causal)
+    seen = torch.where(keep[:, None], keep, windows)
     seen[kv_len - config.dense_queries :] = True
     return int(keep.sum()), float((causal & seen).sum() / causal.sum())
 
@@ -82,44 +80,69 @@ def samplings():
         {"num_samples": 500},
         {"num_samples": 11, "dense_queries": 500},
     ):
-        small = {"num_probes": 8, "sliding_window": 16, "sink_size": 0, "num_samples": 0}
+        small = {"block_size": 16, "num_probes": 8, "sliding_window": 16, "sink_size": 0}
+        small |= {"num_samples": 0}
         yield KVSamplingConfig(**small | {"dense_queries": 0, "crossover": "off"} | fields)
 
 
-@pytest.mark.parametrize("config", [*selections(), *samplings()], ids=str)
+@pytest.mark.parametrize("config", [*selections()], ids=str)
 def test_work_counts_what_a_literal_mask_allows(config):
-    samples = isinstance(config, KVSamplingConfig)
     work = method_of(config).work
     falling = torch.linspace(2.0, 1.0, 192)[None]  # the last are dropped
     kept, share = literal_share(falling, config)
-    assert 12 < kept < 200 or samples
-    if not (samples and config.num_samples):  # of which half are spread evenly
-        assert work(kept, 200) == pytest.approx(share)
+    assert 12 < kept < 200
+    assert work(kept, 200) == pytest.approx(share)
     random_scores = torch.rand(1, 192, generator=torch.Generator().manual_seed(0))
     kept, share = literal_share(random_scores, config)
-    behind = 192 * config.num_samples / (200 * 201 / 2) if samples else 0
-    sinks = config.sink_size if samples else 0
-    early = (config.sliding_window + sinks) ** 2 / (200 * 201)
+    early = config.sliding_window**2 / (200 * 201)
     late = max(config.dense_queries - 8, 0) * 200 / (200 * 201 / 2)
     counted = work(kept, 200)
-    assert share - 1e-6 <= counted <= min(share + early + behind + late, 1)
-    if not samples and config.fallback == "zero" and not late:
+    assert share - 1e-6 <= counted <= min(share + early + late, 1)
+    if config.fallback == "zero" and not late:
         assert counted == pytest.approx(share)
 
 
+@pytest.mark.parametrize("length", [200, 208, 209, 40])
+@pytest.mark.parametrize("config", [*samplings()], ids=str)
+def test_work_of_samples_counts_what_the_operator_attends_to(config, length):
+    """Queries of one block attend to its sinks and samples where they lie behind the window."""
+    problem = make_problem(heads=1, kv_heads=1, query_len=length)
+    method = method_of(config)
+    position = torch.arange(length)
+    causal = position <= position[:, None]
+    seen = causal & (position > position[:, None] - config.sliding_window)
+    gate, chosen = method.gate(torch.device("cpu"), 1, 16), config.sink_size
+    if gate.reason(length, length) is None:
+        plan = method.prepare(checked(problem), gate)
+        for query in range(length):
+            counts = block_counts(plan, 0, query // 16, length)
+            if counts is not None:
+                seen[query] |= causal[query] & (counts > 0)
+                chosen = int((counts > 0).sum())
+    seen[max(length - config.dense_queries, 0) :] = True
+    share = float((causal & seen).sum() / causal.sum())
+    counted = method.work(chosen, length)
+    assert share - 2e-2 <= counted <= share + 2e-1
+
+
 def test_a_layer_without_sinks_and_samples_is_its_window_alone():
-    config = KVSamplingConfig(sliding_window=10, sink_size=0, num_samples=0, dense_queries=0)
+    config = KVSamplingConfig(
+        block_size=16, num_probes=8, sliding_window=16, sink_size=0, num_samples=0,
+        dense_queries=0,
+    )  # fmt: skip
     sample = dataclasses.replace(SPARSE, kept=[0, None])
-    window = (10 * 11 / 2 + 90 * 10) / (100 * 101 / 2)
+    window = (16 * 17 / 2 + 84 * 16) / (100 * 101 / 2)
     assert attention_work(sample, {0: config}) == pytest.approx((window + 1) / 2)
     assert kept_share(sample) == 0.5
 
 
 def test_dense_heads_do_all_the_work_of_theirs():
-    config = KVSamplingConfig(sliding_window=10, dense_queries=0, dense_heads=(1, 2))
+    config = KVSamplingConfig(
+        block_size=16, num_probes=8, sliding_window=16, dense_queries=0, dense_heads=(1, 2)
+    )
     sample = dataclasses.replace(SPARSE, kept=[[5, 100, 100, 5], None])
     sparse = method_of(config).work(5, 100)
-    assert sparse < 0.3
+    assert sparse < 0.4
     assert attention_work(sample, {0: config}) == pytest.approx(((2 + 2 * sparse) / 4 + 1) / 2)
 
 

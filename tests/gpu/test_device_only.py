@@ -27,6 +27,7 @@ from token_sparse_attention import (
 from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.custom_op import aux_text
+from token_sparse_attention.inputs import Chunk
 
 DEVICE = "cuda"
 FLASH = [
@@ -37,7 +38,7 @@ FLASH = [
 ]
 CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=32, min_tokens=64)
 SAMPLED = dataclasses.replace(
-    SAMPLING, num_probes=32, sliding_window=50, sink_size=3, num_samples=50
+    SAMPLING, block_size=32, sliding_window=50, sink_size=3, num_samples=50
 )
 
 
@@ -258,7 +259,8 @@ def test_more_than_two_to_the_31_elements():
 @EACH_METHOD
 def test_opcheck(config, wants):
     problem = half_problem(query_len=200)
-    arguments = (*problem, None, config.text, on("flash").text, 0.125, aux_text(wants))
+    settings = f"{on('flash').text}\n{config.text}"
+    arguments = (*problem, None, [], settings, 0.125, aux_text(wants, Chunk()))
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
 

@@ -14,6 +14,7 @@ from support import (
     WITH_LSE,
     Problem,
     causal_attention,
+    counts_behind,
     golden_case,
     kept_mask,
     make_problem,
@@ -24,13 +25,12 @@ from support import (
 from token_sparse_attention import (
     KVSamplingConfig,
     TokenSelectionConfig,
-    score_tokens,
     select_tokens,
     token_sparse_attention,
 )
 from token_sparse_attention.attention.flash import FlashBackend
 from token_sparse_attention.attention.resolve import resolve_backend
-from token_sparse_attention.reference import masked_attention, sampled_weights
+from token_sparse_attention.reference import masked_attention
 
 DEVICE = "cuda"
 
@@ -62,8 +62,7 @@ def given_selection_truth(problem, config, selection):
     rest = torch.zeros_like(dense)
     near = slot > position - config.sliding_window
     if isinstance(config, KVSamplingConfig):
-        scores = score_tokens(problem.query, problem.key, config.num_probes)[0]
-        counts = torch.where(near, 1.0, sampled_weights(scores, config, kv_len)[:, None])
+        counts = torch.where(near, 1.0, counts_behind(problem, config, "triton"))
         rest = masked_attention(*exact, causal * counts, scale)
     elif config.fallback == "window":
         rest = masked_attention(*exact, (causal & near)[None], scale)
@@ -139,7 +138,7 @@ def test_few_last_queries_split_their_keys(heads, splits, monkeypatch):
         return real(backend, query, *rest, **named)
 
     monkeypatch.setattr(FlashBackend, "attend", spy)
-    config = KVSamplingConfig(sliding_window=256, num_samples=64, crossover="off")
+    config = KVSamplingConfig(block_size=256, sliding_window=256, num_samples=64, crossover="off")
     out, _, lse = token_sparse_attention(*problem, config, return_aux=WITH_LSE)
     assert used == ([("flash", 128)] if splits else [])
     group = heads // problem.key.shape[1]
@@ -151,13 +150,16 @@ def test_few_last_queries_split_their_keys(heads, splits, monkeypatch):
     torch.testing.assert_close(lse[0, :, -128:].double(), logits.logsumexp(-1), rtol=0, atol=1e-3)
 
 
-def test_sequences_without_finite_scores_run_dense_to_their_last_query():
+def test_scores_that_are_not_finite_make_their_block_nan():
     problem = make_problem(query_len=3000, head_dim=64, dtype=torch.bfloat16, device=DEVICE)
-    problem.query[0, 0, -5, 0] = torch.nan
-    config = KVSamplingConfig(sliding_window=256, num_samples=64, crossover="off")
+    config = KVSamplingConfig(block_size=256, sliding_window=256, num_samples=64, crossover="off")
+    expected = token_sparse_attention(*problem, config)
+    problem.query[0, 1, 1023, 0] = torch.nan  # a probe of the fifth block
     out = token_sparse_attention(*problem, config)
-    dense = causal_attention(*problem, scale=0.125)
-    torch.testing.assert_close(out, dense, rtol=1e-2, atol=1e-2, equal_nan=True)
+    hidden = torch.zeros(4, 3000, dtype=torch.bool, device=DEVICE)
+    hidden[1, 1023:1280] = True
+    assert torch.equal(out[0].isnan().any(-1), hidden)
+    assert torch.equal(out[0][~hidden], expected[0][~hidden])
 
 
 def test_float64_equals_the_oracle():

@@ -16,7 +16,8 @@ from token_sparse_attention import (
 )
 
 selection = {"drop_mass": 0.3, "observation_window": 16, "min_tokens": 32}
-sampling = {"num_probes": 16, "sliding_window": 40, "num_samples": 50, "crossover": "off"}
+sampling = {"block_size": 32, "num_probes": 16, "sliding_window": 40, "num_samples": 50}
+sampling |= {"crossover": "off"}
 for config, query_len in (
     (TokenSelectionConfig(**selection), 333),
     (TokenSelectionConfig(

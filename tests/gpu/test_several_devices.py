@@ -13,7 +13,12 @@ from token_sparse_attention.integrations.transformers import apply
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 SAMPLED = KVSamplingConfig(
-    num_probes=32, sliding_window=50, num_samples=60, dense_queries=40, crossover="off"
+    block_size=32,
+    num_probes=32,
+    sliding_window=50,
+    num_samples=60,
+    dense_queries=40,
+    crossover="off",
 )
 FA4 = pytest.param(
     "fa4", marks=pytest.mark.skipif(not fa4_installed(), reason="flash-attn-4 not installed")

@@ -21,7 +21,13 @@ from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, refer
 
 CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=16, pool_size=5, min_tokens=32)
 SAMPLING = KVSamplingConfig(
-    num_probes=16, sliding_window=9, sink_size=2, num_samples=24, dense_queries=6, crossover="off"
+    block_size=16,
+    num_probes=8,
+    sliding_window=16,
+    sink_size=2,
+    num_samples=24,
+    dense_queries=6,
+    crossover="off",
 )
 LAYERS = 3
 WORDS = [f"word{number}" for number in range(190)]
@@ -80,6 +86,15 @@ def make_model(family: str = "Llama", seed: int = 0, **changes):
     return model
 
 
+def sharp(family="Llama"):
+    """A model whose heads prefer different tokens, so that samples differ."""
+    model = make_model(family)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_proj.weight", "q_norm.weight")):
+            weight.data.mul_(20)
+    return model
+
+
 def make_tokenizer(*, begin: bool = False):
     """A tokenizer of whole words for these models; `begin` puts <s> before each text."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
@@ -117,8 +132,12 @@ def make_ids(length: int = 200, batch: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 199, (batch, length), generator=generator)
 
 
-def oracle_attention(config, _module, query, key, value, attention_mask, scaling=None, **_):
-    """Each row cut out by its mask and given to the reference; decode steps stay dense."""
+def oracle_attention(settings, module, query, key, value, attention_mask, scaling=None, **_):
+    """Each row cut out by its mask and given to the reference; decode steps stay dense.
+
+    `settings` are the config, and each row's queries so far by module.
+    """
+    config, earlier = settings
     batch, heads, query_len, head_dim = query.shape
     rows = torch.zeros(batch, query_len, heads, head_dim, dtype=query.dtype)
     for row in range(batch):
@@ -142,7 +161,9 @@ def oracle_attention(config, _module, query, key, value, attention_mask, scaling
             allowed = torch.ones(1, 1, len(real), dtype=torch.bool)
             out = reference.masked_attention(q, k, v, allowed, scaling)
         else:
-            out, _ = reference.token_sparse_attention(q, k, v, config, scaling)
+            past = earlier.get((module, row)) if first_query else None
+            out, _ = reference.token_sparse_attention(q, k, v, config, scaling, past_query=past)
+            earlier[module, row] = q if past is None else torch.cat((past, q), 1)
         rows[row, queries] = out.transpose(0, 1)
     return rows, None
 
@@ -150,7 +171,7 @@ def oracle_attention(config, _module, query, key, value, attention_mask, scaling
 @contextmanager
 def oracle(model, config=CONFIG):
     """The model with every layer's attention replaced by the oracle."""
-    AttentionInterface.register("oracle", partial(oracle_attention, config))
+    AttentionInterface.register("oracle", partial(oracle_attention, (config, {})))
     AttentionMaskInterface.register("oracle", sdpa_mask)
     model.set_attn_implementation("oracle")
     try:

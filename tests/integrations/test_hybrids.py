@@ -15,7 +15,7 @@ from integrations.test_transformers import CLOSE
 from token_sparse_attention import DenseReason, LayerProfile
 from token_sparse_attention.integrations.transformers import apply
 
-ALL_KEYS = dataclasses.replace(SAMPLING, num_samples=400)  # sees every key, so it equals dense
+ALL_KEYS = dataclasses.replace(SAMPLING, num_samples=1600)  # sees every key, so it equals dense
 LINEAR = {
     "num_hidden_layers": 4,
     "head_dim": 16,

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model, oracle
+from integrations.models import CONFIG, LAYERS, SAMPLING, make_ids, make_model, oracle, sharp
 from integrations.test_transformers import CLOSE, greedy, paths
 from token_sparse_attention import DenseReason, LayerProfile, crossover
 from token_sparse_attention.integrations.transformers import apply
@@ -18,23 +18,16 @@ CONFIGS = {
     "shared": SAMPLING,
     "no dense queries": dataclasses.replace(SAMPLING, dense_queries=0),
     "dense heads": dataclasses.replace(SAMPLING, dense_heads=(0, 3)),
-    "per head": dataclasses.replace(SAMPLING, budget="per_head", sliding_window=90),
+    "per head": dataclasses.replace(
+        SAMPLING, budget="per_head", sliding_window=90, num_samples=96
+    ),
 }
-
-
-def sharp(family="Llama"):
-    """A model whose heads prefer different tokens, so that samples differ."""
-    model = make_model(family)
-    for name, weight in model.named_parameters():
-        if name.endswith(("q_proj.weight", "q_norm.weight")):
-            weight.data.mul_(20)
-    return model
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_the_oracle(name, family):
-    model, ids = sharp(family), make_ids()
+    model, ids = sharp(family).double(), make_ids()
     dense = model(ids).logits
     with oracle(model, CONFIGS[name]):
         expected = model(ids).logits
@@ -46,7 +39,7 @@ def test_logits_equal_the_oracle(name, family):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_samples": 400}, {"dense_queries": 400}, {"sliding_window": 197}]
+    "changes", [{"num_samples": 1600}, {"dense_queries": 400}, {"sliding_window": 197}]
 )
 def test_where_every_token_is_seen_logits_are_dense(changes):
     model, ids = sharp(), make_ids()
@@ -110,10 +103,10 @@ def test_what_is_kept_are_sinks_and_sampled_keys():
         model(ids, attention_mask=mask)
     for record in report:
         kept, dense = record.kept
-        assert all(25 <= count <= 26 for count in kept), "2 sinks, 24 samples"
+        assert all(12 <= count <= 13 for count in kept), "2 sinks, one in 16 of 190 keys"
         assert dense == [16] * 4, "too short, so it ran dense"
         assert record.kept_share == pytest.approx((sum(kept) / 200 + 4) / 8)
-    assert "26; context too short" in str(report)
+    assert "13; context too short" in str(report)
     with apply(model, dataclasses.replace(SAMPLING, num_samples=0)) as report:
         model(ids[:1])
     assert [record.kept for record in report] == [[[2] * 4]] * LAYERS
@@ -141,7 +134,7 @@ def test_reports_list_no_tokens():
         with Whole() as made:
             model(ids)
         assert paths(report) == [["sparse"]] * LAYERS
-        assert (1, 4, 2) in made.shapes, "the sinks"
+        assert (1, 4, 12, 2) in made.shapes, "the sinks of 12 blocks"
         assert (1, 4, ids.shape[1]) not in made.shapes
     for config in (SAMPLING, CONFIG):
         with apply(model, config) as report:
@@ -172,14 +165,20 @@ def test_layers_may_sample_different_numbers():
     assert shares[2] < 0.06 < shares[0] < 0.14
 
 
-def test_lengths_alone_decide(monkeypatch):
-    model, ids = sharp(), make_ids()
-    config = dataclasses.replace(SAMPLING, crossover="auto")
-    monkeypatch.setitem(crossover.MIN_SAMPLED_LENGTH, "cpu", 10)
-    for constants in (crossover.WINDOW_TOKENS, crossover.SAMPLED_TOKENS):
-        monkeypatch.setitem(constants, "cpu", (0.0, 1.0))
-    for overhead, reason in ((100.0, None), (160.0, str(DenseReason.CROSSOVER_LENGTH))):
-        monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", overhead)
-        with apply(model, config) as report:
-            model(ids)
-        assert [record.reasons for record in report] == [[reason]] * LAYERS
+def test_positions_alone_decide(monkeypatch):
+    """Queries before the crossover's position are dense, however the prompt is split."""
+    model, ids = sharp().double(), make_ids()
+    config = dataclasses.replace(SAMPLING, crossover="auto", dense_queries=0)
+    monkeypatch.setattr(crossover, "sparse_from", lambda *_: crossover.SparseFrom(130, 1))
+    dense = model(ids).logits
+    with apply(model, config) as report:
+        whole, cache = model(ids).logits, DynamicCache()
+        model(ids[:, :100], past_key_values=cache)
+        assert [record.reasons for record in report.last_prefill()] == [
+            [str(DenseReason.CROSSOVER_LENGTH)]
+        ] * LAYERS
+        last = model(ids[:, 100:], past_key_values=cache).logits
+        assert paths(report) == [["sparse"]] * LAYERS
+    torch.testing.assert_close(whole[:, 100:], last)
+    torch.testing.assert_close(whole[:, :144], dense[:, :144])
+    assert not torch.isclose(whole[:, 144:160], dense[:, 144:160]).all()

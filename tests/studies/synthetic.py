@@ -78,20 +78,20 @@ def prefill_result() -> ResultFile:
     return ResultFile(PROVENANCE, {"command": "tsa bench prefill"}, tuple(records))
 
 
-def far_result() -> ResultFile:
-    """Dense 200 ms: sampling 4, windows 3, 9 with sampled keys; dense queries 2 more."""
-    checked = {"suite": "far", "passed": True, "error": 2e-3}
+def sampling_result() -> ResultFile:
+    """Dense 200 ms, the whole 20; of its parts windows take half, sampled attention a quarter."""
+    checked = {"suite": "sampling", "passed": True, "error": 2e-3}
+    parts = {"score": 2.0, "prepare": 3.0, "windows": 10.0, "attend": 15.0, "first queries": 1.0}
     records = [
-        record("far/dense/fa4", ms=200.0, **checked),
-        record("far/score", ms=0.5, suite="far"),
-        record("far/draw/samples-4096", ms=4.0, suite="far"),
-        record("far/windows/window", ms=3.0, suite="far"),
-        record("far/windows/samples-4096", ms=9.0, suite="far"),
-        record("far/whole/window", ms=4.0, **checked),
-        record("far/whole/samples-4096", ms=14.0, **checked),
-        record("far/whole/samples-4096-dense-128", ms=16.0, **checked),
+        record("dense", ms=200.0, **checked),
+        record("whole", ms=20.0, **checked),
+        record("whole without dense queries", ms=19.0, **checked),
+        record("dense", "eager", ms=202.0, **checked),
+        record("whole", "eager", ms=25.25, **checked),
+        record("whole", "memory", suite="sampling", peak_extra_mib=512.0),
+        *(record(name, ms=ms, suite="sampling") for name, ms in parts.items()),
     ]
-    return ResultFile(PROVENANCE, {"command": "tsa bench far"}, tuple(records))
+    return ResultFile(PROVENANCE, {"command": "benchmarks.operator.sampling"}, tuple(records))
 
 
 def changed(result: ResultFile, name: str, kind: str = "graph", **fields) -> ResultFile:

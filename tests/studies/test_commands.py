@@ -9,10 +9,9 @@ import benchmarks
 import pytest
 
 COMMANDS = (
-    *("pages", "operator.sampling", "replay.__main__"),
-    *("block_sparse.density", "block_sparse.speed", "block_sparse.tune"),
-    *("frontier.heads", "frontier.layer_times", "frontier.positions", "frontier.prompts"),
-    *("frontier.screen", "serving.chunks", "serving.first_token", "serving.serve"),
+    *("pages", "operator.sampling", "fidelity.__main__"),
+    *("block_sparse.density", "block_sparse.layer_times", "block_sparse.speed"),
+    *("block_sparse.tune", "serving.chunks", "serving.first_token", "serving.serve"),
 )
 
 
@@ -23,7 +22,7 @@ def test_help_has_an_example(name, capsys):
         module.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    called = f"python -m benchmarks.{name.removesuffix('.__main__')}"
+    called = f"python -m benchmarks.{name}"
     assert f"usage: {called}" in printed
     assert printed.count(called) >= 2, "an example"
 

@@ -6,19 +6,10 @@ import dataclasses
 import gzip
 
 import pytest
-from benchmarks.pooling import beside, load_folder, pooled
+from benchmarks.pooling import load_folder, pooled
 
-from evaluation.results import HEADER, pair, results
-from token_sparse_attention.evaluation.record import DENSE, EvalResults, save_results
-
-OTHER = HEADER.configurations["sparse"] | {"drop_mass": 0.5}
-
-
-def of_samples(digest, configurations, samples):
-    header = dataclasses.replace(
-        HEADER, arguments={"samples_sha256": digest}, configurations=configurations
-    )
-    return EvalResults(header, tuple(samples))
+from evaluation.results import pair, results
+from token_sparse_attention.evaluation.record import EvalResults, save_results
 
 
 def test_a_folder_gives_its_results_by_name_compressed_or_not(tmp_path):
@@ -44,28 +35,3 @@ def test_results_are_pooled_where_they_agree():
     header = dataclasses.replace(other.header, configurations={"dense": None})
     with pytest.raises(ValueError, match="agree in configurations"):
         pooled([one, EvalResults(header, other.samples)])
-
-
-def test_configurations_stand_side_by_side():
-    dense, sparse = pair(1.0, 0.5)
-    further = dataclasses.replace(sparse, configuration="other", score=0.25)
-    one = of_samples("a", HEADER.configurations, [dense, sparse])
-    other = of_samples("a", {DENSE: None, "other": OTHER}, [dense, further])
-    both = beside([one, other])
-    assert list(both.header.configurations) == [DENSE, "sparse", "other"]
-    assert both.samples == (dense, sparse, further), "dense once"
-
-
-@pytest.mark.parametrize(
-    ("digest", "configurations", "dense_score", "message"),
-    [
-        ("b", {DENSE: None}, 1.0, "same model and samples"),
-        ("a", {DENSE: None, "sparse": OTHER}, 1.0, "what sparse is"),
-        ("a", {DENSE: None}, 0.5, "differ in"),
-    ],
-)
-def test_what_differs_does_not_stand_side_by_side(digest, configurations, dense_score, message):
-    one = of_samples("a", HEADER.configurations, pair(1.0, 0.5))
-    other = of_samples(digest, configurations, pair(dense_score, None)[:1])
-    with pytest.raises(ValueError, match=message):
-        beside([one, other])

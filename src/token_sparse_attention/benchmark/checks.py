@@ -16,10 +16,10 @@ from token_sparse_attention.config import (
     TokenSelectionConfig,
 )
 from token_sparse_attention.impls import resolve_impl
-from token_sparse_attention.inputs import real_tokens
-from token_sparse_attention.methods.sampling import sample
+from token_sparse_attention.inputs import AuxRequest, Chunk, Problem, real_tokens
+from token_sparse_attention.methods import method_of
+from token_sparse_attention.methods.base import Plan
 from token_sparse_attention.results import TokenSelection
-from token_sparse_attention.scoring import score_keys
 
 _ROWS = 16  # sampled queries of each sampled head
 _FLOOR = 1e-5  # what adding up many float32 products may cost
@@ -155,8 +155,12 @@ def _sparse_parts(
     last = max(num_slots - config.dense_queries, 0)
     yield slots[last:], slots, None
     if isinstance(config, KVSamplingConfig):
-        weights = _sampled_weights(inputs, head, config)
-        yield slots[:last], slots, _Near(config.sliding_window, weights)
+        plan = _sampled(inputs, config)
+        for begin in range(0, last, config.block_size):
+            queries = slots[begin : min(begin + config.block_size, last)]
+            counts = block_counts(plan, head, begin // config.block_size, num_slots)
+            near = None if counts is None else _Near(config.sliding_window, counts)
+            yield queries, slots, near
     elif isinstance(config, TokenSelectionConfig):
         yield chosen[chosen < last], chosen, None
         dropped = torch.ones(num_slots, dtype=torch.bool, device=chosen.device)
@@ -205,16 +209,39 @@ class _Near(NamedTuple):
     weights: Tensor
 
 
-def _sampled_weights(inputs: Inputs, head: int, config: KVSamplingConfig) -> Tensor:
-    """How often keys behind the windows count, by the operator's own scores."""
-    query, key, _ = inputs
+def _sampled(inputs: Inputs, config: KVSamplingConfig) -> Plan:
+    """What the operator itself samples, as it scores."""
+    query = inputs.query
     impl = resolve_impl("auto", query, query.shape[-1])
-    tokens = real_tokens(None, 1, key.shape[2], query.device, on_device=impl == "triton")
-    scores = score_keys(query, key, config.num_probes, tokens, inputs.scale, impl)
-    sampled, _ = sample(scores, config, tokens, impl)
-    weights = torch.zeros(key.shape[2] + 1, dtype=torch.float64, device=key.device)
-    weights[sampled.slots[0, head].long()] = sampled.weights[0, head].double()
-    return weights[:-1]
+    tokens = real_tokens(None, 1, inputs.key.shape[2], query.device, on_device=impl == "triton")
+    problem = Problem(*inputs, tokens, inputs.scale, impl, None, None, AuxRequest(), Chunk())
+    method = method_of(config)
+    plan = method.prepare(problem, method.gate(query.device, query.shape[1], query.shape[3]))
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def block_counts(plan: Plan, head: int, number: int, num_slots: int) -> Tensor | None:
+    """How often each key behind the windows of a block's queries counts, ``[S]`` float64.
+
+    Args:
+        plan: of KV sampling for one sequence without padding.
+        head: of its query heads.
+        number: the block.
+        num_slots: S.
+
+    Returns:
+        The counts; None where the block runs dense.
+    """
+    for blocks, keys in plan.keys:
+        index = number - blocks.first
+        if 0 <= index < blocks.num_blocks:
+            count = int(keys.counts[0, head, index])
+            slots = keys.slots[0, head, index, :count].long()
+            counts = torch.zeros(num_slots, dtype=torch.float64, device=slots.device)
+            counts[slots] = keys.log_weights[0, head, index, :count].double().exp2()
+            return counts
+    return None
 
 
 def exact_rows(

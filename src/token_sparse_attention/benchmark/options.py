@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from token_sparse_attention.benchmark.runs import MAIN_KEPT
-from token_sparse_attention.config import KVSamplingConfig, TokenSelectionConfig
+from token_sparse_attention.config import TokenSelectionConfig
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.options import Count, Device, Option
 
@@ -151,7 +151,7 @@ class PrefillOptions(MeasuringOptions):
                 "--hidden must be a multiple of --heads, and that of --kv-heads; got "
                 f"{self.hidden_size}, {self.num_heads} and {self.num_kv_heads}"
             )
-        shortest = KVSamplingConfig().num_probes
+        shortest = TokenSelectionConfig().observation_window
         if not self.lengths or min(self.lengths) <= shortest:
             raise UsageError(f"--lengths must exceed {shortest}, got {self.lengths}")
         if not all(0 < kept <= 1 for kept in self.kept):

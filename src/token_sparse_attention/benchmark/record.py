@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from token_sparse_attention.records import JsonFile, check_choice
 
-SUITES = ("op", "prefill", "block", "far")
+SUITES = ("op", "prefill", "block", "sampling")
 KERNEL_KINDS = ("graph", "events", "eager")  # what counts as kernel time, best first
 KINDS = (*KERNEL_KINDS, "first_call", "memory", "skipped")
 
@@ -18,7 +18,7 @@ class Record:
     """One measurement.
 
     Attributes:
-        suite: ``"op"``, ``"prefill"``, ``"block"`` or ``"far"``.
+        suite: ``"op"``, ``"prefill"``, ``"block"`` or ``"sampling"``.
         name: what ran, for example ``"dense/fa4"`` or ``"ours/score"``.
         kind: ``"graph"``: time on the device by replay of a CUDA graph; ``"events"``: time
             between CUDA events, where no graph could be captured; ``"eager"``: host clock from

@@ -12,6 +12,7 @@ MODEL = FOLDER / "model"
 NAME = "bundled"  # what results call the model, wherever it lies
 DEMO_DOCUMENT = FOLDER / "demo" / "document.txt"
 DEMO_NEEDLES = FOLDER / "demo" / "needles.json"
+SAMPLE = (FOLDER / "sample" / "code.txt.gz", FOLDER / "sample" / "prose.txt.gz")
 
 
 @dataclass(frozen=True)

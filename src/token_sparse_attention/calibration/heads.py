@@ -1,6 +1,6 @@
 """Which heads make a layer sensitive, and what it costs with only those dense.
 
-Where a layer tolerates no sparsity it is often for a head or two, see docs/results.md. So the
+Where a layer tolerates no sparsity it is often for a head or two. So the
 costliest layers are measured again with one head at a time sparse, and then with the costliest
 heads dense and all others sparse. What those combinations cost are further options to choose from.
 """

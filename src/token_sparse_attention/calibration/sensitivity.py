@@ -175,27 +175,35 @@ def _log_probs(model: Any, prefill: Any, continuation: Tensor) -> Tensor:
     return torch.cat(logits).float().log_softmax(-1)
 
 
-def divergence(dense: Tensor, sparse: Tensor) -> float:
-    """Return KL(dense || sparse) in nats, averaged over positions.
+def token_divergences(dense: Tensor, sparse: Tensor) -> Tensor:
+    """Return KL(dense || sparse) in nats at each position, ``[N]`` float64.
 
     Args:
         dense: ``[N, V]`` log-probabilities.
         sparse: ``[N, V]`` log-probabilities.
 
     Raises:
-        ValueError: if it is not finite.
+        ValueError: if one is not finite.
+    """
+    old, new = dense.double(), sparse.double()
+    terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new))
+    values = terms.sum(-1)
+    if not values.isfinite().all():
+        found = float(values[~values.isfinite()][0])
+        raise ValueError(f"the sparse model's logits must be finite, but KL is {found}")
+    return values
+
+
+def divergence(dense: Tensor, sparse: Tensor) -> float:
+    """Return the mean of `token_divergences`.
 
     Example:
         >>> half = torch.tensor([[0.5, 0.5]]).log()
         >>> round(divergence(half, torch.tensor([[0.25, 0.75]]).log()), 4)
         0.1438
     """
-    old, new = dense.double(), sparse.double()
-    terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new))
-    value = float(terms.sum(-1).mean())
-    if not math.isfinite(value):
-        raise ValueError(f"the sparse model's logits must be finite, but KL is {value}")
-    return max(value, 0.0)  # rounding can leave a little less than nothing
+    # Rounding can leave a little less than nothing.
+    return max(float(token_divergences(dense, sparse).mean()), 0.0)
 
 
 @torch.no_grad()

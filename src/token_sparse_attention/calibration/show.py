@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -19,14 +18,10 @@ from token_sparse_attention.calibration.record import (
     Sensitivity,
 )
 from token_sparse_attention.config import KVSamplingConfig
-from token_sparse_attention.errors import UsageError
+from token_sparse_attention.plots import drawn, finish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-PLOT_FORMATS = (".svg", ".png")
-_STYLE: Any = {"svg.hashsalt": "token-sparse-attention", "svg.fonttype": "none", "font.size": 9}
-_SIZE = (6.4, 3.4)
 
 
 def layer_table(result: CalibrationResult) -> Table:
@@ -182,22 +177,6 @@ def ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
 
 
-def check_plot(path: Path) -> None:
-    """Raise before anything is measured if the plot could not be drawn.
-
-    Raises:
-        UsageError: if the file's ending is unknown or matplotlib is not installed.
-    """
-    if path.suffix not in PLOT_FORMATS:
-        raise UsageError(f"--plot must end in {' or '.join(PLOT_FORMATS)}, got {path}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "--plot needs matplotlib: pip install 'token-sparse-attention[report]'"
-        ) from error
-
-
 def draw(result: CalibrationResult, suffix: str) -> bytes:
     """Return the plot: drift and sensitivity side by side, or the one that was measured.
 
@@ -205,22 +184,12 @@ def draw(result: CalibrationResult, suffix: str) -> bytes:
         result: the calibration.
         suffix: ``".svg"`` or ``".png"``. The same result gives the same SVG.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    panels = [bool(result.drift), bool(result.sensitivity)].count(True)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_SIZE[0] * panels, _SIZE[1]), layout="constrained")
-        axes = list(figure.subplots(1, panels, squeeze=False)[0])
-        if result.drift:
-            _draw_drift(axes[0], result)
-        if result.sensitivity:
-            _draw_sensitivity(axes[-1], of_whole_layers(result.sensitivity))
-        buffer = io.BytesIO()
-        form = suffix.removeprefix(".")
-        about = {"Date": None, "Creator": None} if form == "svg" else {}
-        figure.savefig(buffer, format=form, dpi=150, metadata=about)
-    return buffer.getvalue()
+    panels: list[Callable[[Axes], None]] = []
+    if result.drift:
+        panels.append(partial(_draw_drift, result=result))
+    if result.sensitivity:
+        panels.append(partial(_draw_sensitivity, rows=of_whole_layers(result.sensitivity)))
+    return drawn(panels, suffix)
 
 
 def _draw_drift(axes: Axes, result: CalibrationResult) -> None:
@@ -233,7 +202,7 @@ def _draw_drift(axes: Axes, result: CalibrationResult) -> None:
         axes.set_yscale("log")
     threshold, _ = drift_threshold(values, result.choices[0].value)
     axes.axhline(threshold, color="C3", linewidth=1, label=f"{result.choices[0].value:g} quantile")
-    _finish(axes, "drift, share of all layers'")
+    finish(axes, "layer", "drift, share of all layers'")
 
 
 def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity]) -> None:
@@ -246,7 +215,7 @@ def _draw_sensitivity(axes: Axes, rows: Sequence[Sensitivity]) -> None:
     if positive:  # zero has a place on this scale, unlike on a logarithmic one
         axes.set_yscale("symlog", linthresh=min(positive))
     axes.set_ylim(bottom=0)
-    _finish(axes, "KL with this layer alone sparse, nats")
+    finish(axes, "layer", "KL with this layer alone sparse, nats")
 
 
 def _draw_layers(
@@ -256,10 +225,3 @@ def _draw_layers(
     values = [getattr(row, what) for row in rows]
     errors = [row.standard_error or 0.0 for row in rows]
     axes.errorbar([row.layer for row in rows], values, yerr=errors, **style)
-
-
-def _finish(axes: Axes, label: str) -> None:
-    axes.set_xlabel("layer")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)

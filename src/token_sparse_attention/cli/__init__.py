@@ -20,6 +20,7 @@ from token_sparse_attention.cli.capture import Capture
 from token_sparse_attention.cli.command import Command, Parser
 from token_sparse_attention.cli.demo import Demo
 from token_sparse_attention.cli.eval import Eval
+from token_sparse_attention.cli.fidelity import Fidelity
 from token_sparse_attention.cli.generate import add_arguments, build
 from token_sparse_attention.cli.info import Info
 from token_sparse_attention.cli.report import Report
@@ -29,7 +30,9 @@ from token_sparse_attention.errors import JobFailedError, UsageError, one_line
 TRACEBACK = "TSA_TRACEBACK"  # environment variable: let unforeseen errors end in a traceback
 SUCCESS, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of files that are not saved
-COMMANDS: tuple[type[Command], ...] = (Run, Demo, Calibrate, Eval, Report, Capture, Info)
+COMMANDS: tuple[type[Command], ...] = (
+    *(Run, Demo, Fidelity, Calibrate, Eval, Report, Capture, Info),
+)
 BENCHMARKS: tuple[type[Command], ...] = (BenchOp, BenchPrefill)
 
 

@@ -9,9 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from rich.console import Console
-from rich.markup import escape
-
 from token_sparse_attention import bundled
 from token_sparse_attention.calibration.options import CalibrationOptions
 from token_sparse_attention.checks import check_writable
@@ -131,7 +128,7 @@ class Calibrate(Command):
             check_writable(self.plot, f"--plot {self.plot}")
         require_transformers()
         if self.plot:
-            from token_sparse_attention.calibration.show import check_plot
+            from token_sparse_attention.plots import check_plot
 
             check_plot(self.plot)
         result = self._choose_again(self.measured) if self.measured else self._measure()
@@ -247,6 +244,9 @@ def _warn_of_covering(options: CalibrationOptions, shortest: int) -> None:
 
 
 def _show(result: CalibrationResult, written: Sequence[Path]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
     from token_sparse_attention.calibration.show import layer_table, sentences
 
     console = Console()

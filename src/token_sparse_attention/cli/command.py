@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, NoReturn, Self
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self
 
 from token_sparse_attention.errors import did_you_mean, one_line
 from token_sparse_attention.options import HIDDEN
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 _INTERVAL = 10.0  # seconds between two lines of progress in a log
 _WRONG_WORD = re.compile(r"(?:invalid choice: '|unrecognized arguments: )([\w-]+)")
@@ -80,6 +81,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{said}\n")
 
 
+def _terminal() -> Console | None:
+    """Return standard error as a terminal; None if it is none, or without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    console = Console(stderr=True)
+    return console if console.is_terminal else None
+
+
+def _text(message: str) -> Text:
+    """Return a message in which nothing is markup."""
+    from rich.text import Text
+
+    return Text(message)
+
+
 class Progress:
     """Says on standard error what takes a while: in one line that changes on a terminal.
 
@@ -87,8 +105,8 @@ class Progress:
     """
 
     def __init__(self, message: str) -> None:
-        console = Console(stderr=True)
-        self._status = console.status(escape(message)) if console.is_terminal else None
+        console = _terminal()
+        self._status = None if console is None else console.status(_text(message))
         self._message = message
         self._shown_at = -_INTERVAL
         self._timer: threading.Timer | None = None
@@ -96,7 +114,7 @@ class Progress:
     def update(self, message: str) -> None:
         """Say what is done now."""
         if self._status is not None:
-            self._status.update(escape(message))
+            self._status.update(_text(message))
             return
         self._message = message
         wait = self._shown_at + _INTERVAL - time.monotonic()
@@ -137,8 +155,8 @@ def counting(total: int) -> Iterator[Callable[[str, int], None]]:
     Yields:
         Takes what is done now, and how many are done.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    console = _terminal()
+    if console is None:
         with working(f"0 of {total}: starting") as lines:
             yield lambda what, done: lines.update(f"{done} of {total}: {what}")
         return

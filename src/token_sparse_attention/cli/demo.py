@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from token_sparse_attention.cli.command import Command, note, print_json, working
 from token_sparse_attention.cli.model import require_transformers
 from token_sparse_attention.cli.run import layer_table
@@ -46,6 +42,9 @@ class Demo(Command):
 
 def show(result: DemoResult) -> None:
     """Print what was found, how long it took, and whether it passes."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     table = Table("depth", "expected", "dense", "sparse", title="Facts hidden in the document")
     for finding in result.findings:
@@ -72,4 +71,6 @@ def show(result: DemoResult) -> None:
 
 
 def _verdict(correct: bool, text: str) -> str:
+    from rich.markup import escape
+
     return "[green]found[/]" if correct else "[red]missed[/]: " + escape(text[:40])

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rich.console import Console
-from rich.table import Table
-
 from token_sparse_attention.cli.command import Command, print_json
 
 
@@ -20,6 +17,9 @@ class Info(Command):
 
     def run(self) -> bool:
         """Show them."""
+        from rich.console import Console
+        from rich.table import Table
+
         from token_sparse_attention.info import collect
 
         facts = collect()

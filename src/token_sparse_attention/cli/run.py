@@ -7,10 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from token_sparse_attention.cli.command import Command, print_json, working
 from token_sparse_attention.cli.model import (
     ModelOptions,
@@ -23,6 +19,8 @@ from token_sparse_attention.options import Count
 from token_sparse_attention.settings import LEADING_PATTERN, Settings, settings_or_default
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from token_sparse_attention.integrations.record import LayerRecord
     from token_sparse_attention.run import Answer
 
@@ -94,7 +92,7 @@ class Run(Command):
             }
             print_json(about | {path: answer.to_dict() for path, answer in answers.items()})
         else:
-            _show(f"[bold]{escape(name)}[/] on {model.device}", source, answers, note)
+            _show(name, str(model.device), source, answers, note)
         return True
 
     def _warm_up(self, model: Any, tokenizer: Any, ids: Any, config: Settings) -> None:
@@ -112,11 +110,16 @@ class Run(Command):
         )
 
 
-def _show(where: str, source: str, answers: Mapping[str, Answer], note: str | None) -> None:
+def _show(
+    name: str, device: str, source: str, answers: Mapping[str, Answer], note: str | None
+) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
     console = Console()
     sparse = answers["sparse"]
     tokens = f"{sparse.prompt_tokens:,} prompt tokens"
-    console.print(f"{where}, {tokens}, settings: {escape(source)}")
+    console.print(f"[bold]{escape(name)}[/] on {device}, {tokens}, settings: {escape(source)}")
     if sparse.report:
         console.print(layer_table(sparse.report.last_prefill()))
     for path, answer in answers.items():
@@ -146,6 +149,9 @@ def _note(answers: Mapping[str, Answer], attention_backend: str) -> str | None:
 
 def layer_table(records: list[LayerRecord]) -> Table:
     """Return a table of what each layer did."""
+    from rich.markup import escape
+    from rich.table import Table
+
     from token_sparse_attention.integrations.record import describe, path_name
 
     table = Table("layer", "path", "kept", "by head", "tokens kept per head, or why dense")

@@ -76,6 +76,25 @@ class Ending:
         return text
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """What a prefill left.
+
+    Attributes:
+        logits: ``[V]``, of the first token.
+        cache: keys and values of all layers.
+        croppable: whether tokens can be taken out of the cache.
+        kept: see `SampleResult`.
+        seconds: from the start of the prefill to the first token.
+    """
+
+    logits: Tensor
+    cache: DynamicCache
+    croppable: bool
+    kept: list[LayerKept] | None
+    seconds: float
+
+
 def encode(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Tensor:
     """Return a prompt's token ids ``[1, S]`` as lm-eval would give them to a model.
 
@@ -144,7 +163,26 @@ def reply(
         impl: see `token_sparse_attention`.
         attention_backend: what attends in sparse layers without a pattern.
     """
-    prompt, ids = ids[0].cpu(), ids.to(model.device)
+    read = prefill(
+        model, ids, config, pattern=pattern, impl=impl, attention_backend=attention_backend
+    )
+    given = drafts if read.croppable else None
+    tokens = _decode(model, read.cache, int(read.logits.argmax()), given, ids[0].cpu(), end)
+    return Reply(end.text(tokens), tokens, ids.shape[1], read.kept, read.seconds)
+
+
+@torch.no_grad()
+def prefill(
+    model: Any,
+    ids: Tensor,
+    config: SparseConfig | LayerProfile | None,
+    *,
+    pattern: str | None = None,
+    impl: str = "auto",
+    attention_backend: str = "auto",
+) -> Prefill:
+    """Read a prompt sparsely, and take all sparsity off the model again; see `reply`."""
+    ids = ids.to(model.device)
     cache, croppable = _cache(model)
     report: PrefillReport | None = None
     with ExitStack() as stack:
@@ -156,11 +194,12 @@ def reply(
             report = stack.enter_context(applied)
         _wait(ids)
         start = time.perf_counter()
-        first = _next_tokens(model, ids, cache, last_only=True)[0]
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits.argmax().item()  # waits for the device
         seconds = time.perf_counter() - start
-    tokens = _decode(model, cache, first, drafts if croppable else None, prompt, end)
-    kept = None if report is None else kept_of(report, model)
-    return Reply(end.text(tokens), tokens, ids.shape[1], kept, seconds)
+    return Prefill(
+        logits, cache, croppable, None if report is None else kept_of(report, model), seconds
+    )
 
 
 def kept_of(report: PrefillReport, model: Any) -> list[LayerKept]:
@@ -191,7 +230,7 @@ def _decode(
         room = end.max_new_tokens - len(tokens) - 1
         draft = [] if drafts is None else propose(tokens, drafts, prompt)[:room]
         given = torch.tensor([[tokens[-1], *draft]], device=model.device)
-        following = _next_tokens(model, given, cache, last_only=False)
+        following = _next_tokens(model, given, cache)
         right = 0
         while right < len(draft) and following[right] == draft[right]:
             right += 1
@@ -216,11 +255,9 @@ def _cache(model: Any) -> tuple[DynamicCache, bool]:
     return DynamicCache(), True
 
 
-def _next_tokens(model: Any, ids: Tensor, cache: DynamicCache, *, last_only: bool) -> list[int]:
-    """Return the likeliest token after each of `ids`, or after the last; waits for the device."""
-    output = model(
-        ids, past_key_values=cache, use_cache=True, logits_to_keep=1 if last_only else 0
-    )
+def _next_tokens(model: Any, ids: Tensor, cache: DynamicCache) -> list[int]:
+    """Return the likeliest token after each of `ids`; waits for the device."""
+    output = model(ids, past_key_values=cache, use_cache=True)
     likeliest: list[int] = output.logits[0].argmax(-1).tolist()
     return likeliest
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from token_sparse_attention.checks import check_writable
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.profile import layer_configs, settings_from_json
@@ -22,15 +21,11 @@ from token_sparse_attention.records import (
     LineFile,
     Versioned,
     check_keys,
-    convert,
     encode,
-    parse,
-    parse_object,
-    read_lines,
     save_lines,
 )
+from token_sparse_attention.result_lines import ResultLines
 
-_HEADER_BEGINS = '{"version":'
 DENSE = "dense"  # the configuration that all others are compared with
 PATTERN = "pattern"  # what the settings of a configuration with a block-sparse pattern hold
 MODEL_FACTS = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -39,25 +34,22 @@ Key = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
-class EvalHeader(Versioned):
+class RunHeader(Versioned):
     """What was run, on what, and with which settings.
 
     Attributes:
-        provenance: device, versions and commit when the run began, of `info.provenance`;
-            its versions also name the lm-eval that made the samples.
-        arguments: what was asked for, and the digest of the samples.
+        provenance: device, versions and commit when the run began, of `info.provenance`.
+        arguments: what was asked for.
         model: `MODEL_FACTS` of the model.
         configurations: name -> settings of every configuration, None for the dense one. With
             a block-sparse pattern, an object of its ``"pattern"``, name and settings, and the
             ``"settings"`` of token sparsity, None without.
-        tasks: task -> its version in lm-eval.
     """
 
     provenance: Mapping[str, Any]
     arguments: Mapping[str, Any]
     model: Mapping[str, int]
     configurations: Mapping[str, Any]
-    tasks: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         check_keys("model", self.model, MODEL_FACTS)
@@ -87,6 +79,22 @@ class EvalHeader(Versioned):
             return layer_configs(settings_from_json(encode(settings)), self.model["num_layers"])
         except (ValueError, TypeError) as error:
             raise UsageError(f"configuration {configuration!r} cannot be read: {error}") from error
+
+    def skips_blocks(self, configuration: str) -> bool:
+        """Return whether a block-sparse pattern skips what `Method.work` does not count."""
+        return PATTERN in (self.configurations[configuration] or {})
+
+
+@dataclass(frozen=True)
+class EvalHeader(RunHeader):
+    """The header of an evaluation's results.
+
+    Attributes:
+        tasks: task -> its version in lm-eval, whose own version is in `provenance`; the digest
+            of the samples is in `arguments`.
+    """
+
+    tasks: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,60 +142,18 @@ class EvalResults:
 
 
 def load_results(path: str | Path) -> EvalResults:
-    """Read a result file, also one that gzip compressed; a cut-off last line is left out.
-
-    Raises:
-        UsageError: if the file cannot be read or is none; the message names the line.
-    """
-    lines = read_lines(Path(path), unfinished=True)
-    where, line = next(lines, ("", None))
-    if line is None:
-        raise UsageError(f"{path} must begin with the header of an evaluation, but is empty")
-    header = EvalHeader.from_dict(parse_object(where, line), where)
-    samples: dict[Key, SampleResult] = {}
-    for where, line in lines:
-        sample = convert(parse_object(where, line), SampleResult, where)
-        _check_sample(sample, header, where)
-        if sample.key in samples:
-            raise UsageError(f"{where} repeats the result of {sample.key}")
-        samples[sample.key] = sample
-    return EvalResults(header, tuple(samples.values()))
+    """Read a result file; see `ResultLines.load`."""
+    return EvalResults(*_FILES.load(Path(path)))
 
 
 def check_results(path: Path) -> None:
-    """Raise unless results can be written to a file, which may hold those of a cut-off run.
-
-    Raises:
-        UsageError: if it cannot be written, or holds something else.
-    """
-    if path.suffix == ".gz":
-        raise UsageError(f"--out must not end in .gz, as results are appended to it; got {path}")
-    check_writable(path, f"--out {path}")
-    if not path.is_file():
-        return
-    if next(read_lines(path, unfinished=True), None) is not None:
-        load_results(path)
-    elif not _HEADER_BEGINS.startswith(next(read_lines(path), ("", ""))[1][: len(_HEADER_BEGINS)]):
-        raise UsageError(f"{path} must begin with the header of an evaluation, but does not")
+    """Raise unless results can be written to a file; see `ResultLines.check_file`."""
+    _FILES.check_file(path)
 
 
 def open_results(path: Path, header: EvalHeader) -> tuple[list[SampleResult], LineFile]:
-    """Open a result file for more results: a new one, or the one of a run that was cut off.
-
-    Returns:
-        The results that are there already, and the open file.
-
-    Raises:
-        UsageError: if the file belongs to another run; the message says what differs.
-    """
-    check_results(path)
-    if not path.exists() or next(read_lines(path, unfinished=True), None) is None:
-        file = LineFile(path, new=True)
-        file.write(header)
-        return [], file
-    found = load_results(path)
-    _check_same_run(path, found.header, header)
-    return list(found.samples), LineFile(path, new=False)
+    """Open a result file for more results; see `ResultLines.open`."""
+    return _FILES.open(path, header)
 
 
 def begin_with_dense(path: Path, header: EvalHeader, other: EvalResults) -> EvalHeader:
@@ -226,34 +192,18 @@ def save_results(path: Path, results: EvalResults) -> None:
     save_lines(path, map(encode, (results.header, *results.samples)))
 
 
-def _check_same_run(path: Path, found: EvalHeader, wanted: EvalHeader) -> None:
-    asked = parse("", encode(wanted))
-    for name, there in parse("", encode(found)).items():
-        if there == asked[name]:
-            continue
-        if isinstance(there, dict):
-            names = [*there, *(entry for entry in asked[name] if entry not in there)]
-            entry = next(e for e in names if there.get(e) != asked[name].get(e))
-            name, there, now = f"{name}.{entry}", there.get(entry), asked[name].get(entry)
-        else:
-            now = asked[name]
-        raise UsageError(
-            f"{path} holds another evaluation: its {name} is {there!r}, now it would be {now!r}; "
-            "give another --out, or delete the file"
-        )
-
-
 def _check_sample(sample: SampleResult, header: EvalHeader, where: str) -> None:
     for name, known in (("task", header.tasks), ("configuration", header.configurations)):
         if getattr(sample, name) not in known:
             raise UsageError(f"{where}: {name} {getattr(sample, name)!r} is not in the header")
     if sample.kept is not None:
-        _check_kept(sample.kept, sample.prompt_tokens, header.model, where)
+        check_kept(sample.kept, sample.prompt_tokens, header.model, where)
 
 
-def _check_kept(
+def check_kept(
     kept: list[LayerKept], prompt_tokens: int, model: Mapping[str, int], where: str
 ) -> None:
+    """Raise UsageError unless `kept` fits the prompt and the model; see `SampleResult`."""
     if len(kept) != model["num_layers"]:
         raise UsageError(
             f"{where}: kept must have {model['num_layers']} entries, one per layer; "
@@ -268,3 +218,6 @@ def _check_kept(
                 f"{where}: kept[{layer}] must be null, or one number from 0 to {prompt_tokens}, "
                 f"or {model['num_heads']} of them; got {entry!r}"
             )
+
+
+_FILES = ResultLines("an evaluation", EvalHeader, SampleResult, _check_sample)

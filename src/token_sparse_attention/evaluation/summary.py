@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
+from typing import Protocol
 
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.evaluation.record import (
     DENSE,
-    PATTERN,
     EvalResults,
     Key,
     LayerKept,
@@ -76,7 +76,12 @@ class Row:
     @property
     def shown_work(self) -> str:
         """`work` as tables show it."""
-        return f"{'≤' if self.work_is_bound else ''}{self.work:.3f}"
+        return show_work(self.work, self.work_is_bound)
+
+
+def show_work(work: float, is_bound: bool) -> str:
+    """Return work as tables show it."""
+    return f"{'≤' if is_bound else ''}{work:.3f}"
 
 
 def summarise(results: EvalResults) -> tuple[Row, ...]:
@@ -94,11 +99,11 @@ def summarise(results: EvalResults) -> tuple[Row, ...]:
     works = {s.key: attention_work(s, configs[s.configuration]) for s in results.samples}
     rows = []
     for task, length, members in _groups(results.samples):
-        for name, settings in results.header.configurations.items():
+        for name in results.header.configurations:
             chosen = [s for s in members if s.configuration == name]
             if chosen:
                 row = _row(task, length, name, chosen, dense, shares, works)
-                rows.append(replace(row, work_is_bound=PATTERN in (settings or {})))
+                rows.append(replace(row, work_is_bound=results.header.skips_blocks(name)))
     return tuple(rows)
 
 
@@ -117,13 +122,25 @@ def layer_shares(kept: LayerKept, prompt_tokens: int) -> list[float]:
     return [n / prompt_tokens for n in (kept if isinstance(kept, list) else [kept])]
 
 
-def kept_share(sample: SampleResult) -> float:
+class Prefilled(Protocol):
+    """What a result says of its prefill: see `SampleResult`."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The prompt's length."""
+
+    @property
+    def kept(self) -> list[LayerKept] | None:
+        """What each layer kept."""
+
+
+def kept_share(sample: Prefilled) -> float:
     """Return the mean of `layer_shares` over layers and heads."""
     layers = sample.kept or [None]
     return fmean(fmean(layer_shares(layer, sample.prompt_tokens)) for layer in layers)
 
 
-def attention_work(sample: SampleResult, configs: Mapping[int, SparseConfig]) -> float:
+def attention_work(sample: Prefilled, configs: Mapping[int, SparseConfig]) -> float:
     """Return the mean of `Method.work` over layers and heads; `configs` are the layers'."""
     works = []
     for layer, kept in enumerate(sample.kept or [None]):

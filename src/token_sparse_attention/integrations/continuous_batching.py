@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from token_sparse_attention.attention.flash import FlashBackend
@@ -56,6 +56,10 @@ class PackedCall(NamedTuple):
         max_seqlen_q: no request has more queries.
         max_seqlen_k: no request has more keys.
         window: keys each query sees, itself included; None for all.
+        cache: the paged cache.
+        slots: ``[T_kv]``, where in the paged cache each key lies; None if that is not known.
+        wanted: the queries whose logits are wanted, the last ones of what is complete, perhaps
+            with old numbers behind them; None if that is not known.
     """
 
     call: LayerCall
@@ -64,13 +68,23 @@ class PackedCall(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     window: int | None
+    cache: Any = None
+    slots: Tensor | None = None
+    wanted: Tensor | None = None
 
 
 class Request(NamedTuple):
-    """Where one request's queries and keys lie."""
+    """Where one request's queries and keys lie.
+
+    Attributes:
+        queries: of the call.
+        keys: of the call.
+        ends_prompt: False if the rest of the request's prompt comes later.
+    """
 
     queries: slice
     keys: slice
+    ends_prompt: bool = True
 
     def of(self, packed: PackedCall) -> LayerCall:
         """Return the request's own call."""
@@ -133,7 +147,21 @@ def read_call(call: LayerCall) -> PackedCall:
         arguments["max_length_q"],
         arguments["max_length_k"],
         arguments.get("sliding_window"),
+        cache,
+        _slots(arguments, call.module),
+        arguments.get("logits_indices"),
     )
+
+
+def _slots(arguments: dict[str, Any], module: nn.Module) -> Tensor | None:
+    """Return where in the paged cache each of a call's keys lies, None if that is not known."""
+    groups = getattr(arguments.get("cache"), "layer_index_to_group_indices", None)
+    if groups is None or arguments.get("sliding_window") is not None:
+        return None
+    group = groups[module.layer_idx][0]
+    read: Tensor = arguments["read_index"][group]
+    written: Tensor = arguments["write_index"][group]
+    return read if read.numel() else written  # nothing to read: all keys are the call's own
 
 
 def _update(
@@ -180,8 +208,9 @@ class RequestReader:
                 "pass ContinuousBatchingConfig(use_cuda_graph=False)"
             )
         ends = torch.stack((packed.cu_seqlens_q, packed.cu_seqlens_k)).tolist()
+        wanted = None if packed.wanted is None else set(packed.wanted.tolist())
         requests = [
-            Request(slice(*queries), slice(*keys))
+            Request(slice(*queries), slice(*keys), wanted is None or queries[1] - 1 in wanted)
             for queries, keys in zip(*(pairwise(starts) for starts in ends))
             if queries[0] < queries[1]
         ]

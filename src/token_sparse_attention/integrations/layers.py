@@ -5,16 +5,17 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from token_sparse_attention.attention.resolve import resolve_backend
-from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.gate import DenseReason, Gate
-from token_sparse_attention.inputs import AuxRequest
+from token_sparse_attention.inputs import AuxRequest, Chunk
 from token_sparse_attention.integrations.attention_mask import MaskLayout, read_mask
 from token_sparse_attention.integrations.continuous_batching import (
     PackedCall,
@@ -28,12 +29,39 @@ from token_sparse_attention.integrations.continuous_batching import (
 )
 from token_sparse_attention.integrations.implementation import dense_function
 from token_sparse_attention.integrations.obstacles import LayerCall, as_autocast, obstacle
+from token_sparse_attention.integrations.past_probes import (
+    CacheProbes,
+    PagedProbes,
+    Probes,
+    Store,
+    cache_among,
+    store_of,
+)
 from token_sparse_attention.integrations.record import (
     LayerRecord,
     PrefillReport,
     SelectionRecord,
 )
 from token_sparse_attention.methods import method_of
+
+# Calls that run dense for these reasons are parts of prompts that later calls may continue.
+_TOO_SHORT = (DenseReason.SHORT_CHUNK, DenseReason.SHORT_CONTEXT, DenseReason.CROSSOVER_LENGTH)
+
+
+class _Part(NamedTuple):
+    """What is known of a part of a prompt beside its tensors.
+
+    Attributes:
+        layout: where its tokens lie.
+        probes: where its probes are kept; None if they are not.
+        ends_prompt: see `Chunk`.
+        sequence: number of the sequence in a packed call.
+    """
+
+    layout: MaskLayout
+    probes: Probes | None
+    ends_prompt: bool
+    sequence: int = 0
 
 
 class SparseLayers:
@@ -48,6 +76,7 @@ class SparseLayers:
     Attributes:
         report: what every layer did in every prefill so far.
         called: numbers of the layers that called the attention interface.
+        ends_prompt: whether the calls' last queries are those of their prompts.
     """
 
     def __init__(
@@ -68,10 +97,12 @@ class SparseLayers:
         self._last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None
         self._last_mask = None
         self._last_positions = 0
+        self._store: Store | None = None
+        self.ends_prompt = True
         self._requests = RequestReader()
         self._warned_of_sharing = False
 
-    def begin_pass(self, logits_to_keep: object = 0) -> None:
+    def begin_pass(self, logits_to_keep: object, cache: object, *, use_cache: bool) -> None:
         """Prepare for a forward pass of the model.
 
         Its mask may be the last pass's tensor with other numbers.
@@ -80,9 +111,26 @@ class SparseLayers:
             logits_to_keep: of how many last positions the caller wants the logits. Generation
                 asks for more than one only where it verifies draft tokens, which assisted and
                 prompt lookup decoding append to what is to be read.
+            cache: the pass's cache; None if there is none, or the model is to make it.
+            use_cache: whether the model may make one.
         """
         self._last_mask = None
         self._last_positions = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        self._store = None
+        if any(isinstance(config, KVSamplingConfig) for config in self._configs.values()):
+            self._store = store_of(cache) if cache is not None else {} if use_cache else None
+
+    def end_pass(self, output: object) -> None:
+        """Finish a forward pass; what is called without the model begins afresh.
+
+        Args:
+            output: the model's, with the cache that it made.
+        """
+        kept, self._store = self._store, None
+        self._last_mask, self._last_positions = None, 0
+        store = store_of(cache_among(output)) if kept else None
+        if kept and store is not None and store is not kept:
+            store.update(kept)
 
     def attend(self, call: LayerCall) -> tuple[Tensor, Tensor | None]:
         """Attend one call: ``[B, S_q, H, D]``, and what weights the model's own function gives."""
@@ -98,16 +146,21 @@ class SparseLayers:
         drafts = self._draft_len(call)
         lengths = (call.query_len - drafts, call.kv_len - drafts)
         reason, detail = self._dense_reason(layer, call, *lengths)
-        layout = None
-        if reason is None:
+        probes, layout = None, None
+        sampling, store = self._sampling(layer, reason), self._store
+        if sampling is not None and store is not None:
+            probes = CacheProbes(store, layer, sampling)
+        if reason is None or probes is not None:
             layout = self._read_mask(call.mask, drafts, call.query_len, call.kv_len)
         if layout is not None:
-            out = self._attend_sparse(layer, call, layout, queries=slice(lengths[0])).transpose(
-                1, 2
-            )
-            if drafts:
-                out = torch.cat((out, self._attend_drafts(call, layout, drafts)), dim=1)
-            return out.contiguous(), None
+            prompt = call._replace(query=call.query[:, :, : lengths[0]])
+            part = _Part(layout, probes, self.ends_prompt)
+            if reason is None:
+                out = self._attend_sparse(layer, prompt, part).transpose(1, 2)
+                if drafts:
+                    out = torch.cat((out, self._attend_drafts(call, layout, drafts)), dim=1)
+                return out.contiguous(), None
+            _keep_probes(prompt, part)
         reason = reason or DenseReason.MASK
         if reason is DenseReason.GRADIENTS:
             warnings.warn(f"token sparse attention ran dense: {reason}", stacklevel=2)
@@ -127,7 +180,8 @@ class SparseLayers:
 
     def attend_packed(self, call: LayerCall) -> tuple[Tensor, None]:
         """Attend one call of continuous batching; each request is decided for itself."""
-        if not self._warned_of_sharing and shares_prefixes(call.arguments):
+        selects = any(not isinstance(one, KVSamplingConfig) for one in self._configs.values())
+        if selects and not self._warned_of_sharing and shares_prefixes(call.arguments):
             self._warned_of_sharing = True
             warnings.warn(
                 "requests share the cached prefixes of others, which hold what those requests' "
@@ -162,13 +216,29 @@ class SparseLayers:
         call = request.of(packed)
         lengths = (call.query_len, call.kv_len)
         reason, detail = self._dense_reason(layer, call, *lengths)
+        probes, sampling = None, self._sampling(layer, reason)
+        if sampling is not None and packed.slots is not None:
+            slots = packed.slots[request.keys]
+            probes = PagedProbes(packed.cache, layer, sampling, slots)
+        ends_prompt = self.ends_prompt and request.ends_prompt
+        part = _Part(MaskLayout(call.kv_len, None), probes, ends_prompt, number)
         if reason is not None:
+            _keep_probes(call, part)
             self.report.add(LayerRecord(layer, *lengths, reason, detail, sequence=number))
             return False
-        layout = MaskLayout(call.kv_len, None)
-        sparse = self._attend_sparse(layer, call, layout, sequence=number)
-        out[:, request.queries] = sparse.transpose(1, 2)
+        out[:, request.queries] = self._attend_sparse(layer, call, part).transpose(1, 2)
         return True
+
+    def _sampling(self, layer: int, reason: DenseReason | None) -> KVSamplingConfig | None:
+        """Return a layer's settings if it samples, and its call is a part of a prompt.
+
+        Args:
+            layer: its number.
+            reason: why the call runs dense, None if it does not.
+        """
+        config = self._configs.get(layer)
+        a_part = reason is None or reason in _TOO_SHORT
+        return config if a_part and isinstance(config, KVSamplingConfig) else None
 
     def _dense_reason(
         self, layer: int, call: LayerCall, query_len: int, kv_len: int
@@ -201,20 +271,15 @@ class SparseLayers:
             self._gates[known] = method.gate(query.device, query.shape[1], query.shape[3])
         return self._gates[known]
 
-    def _attend_sparse(
-        self,
-        layer: int,
-        call: LayerCall,
-        layout: MaskLayout,
-        *,
-        queries: slice = slice(None),
-        sequence: int = 0,
-    ) -> Tensor:
-        """Return the operator's output ``[B, H, S_q, D]`` for some queries, and record it."""
-        kv_len, padding_mask = layout
+    def _attend_sparse(self, layer: int, call: LayerCall, part: _Part) -> Tensor:
+        """Return the operator's output ``[B, H, S_q, D]`` for a part of prompts, and record it."""
+        kv_len, padding_mask = part.layout
         query, key, value = as_autocast(
-            (call.query[:, :, queries], call.key[:, :, :kv_len], call.value[:, :, :kv_len])
+            (call.query, call.key[:, :, :kv_len], call.value[:, :, :kv_len])
         )
+        past = None
+        if part.probes is not None:
+            past = part.probes.recall(query, call.key, part.layout)
         config = self._configs[layer]
         output, selection, _ = token_sparse_attention(
             query,
@@ -224,13 +289,15 @@ class SparseLayers:
             padding_mask=padding_mask,
             scale=call.scale,
             execution=self._executions[layer],
+            chunk=Chunk(past, part.ends_prompt),
             return_aux=self._aux,
         )
+        _keep_probes(call, part)
         assert selection is not None
         record = SelectionRecord.of(selection, kv_len, padding_mask)
         lengths = (query.shape[2], kv_len)
         self.report.add(
-            LayerRecord(layer, *lengths, selection=record, config=config, sequence=sequence)
+            LayerRecord(layer, *lengths, selection=record, config=config, sequence=part.sequence)
         )
         return output
 
@@ -263,3 +330,10 @@ class SparseLayers:
         layout = read_mask(prompt, prompt_len, kv_len)
         self._last_mask = (weakref.ref(mask), lengths, layout)
         return layout
+
+
+def _keep_probes(call: LayerCall, part: _Part) -> None:
+    """Keep the probes of a call without drafts, where its cache keeps any."""
+    if part.probes is not None:
+        (query,) = as_autocast((call.query,))
+        part.probes.keep(query, call.key, part.layout)

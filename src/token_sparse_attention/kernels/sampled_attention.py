@@ -1,8 +1,8 @@
 """Merge each block's sampled keys into the sliding-window attention of its queries.
 
 The queries of a block share each head's sampled keys. `sampled_keys_kernel` takes a tile of
-queries, starts from its sliding-window output and log-sum-exp, and continues the online softmax
-over the keys and values at the sampled slots. Tiles begin at fixed positions, so a query's
+queries, starts from its sliding-window output and log-sum-exp, and continues the softmax over
+the keys and values at the sampled slots. Tiles begin at fixed positions, so a query's
 result depends on nothing but the query, its block's samples, and their keys.
 """
 
@@ -113,10 +113,10 @@ def _load_entries(p_slots, p_weights, begin, count, BLOCK_N: tl.constexpr):
 def _attend_tile(
     b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v,
     stride_ks: tl.int64, stride_vs: tl.int64, scale_log2,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    FIXED: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Update the online softmax by the sampled keys of one tile."""
+    """Update the softmax by the sampled keys of one tile, online unless the maximum is fixed."""
     exists = b_slot < 2147483647
     b_k = load_rows(p_k, b_slot, stride_ks, exists, HEAD_DIM, BLOCK_D, UPCAST)
     b_v = load_rows(p_v, b_slot, stride_vs, exists, HEAD_DIM, BLOCK_D, UPCAST)
@@ -124,13 +124,45 @@ def _attend_tile(
     b_logits += b_weight[None, :]
     if MASKED:
         b_logits = tl.where(b_slot[None, :] <= b_reach[:, None], b_logits, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_logits, 1))
-    b_probs = tl.exp2(b_logits - b_new[:, None])
-    b_shrink = tl.exp2(b_max - b_new)
-    b_sum = b_sum * b_shrink + tl.sum(b_probs, 1)
-    b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_shrink[:, None],
-                   input_precision=PRECISION)  # fmt: skip
-    return b_acc, b_new, b_sum
+    if not FIXED:
+        b_new = tl.maximum(b_max, tl.max(b_logits, 1))
+        b_shrink = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_shrink
+        b_acc = b_acc * b_shrink[:, None]
+        b_max = b_new
+    b_probs = tl.exp2(b_logits - b_max[:, None])
+    b_sum += tl.sum(b_probs, 1)
+    b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def _attend_all(
+    b_q, b_acc, b_max, b_reach, p_slots, p_weights, present, shared, seen, p_k, p_v,
+    stride_ks: tl.int64, stride_vs: tl.int64, scale_log2,
+    FIXED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Go on from windowed attention over all sampled keys that a tile of queries sees."""
+    b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    # Slots and weights are read a tile ahead.
+    b_slot, b_weight = _load_entries(p_slots, p_weights, 0, present, BLOCK_N)
+    for tile in range(shared):  # every query attends to every key: no mask
+        b_next, b_next_weight = _load_entries(
+            p_slots, p_weights, (tile + 1) * BLOCK_N, present, BLOCK_N
+        )  # fmt: skip
+        b_acc, b_max, b_sum = _attend_tile(
+            b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v, stride_ks, stride_vs,
+            scale_log2, FIXED, False, HEAD_DIM, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+        b_slot, b_weight = b_next, b_next_weight
+    for tile in range(shared, seen):
+        b_slot, b_weight = _load_entries(p_slots, p_weights, tile * BLOCK_N, present, BLOCK_N)
+        b_acc, b_max, b_sum = _attend_tile(
+            b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v, stride_ks, stride_vs,
+            scale_log2, FIXED, True, HEAD_DIM, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+    return b_acc, b_max, b_sum
 
 
 @triton.jit(
@@ -182,31 +214,25 @@ def sampled_keys_kernel(
         b_acc = b_acc.to(tl.float32)
         p_lse = lse_ptr + b * stride_lb + head * stride_lh + o_query.to(tl.int64) * stride_ls
         b_max = tl.load(p_lse, mask=real, other=0.0) * LOG2_E
-        b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
         b_reach = o_slot - window
         p_k = key_ptr + b * stride_kb + head // group * stride_kh
         p_v = value_ptr + b * stride_vb + head // group * stride_vh
-        # Slots and weights are read a tile ahead.
-        b_slot, b_weight = _load_entries(p_slots, p_weights, 0, present, BLOCK_N)
-        for tile in range(shared):  # every query attends to every key: no mask
-            b_next, b_next_weight = _load_entries(
-                p_slots, p_weights, (tile + 1) * BLOCK_N, present, BLOCK_N
-            )  # fmt: skip
-            b_acc, b_max, b_sum = _attend_tile(
-                b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v,
-                stride_ks, stride_vs, scale_log2, False, HEAD_DIM, BLOCK_D, PRECISION, UPCAST,
-            )  # fmt: skip
-            b_slot, b_weight = b_next, b_next_weight
-        for tile in range(shared, seen):
-            b_slot, b_weight = _load_entries(
-                p_slots, p_weights, tile * BLOCK_N, present, BLOCK_N
-            )  # fmt: skip
-            b_acc, b_max, b_sum = _attend_tile(
-                b_q, b_acc, b_max, b_sum, b_reach, b_slot, b_weight, p_k, p_v,
-                stride_ks, stride_vs, scale_log2, True, HEAD_DIM, BLOCK_D, PRECISION, UPCAST,
+        # The windows' log-sum-exp is nearly always reference enough: without a running maximum
+        # nothing is rescaled. Where samples outweigh the window by far, one is kept after all.
+        b_fast, b_last, b_sum = _attend_all(
+            b_q, b_acc, b_max, b_reach, p_slots, p_weights, present, shared, seen, p_k, p_v,
+            stride_ks, stride_vs, scale_log2, True, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            PRECISION, UPCAST,
+        )  # fmt: skip
+        if tl.max(b_sum, 0) > 32768.0:
+            b_acc = load_rows(p_out, o_query, stride_os, real, HEAD_DIM, BLOCK_D, UPCAST)
+            b_fast, b_last, b_sum = _attend_all(
+                b_q, b_acc.to(tl.float32), b_max, b_reach, p_slots, p_weights, present, shared,
+                seen, p_k, p_v, stride_ks, stride_vs, scale_log2, False, HEAD_DIM, BLOCK_D,
+                BLOCK_M, BLOCK_N, PRECISION, UPCAST,
             )  # fmt: skip
         o_d = tl.arange(0, BLOCK_D)
         p_out += o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]
-        tl.store(p_out, (b_acc / b_sum[:, None]).to(out_ptr.dtype.element_ty),
+        tl.store(p_out, (b_fast / b_sum[:, None]).to(out_ptr.dtype.element_ty),
                  mask=real[:, None] & (o_d < HEAD_DIM)[None, :])  # fmt: skip
-        tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN_2, mask=real)
+        tl.store(p_lse, (b_last + tl.log2(b_sum)) * LN_2, mask=real)

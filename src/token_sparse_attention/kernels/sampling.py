@@ -16,13 +16,14 @@ from token_sparse_attention.blocks import GOLDEN, UNIT_BITS, Blocks
 from token_sparse_attention.device import on_its_device
 
 _BLOCK = 4096  # keys per iteration; their units add up in 32 bits
-_WARPS = 8
+_WARPS = 16
 _GOLDEN = tl.constexpr(GOLDEN)
 _UNIT_BITS = tl.constexpr(UNIT_BITS)
 _INSIDE = tl.constexpr(2**UNIT_BITS - 1)
 _POINT_BITS = tl.constexpr(32 - UNIT_BITS)
 _UNITS = tl.constexpr(2.0**UNIT_BITS)
-_ROUNDING = tl.constexpr(2.0**52)  # added and subtracted, it leaves a whole number
+_WHOLE = tl.constexpr(2**UNIT_BITS)
+_ROUNDING = tl.constexpr(2.0**52)  # added, it leaves a whole number in the low bits
 
 
 @on_its_device
@@ -130,16 +131,22 @@ def _sample(
 
     Whole units of 2^-18 add up to the same sum in any order.
     """
+    slope = by_score * factor * _UNITS
+    offset = uniform * factor * _UNITS
+    if factor == float("inf"):  # all keys are certain
+        slope = 0.0 * uniform
+        offset = slope + _UNITS
     cells = low * 0  # that are passed, and the units passed in the next one
     inside = low * 0
     found = low * 0
     for begin in range(low, reach, BLOCK):
-        o_key, real, b_share = _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK)
-        b_probability = b_share * factor
-        certain = real & (b_probability >= 1.0)
-        sampled = real & (b_probability < 1.0)
-        b_units = tl.where(sampled, b_probability * _UNITS + _ROUNDING - _ROUNDING, 0.0)
-        b_units = b_units.to(tl.int32)
+        o_key = begin + tl.arange(0, BLOCK)
+        real = o_key < reach
+        b_score = tl.load(p_scores + o_key, mask=real, other=0.0)
+        b_rounded = tl.minimum(b_score.to(tl.float64) * slope + offset, _UNITS) + _ROUNDING
+        b_units = b_rounded.to(tl.int64, bitcast=True).to(tl.int32)
+        certain = real & (b_units >= _WHOLE)
+        b_units = tl.where(real & (b_units < _WHOLE), b_units, 0)
         b_after = inside + tl.cumsum(b_units, 0)
         b_hits = _count_points(cells, b_after) - _count_points(cells, b_after - b_units)
         taken = (certain | (b_hits > 0)).to(tl.int32)

@@ -93,7 +93,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         window = min(self.config.sliding_window, problem.kv_len)
         lse = backend.dense.attend_windows(problem, plan.begins, into, window)
         keys = []
-        for begin, some in _parts(blocks, problem.num_heads * len(problem.query), _SCORES):
+        for begin, some in parts_of(blocks, problem):
             part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
             sampled = sample(whole, some, part, self.config)
             add_sampled_keys(problem, some, sampled, plan.begins, into._replace(lse=lse))
@@ -180,9 +180,13 @@ def _passes(gate: Gate, problem: Problem) -> Tensor:
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
 
 
+def parts_of(blocks: Blocks, problem: Problem) -> list[tuple[int, Blocks]]:
+    """Return runs of blocks whose scores fit in memory, with the index of each one's first."""
+    return _parts(blocks, problem.num_heads * len(problem.query), _SCORES)
+
+
 @functools.lru_cache(maxsize=64)
 def _parts(blocks: Blocks, rows: int, most: int) -> list[tuple[int, Blocks]]:
-    """Return runs of blocks that have few enough scores, with the index of each one's first."""
     begin, parts = 0, []
     while begin < blocks.num_blocks:
         some = blocks._replace(first=blocks.first + begin, num_blocks=1)
@@ -219,26 +223,31 @@ def sample(
         config: the settings.
     """
     tokens, capacity = problem.tokens, _capacity(config, problem.kv_len)
-    if problem.impl == "triton":
-        scores = load_kernels("block_scoring").score_blocks(
-            *probes, problem.key, tokens.bounds, blocks, problem.scale
-        )
-    else:
-        scores = _score_blocks(problem, blocks, probes)
+    scores = score_blocks(problem, blocks, probes)
     budgets = None
     if config.budget == "per_head":
         budgets = block_budgets(scores, blocks, problem, config)
     if problem.impl == "triton":
         return SampledKeys(
             *load_kernels("sampling").sample_blocks(
-                scores, tokens.bounds, blocks, config.num_samples, capacity, budgets
+                scores,
+                tokens.bounds,
+                blocks,
+                min(config.num_samples, 2**31 - 1),
+                capacity,
+                budgets,
             )
         )
     return _sample_blocks(scores, problem, blocks, config, budgets)
 
 
-def _score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
+def score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
     """Return the scores ``[B, H, num_scores]``, block after block; see `Blocks.offset`."""
+    if problem.impl == "triton":
+        scored: Tensor = load_kernels("block_scoring").score_blocks(
+            *probes, problem.key, problem.tokens.bounds, blocks, problem.scale
+        )
+        return scored
     num_probes, stride = blocks.num_probes, blocks.stride
     precision = torch.promote_types(problem.query.dtype, torch.float32)
     scores = probes.query.new_zeros(*probes.query.shape[:2], blocks.num_scores, dtype=precision)
@@ -360,10 +369,12 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
         An extension; vAttention (arXiv 2510.05688) adds weighted samples to best-scored keys.
     """
     number = scores.shape[1]
-    shares = scores.double().nan_to_num(0.0, 0.0)
-    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
-    shares += 1 / max(number, 1)
-    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
+    exact = scores.double().nan_to_num(0.0, 0.0)
+    total = exact.sum(-1, keepdim=True)
+    by_score, uniform = 1 / total.clamp(min=1e-30), torch.full_like(total, 1 / max(number, 1))
+    both = total * by_score + number * uniform
+    by_score, uniform = by_score / both, uniform / both
+    shares = exact * by_score + uniform
     factor, found = budgets, torch.zeros_like(budgets)
     while True:
         certain = shares * factor >= 1
@@ -373,8 +384,10 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
         found = now.double()
         rest = (1 - (shares * certain).sum(-1, keepdim=True)).clamp(min=1e-12)
         factor = torch.maximum(factor, (budgets - found) / rest)
-    certain |= budgets >= number
-    units = (shares * factor).clamp(max=1.0).mul(_UNITS).round().long().masked_fill(certain, 0)
+    units = exact * (by_score * factor * _UNITS) + uniform * factor * _UNITS
+    units = units.masked_fill(budgets >= number, _UNITS).clamp(max=_UNITS).round().long()
+    certain = units == _UNITS
+    units.masked_fill_(certain, 0)
     cumulated = units.cumsum(-1)
     cell = cumulated >> UNIT_BITS
     point = (((cell + 1) * GOLDEN) & (2**32 - 1)) >> (32 - UNIT_BITS)

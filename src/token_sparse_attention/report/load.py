@@ -40,7 +40,7 @@ def load(paths: Sequence[Path]) -> Inputs:
     evaluations, captures, runs = [], [], []
     for path, name in zip(paths, _names(paths)):
         content = _first_object(path)
-        if "configurations" in content:
+        if "configurations" in content and "texts" not in content:
             evaluations.append((name, load_results(path)))
         elif "records" in content:
             runs.append(Run(name, ResultFile.from_dict(content, str(path))))

@@ -1,18 +1,15 @@
-"""The table of patterns beside token sparsity."""
+"""The tables of patterns' accuracy and speed."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 from benchmarks.block_sparse import accuracy, density
-from benchmarks.block_sparse.accuracy import combined, name_of, table
+from benchmarks.block_sparse.accuracy import name_of, table
 
 from evaluation.results import pair, results
 from integrations.models import make_ids, make_model
 from token_sparse_attention.attention.patterns.streaming import StreamingConfig, streaming_mask
-from token_sparse_attention.evaluation.record import EvalResults
 
 
 def test_accuracy_and_the_median_of_the_speed_ups_stand_side_by_side():
@@ -29,28 +26,6 @@ def test_accuracy_and_the_median_of_the_speed_ups_stand_side_by_side():
     assert cells[7] == "2"
 
 
-def test_a_pattern_with_token_sparsity_is_compared_with_the_pattern_alone():
-    of = results(*pair(1.0, 1.0), *pair(1.0, 0.5, index=1))
-    alone = [s for s in of.samples if s.configuration == "sparse"]
-    both = [dataclasses.replace(s, configuration="sparse+F", score=0.25) for s in alone]
-    header = dataclasses.replace(
-        of.header, configurations={**of.header.configurations, "sparse+F": {}}
-    )
-    of = EvalResults(header, (*of.samples, *both))
-    length = alone[0].length
-    times = {
-        "samples": [
-            {"length": length, "speed_up": {"sparse": 2.0, "sparse+F": ours}}
-            for ours in (3.0, 4.0, 9.0)
-        ]
-    }
-    (row,) = combined(of, {"2 heads": times}).splitlines()[2:]
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[1:5] == ["sparse", "0.750", "0.250", "-0.500"]
-    assert cells[5] == "2.00x (3)"
-    assert cells[7] == "2"
-
-
 def test_one_length_is_shown_alone():
     of = results(*pair(1.0, 1.0), *pair(1.0, 0.0, index=1), *pair(1.0, 1.0, length=64))
     length = of.samples[0].length
@@ -62,9 +37,8 @@ def test_one_length_is_shown_alone():
 
 
 def test_names_are_words():
-    assert name_of("F") == "token sparsity"
-    assert name_of("xattention+F") == "xattention + token sparsity"
-    assert name_of("flexprefill+published") == "flexprefill + published rule"
+    assert name_of("xattention") == "xattention"
+    assert name_of("flexprefill+published") == "flexprefill + token selection"
 
 
 def test_densities_are_those_of_each_layers_own_mask(monkeypatch):

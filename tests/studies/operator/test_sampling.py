@@ -1,26 +1,26 @@
-"""Sampled keys: what it measures, its tables, and costs as numbers of keys."""
+"""The study of KV sampling: what it measures, its check, and its tables."""
 
 from __future__ import annotations
 
-import math
-import re
+import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
-from benchmarks.markdown import build
+from benchmarks import summary
+from benchmarks.markdown import EMPTY, build
 from benchmarks.operator import sampling
-from benchmarks.operator.sampling_tables import SAMPLING_TABLES, dense_query_keys, sampling_keys
+from benchmarks.operator.sampling_tables import SAMPLING_TABLES, part_shares
 
-from studies.synthetic import S, changed, far_result
-from token_sparse_attention.benchmark import checks, op
-from token_sparse_attention.benchmark.options import OpOptions
+from studies.synthetic import S, changed, sampling_result
 from token_sparse_attention.benchmark.record import ResultFile
-from token_sparse_attention.benchmark.runs import NoFigureError, Run
+from token_sparse_attention.benchmark.runs import Run
 
-FAR = ["--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
-FAR += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--lengths", "640"]
-FAR += ["--samples", "16,64", "--sinks", "20", "--dense-queries", "8"]
-SETTINGS = ("sinks-20", "samples-16", "samples-64", "samples-64-per-head")
+SMALL = '{"block_size": 64, "num_probes": 16, "sliding_window": 64, "num_samples": 32}'
+ARGUMENTS = ["--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
+ARGUMENTS += ["--shapes", "4/2/16,3/1/8", "--lengths", "64,640", "--config", SMALL]
+PARTS = ["score", "prepare", "windows", "attend"]
 
 
 def rows(name, of):
@@ -28,96 +28,89 @@ def rows(name, of):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_costs_are_keys_per_query_of_dense_time():
-    run = Run("run", far_result())
-    assert sampling_keys(run, S, "samples-4096") == pytest.approx((4 + 9 - 3) / 200 * S)
-    assert dense_query_keys(run, S, 128) == pytest.approx(2 / 200 * S / 128)
+def test_every_part_is_measured_at_every_shape_and_length(tmp_path):
+    out = tmp_path / "sampling.json"
+    assert sampling.main([*ARGUMENTS, "--commit", "abc", "--out", str(out)]) == 0
+    result = ResultFile.load(out)
+    assert result.arguments["config"]["crossover"] == "off"
+    assert result.arguments["config"]["num_samples"] == 32
+    whole = ["dense", "whole", "whole without dense queries"]
+    found = [(one.num_heads, one.seq_len, one.name) for one in result.records]
+    wanted = [(heads, 64, name) for heads in (4, 3) for name in whole]
+    wanted += [(heads, 640, name) for heads in (4, 3) for name in (*whole, *PARTS)]
+    assert sorted(found) == sorted(wanted), "a prompt of one block runs dense"
+    assert all(one.passed for one in result.records if one.name in whole)
+    assert {row[1] for row in rows("sampling", result)} == {"4/2 of 16", "3/1 of 8"}
+    assert len(rows("sampling-parts", result)) == 2
 
 
 def test_tables_say_what_was_measured():
-    assert rows("far-settings", far_result()) == [
-        ["run", "128K", "window", "-", "3", "4", "50.00x", "-"],
-        ["run", "128K", "samples-4096", "4", "9", "14", "14.29x", "6,554"],
-        ["run", "128K", "samples-4096-dense-128", "-", "-", "16", "12.50x", "-"],
+    (row,) = rows("sampling", sampling_result())
+    assert row == [
+        *("run", "32/8 of 128", "128K", "202", "25.2", "25 to 25.5", "8.00x", "10.00x", "512")
     ]
-    assert rows("far-stages", far_result()) == [
-        ["run", "128K", "dense, fa4", "200", "131,072"],
-        ["run", "128K", "score", "0.5", "328"],
-        ["run", "128K", "windows, window", "3", "1,966"],
-        ["run", "128K", "128 dense queries", "2", "1,311: 10.2 each"],
-    ]
+    shares = part_shares(Run("run", sampling_result()), S)
+    assert shares == pytest.approx([part / 20 for part in (2, 1, 10, 5, 1, 1)])
+    shown = rows("sampling-parts", sampling_result())[0]
+    assert shown == ["run", "32/8 of 128", "128K", "10%", "5%", "50%", "25%", "5%", "5%"]
+    text = summary.one_layer([Run("run", sampling_result())])
+    assert "| 32/8 of 128 | eager calls | 8.00x |" in text
+    assert "| 32/8 of 128 | CUDA graph | 10.00x |" in text
+    assert summary.one_layer([]) == EMPTY + "\n"
 
 
 def test_nothing_is_claimed_without_a_passed_check():
-    wrong = changed(far_result(), "far/whole/samples-4096", passed=False)
-    assert rows("far-settings", wrong)[1][5:] == ["**check failed**"] * 3
-    assert rows("far-stages", wrong)[3][3:] == ["**check failed**"] * 2
-    with pytest.raises(NoFigureError, match="check failed"):
-        sampling_keys(Run("run", wrong), S, "samples-4096")
-    with pytest.raises(NoFigureError, match="not measured"):
-        dense_query_keys(Run("run", far_result()), S, 64)
-    base = changed(far_result(), "far/dense/fa4", passed=False)
-    assert rows("far-settings", base)[1][6:] == ["**check failed**"] * 2
-    assert rows("far-stages", base)[1][4] == "**check failed**"
+    wrong = changed(sampling_result(), "whole", "eager", passed=False)
+    (row,) = rows("sampling", wrong)
+    assert row[4:7] == ["**check failed**"] * 3
+    assert row[7] == "10.00x"
 
 
-def test_every_setting_and_stage_is_measured(tmp_path):
-    assert sampling.main([*FAR, "--out", str(tmp_path / "far.json")]) == 0
-    printed = ResultFile.load(tmp_path / "far.json")
-    assert printed.arguments["command"] == "benchmarks.operator.sampling"
-    assert printed.arguments["samples"] == [16, 64]
-    assert {(entry.suite, entry.kind) for entry in printed.records} == {("far", "eager")}
-    whole = ("window", *SETTINGS, "samples-64-dense-8")
-    assert [entry.name for entry in printed.records] == [
-        *("far/dense/flash", "far/score"),
-        *(f"far/draw/{name}" for name in SETTINGS),
-        *(f"far/windows/{name}" for name in ("window", *SETTINGS)),
-        *(f"far/whole/{name}" for name in whole),
-    ]
-    checked = [entry.name for entry in printed.records if entry.passed]
-    assert checked == ["far/dense/flash", *(f"far/whole/{name}" for name in whole)]
-    run = Run("run", printed)
-    assert all(math.isfinite(sampling_keys(run, 640, name)) for name in SETTINGS)
+def test_a_wrong_output_fails_the_check(monkeypatch, capsys):
+    def wrong(query, *_, **__):
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(sampling, "token_sparse_attention", wrong)
+    assert sampling.main(ARGUMENTS) == 1
+    assert "check failed: relative error" in capsys.readouterr().err
 
 
-def test_settings_are_what_their_names_say():
-    common = OpOptions(device="cpu", lengths=(640,), backends=("flash",))
-    found = sampling.SamplingOptions(common, (16, 64), (30,), (8,)).settings()
-    shown = {name: (c.sink_size, c.num_samples, c.dense_queries) for name, c in found.items()}
-    assert shown == {
-        "window": (0, 0, 0),
-        "sinks-30": (30, 0, 0),
-        "samples-16": (0, 16, 0),
-        "samples-64": (0, 64, 0),
-        "samples-64-per-head": (0, 64, 0),
-        "samples-64-dense-8": (0, 64, 8),
-    }
-    assert {c.budget for name, c in found.items() if "per-head" in name} == {"per_head"}
-    assert {(c.sliding_window, c.crossover) for c in found.values()} == {(512, "off")}
-    alone = sampling.SamplingOptions(common, (), (), (8,)).settings()
-    assert list(alone) == ["window", "window-dense-8"]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dense", "fa4"], "--dense: attention_backend 'fa4'"),
+        (["--shapes", "32/8"], "--shapes must be like 32/8/128, got '32/8'"),
+        (["--config", '{"sliding_window": 5}'], "--config: sliding_window must be at least"),
+        (["--config", '{"method": "token_selection"}'], "must be of the method kv_sampling"),
+    ],
+)
+def test_what_cannot_run_is_refused(arguments, message, capsys):
+    assert sampling.main([*ARGUMENTS, *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_a_failed_check_exits_1(capsys, monkeypatch):
-    monkeypatch.setattr(checks, "exact_rows", lambda *given: torch.ones(len(given[2]), 1))
-    assert sampling.main(FAR) == 1
-    printed = capsys.readouterr().out
-    assert "check failed" in printed
-    assert not re.search(r"\d\.\d\dx", printed)
+def test_too_little_memory_is_noted(monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("too large")
 
-
-def test_what_cannot_run_is_noted_or_refused(tmp_path, capsys, monkeypatch):
-    assert sampling.main([*FAR, "--dense", "fa4"]) == 2
-    assert "--dense: attention_backend 'fa4'" in capsys.readouterr().err
-    assert sampling.main([*FAR, "--lengths", "100"]) == 2
-    assert "lengths must exceed 128" in capsys.readouterr().err
-
-    def timed(_, *contenders, **__):
-        if contenders[0].name.startswith("far/whole"):
-            raise torch.OutOfMemoryError("too large")
-        return iter(())
-
-    monkeypatch.setattr(op.Point, "timed", timed)
-    assert sampling.main([*FAR, "--out", str(tmp_path / "far.json")]) == 0
-    (skipped,) = ResultFile.load(tmp_path / "far.json").records
+    monkeypatch.setattr(sampling, "_measure_point", out_of_memory)
+    options = sampling.SamplingOptions(
+        *(torch.device("cpu"), torch.float32, sampling._config(SMALL), "flash", 0.001)
+    )
+    (skipped,) = sampling.measure(options, [sampling.Shape(2, 1, 8)], [640])
     assert (skipped.kind, skipped.note) == ("skipped", "OutOfMemoryError: too large")
+
+
+def test_it_needs_neither_rich_nor_lm_eval():
+    code = "import sys; sys.modules.update(dict.fromkeys(('rich', 'lm_eval', 'transformers')))"
+    code += "; import benchmarks.operator.sampling"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_records_of_other_studies_are_left_out():
+    other = dataclasses.replace(sampling_result().records[0], suite="op")
+    result = dataclasses.replace(sampling_result(), records=(other,))
+    assert build("sampling", [Run("run", result)], SAMPLING_TABLES) == EMPTY + "\n"

@@ -1,0 +1,1 @@
+"""How far sparse prefill takes answers from dense ones: the work behind ``tsa fidelity``."""
