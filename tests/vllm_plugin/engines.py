@@ -19,8 +19,9 @@ CONFIG = TokenSelectionConfig(
 )
 # Every query is kept; with more samples than these, replies stay as dense.
 SAMPLING = KVSamplingConfig(
-    num_probes=32,
-    sliding_window=4,
+    block_size=32,
+    num_probes=8,
+    sliding_window=32,
     sink_size=1,
     num_samples=6,
     budget="per_head",
