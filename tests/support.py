@@ -25,6 +25,7 @@ from token_sparse_attention.benchmark.checks import block_counts
 from token_sparse_attention.inputs import Chunk, real_tokens, unit_stride
 from token_sparse_attention.inputs import Problem as Checked
 from token_sparse_attention.methods import method_of
+from token_sparse_attention.methods.sampling import sample_parts
 
 SMALL = TokenSelectionConfig(drop_mass=0.2, observation_window=16, pool_size=5, min_tokens=24)
 SAMPLING = KVSamplingConfig(
@@ -107,15 +108,17 @@ def counts_behind(problem: Problem, config: KVSamplingConfig, impl: str = "refer
     gate = method.gate(device, heads, head_dim)
     if gate.reason(query_len, kv_len) is not None:
         return counts
-    plan = method.prepare(checked(problem, impl=impl), gate)
+    given = checked(problem, impl=impl)
+    plan = method.prepare(given, gate)
     if isinstance(plan, DenseReason):
         return counts
+    sampled = [*sample_parts(given, *plan.keys, config)]
     begin = plan.begin if plan.begins is None else int(plan.begins[0])
     size, first = config.block_size, kv_len - query_len
     for block in range(begin // size, -(-kv_len // size)):
         queries = slice(max(block * size, begin) - first, (block + 1) * size - first)
         for head in range(heads):
-            own = block_counts(plan, head, block, kv_len)
+            own = block_counts(sampled, head, block, kv_len)
             if own is not None:
                 counts[head, queries] = own
     return counts

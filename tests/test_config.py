@@ -57,9 +57,9 @@ def test_published_values_are_the_papers():
 
 def test_defaults_of_sampling():
     default = KVSamplingConfig()
-    assert (default.block_size, default.num_probes) == (2048, 32)
+    assert (default.block_size, default.num_probes) == (2048, 16)
     assert (default.sliding_window, default.sink_size) == (2048, 4)
-    assert (default.num_samples, default.budget, default.dense_queries) == (4096, "shared", 128)
+    assert (default.num_samples, default.budget, default.dense_queries) == (2048, "shared", 128)
     assert (default.crossover, default.dense_heads, default.sparse_layers) == ("auto", (), None)
 
 

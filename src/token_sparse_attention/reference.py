@@ -163,12 +163,12 @@ def block_budgets(scores: Tensor, config: KVSamplingConfig) -> Tensor:
         config: the settings.
     """
     if config.budget == "shared":
-        return scores.new_full((len(scores),), config.num_samples, dtype=torch.float64)
+        return scores.new_full((len(scores),), float(config.num_samples), dtype=torch.float64)
     mass = scores.double().sum(1)
     mass[list(config.dense_heads)] = 0.0
     sampling = max(len(mass) - len(config.dense_heads), 1)
     shares = mass * sampling / mass.sum().clamp(min=1e-30)
-    return config.num_samples * (0.25 + 0.75 * shares).clamp(max=4)
+    return float(config.num_samples) * (0.25 + 0.75 * shares).clamp(max=4)
 
 
 def sample_block(scores: Tensor, budget: float) -> Tensor:

@@ -207,7 +207,7 @@ def test_each_layer_takes_its_own_number_of_samples_and_runs_with_it():
     kept = {record.layer: record.kept[0] for record in report if record.paths == ["sparse"]}
     assert set(kept) == {1, 2}
     assert set(kept[1]) == {0}
-    assert all(abs(count - 48) <= 1 for count in kept[2])
+    assert all(36 <= count <= 49 for count in kept[2])
     with pytest.raises(UnreachableError, match=r"5.1 is out of reach.*0.200 of dense"):
         choose_profile(rows, SAMPLES, "target_speedup", 5.1, lambda _: 1 / 0)
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from evaluation.results import DENSE, HEADER, SPARSE, pair, results
-from support import checked, make_problem
+from support import counts_behind, make_problem, with_selection
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, reference
-from token_sparse_attention.benchmark.checks import block_counts
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.show import ran_dense
 from token_sparse_attention.evaluation.summary import (
@@ -107,21 +106,15 @@ def test_work_counts_what_a_literal_mask_allows(config):
 def test_work_of_samples_counts_what_the_operator_attends_to(config, length):
     """Queries of one block attend to its sinks and samples where they lie behind the window."""
     problem = make_problem(heads=1, kv_heads=1, query_len=length)
-    method = method_of(config)
     position = torch.arange(length)
     causal = position <= position[:, None]
-    seen = causal & (position > position[:, None] - config.sliding_window)
-    gate, chosen = method.gate(torch.device("cpu"), 1, 16), config.sink_size
-    if gate.reason(length, length) is None:
-        plan = method.prepare(checked(problem), gate)
-        for query in range(length):
-            counts = block_counts(plan, 0, query // 16, length)
-            if counts is not None:
-                seen[query] |= causal[query] & (counts > 0)
-                chosen = int((counts > 0).sum())
+    near = position > position[:, None] - config.sliding_window
+    _, selection = with_selection(problem, config)
+    chosen = int(selection.lengths[0, 0]) if selection.ran_sparse.all() else config.sink_size
+    seen = causal & (near | (counts_behind(problem, config)[0] > 0))
     seen[max(length - config.dense_queries, 0) :] = True
     share = float((causal & seen).sum() / causal.sum())
-    counted = method.work(chosen, length)
+    counted = method_of(config).work(chosen, length)
     assert share - 2e-2 <= counted <= share + 2e-1
 
 

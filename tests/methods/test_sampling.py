@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support import SAMPLING, checked, make_problem, with_selection
-from token_sparse_attention import Execution, KVSamplingConfig, reference
+from token_sparse_attention import Execution, reference
 from token_sparse_attention.blocks import Blocks
 from token_sparse_attention.methods import KVSampling, LayerShape, sampling
 from token_sparse_attention.methods.probes import blocks_of, find_probes
@@ -84,7 +84,8 @@ def test_what_is_sampled_lies_behind_the_windows_of_its_block(budget, impl):
                 assert (slots.diff() > 0).all()
                 assert int(slots.max()) < start + first + 16 - 37
                 if budget == "shared":
-                    assert abs(count - 3 - config.samples_of(first + 16 - 37 - 3)) <= 1
+                    wanted = min(20, first + 16 - 37 - 3)
+                    assert 0.7 * wanted <= count - 3 <= wanted + 1
 
 
 def budgets_of(means, config, length=192):
@@ -101,13 +102,13 @@ def test_heads_that_attend_far_get_more_samples():
     means = [0.0] * 8
     means[3], means[5] = 0.05 / 160, 0.1 / 160
     budgets = budgets_of(means, config)
-    mean = config.samples_of(160)
+    mean = 20
     assert budgets[5] == 4 * mean, "the most that a head can have"
     assert mean / 4 < budgets[3] < budgets[5]
     others = [head for head in range(8) if head not in (3, 5)]
     assert (budgets[others] == mean / 4).all()
     even = budgets_of([0.001] * 8, config)
-    torch.testing.assert_close(even, torch.full_like(even, mean))
+    torch.testing.assert_close(even, torch.full_like(even, 20.0))
     assert (budgets_of([0.0] * 8, config) == mean / 4).all()
 
 
@@ -115,17 +116,9 @@ def test_dense_heads_leave_their_samples_to_the_others():
     """Which share them out by need where budgets are per head."""
     config = dataclasses.replace(SAMPLING, budget="per_head", dense_heads=(1, 2), num_samples=30)
     budgets = budgets_of([0.2 / 176, 0.9 / 176, 0.9 / 176, 0.4 / 176], config)
-    mean = config.samples_of(176)
+    mean = 30
     expected = [mean * (0.25 + 0.75 * share) for share in (2 / 3, 0, 0, 4 / 3)]
     torch.testing.assert_close(budgets, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_one_key_in_sixteen_between_two_bounds_is_sampled():
-    config = KVSamplingConfig(num_samples=1000)
-    found = [config.samples_of(number) for number in (0, 100, 250, 4000, 8000, 16000, 10**6)]
-    assert found == [0, 100, 250, 250, 500, 1000, 1000]
-    assert KVSamplingConfig(num_samples=0).samples_of(5000) == 0
-    assert KVSamplingConfig(num_samples=1).samples_of(5000) == 1
 
 
 @pytest.mark.parametrize("budget", ["shared", "per_head"])
@@ -173,8 +166,7 @@ def test_settings_far_beyond_the_prompt_change_nothing(budget, num_samples):
         enough, expected = run(dataclasses.replace(config, num_samples=600))
         assert torch.equal(out, enough)
         assert torch.equal(selection.indices, expected.indices)
-        if budget == "shared":
-            assert selection.lengths.tolist() == [[144] * 4, [96] * 4]
+        assert selection.lengths.tolist() == [[144] * 4, [96] * 4]
 
 
 @pytest.mark.parametrize(

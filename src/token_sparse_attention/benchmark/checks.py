@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from token_sparse_attention.blocks import Blocks
 from token_sparse_attention.config import (
     KVSamplingConfig,
     SparseConfig,
@@ -19,6 +20,8 @@ from token_sparse_attention.impls import resolve_impl
 from token_sparse_attention.inputs import AuxRequest, Chunk, Problem, real_tokens
 from token_sparse_attention.methods import method_of
 from token_sparse_attention.methods.base import Plan
+from token_sparse_attention.methods.local import SampledKeys
+from token_sparse_attention.methods.sampling import sample_parts
 from token_sparse_attention.results import TokenSelection
 
 _ROWS = 16  # sampled queries of each sampled head
@@ -155,10 +158,10 @@ def _sparse_parts(
     last = max(num_slots - config.dense_queries, 0)
     yield slots[last:], slots, None
     if isinstance(config, KVSamplingConfig):
-        plan = _sampled(inputs, config)
+        sampled = _sampled(inputs, config)
         for begin in range(0, last, config.block_size):
             queries = slots[begin : min(begin + config.block_size, last)]
-            counts = block_counts(plan, head, begin // config.block_size, num_slots)
+            counts = block_counts(sampled, head, begin // config.block_size, num_slots)
             near = None if counts is None else _Near(config.sliding_window, counts)
             yield queries, slots, near
     elif isinstance(config, TokenSelectionConfig):
@@ -209,7 +212,7 @@ class _Near(NamedTuple):
     weights: Tensor
 
 
-def _sampled(inputs: Inputs, config: KVSamplingConfig) -> Plan:
+def _sampled(inputs: Inputs, config: KVSamplingConfig) -> list[tuple[Blocks, SampledKeys]]:
     """What the operator itself samples, as it scores."""
     query = inputs.query
     impl = resolve_impl("auto", query, query.shape[-1])
@@ -218,14 +221,16 @@ def _sampled(inputs: Inputs, config: KVSamplingConfig) -> Plan:
     method = method_of(config)
     plan = method.prepare(problem, method.gate(query.device, query.shape[1], query.shape[3]))
     assert isinstance(plan, Plan)
-    return plan
+    return [*sample_parts(problem, *plan.keys, config)]
 
 
-def block_counts(plan: Plan, head: int, number: int, num_slots: int) -> Tensor | None:
+def block_counts(
+    sampled: Iterable[tuple[Blocks, SampledKeys]], head: int, number: int, num_slots: int
+) -> Tensor | None:
     """How often each key behind the windows of a block's queries counts, ``[S]`` float64.
 
     Args:
-        plan: of KV sampling for one sequence without padding.
+        sampled: by runs of blocks of one sequence without padding.
         head: of its query heads.
         number: the block.
         num_slots: S.
@@ -233,7 +238,7 @@ def block_counts(plan: Plan, head: int, number: int, num_slots: int) -> Tensor |
     Returns:
         The counts; None where the block runs dense.
     """
-    for blocks, keys in plan.keys:
+    for blocks, keys in sampled:
         index = number - blocks.first
         if 0 <= index < blocks.num_blocks:
             count = int(keys.counts[0, head, index])

@@ -93,9 +93,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         window = min(self.config.sliding_window, problem.kv_len)
         lse = backend.dense.attend_windows(problem, plan.begins, into, window)
         keys = []
-        for begin, some in parts_of(blocks, problem):
-            part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
-            sampled = sample(whole, some, part, self.config)
+        for some, sampled in sample_parts(whole, blocks, probes, self.config):
             add_sampled_keys(problem, some, sampled, plan.begins, into._replace(lse=lse))
             if problem.aux.selection:
                 keys.append((some, sampled))
@@ -198,6 +196,15 @@ def _parts(blocks: Blocks, rows: int, most: int) -> list[tuple[int, Blocks]]:
         parts.append((begin, some))
         begin += some.num_blocks
     return parts
+
+
+def sample_parts(
+    problem: Problem, blocks: Blocks, probes: Probes, config: KVSamplingConfig
+) -> Iterator[tuple[Blocks, SampledKeys]]:
+    """Yield what runs of the blocks sample, each as `sample` returns it."""
+    for begin, some in parts_of(blocks, problem):
+        part = probes.of_blocks(blocks, begin, begin + some.num_blocks)
+        yield some, sample(problem, some, part, config)
 
 
 def _capacity(config: KVSamplingConfig, kv_len: int) -> int:
@@ -304,7 +311,7 @@ def block_budgets(
         all_mass[:, head] = 0.0
     sampling = max(all_mass.shape[1] - len(config.dense_heads), 1)
     shares = all_mass * sampling / all_mass.sum(1, keepdim=True).clamp(min=1e-30)
-    budgets = config.num_samples * (_LEAST + (1 - _LEAST) * shares).clamp(max=_MOST)
+    budgets = float(config.num_samples) * (_LEAST + (1 - _LEAST) * shares).clamp(max=_MOST)
     return (
         budgets
         if problem.tp_group is None
@@ -331,7 +338,8 @@ def _sample_blocks(
         own = scores[number, :, begin : begin + reach]
         candidates = own[:, sinks:]
         if budgets is None:
-            budget = candidates.new_full((num_heads, 1), config.num_samples, dtype=torch.float64)
+            most = float(config.num_samples)
+            budget = candidates.new_full((num_heads, 1), most, dtype=torch.float64)
         else:
             budget = budgets[number, :, index, None]
         weights = sample_keys(candidates, budget)
