@@ -97,7 +97,8 @@ def score_blocks(
         *inputs, *counts, maximum, total, **constants, **_launch(first)
     )
     block_norms_kernel[(-(-num_rows // _COMBINED), problems)](
-        maximum, total, valid, bounds, *counts, num_splits, norms,
+        maximum, total, None if valid is None else valid.contiguous(), bounds, *counts,
+        num_splits, norms,
         **shape, SPLIT=first.split, BLOCK_M=_COMBINED,
     )  # fmt: skip
     tiles_of_rows = -(-num_rows // max(second.block_m, blocks.num_probes))
@@ -198,7 +199,10 @@ def block_statistics_kernel(
         tl.store(sum_ptr + o_stat, b_sum, mask=exists)
 
 
-@triton.jit(do_not_specialize=["first", "count", "num_splits"])
+@triton.jit(
+    do_not_specialize=["first", "count", "num_splits"],
+    do_not_specialize_on_alignment=["valid_ptr"],  # of a part of the blocks: any
+)
 def block_norms_kernel(
     max_ptr, sum_ptr, valid_ptr, bounds_ptr, num_kv_heads, first, count, num_splits, norms_ptr,
     GROUP: tl.constexpr, NUM_PROBES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
