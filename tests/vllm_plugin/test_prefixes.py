@@ -10,8 +10,8 @@ from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from vllm_plugin.engines import SAMPLING, additional_config, gained, prompt_ids, sampling
 
 pytestmark = pytest.mark.vllm
-# Rounding differs between a chunk and a whole prompt, and so may a key in a thousand samples.
-CLOSE = 0.05
+# In nats. Rounding differs between a chunk and a whole prompt, and with it a sampled key or two.
+CLOSE = 0.01
 PROMPT = prompt_ids(1500, 3)
 SHARED = 1000  # tokens of the prompt that others begin with
 
@@ -50,7 +50,7 @@ def logprobs(engine, ids, before=()):
 def distance(one, other):
     """The largest difference between tokens that both list."""
     both = one.keys() & other.keys()
-    assert len(both) > 10
+    assert both
     return max(abs(one[token] - other[token]) for token in both)
 
 
