@@ -150,12 +150,12 @@ def run_layer(
             cache, table = _paged(layer, kv_len + more, block_size, device)
             key, value = read_cache(cache, table, kv_len + more)
             part = query[:, :, -(query_len + more) :]
-            past = _past_probes(layer, kv_len - query_len, device)
+            past = past_probes(layer, kv_len - query_len, device)
             selections.append(_attend(layer, settings, part, key, value, past))
     return selections
 
 
-def _past_probes(layer: Layer, first_query: int, device: torch.device) -> PastProbes | None:
+def past_probes(layer: Layer, first_query: int, device: torch.device) -> PastProbes | None:
     """Return what earlier chunks leave for one that begins at a position."""
     config = layer.config
     if not isinstance(config, KVSamplingConfig):
@@ -228,7 +228,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    past_probes: PastProbes | None = None,
+    past: PastProbes | None = None,
 ) -> TokenSelection:
     """Call the operator as a layer does, but for the other ranks."""
     execution = Execution(settings.impl, settings.attention_backend)
@@ -240,7 +240,7 @@ def _attend(
         layer.config,
         scale=layer.scale,
         execution=execution,
-        chunk=Chunk(past_probes),
+        chunk=Chunk(past),
         return_aux=aux,
     )
     assert selection is not None
