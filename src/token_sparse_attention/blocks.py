@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 GOLDEN = 2654435769  # 2^32 times the golden ratio's fraction
 UNIT_BITS = 18  # inclusion probabilities are rounded to 2^-18
+FACTOR_STEPS = 3  # at most, towards the factor by which probabilities add up to the budget
 
 
 class Blocks(NamedTuple):

@@ -28,6 +28,8 @@ def on_its_device(function: _Function) -> _Function:
     def moved(first: Any, *others: Any, **named: Any) -> Any:
         if not first.is_cuda or torch.compiler.is_compiling():
             return function(first, *others, **named)
+        if first.device.index == torch.cuda.current_device():
+            return function(first, *others, **named)
         with torch.cuda.device(first.device):
             return function(first, *others, **named)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ def resolve_impl(impl: str, tensor: Tensor, head_dim: int | None = None) -> str:
     return impl
 
 
+@functools.cache
 def load_kernels(name: str) -> ModuleType:
     """Import a module of Triton kernels, which needs Triton: not installed everywhere."""
     return importlib.import_module(f"token_sparse_attention.kernels.{name}")

@@ -49,8 +49,10 @@ def check_dense_heads(config: SparseConfig, num_heads: int) -> None:
 
 def check_no_gradients(**tensors: Tensor) -> None:
     """Raise ValueError if gradients are recorded and one of the named tensors requires one."""
+    if not torch.is_grad_enabled():
+        return
     for name, tensor in tensors.items():
-        if torch.is_grad_enabled() and tensor.requires_grad:
+        if tensor.requires_grad:
             raise ValueError(
                 f"{name} must not require a gradient, which token sparse attention cannot "
                 "give: it acts in prefill only; call it under torch.no_grad()"
@@ -127,10 +129,8 @@ class RealTokens:
         """Each sequence's slots ``[start, end)``, ``[B, 2]`` int32."""
         if self.padded_bounds is not None:
             return self.padded_bounds
-        one = torch.arange(0, 2 * self.kv_len, self.kv_len, dtype=torch.int32, device=self.device)[
-            None
-        ]
-        batch_size = len(self.spans or ())
+        end, batch_size = self.kv_len, len(self.spans or ())
+        one = torch.arange(0, 2 * end, end, dtype=torch.int32, device=self.device).view(1, 2)
         return one if batch_size == 1 else one.repeat(batch_size, 1)
 
     def host_spans(self) -> list[Span]:

@@ -153,14 +153,15 @@ def _attend_dense_queries(
     problem: Problem, backend: Backend, ran_sparse: Tensor | None, count: int, into: Attended
 ) -> None:
     """Attend all queries of sequences that run dense, and the last `count` of the others."""
-    start, end = problem.tokens.bounds.unbind(-1)
     count = min(count, problem.query.shape[2])
     if backend.dense.attend_last(problem, count, into):
         count = 0
+    if ran_sparse is None and not count:
+        return
+    start, end = problem.tokens.bounds.unbind(-1)
     last = (end - count).maximum(start)
     if ran_sparse is None:
-        if count:
-            backend.dense.attend_sequences(problem, last, into)
+        backend.dense.attend_sequences(problem, last, into)
         return
     if backend.dense is backend:  # one launch for both
         launches = [(backend, torch.where(ran_sparse, last, start))]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_sparse_attention.blocks import GOLDEN, UNIT_BITS
+from token_sparse_attention.blocks import FACTOR_STEPS, GOLDEN, UNIT_BITS
 from token_sparse_attention.config import (
     KVSamplingConfig,
     SparseConfig,
@@ -183,14 +183,13 @@ def sample_block(scores: Tensor, budget: float) -> Tensor:
         return torch.ones(number, dtype=torch.float64, device=scores.device)
     shares = scores.double()
     shares = shares / shares.sum().clamp(min=1e-30) + 1 / number
-    low, high = 0.0, 1.0
-    while (shares * high).clamp(max=1).sum() < budget - 1e-9:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        enough = (shares * middle).clamp(max=1).sum() >= budget
-        low, high = (low, middle) if enough else (middle, high)
-    probabilities = (shares * high).tolist()
+    shares = shares / shares.sum()
+    factor = budget
+    for _ in range(FACTOR_STEPS):  # what certain keys leave over goes to the others
+        certain = shares * factor >= 1
+        left = (1 - shares[certain].sum()).clamp(min=1e-12)
+        factor = max(factor, float((budget - certain.sum()) / left))
+    probabilities = (shares * factor).tolist()
     sampled = torch.zeros(number, dtype=torch.float64)
     cumulated = passed = 0
     for token, probability in enumerate(probabilities):

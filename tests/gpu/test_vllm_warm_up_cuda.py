@@ -10,6 +10,7 @@ from triton import knobs
 
 from token_sparse_attention import (
     AuxRequest,
+    Chunk,
     KVSamplingConfig,
     TokenSelectionConfig,
     token_sparse_attention,
@@ -17,7 +18,7 @@ from token_sparse_attention import (
 from token_sparse_attention.integrations.vllm.paged import read_gpu
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import Settings
-from token_sparse_attention.integrations.vllm.warm_up import Layer, warm_up
+from token_sparse_attention.integrations.vllm.warm_up import Layer, past_probes, warm_up
 
 DEVICE = torch.device("cuda", 0)
 BLOCK, LONG = 16, 70_001
@@ -53,7 +54,9 @@ def test_long_prompts_compile_nothing_more(monkeypatch, name, heads):
         shape = (length, num_heads + 2 * num_kv_heads, dim)
         tokens = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).transpose(0, 1)[None]
         query, key, value = tokens.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        past = None
         if chunk != length:
+            past = past_probes(layer, length - chunk, DEVICE)
             shape = (-(-length // BLOCK), num_kv_heads, BLOCK, 2 * dim)
             cache = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
             key, value = read_gpu(cache, torch.arange(len(cache), device=DEVICE), length)
@@ -63,6 +66,7 @@ def test_long_prompts_compile_nothing_more(monkeypatch, name, heads):
             value,
             config,
             scale=layer.scale,
+            chunk=Chunk(past),
             return_aux=AuxRequest(selection=True),
         )
         assert selection.ran_sparse.all()

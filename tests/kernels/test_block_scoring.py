@@ -138,6 +138,15 @@ def test_keys_behind_the_last_known_probe_are_not_scored(num_known):
     assert log_weights[real].isfinite().all()
 
 
+def test_the_probes_of_some_blocks_of_several_sequences():
+    """Which of them are known is a part of a larger tensor."""
+    blocks = Blocks(32, 4, 32, 0, 1, 2)
+    probes, key, bounds = problem(blocks, [96, 96])
+    valid = (torch.rand(2, 20, device=DEVICE) < 0.6)[:, 4:12]
+    assert not valid.is_contiguous()
+    check(probes, valid, key, bounds, blocks)
+
+
 def test_a_key_that_is_not_finite_is_seen_from_then_on():
     blocks = Blocks(32, 4, 32, 0, 1, 2)
     probes, key, bounds = problem(blocks, [96])

@@ -73,10 +73,10 @@ def literal_samples(scores, budget):
         return found
     probabilities = shares * literal_factor(shares, budget)
     for position, probability in enumerate(probabilities.tolist()):
-        if probability >= 1:
+        units = round(min(probability, 1.0) * UNITS)
+        if units == UNITS:
             found.append((position, 1.0))
             continue
-        units = round(probability * UNITS)
         hits = points_passed(passed + units) - points_passed(passed)
         passed += units
         if hits:

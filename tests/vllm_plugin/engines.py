@@ -19,8 +19,9 @@ CONFIG = TokenSelectionConfig(
 )
 # Every query is kept; with more samples than these, replies stay as dense.
 SAMPLING = KVSamplingConfig(
-    num_probes=32,
-    sliding_window=4,
+    block_size=32,
+    num_probes=8,
+    sliding_window=32,
     sink_size=1,
     num_samples=6,
     budget="per_head",
@@ -108,8 +109,8 @@ def hf_generate(model, ids, config=CONFIG, max_new_tokens=NEW_TOKENS, **changes)
 
 
 @torch.no_grad()
-def hf_gaps(model, ids, config, reply, chunk):
-    """How far each token of a reply is from the likeliest one, in nats, and the report.
+def hf_logprobs(model, ids, config, reply, chunk):
+    """The logprobs before each token of a reply, and the report.
 
     The prompt is prefilled in chunks under the config, None for dense, the reply densely.
     """
@@ -123,9 +124,13 @@ def hf_gaps(model, ids, config, reply, chunk):
             part = torch.tensor([ids[first : first + chunk]])
             last = model(part, past_key_values=cache, use_cache=True).logits[0, -1:]
     rest = model(torch.tensor([reply]), past_key_values=cache, use_cache=True).logits[0, :-1]
-    logits = torch.cat((last, rest))
-    own = logits.gather(1, torch.tensor(reply)[:, None])[:, 0]
-    return (logits.amax(1) - own).tolist(), report
+    return torch.cat((last, rest)).log_softmax(-1), report
+
+
+def gaps(logprobs, reply) -> list[float]:
+    """How far each token of a reply is from the likeliest one, in nats."""
+    own = logprobs.gather(1, torch.tensor(reply)[:, None])[:, 0]
+    return (logprobs.amax(1) - own).tolist()
 
 
 def gained(before: dict, after: dict) -> dict:

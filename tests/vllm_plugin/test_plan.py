@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from token_sparse_attention import (
     AuxRequest,
@@ -19,12 +16,13 @@ from token_sparse_attention import (
     TokenSelectionConfig,
 )
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
-from token_sparse_attention.inputs import Problem, real_tokens
+from token_sparse_attention.inputs import Chunk, Problem, real_tokens
 from token_sparse_attention.integrations.vllm.counters import Counters, describe
 from token_sparse_attention.integrations.vllm.engine import layer_number
 from token_sparse_attention.integrations.vllm.plan import Prefill, list_prefills, workspace_bytes
 from token_sparse_attention.integrations.vllm.settings import Settings, read_settings
 from token_sparse_attention.methods import LayerShape, method_of
+from token_sparse_attention.methods.sampling import sample, score_blocks
 
 CONFIG = TokenSelectionConfig(drop_mass=0.1, observation_window=16, min_tokens=64)
 
@@ -133,50 +131,30 @@ def test_lengths_decide(query_len, kv_len, break_even, reason):
     assert found == (None if reason is None else str(reason))
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside the block held at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._held = 0, {}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self._held:
-                self._held[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self._held.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self._held.values()))
-        return out
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"sink_size": 0},
         {"sink_size": 0, "budget": "per_head"},
         {"sink_size": 512},
-        {"num_samples": 2048},
+        {"num_samples": 4096},
     ],
 )
 def test_the_memory_set_aside_holds_what_sampling_keys_takes(changes):
     heads, kv_len = 8, 8192
-    config = KVSamplingConfig(
-        **{"num_probes": 16, "num_samples": 512, "crossover": "off"} | changes
-    )
+    config = KVSamplingConfig(**{"num_samples": 512, "crossover": "off"} | changes)
     method, device = method_of(config), torch.device("cpu")
     tokens = real_tokens(None, 1, kv_len, device)
-    query, key = torch.zeros(1, heads, 1, 1), torch.zeros(1, 1, kv_len, 1)
+    query, key = torch.zeros(1, heads, kv_len, 1), torch.zeros(1, 1, kv_len, 1)
     aux = AuxRequest(selection=True, indices=False)
-    problem = Problem(query, key, key, tokens, 1.0, "reference", None, None, aux)
-    gate = method.gate(device, heads, 1)
-    with PeakMemory() as memory:
-        scores = torch.rand(1, heads, kv_len - config.num_probes)
-        method.prepare(scores, problem, gate)
-    shape = LayerShape(heads, 1, 1, itemsize=1, query_len=1, kv_len=kv_len)
-    little = workspace_bytes(config, shape)
-    assert memory.peak <= little <= 2.5 * memory.peak
+    problem = Problem(query, key, key, tokens, 1.0, "reference", None, None, aux, Chunk())
+    blocks, probes = method.prepare(problem, method.gate(device, heads, 1)).keys
+    scores = score_blocks(problem, blocks, probes)
+    sampled = sample(problem, blocks, probes, config)
+    held = sum(tensor.nbytes for tensor in (scores, *sampled, probes.query))
+    shape = LayerShape(heads, 1, 1, itemsize=1, query_len=kv_len, kv_len=kv_len)
+    assert held <= method.workspace(shape) <= 5 * held
+    assert workspace_bytes(config, shape) > method.workspace(shape)
     assert workspace_bytes(CONFIG, shape) > 2**29
 
 
@@ -195,7 +173,7 @@ def test_counters_add_up():
     for reason in (None, "too short", None, "too short", "other"):
         counters.add_prefill(reason)
     counters.add_layer(selection([30, 50], 100))
-    met = [(60, DenseReason.SCORES_NOT_FINITE), (70, DenseReason.CROSSOVER_KEPT)]
+    met = [(60, DenseReason.NO_PROBES), (70, DenseReason.CROSSOVER_KEPT)]
     for kv_len, reason in [*met, (70, DenseReason.NOTHING_TO_DROP)]:
         counters.add_layer(selection([kv_len] * 2, kv_len, ran_sparse=False, reason=reason))
     counts = counters.read()
@@ -205,7 +183,7 @@ def test_counters_add_up():
         "layer_calls_sparse": 1,
         "layer_calls_dense": {
             str(DenseReason.NOTHING_TO_DROP): 1,
-            str(DenseReason.SCORES_NOT_FINITE): 1,
+            str(DenseReason.NO_PROBES): 1,
             str(DenseReason.CROSSOVER_KEPT): 1,
         },
         "tokens_seen": 600,

@@ -24,14 +24,16 @@ LONGEST = Prefill(0, 0, 30_000, 30_000)
 CONFIG = TokenSelectionConfig(
     drop_mass=0.05, observation_window=32, min_tokens=128, crossover="auto"
 )
-SAMPLING = KVSamplingConfig(num_probes=32, num_samples=64, sliding_window=512, budget="per_head")
+SAMPLING = KVSamplingConfig(
+    block_size=512, num_probes=32, num_samples=64, sliding_window=512, budget="per_head"
+)
 CONFIGS = [
     CONFIG,
     TokenSelectionConfig(crossover="auto"),
     dataclasses.replace(CONFIG, drop_mass=1e-6, min_tokens=9000, pool_size=101),
     dataclasses.replace(CONFIG, fallback="window"),
     SAMPLING,
-    dataclasses.replace(SAMPLING, num_probes=700, dense_queries=900),
+    dataclasses.replace(SAMPLING, num_probes=512, dense_queries=900),
 ]
 
 

@@ -204,14 +204,16 @@ class FlashBackend(Backend):
         if _SPLITTING_GAIN * tiles > multiprocessors(query.device):
             return False
         last, want_lse = slice(-count, None), into.lse is not None
-        flash = FlashBackend("flash", "it splits the keys of few queries")
-        one = flash.attend(
+        one = _SPLITTING.attend(
             query[:, :, last], problem.key, problem.value, scale=problem.scale, want_lse=want_lse
         )
         into.out[:, :, last] = one.out
         if into.lse is not None and one.lse is not None:
             into.lse[:, :, last] = one.lse
         return True
+
+
+_SPLITTING = FlashBackend("flash", "it splits the keys of few queries")
 
 
 def _attend_whole(

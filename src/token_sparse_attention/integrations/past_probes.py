@@ -192,10 +192,21 @@ class PagedProbes(Probes):
     def keep(self, query: Tensor, key: Tensor, layout: MaskLayout) -> None:
         """See `Probes.keep`."""
         first_query = layout.kv_len - query.shape[2]
+        self.keep_own(query, key[:, :, first_query : layout.kv_len], first_query)
+
+    def keep_own(self, query: Tensor, key: Tensor, first_query: int) -> None:
+        """Keep the call's own probes.
+
+        Args:
+            query: ``[1, H, S_q, D]``.
+            key: ``[1, H_kv, S_q, D]``, of the queries' own tokens.
+            first_query: the position of the first.
+        """
+        end = first_query + query.shape[2]
         first = -(-(first_query + 1) // self._stride) * self._stride - 1
-        if first >= layout.kv_len:
+        if first >= end:
             return
-        position = torch.arange(first, layout.kv_len, self._stride, device=query.device)
+        position = torch.arange(first, end, self._stride, device=query.device)
         kept = self._store.get(self._layer)
         if kept is None or not self._fits(kept, query, key):
             _, num_heads, _, head_dim = query.shape
@@ -205,7 +216,8 @@ class PagedProbes(Probes):
                 key.new_zeros(self._places, head_dim),
             )
             self._store[self._layer] = kept
-        own = query[0, :, position - first_query].transpose(0, 1), position, key[0, 0, position]
+        index = position - first_query
+        own = query[0, :, index].transpose(0, 1), position, key[0, 0, index]
         for past, present in zip(kept, own):
             past[self._place(position)] = present.detach()
 

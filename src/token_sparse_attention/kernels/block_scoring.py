@@ -9,6 +9,7 @@ a fixed size and begin at fixed positions, so a score depends on nothing but its
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -75,36 +76,40 @@ def score_blocks(
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
     num_rows = num_probes * group
-    scores = probes.new_empty(batch_size, num_heads, blocks.num_scores, dtype=torch.float32)
-    if not scores.numel():
+    num_scores = blocks.num_scores
+    scores = probes.new_empty(batch_size, num_heads, num_scores, dtype=torch.float32)
+    if not num_scores:
         return scores
     first, second = tiles or pick_tiles(probes.dtype, head_dim)
     problems = batch_size * num_kv_heads
-    num_splits = triton.cdiv((blocks.first + blocks.num_blocks - 1) * blocks.size, first.split)
-    statistics = torch.empty(
-        2, problems, num_splits, num_rows, dtype=torch.float32, device=probes.device
-    )
-    norms = torch.empty(problems, num_rows, dtype=torch.float32, device=probes.device)
+    longest = blocks.first_reach + (blocks.num_blocks - 1) * blocks.size
+    # Ceilings by hand: Triton's own functions cost the host more than a launch.
+    num_splits = -(-((blocks.first + blocks.num_blocks - 1) * blocks.size) // first.split)
+    # An allocation for each: kernels are compiled anew for pointers of another alignment.
+    maximum = scores.new_empty(problems, num_splits, num_rows)
+    total = torch.empty_like(maximum)
+    norms = scores.new_empty(problems, num_rows)
     inputs = (probes, key, bounds, scale * LOG2_E.value, *probes.stride()[:3], *key.stride()[:3])
     counts = (num_kv_heads, blocks.first, blocks.num_blocks)
     shape = {"GROUP": group, "NUM_PROBES": blocks.num_probes, "BLOCK_SIZE": blocks.size}
     constants = shape | dot_constants(probes)
-    block_statistics_kernel[(triton.cdiv(num_rows, first.block_m), num_splits, problems)](
-        *inputs, *counts, *statistics, **constants, **_launch(first)
+    block_statistics_kernel[(-(-num_rows // first.block_m), num_splits, problems)](
+        *inputs, *counts, maximum, total, **constants, **_launch(first)
     )
-    block_norms_kernel[(triton.cdiv(num_rows, _COMBINED), problems)](
-        *statistics, valid, bounds, *counts, num_splits, norms,
+    block_norms_kernel[(-(-num_rows // _COMBINED), problems)](
+        maximum, total, None if valid is None else valid.contiguous(), bounds, *counts,
+        num_splits, norms,
         **shape, SPLIT=first.split, BLOCK_M=_COMBINED,
     )  # fmt: skip
-    tiles_of_rows = triton.cdiv(num_rows, max(second.block_m, blocks.num_probes))
-    longest = blocks.first_reach + (blocks.num_blocks - 1) * blocks.size
-    block_scores_kernel[(tiles_of_rows, triton.cdiv(longest, second.split), problems)](
-        *inputs, *counts, norms, blocks.first_reach, blocks.num_scores, scores,
+    tiles_of_rows = -(-num_rows // max(second.block_m, blocks.num_probes))
+    block_scores_kernel[(tiles_of_rows, -(-longest // second.split), problems)](
+        *inputs, *counts, norms, blocks.first_reach, num_scores, scores,
         **constants, **_launch(second),
     )  # fmt: skip
     return scores
 
 
+@functools.cache
 def _launch(tiles: Tiles) -> dict[str, int]:
     """Return the compile-time constants and launch options of a pass."""
     return {
@@ -194,7 +199,10 @@ def block_statistics_kernel(
         tl.store(sum_ptr + o_stat, b_sum, mask=exists)
 
 
-@triton.jit(do_not_specialize=["first", "count", "num_splits"])
+@triton.jit(
+    do_not_specialize=["first", "count", "num_splits"],
+    do_not_specialize_on_alignment=["valid_ptr"],  # of a part of the blocks: any
+)
 def block_norms_kernel(
     max_ptr, sum_ptr, valid_ptr, bounds_ptr, num_kv_heads, first, count, num_splits, norms_ptr,
     GROUP: tl.constexpr, NUM_PROBES: tl.constexpr, BLOCK_SIZE: tl.constexpr,

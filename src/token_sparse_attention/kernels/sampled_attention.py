@@ -37,7 +37,7 @@ def pick_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
         return Tiles(32, 32, 4, 2)
     if head_dim > 128:
         return Tiles(64, 64, 8, 2)
-    return Tiles(128, 32, 4, 4) if head_dim > 64 else Tiles(128, 64, 4, 3)
+    return Tiles(128, 32, 4, 3) if head_dim > 64 else Tiles(128, 64, 4, 3)
 
 
 @on_its_device
@@ -225,9 +225,9 @@ def sampled_keys_kernel(
             PRECISION, UPCAST,
         )  # fmt: skip
         if tl.max(b_sum, 0) > 32768.0:
-            b_acc = load_rows(p_out, o_query, stride_os, real, HEAD_DIM, BLOCK_D, UPCAST)
+            b_again = load_rows(p_out, o_query, stride_os, real, HEAD_DIM, BLOCK_D, UPCAST)
             b_fast, b_last, b_sum = _attend_all(
-                b_q, b_acc.to(tl.float32), b_max, b_reach, p_slots, p_weights, present, shared,
+                b_q, b_again.to(tl.float32), b_max, b_reach, p_slots, p_weights, present, shared,
                 seen, p_k, p_v, stride_ks, stride_vs, scale_log2, False, HEAD_DIM, BLOCK_D,
                 BLOCK_M, BLOCK_N, PRECISION, UPCAST,
             )  # fmt: skip

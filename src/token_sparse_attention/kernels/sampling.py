@@ -1,8 +1,9 @@
 """Sample each head's keys for each block of queries by their scores, one program per block.
 
 A few passes over the scores. Keys of inclusion probability 1 are found without sorting: the keys
-whose share of the probability exceeds one sample are taken out, the factor of the other keys
-grows with what these leave over, and this repeats until no further key exceeds one sample.
+whose share of the probability exceeds one sample are taken out, and the factor of the other keys
+grows with what these leave over. This repeats until no further key exceeds one sample, but a few
+times at most: keys that still exceed it then count as certain, and a few samples are saved.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from token_sparse_attention.blocks import GOLDEN, UNIT_BITS, Blocks
+from token_sparse_attention.blocks import FACTOR_STEPS, GOLDEN, UNIT_BITS, Blocks
 from token_sparse_attention.device import on_its_device
 
 _BLOCK = 4096  # keys per iteration; their units add up in 32 bits
 _WARPS = 16
 _GOLDEN = tl.constexpr(GOLDEN)
+_FACTOR_STEPS = tl.constexpr(FACTOR_STEPS)
 _UNIT_BITS = tl.constexpr(UNIT_BITS)
 _INSIDE = tl.constexpr(2**UNIT_BITS - 1)
 _POINT_BITS = tl.constexpr(32 - UNIT_BITS)
@@ -89,12 +91,13 @@ def _add_scores(p_scores, sink_size, reach, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_factor(p_scores, low, reach, by_score, uniform, best, budget, BLOCK: tl.constexpr):
-    """The factor by which the shares, each at most 1, add up to the budget."""
+    """The factor by which the shares, each at most 1, add up to the budget, or nearly so."""
     factor = budget
     if budget >= (reach - low).to(tl.float64):
         factor += float("inf")  # all keys are certain
     more = (best * factor >= 1.0) & (factor < float("inf"))
-    while more:
+    steps = 0
+    while more & (steps < _FACTOR_STEPS):
         b_mass = tl.zeros([BLOCK], tl.float64)
         b_certain = tl.zeros([BLOCK], tl.int32)
         b_best = tl.zeros([BLOCK], tl.float64)
@@ -107,6 +110,7 @@ def _find_factor(p_scores, low, reach, by_score, uniform, best, budget, BLOCK: t
         rest = tl.maximum(1.0 - tl.sum(b_mass, 0), 1e-12)
         factor = tl.maximum(factor, (budget - tl.sum(b_certain, 0)) / rest)
         more = tl.max(b_best, 0) * factor >= 1.0
+        steps += 1
     return factor
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,12 +15,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 def dot_constants(query: Tensor) -> dict[str, object]:
     """Return the compile-time constants of kernels that multiply queries by keys."""
-    head_dim = query.shape[3]
+    return _dot_constants(query.shape[3], query.dtype, query.is_cuda)
+
+
+@functools.cache
+def _dot_constants(head_dim: int, dtype: torch.dtype, is_cuda: bool) -> dict[str, object]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "UPCAST": not query.is_cuda,  # the interpreter's bfloat16 arithmetic is wrong
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "UPCAST": not is_cuda,  # the interpreter's bfloat16 arithmetic is wrong
     }
 
 

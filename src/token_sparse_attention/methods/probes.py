@@ -29,6 +29,8 @@ class Probes(NamedTuple):
 
     def of_blocks(self, blocks: Blocks, begin: int, end: int) -> Probes:
         """Return the probes of some of the blocks, by their indices."""
+        if end - begin == blocks.num_blocks:
+            return self
         some = slice(begin * blocks.num_probes, end * blocks.num_probes)
         return Probes(self.query[:, :, some], None if self.valid is None else self.valid[:, some])
 

@@ -15,6 +15,7 @@ lock onto text of equal period.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from token_sparse_attention import crossover, reference
 from token_sparse_attention.attention.backend import Backend
-from token_sparse_attention.blocks import GOLDEN, UNIT_BITS, Blocks
+from token_sparse_attention.blocks import FACTOR_STEPS, GOLDEN, UNIT_BITS, Blocks
 from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.gate import DenseReason, Gate
 from token_sparse_attention.impls import load_kernels
@@ -85,7 +86,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
     ) -> TokenSelection | None:
         """One softmax over each query's window, the sinks and its block's samples."""
         (blocks, probes), whole = plan.keys, problem
-        if plan.begins is None:
+        if plan.begins is None and plan.begin > problem.first_query:
             into = into.of_queries(slice(plan.begin - problem.first_query, None))
             problem = problem.since(plan.begin)
         # Windows first: the host prepares the rest while the device attends to them.
@@ -175,18 +176,24 @@ def _passes(gate: Gate, problem: Problem) -> Tensor:
     return gate.codes(queries, (end - start).clamp(min=1)) == 0
 
 
-def parts_of(blocks: Blocks, problem: Problem) -> Iterator[tuple[int, Blocks]]:
-    """Yield runs of blocks whose scores fit in memory, with the index of each one's first."""
-    begin, rows = 0, problem.num_heads * len(problem.query)
+def parts_of(blocks: Blocks, problem: Problem) -> list[tuple[int, Blocks]]:
+    """Return runs of blocks whose scores fit in memory, with the index of each one's first."""
+    return _parts(blocks, problem.num_heads * len(problem.query), _SCORES)
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(blocks: Blocks, rows: int, most: int) -> list[tuple[int, Blocks]]:
+    begin, parts = 0, []
     while begin < blocks.num_blocks:
         some = blocks._replace(first=blocks.first + begin, num_blocks=1)
         while begin + some.num_blocks < blocks.num_blocks:
             longer = some._replace(num_blocks=some.num_blocks + 1)
-            if rows * longer.num_scores > _SCORES:
+            if rows * longer.num_scores > most:
                 break
             some = longer
-        yield begin, some
+        parts.append((begin, some))
         begin += some.num_blocks
+    return parts
 
 
 def sample_parts(
@@ -375,7 +382,7 @@ def sample_keys(scores: Tensor, budgets: Tensor) -> Tensor:
     by_score, uniform = by_score / both, uniform / both
     shares = exact * by_score + uniform
     factor, found = budgets, torch.zeros_like(budgets)
-    while True:
+    for _ in range(FACTOR_STEPS):
         certain = shares * factor >= 1
         now = certain.sum(-1, keepdim=True)
         if bool((now <= found).all()):

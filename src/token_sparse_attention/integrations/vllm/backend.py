@@ -1,4 +1,4 @@
-"""What the CPU and the GPU backend share: mixins over vLLM's metadata builder and attention.
+"""What the CPU and the GPU backend share: a mixin over vLLM's metadata builder.
 
 The builder decides per step, on the host, which requests run sparse in which layers. In such
 a layer each of them goes through `token_sparse_attention`, and the others go to the stock
@@ -8,7 +8,7 @@ backend in one call, with metadata of their own. Everything else is the stock ba
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.execution import Execution
-from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.gate import DenseReason, Gate
-from token_sparse_attention.inputs import AuxRequest
 from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import (
     engine_settings,
     layer_shapes,
     longest_prefill,
     most_decode_tokens,
+    selects_tokens,
     step_obstacle,
     tensor_parallel_group,
     usable_layers,
@@ -36,12 +35,13 @@ from token_sparse_attention.integrations.vllm.plan import (
     Split,
     StockPart,
     list_prefills,
-    workspace_bytes,
+)
+from token_sparse_attention.integrations.vllm.probes import (
+    Slots,
+    leaves_probes,
 )
 from token_sparse_attention.integrations.vllm.warm_up import Layer, check_layer, warm_up
-from token_sparse_attention.methods import LayerShape, method_of
 
-_LENGTHS = AuxRequest(selection=True, indices=False)
 _LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
 
 
@@ -55,12 +55,14 @@ class Step:
         read_cache: returns a request's keys and values ``[1, H_kv, kv_len, D]``, given the
             cache, its blocks and its length.
         counts: whether this process counts.
+        slots: where the requests' tokens lie in the cache.
     """
 
     splits: dict[str, Split]
     execution: Execution
     read_cache: ReadCache
     counts: bool
+    slots: Slots = field(default_factory=Slots)
 
 
 class SparsePrefillBuilder:
@@ -110,7 +112,8 @@ class SparsePrefillBuilder:
         for obstacle in dict.fromkeys(obstacles.values()):
             names = [name for name, text in obstacles.items() if text == obstacle]
             _LOG.warning("Token sparse attention: %s stay dense: %s", ", ".join(names), obstacle)
-        if self._configs and vllm_config.scheduler_config.enable_chunked_prefill:
+        chunked = vllm_config.scheduler_config.enable_chunked_prefill
+        if chunked and selects_tokens(self._configs.values()):
             _LOG.warning(
                 "Token sparse attention: chunked prefill is on, and each chunk of a prompt "
                 "selects for itself; with --no-enable-chunked-prefill a reply does not depend "
@@ -192,12 +195,19 @@ class SparsePrefillBuilder:
             for declined, reason in zip(reasons_of, reasons):
                 if reason is not None:
                     declined.append(reason)
-            split_of[config] = None
+            leaving: list[Prefill] = []
+            if obstacle is None and self._read_cache is not None:
+                leaving = [
+                    prefill
+                    for prefill, reason in zip(prefills, reasons)
+                    if reason is not None and leaves_probes(config, prefill)
+                ]
+            split_of[config] = Split(config, [], None, leaving) if leaving else None
             if chosen:
                 requests = tuple(prefill.request for prefill in chosen)
                 if requests not in stock_parts:
                     stock_parts[requests] = self._stock_part(common, requests)
-                split_of[config] = Split(config, chosen, stock_parts[requests])
+                split_of[config] = Split(config, chosen, stock_parts[requests], leaving)
         if self._counts_prefills:
             for declined in reasons_of:
                 everywhere = len(declined) == len(split_of)
@@ -248,157 +258,6 @@ class SparsePrefillBuilder:
         return StockPart(tokens, super().build(0, part, True))  # type: ignore[misc]
 
 
-class SparsePrefillImpl:
-    """Mixin before a stock attention implementation.
-
-    Attributes:
-        obstacle: why this layer can never run sparse, None if it can.
-        workspace: bytes that a sparse prefill allocates at most; 0 if the plugin is off.
-    """
-
-    obstacle: str | None
-    workspace: int
-    scale: float
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        **others: Any,
-    ) -> None:
-        from vllm.config import get_current_vllm_config
-        from vllm.platforms import current_platform
-        from vllm.utils.torch_utils import is_quantized_kv_cache
-
-        vllm_config = get_current_vllm_config()
-        self.workspace = 0
-        settings = engine_settings(vllm_config)  # raises early what could never run
-        if settings is not None:
-            model = vllm_config.model_config
-            longest = longest_prefill(vllm_config)
-            itemsize = model.dtype.itemsize
-            shape = LayerShape(
-                num_heads, num_kv_heads, head_size, itemsize, longest.query_len, longest.kv_len
-            )
-            # Which layer this is cannot be known here.
-            configs = settings.layer_configs(model.get_total_num_hidden_layers()).values()
-            device = torch.device(current_platform.device_type)
-            needed = [0]
-            for config in configs:
-                gate = method_of(config).gate(device, num_heads, head_size)
-                if longest.dense_reason(gate) is None:
-                    needed.append(workspace_bytes(config, shape))
-            self.workspace = max(needed)
-        super().__init__(
-            num_heads,  # type: ignore[call-arg]
-            head_size,
-            scale,
-            num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            kv_cache_dtype,
-            logits_soft_cap,
-            attn_type,
-            kv_sharing_target_layer_name,
-            **others,
-        )
-        sinks = others.pop("sinks", None)
-        unknown = [name for name, value in others.items() if value not in (None, False)]
-        obstacles = {
-            str(DenseReason.NOT_CAUSAL): attn_type != "decoder",
-            str(DenseReason.SLIDING_WINDOW): sliding_window is not None,
-            str(DenseReason.SOFT_CAP): bool(logits_soft_cap),
-            str(DenseReason.ATTENTION_SINKS): sinks is not None,
-            str(DenseReason.ALIBI): alibi_slopes is not None,
-            str(DenseReason.SHARED_CACHE): kv_sharing_target_layer_name is not None,
-            str(DenseReason.QUANTISED_CACHE): is_quantized_kv_cache(kv_cache_dtype),
-            f"{DenseReason.UNKNOWN_ARGUMENT}: {', '.join(unknown)}": bool(unknown),
-        }
-        self.obstacle = next((text for text, stands in obstacles.items() if stands), None)
-        if self.obstacle is not None:
-            self.workspace = 0
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; arguments as in vLLM. The step's keys and values are in the cache already."""
-        stock = super().forward  # type: ignore[misc]
-        step: Step | None = getattr(attn_metadata, "token_sparse", None)
-        split = None if step is None else step.splits.get(layer.layer_name)
-        if step is None or split is None:
-            if attn_metadata is None and self.workspace and query.is_cuda:
-                # vLLM measures in such a run how much memory is left for the cache.
-                torch.empty(self.workspace, dtype=torch.uint8, device=query.device)
-            result: Tensor = stock(
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                output,
-                output_scale,
-                output_block_scale,
-            )
-            return result
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("token sparse attention does not quantise its output")
-        for prefill in split.prefills:
-            part = slice(prefill.start, prefill.stop)
-            if prefill.whole:
-                keys, values = _as_batch(key[part]), _as_batch(value[part])
-            else:
-                table = attn_metadata.block_table[prefill.request]
-                keys, values = step.read_cache(kv_cache, table, prefill.kv_len)
-            self._attend(step, split.config, query[part], keys, values, output[part])
-        if split.stock is not None:
-            tokens, metadata = split.stock
-            out = torch.empty_like(output[: len(tokens)])
-            stock(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, out)
-            output[tokens] = out
-        return output
-
-    def _attend(
-        self,
-        step: Step,
-        config: SparseConfig,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        output: Tensor,
-    ) -> None:
-        """Attend one request's queries ``[T, H, D]``, into `output`."""
-        attended, selection, _ = token_sparse_attention(
-            _as_batch(query),
-            keys,
-            values,
-            config,
-            scale=self.scale,
-            execution=step.execution,
-            return_aux=_LENGTHS,
-        )
-        output.copy_(attended[0].transpose(0, 1))
-        if step.counts and selection is not None:
-            COUNTERS.add_layer(selection)
-
-
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
     """Copy without waiting for the device."""
     if device.type != "cuda":
@@ -408,8 +267,3 @@ def _to_device(host: Tensor, device: torch.device) -> Tensor:
 
 def _no_reader(*_: object) -> tuple[Tensor, Tensor]:
     raise RuntimeError(str(DenseReason.CACHE_LAYOUT))
-
-
-def _as_batch(tokens: Tensor) -> Tensor:
-    """View ``[T, H, D]`` as ``[1, H, T, D]``."""
-    return tokens.transpose(0, 1)[None]

@@ -13,10 +13,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from token_sparse_attention.integrations.vllm.backend import (
-    SparsePrefillBuilder,
-    SparsePrefillImpl,
-)
+from token_sparse_attention.integrations.vllm.attention import SparsePrefillImpl
+from token_sparse_attention.integrations.vllm.backend import SparsePrefillBuilder
 from token_sparse_attention.integrations.vllm.paged import ReadCache, measure_order, read_cpu
 
 

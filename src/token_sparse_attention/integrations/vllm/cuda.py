@@ -9,10 +9,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from token_sparse_attention.integrations.vllm.backend import (
-    SparsePrefillBuilder,
-    SparsePrefillImpl,
-)
+from token_sparse_attention.integrations.vllm.attention import SparsePrefillImpl
+from token_sparse_attention.integrations.vllm.backend import SparsePrefillBuilder
 from token_sparse_attention.integrations.vllm.paged import ReadCache, read_gpu
 
 
@@ -21,7 +19,7 @@ class FlashTokenSparseBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        """Say no: a chunk selects for itself, and other requests decide how prompts are cut."""
+        """Say no: other requests decide how a prompt is cut, and so which queries are dense."""
         return False
 
     @staticmethod

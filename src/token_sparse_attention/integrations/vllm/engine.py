@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.gate import DenseReason
 from token_sparse_attention.inputs import check_dense_heads
 from token_sparse_attention.integrations.vllm.plan import Prefill
@@ -35,28 +36,34 @@ def engine_settings(vllm_config: Any) -> Settings | None:
                 f"additional_config[{KEY!r}] with a 'profile' or a 'config'"
             )
         return None
-    if vllm_config.cache_config.enable_prefix_caching and settings.prefix_caching == "refuse":
+    configs = settings.layer_configs(vllm_config.model_config.get_total_num_hidden_layers())
+    refuses = settings.prefix_caching == "refuse" and selects_tokens(configs.values())
+    if vllm_config.cache_config.enable_prefix_caching and refuses:
         raise ValueError(
-            "token sparse attention does not start while prefix caching is on, because a "
-            "cached prefix holds what an earlier prompt's selection made of it; start vLLM "
+            "token selection does not start while prefix caching is on, because a cached "
+            "prefix holds what an earlier prompt's selection made of it; start vLLM "
             "with --no-enable-prefix-caching (enable_prefix_caching=False), or set "
             f"additional_config[{KEY!r}]['prefix_caching'] to 'allow'"
         )
     transfer = getattr(vllm_config, "kv_transfer_config", None)
-    if transfer is not None and settings.prefix_caching == "refuse":
+    if transfer is not None and refuses:
         raise ValueError(
-            "token sparse attention does not start with a kv_transfer_config, got "
+            "token selection does not start with a kv_transfer_config, got "
             f"{getattr(transfer, 'kv_connector', None)!r}: a connector can give a request the "
             "prefix that another one computed; start without it, or set "
             f"additional_config[{KEY!r}]['prefix_caching'] to 'allow'"
         )
-    settings.layer_configs(vllm_config.model_config.get_total_num_hidden_layers())
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size > 1:
             raise ValueError(f"token sparse attention needs {name} 1, got {size}")
     return settings
+
+
+def selects_tokens(configs: Iterable[SparseConfig]) -> bool:
+    """Return whether a prompt's last queries may decide what its other tokens hold."""
+    return any(not isinstance(config, KVSamplingConfig) for config in configs)
 
 
 def is_draft(vllm_config: Any) -> bool:

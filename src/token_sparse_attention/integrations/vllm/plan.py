@@ -60,13 +60,15 @@ class Split(NamedTuple):
 
     Attributes:
         config: the layer's settings.
-        prefills: the requests that run sparse; at least one.
-        stock: the other requests, None if there are none.
+        prefills: the requests that run sparse.
+        stock: the other requests, None if there are none; without sparse ones not used.
+        leaving: requests that run dense, and leave probes for later chunks.
     """
 
     config: SparseConfig
     prefills: list[Prefill]
     stock: StockPart | None
+    leaving: list[Prefill]
 
 
 def workspace_bytes(config: SparseConfig, shape: LayerShape) -> int:

@@ -24,7 +24,7 @@ from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.gate import Gate
 from token_sparse_attention.impls import resolve_impl
-from token_sparse_attention.inputs import AuxRequest
+from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
 from token_sparse_attention.integrations.vllm.paged import ReadCache
 from token_sparse_attention.integrations.vllm.plan import Prefill
 from token_sparse_attention.integrations.vllm.settings import Settings
@@ -150,8 +150,22 @@ def run_layer(
             cache, table = _paged(layer, kv_len + more, block_size, device)
             key, value = read_cache(cache, table, kv_len + more)
             part = query[:, :, -(query_len + more) :]
-            selections.append(_attend(layer, settings, part, key, value))
+            past = past_probes(layer, kv_len - query_len, device)
+            selections.append(_attend(layer, settings, part, key, value, past))
     return selections
+
+
+def past_probes(layer: Layer, first_query: int, device: torch.device) -> PastProbes | None:
+    """Return what earlier chunks leave for one that begins at a position."""
+    config = layer.config
+    if not isinstance(config, KVSamplingConfig):
+        return None
+    number, stride = 2 * config.num_probes, config.block_size // config.num_probes
+    last = first_query // stride - 1
+    entry = torch.arange(number, device=device)
+    position = (last - (last - entry) % number + 1) * stride - 1
+    shape = (1, layer.num_heads, number, layer.head_dim)
+    return PastProbes(torch.ones(shape, dtype=layer.dtype, device=device), position[None])
 
 
 def _eager(config: SparseConfig) -> SparseConfig:
@@ -179,7 +193,8 @@ def lengths(layer: Layer, device: torch.device) -> tuple[int, int]:
     if isinstance(config, TokenSelectionConfig):
         past += config.pool_size
     if isinstance(config, KVSamplingConfig):
-        past = max(past, config.sink_size + 4 * config.num_samples)
+        most = config.num_samples * (4 if config.budget == "per_head" else 1)  # of a head
+        past = max(past, config.sink_size + most)
     return -(-query_len // 16) * 16, -(-(query_len + past + 64) // 16) * 16
 
 
@@ -208,13 +223,25 @@ def _paged(
 
 
 def _attend(
-    layer: Layer, settings: Settings, query: Tensor, key: Tensor, value: Tensor
+    layer: Layer,
+    settings: Settings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: PastProbes | None = None,
 ) -> TokenSelection:
     """Call the operator as a layer does, but for the other ranks."""
     execution = Execution(settings.impl, settings.attention_backend)
     aux = AuxRequest(selection=True, indices=False)
     _, selection, _ = token_sparse_attention(
-        query, key, value, layer.config, scale=layer.scale, execution=execution, return_aux=aux
+        query,
+        key,
+        value,
+        layer.config,
+        scale=layer.scale,
+        execution=execution,
+        chunk=Chunk(past),
+        return_aux=aux,
     )
     assert selection is not None
     return selection

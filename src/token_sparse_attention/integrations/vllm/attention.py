@@ -1,0 +1,219 @@
+"""The attention of a layer with sparse prefills: a mixin over vLLM's stock implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.functional import token_sparse_attention
+from token_sparse_attention.gate import DenseReason
+from token_sparse_attention.inputs import AuxRequest, Chunk
+from token_sparse_attention.integrations.past_probes import PagedProbes
+from token_sparse_attention.integrations.vllm.backend import Step
+from token_sparse_attention.integrations.vllm.counters import COUNTERS
+from token_sparse_attention.integrations.vllm.engine import engine_settings, longest_prefill
+from token_sparse_attention.integrations.vllm.plan import Prefill, workspace_bytes
+from token_sparse_attention.integrations.vllm.probes import Pages, RequestProbes, probe_share
+from token_sparse_attention.methods import LayerShape, method_of
+
+_LENGTHS = AuxRequest(selection=True, indices=False)
+
+
+class SparsePrefillImpl:
+    """Mixin before a stock attention implementation.
+
+    Attributes:
+        obstacle: why this layer can never run sparse, None if it can.
+        workspace: bytes that a sparse prefill allocates at most; 0 if the plugin is off.
+    """
+
+    obstacle: str | None
+    workspace: int
+    scale: float
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        from vllm.config import get_current_vllm_config
+        from vllm.platforms import current_platform
+        from vllm.utils.torch_utils import is_quantized_kv_cache
+
+        vllm_config = get_current_vllm_config()
+        self.workspace = 0
+        self._pages = Pages()
+        settings = engine_settings(vllm_config)  # raises early what could never run
+        if settings is not None:
+            model = vllm_config.model_config
+            longest = longest_prefill(vllm_config)
+            itemsize = model.dtype.itemsize
+            shape = LayerShape(
+                num_heads, num_kv_heads, head_size, itemsize, longest.query_len, longest.kv_len
+            )
+            # Which layer this is cannot be known here.
+            num_layers = model.get_total_num_hidden_layers()
+            configs = settings.layer_configs(num_layers).values()
+            device = torch.device(current_platform.device_type)
+            needed, share = [0], 0.0
+            for config in configs:
+                gate = method_of(config).gate(device, num_heads, head_size)
+                if longest.dense_reason(gate) is None:
+                    needed.append(workspace_bytes(config, shape))
+                    share += probe_share(config, shape) / num_layers
+            self.workspace = max(needed) + _probe_bytes(share, vllm_config, device)
+        super().__init__(
+            num_heads,  # type: ignore[call-arg]
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **others,
+        )
+        sinks = others.pop("sinks", None)
+        unknown = [name for name, value in others.items() if value not in (None, False)]
+        obstacles = {
+            str(DenseReason.NOT_CAUSAL): attn_type != "decoder",
+            str(DenseReason.SLIDING_WINDOW): sliding_window is not None,
+            str(DenseReason.SOFT_CAP): bool(logits_soft_cap),
+            str(DenseReason.ATTENTION_SINKS): sinks is not None,
+            str(DenseReason.ALIBI): alibi_slopes is not None,
+            str(DenseReason.SHARED_CACHE): kv_sharing_target_layer_name is not None,
+            str(DenseReason.QUANTISED_CACHE): is_quantized_kv_cache(kv_cache_dtype),
+            f"{DenseReason.UNKNOWN_ARGUMENT}: {', '.join(unknown)}": bool(unknown),
+        }
+        self.obstacle = next((text for text, stands in obstacles.items() if stands), None)
+        if self.obstacle is not None:
+            self.workspace = 0
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; arguments as in vLLM. The step's keys and values are in the cache already."""
+        stock = super().forward  # type: ignore[misc]
+        step: Step | None = getattr(attn_metadata, "token_sparse", None)
+        split = None if step is None else step.splits.get(layer.layer_name)
+        if step is not None and split is not None:
+            for prefill in split.leaving:
+                part = slice(prefill.start, prefill.stop)
+                probes = self._probes(step, split.config, prefill, kv_cache, attn_metadata)
+                if probes is not None:
+                    probes.keep(_as_batch(query[part]), _as_batch(key[part]))
+        if step is None or split is None or not split.prefills:
+            if attn_metadata is None and self.workspace and query.is_cuda:
+                # vLLM measures in such a run how much memory is left for the cache.
+                torch.empty(self.workspace, dtype=torch.uint8, device=query.device)
+            result: Tensor = stock(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+            return result
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("token sparse attention does not quantise its output")
+        for prefill in split.prefills:
+            part = slice(prefill.start, prefill.stop)
+            if prefill.whole:
+                keys, values = _as_batch(key[part]), _as_batch(value[part])
+            else:
+                table = attn_metadata.block_table[prefill.request]
+                keys, values = step.read_cache(kv_cache, table, prefill.kv_len)
+            probes = self._probes(step, split.config, prefill, kv_cache, attn_metadata)
+            self._attend(step, split.config, (query[part], keys, values), output[part], probes)
+            if probes is not None:
+                probes.keep(_as_batch(query[part]), _as_batch(key[part]))
+        if split.stock is not None:
+            tokens, metadata = split.stock
+            out = torch.empty_like(output[: len(tokens)])
+            stock(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, out)
+            output[tokens] = out
+        return output
+
+    def _probes(
+        self,
+        step: Step,
+        config: SparseConfig,
+        prefill: Prefill,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+    ) -> RequestProbes | None:
+        """Return where a request's probes are kept, None if the layer's method has none."""
+        if not isinstance(config, KVSamplingConfig):
+            return None
+        self._pages = self._pages.fit(kv_cache)
+        slots = step.slots.of(prefill, attn_metadata.block_table, self._pages.block_size)
+        return RequestProbes(PagedProbes(self._pages, 0, config, slots), prefill)
+
+    def _attend(
+        self,
+        step: Step,
+        config: SparseConfig,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        probes: RequestProbes | None,
+    ) -> None:
+        """Attend one request's queries ``[T, H, D]``, into `output`."""
+        query, keys, values = tensors
+        query = _as_batch(query)
+        chunk = Chunk()
+        if probes is not None:
+            chunk = Chunk(probes.recall(query, keys))
+        attended, selection, _ = token_sparse_attention(
+            query,
+            keys,
+            values,
+            config,
+            scale=self.scale,
+            execution=step.execution,
+            chunk=chunk,
+            return_aux=_LENGTHS,
+        )
+        output.copy_(attended[0].transpose(0, 1))
+        if step.counts and selection is not None:
+            COUNTERS.add_layer(selection)
+
+
+def _probe_bytes(share: float, vllm_config: Any, device: torch.device) -> int:
+    """Return what all layers' probes take at most, a share of the paged cache that fits beside."""
+    if device.type != "cuda" or not share:
+        return 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    usable = total * vllm_config.cache_config.gpu_memory_utilization
+    return int(usable * share / (1 + share))
+
+
+def _as_batch(tokens: Tensor) -> Tensor:
+    """View ``[T, H, D]`` as ``[1, H, T, D]``."""
+    return tokens.transpose(0, 1)[None]

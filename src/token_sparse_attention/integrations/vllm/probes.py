@@ -1,0 +1,104 @@
+"""Probe queries of earlier chunks, kept with the places of their keys in vLLM's paged cache.
+
+So a chunk samples as the whole prompt would, and so does a prompt whose prefix another one left
+in the cache, or that was preempted. A place that no longer holds the key that its probe came with
+has no probe: see `past_probes`. Decode steps leave none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.inputs import PastProbes
+from token_sparse_attention.integrations.attention_mask import MaskLayout
+from token_sparse_attention.integrations.past_probes import PagedProbes
+from token_sparse_attention.integrations.vllm.plan import Prefill
+from token_sparse_attention.methods import LayerShape
+
+
+@dataclass
+class Pages:
+    """One layer's paged cache, as `PagedProbes` wants it; the probes are an attribute of it.
+
+    Attributes:
+        block_size: tokens of a block.
+        cache_shape: how many tokens the cache holds.
+    """
+
+    block_size: int = 0
+    cache_shape: tuple[int] = (0,)
+
+    def fit(self, kv_cache: Tensor) -> Pages:
+        """Return the pages of a cache ``[blocks, H_kv, block, 2 D]``, new ones if it is new."""
+        blocks, block_size = kv_cache.shape[0], kv_cache.shape[2]
+        same = (self.block_size, self.cache_shape) == (block_size, (blocks * block_size,))
+        return self if same else Pages(block_size, (blocks * block_size,))
+
+
+@dataclass
+class Slots:
+    """Where each token of a step's requests lies in the cache: once per step, not per layer."""
+
+    _known: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def of(self, prefill: Prefill, block_table: Tensor, block_size: int) -> Tensor:
+        """Return the slots of a request's tokens so far, ``[kv_len]`` int64.
+
+        Args:
+            prefill: of the request.
+            block_table: ``[requests, n]``, each request's blocks in order.
+            block_size: tokens of a block.
+        """
+        key = (prefill.request, block_size)
+        if key not in self._known:
+            position = torch.arange(prefill.kv_len, device=block_table.device)
+            blocks = block_table[prefill.request].long()[position // block_size]
+            self._known[key] = blocks * block_size + position % block_size
+        return self._known[key]
+
+
+class RequestProbes(NamedTuple):
+    """Where one layer keeps the probes of one request.
+
+    Attributes:
+        kept: the places.
+        prefill: of the request.
+    """
+
+    kept: PagedProbes
+    prefill: Prefill
+
+    def recall(self, query: Tensor, keys: Tensor) -> PastProbes | None:
+        """Return what earlier chunks left; arguments as the operator takes them."""
+        return self.kept.recall(query, keys, MaskLayout(self.prefill.kv_len, None))
+
+    def keep(self, query: Tensor, own_keys: Tensor) -> None:
+        """Keep the request's own probes.
+
+        Args:
+            query: ``[1, H, S_q, D]``.
+            own_keys: ``[1, H_kv, S_q, D]``.
+        """
+        self.kept.keep_own(query, own_keys, self.prefill.kv_len - self.prefill.query_len)
+
+
+def leaves_probes(config: SparseConfig, prefill: Prefill) -> bool:
+    """Return whether a request has queries in a step that are probes for later ones."""
+    if not isinstance(config, KVSamplingConfig):
+        return False
+    stride = config.block_size // config.num_probes
+    return prefill.kv_len // stride > (prefill.kv_len - prefill.query_len) // stride
+
+
+def probe_share(config: SparseConfig, shape: LayerShape) -> float:
+    """Return how much memory a layer's probes take, as a share of its paged cache."""
+    if not isinstance(config, KVSamplingConfig):
+        return 0.0
+    stride = config.block_size // config.num_probes
+    numbers = (shape.num_heads + 1) * shape.head_dim * shape.itemsize + 8
+    return numbers / stride / (2 * shape.num_kv_heads * shape.head_dim * shape.itemsize)
