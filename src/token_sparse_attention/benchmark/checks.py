@@ -221,7 +221,8 @@ def _sampled(inputs: Inputs, config: KVSamplingConfig) -> list[tuple[Blocks, Sam
     method = method_of(config)
     plan = method.prepare(problem, method.gate(query.device, query.shape[1], query.shape[3]))
     assert isinstance(plan, Plan)
-    return [*sample_parts(problem, *plan.keys, config)]
+    blocks, probes = plan.keys
+    return [*sample_parts(problem, blocks, probes, config)]
 
 
 def block_counts(
