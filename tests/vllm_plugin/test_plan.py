@@ -153,7 +153,7 @@ def test_the_memory_set_aside_holds_what_sampling_keys_takes(changes):
     sampled = sample(problem, blocks, probes, config)
     held = sum(tensor.nbytes for tensor in (scores, *sampled, probes.query))
     shape = LayerShape(heads, 1, 1, itemsize=1, query_len=kv_len, kv_len=kv_len)
-    assert held <= method.workspace(shape) <= 5 * held
+    assert held <= method.workspace(shape) <= 6 * held
     assert workspace_bytes(config, shape) > method.workspace(shape)
     assert workspace_bytes(CONFIG, shape) > 2**29
 

@@ -10,8 +10,9 @@ from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from vllm_plugin.engines import SAMPLING, additional_config, gained, prompt_ids, sampling
 
 pytestmark = pytest.mark.vllm
-# In nats. Rounding differs between a chunk and a whole prompt, and with it a sampled key or two.
-CLOSE = 0.01
+CLOSE = 0.001  # in nats
+# In few layers: else a rounding error that changes one sample changes everything after it.
+CONFIG = dataclasses.replace(SAMPLING, sparse_layers=(2, 5, 8))
 PROMPT = prompt_ids(1500, 3)
 SHARED = 1000  # tokens of the prompt that others begin with
 
@@ -24,7 +25,7 @@ def others(seeds):
 @pytest.fixture
 def start(engines):
     def get(dense_queries=0, **changes):
-        config = dataclasses.replace(SAMPLING, dense_queries=dense_queries)
+        config = dataclasses.replace(CONFIG, dense_queries=dense_queries)
         given = additional_config(config=config.to_dict())
         return engines(enable_prefix_caching=True, additional_config=given, **changes)
 
@@ -58,11 +59,11 @@ def test_chunks_and_warm_prefixes_say_what_a_cold_prompt_says(engines, start):
     cold, gain = logprobs(start(), PROMPT)
     assert gain["prefills_sparse"] == 1
     dense, _ = logprobs(engines(additional_config={}, attention_backend=None), PROMPT)
-    assert distance(cold, dense) > 5 * CLOSE, "else it says nothing"
+    assert distance(cold, dense) > 0.1, "else it says nothing"
     (other,) = others([21])
     warm, gain = logprobs(start(), PROMPT, before=[other])
     assert gain["prefills_sparse"] == 1
-    assert gain["layer_calls_sparse"] == len(SAMPLING.sparse_layers)
+    assert gain["layer_calls_sparse"] == len(CONFIG.sparse_layers)
     assert distance(warm, cold) < CLOSE
     for chunk in (512, 300):
         cut, gain = logprobs(start(max_num_batched_tokens=chunk), PROMPT)
