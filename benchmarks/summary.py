@@ -14,8 +14,11 @@ from benchmarks.operator.sampling_tables import by_shape, eager_speed_up, graph_
 from benchmarks.pooling import load_folder, pooled
 from benchmarks.serving import page as serving
 from token_sparse_attention.benchmark.runs import Run, milliseconds, tokens
+from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.summary import Row, summarise
+from token_sparse_attention.fidelity.record import FidelityResults, load_results
+from token_sparse_attention.fidelity.summary import summarise as fidelity_rows
 
 ROOT = RESULTS.parents[1]
 LENGTH = 131072
@@ -25,6 +28,8 @@ SELECTION = ("op-h200-current", "op-h200-long", "op-h200")
 """Runs of token selection, the newest first."""
 PREFILL = "prefill-h100-32-heads"
 KEPT = 0.5
+ANSWERS = "answers-31k-h200.jsonl"
+"""Prompts of 31K tokens, by `tsa fidelity`."""
 
 
 def pages() -> list[Page]:
@@ -38,6 +43,7 @@ def pages() -> list[Page]:
     sampled = [run for run in runs.values() if run.name.startswith("sampling-")]
     tables = {
         "layer": one_layer(sampled),
+        "divergence": divergence(load_results(RESULTS / "fidelity" / ANSWERS)),
         "selection-answers": by_length(replies),
         "selection": selection([runs[name] for name in SELECTION]),
         "prefill": prefill(runs[PREFILL]),
@@ -46,6 +52,24 @@ def pages() -> list[Page]:
         "files": files(replies, [*sampled, *named]),
     }
     return [Page(ROOT / "docs" / "results.md", tables)]
+
+
+def divergence(results: FidelityResults) -> str:
+    """Return how far predictions diverge from dense on a released model, by kind of prompt."""
+    lines = [
+        ["prompts", "samples per head", "KL per token", "95% interval", "same top token",
+         "work", "first token, dense", "count"],
+    ]  # fmt: skip
+    for row in fidelity_rows(results):
+        low, high = row.divergence_interval or (float("nan"), float("nan"))
+        config = results.header.configurations[row.configuration]
+        samples = getattr(config, "num_samples", KVSamplingConfig().num_samples)
+        lines.append(
+            [row.shape or "all", f"{samples:,}", f"{row.divergence:.4f}",
+             f"{low:.4f} to {high:.4f}", f"{row.agreement:.1%}", f"{row.work:.3f}",
+             f"{row.seconds:.3f} s, {row.dense_seconds:.3f} s", f"{row.prompts}"]
+        )  # fmt: skip
+    return markdown_table(lines)
 
 
 def one_layer(runs: Sequence[Run]) -> str:

@@ -86,16 +86,6 @@ def test_from_where_on_queries_attend_sparsely_is_the_codes(device, heads):
         assert f"fewer than `dense_queries` + {more} " in " ".join(read(page).split())
 
 
-def test_how_many_samples_a_block_has_is_the_codes():
-    config = KVSamplingConfig(num_samples=4096)
-    assert config.samples_of(16 * 2000) == 2000
-    assert config.fewest_samples == 4096 // 4
-    for page in (CHOOSING, DOCS / "how-it-works.md", ROOT / "DESIGN.md"):
-        text = " ".join(read(page).split())
-        assert "samples one in 16 of its candidates" in text
-        assert re.search("a quarter of `num_samples` and (at most )?all of it", text)
-
-
 def test_the_quick_starts_sizes_are_the_defaults():
     config, text = KVSamplingConfig(), " ".join(read(DOCS / "quick-start.md").split())
     assert f"sees the last {config.sliding_window:,} keys" in text

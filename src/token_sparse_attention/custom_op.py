@@ -17,6 +17,7 @@ from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes, unit_st
 from token_sparse_attention.prefill import prefill
 from token_sparse_attention.results import SparseOutput, TokenSelection
 
+_BETWEEN = " ## "  # of one line, which generated code quotes as it stands
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -37,12 +38,12 @@ def _prefill(
 ) -> _Outputs:
     """Run the operator; returns output, lse, indices, lengths, reasons and ran_sparse.
 
-    What was not asked for is empty. `settings` are the lines of `Execution.text` and of
-    `SparseConfig.text`, and `aux` has a last letter for `Chunk.ends_prompt`.
+    What was not asked for is empty. `settings` are `Execution.text` and `SparseConfig.text`, and
+    `aux` has a last letter for `Chunk.ends_prompt`.
     """
     *letters, ends_prompt = (letter == "1" for letter in aux)
     wanted = AuxRequest(*letters)
-    execution, config = settings.split("\n", 1)
+    execution, config = settings.split(_BETWEEN, 1)
     past = PastProbes(*past_probes) if past_probes else None
     output, selection, lse = prefill(
         (query, key, value),
@@ -108,7 +109,7 @@ def call_operator(
         *tensors,
         padding_mask,
         [] if chunk.past_probes is None else [*chunk.past_probes],
-        f"{execution}\n{config}",
+        f"{execution}{_BETWEEN}{config}",
         scale,
         aux_text(aux, chunk),
     )
