@@ -14,7 +14,6 @@ from benchmarks.operator.sampling_tables import by_shape, eager_speed_up, graph_
 from benchmarks.pooling import load_folder, pooled
 from benchmarks.serving import page as serving
 from token_sparse_attention.benchmark.runs import Run, milliseconds, tokens
-from token_sparse_attention.config import KVSamplingConfig
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.summary import Row, summarise
 from token_sparse_attention.fidelity.record import FidelityResults, load_results
@@ -62,8 +61,9 @@ def divergence(results: FidelityResults) -> str:
     ]  # fmt: skip
     for row in fidelity_rows(results):
         low, high = row.divergence_interval or (float("nan"), float("nan"))
-        config = results.header.configurations[row.configuration]
-        samples = getattr(config, "num_samples", KVSamplingConfig().num_samples)
+        settings = results.header.configurations[row.configuration]
+        assert isinstance(settings, dict)
+        samples = settings["num_samples"]
         lines.append(
             [row.shape or "all", f"{samples:,}", f"{row.divergence:.4f}",
              f"{low:.4f} to {high:.4f}", f"{row.agreement:.1%}", f"{row.work:.3f}",
