@@ -233,7 +233,7 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(config, query_len):
             problem.value[row : row + 1, :, first : last + 1],
         )
         expected = token_sparse_attention(*alone, config)[0]
-        torch.testing.assert_close(out[row, :, begin:end], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out[row, :, begin:end], expected, rtol=1e-5, atol=1e-5)
         padded = out[row].clone()
         padded[:, begin:end] = 0
         assert not padded.any(), "padded query rows are zero"

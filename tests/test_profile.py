@@ -41,7 +41,7 @@ def test_profile_json_round_trip(base, layers):
 def test_overrides_are_of_the_bases_method():
     profile = LayerProfile(layers={0: {}, 1: {"num_samples": 5}, 3: {"dense_heads": [1]}})
     found = profile.layer_configs(4)
-    assert [found[layer].num_samples for layer in (0, 1, 3)] == [4096, 5, 4096]
+    assert [found[layer].num_samples for layer in (0, 1, 3)] == [2048, 5, 2048]
     assert found[3].dense_heads == (1,)
     with pytest.raises(ValueError, match="'drop_mass', which the method kv_sampling does not"):
         LayerProfile(layers={1: {"drop_mass": 0.1}})
@@ -137,7 +137,7 @@ def test_the_crossover_is_taken_from_layers_too():
         )
         configs = without_crossover(profile).layer_configs(3)
         assert {config.crossover for config in configs.values()} == {"off"}
-        assert [configs[layer].num_samples for layer in range(3)] == [4096, 5, 4096]
+        assert [configs[layer].num_samples for layer in range(3)] == [2048, 5, 2048]
         assert profile.layer_configs(3)[1].crossover == "auto", "the given profile is not changed"
 
 
@@ -156,7 +156,7 @@ OLD_DEFAULTS = {
     "fallback_window": 2048,
     "fallback_sinks": 4,
     "fallback_landmarks": 0,
-    "fallback_samples": 4096,
+    "fallback_samples": 2048,
     "crossover": "auto",
     "sparse_layers": None,
 }

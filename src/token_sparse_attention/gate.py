@@ -134,12 +134,13 @@ class Gate(NamedTuple):
     def _rules(
         self, query_len: Length, kv_len: Length
     ) -> Iterator[tuple[DenseReason, bool | Tensor]]:
+        if self.sparse_from:  # a short prompt is that first, and only then a short call
+            yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context
+            yield DenseReason.CROSSOVER_LENGTH, kv_len <= self.sparse_from
         yield DenseReason.SHORT_CHUNK, query_len < self.min_queries
         yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context
         if self.always is not None:
             yield self.always, True
-        if self.sparse_from > self.max_dense_context:
-            yield DenseReason.CROSSOVER_LENGTH, kv_len <= self.sparse_from
         if self.break_even.min_length > 0:
             length = effective_length(query_len, kv_len)
             yield DenseReason.CROSSOVER_LENGTH, length < self.break_even.min_length

@@ -17,7 +17,7 @@ from token_sparse_attention.attention.names import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.attention.sdpa import SDPABackend
-from token_sparse_attention.inputs import AuxRequest, Problem, real_tokens
+from token_sparse_attention.inputs import AuxRequest, Chunk, Problem, real_tokens
 from token_sparse_attention.reference import masked_attention
 from token_sparse_attention.results import Attended, PackedSequences
 
@@ -36,7 +36,7 @@ def problem_of(tensors, mask=None):
     """The operator's problem, as backends are given it."""
     query, key, _ = tensors
     tokens = real_tokens(mask, len(query), key.shape[2], query.device)
-    return Problem(*tensors, tokens, SCALE, "reference", None, None, AuxRequest())
+    return Problem(*tensors, tokens, SCALE, "reference", None, None, AuxRequest(), Chunk())
 
 
 def expected(problem, window=None):

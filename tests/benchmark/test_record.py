@@ -37,7 +37,7 @@ def test_a_run_without_records_is_a_file_too():
         (lambda content: content["records"][2].update(kind="felt"), "one of graph, events"),
         (
             lambda content: content["records"][2].update(suite="x"),
-            "one of op, prefill, block, far; got 'x'",
+            "one of op, prefill, block, sampling; got 'x'",
         ),
         (lambda content: content["records"][2].update(seq_len=1.5), "seq_len must be int, got 1"),
         (lambda content: content["records"][2].update(seq_len=True), "must be int, got True"),

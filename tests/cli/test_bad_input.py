@@ -372,7 +372,7 @@ def test_errors_in_an_encoding_without_some_characters():
 def test_names_that_look_like_markup(monkeypatch):
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True)
-    monkeypatch.setattr("token_sparse_attention.cli.command.Console", lambda **_: terminal)
+    monkeypatch.setattr("rich.console.Console", lambda **_: terminal)
     with working("loading [/b]") as status:
         status.update("reading [/i]")
     assert "reading [/i]" in shown.getvalue()

@@ -426,7 +426,7 @@ def test_bad_input_exits_2_and_names_it(folder, capsys, tmp_path, change, messag
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "BROKEN").write_text("{")
     (tmp_path / "UNKNOWN").write_text('{"num_sample": 1}')
-    (tmp_path / "LAYERS").write_text('{"sparse_layers": [5], "sliding_window": 8, "sink_size": 0}')
+    (tmp_path / "LAYERS").write_text('{"sparse_layers": [5], "sink_size": 0}')
     (tmp_path / "OLD").write_text('{"window_size": 8}')
     pickled = tmp_path / "PICKLE"
     make_model().save_pretrained(pickled)

@@ -103,10 +103,10 @@ def test_what_is_kept_are_sinks_and_sampled_keys():
         model(ids, attention_mask=mask)
     for record in report:
         kept, dense = record.kept
-        assert all(12 <= count <= 13 for count in kept), "2 sinks, one in 16 of 190 keys"
+        assert all(20 <= count <= 26 for count in kept), "2 sinks, 24 samples"
         assert dense == [16] * 4, "too short, so it ran dense"
         assert record.kept_share == pytest.approx((sum(kept) / 200 + 4) / 8)
-    assert "13; context too short" in str(report)
+    assert "; context too short" in str(report)
     with apply(model, dataclasses.replace(SAMPLING, num_samples=0)) as report:
         model(ids[:1])
     assert [record.kept for record in report] == [[[2] * 4]] * LAYERS
@@ -152,7 +152,7 @@ def test_heads_may_sample_different_numbers():
     assert any(len(set(record.kept[0])) > 1 for record in report)
     for record in report:
         (far,) = record.kept
-        assert sum(far) / len(far) == pytest.approx(26, abs=1), "2 sinks, 24 samples in the mean"
+        assert 75 <= sum(far) / len(far) <= 99, "2 sinks, 96 samples in the mean at most"
 
 
 def test_layers_may_sample_different_numbers():

@@ -24,7 +24,7 @@ from token_sparse_attention.integrations import lm_eval as integration  # noqa: 
 from token_sparse_attention.integrations.lm_eval import SparseHFLM  # noqa: E402
 
 BLOCKS = {"block_size": 16, "num_probes": 8, "sliding_window": 16, "crossover": "off"}
-WINDOWS = KVSamplingConfig(**BLOCKS, sink_size=0, num_samples=4, dense_queries=0)
+WINDOWS = KVSamplingConfig(**BLOCKS, sink_size=0, num_samples=1, dense_queries=0)
 ALL = {"method": "kv_sampling", **BLOCKS, "num_samples": 4096}
 REPLIES = """
 task: replies
@@ -114,7 +114,7 @@ def test_settings_that_do_not_answer_as_apply_does(model, tasks, dense):
 def test_prompts_that_all_run_dense_are_an_error_that_says_why(model, tasks):
     lm = loaded(SparseHFLM, model)  # windows of 2,048 tokens
     for name in ("replies", "choices"):
-        with pytest.raises(JobFailedError, match=r"no layer ran sparse .*: too few queries"):
+        with pytest.raises(JobFailedError, match=r"no layer ran sparse .*: context too short"):
             evaluated(lm, tasks, [name])
 
 
@@ -180,7 +180,7 @@ def test_the_command_is_lm_evals(model, tasks):
 @pytest.mark.parametrize(
     ("config", "code", "said"),
     [
-        ("default", 1, "tsa: no layer ran sparse in any prompt: too few queries"),
+        ("default", 1, "tsa: no layer ran sparse in any prompt: context too short"),
         ("publishd", 2, "tsa: --config publishd cannot be used"),
     ],
 )

@@ -205,7 +205,7 @@ def test_capture_says_when_nothing_ran_sparse(model_folder, prompt, tmp_path, ca
     assert run("capture", model_folder, "--prompt-file", prompt, "--out", out, "--json") == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["sparse_layers"] == []
-    assert "no layer ran sparse: too few queries" in shown.err
+    assert "no layer ran sparse: context too short" in shown.err
 
 
 def test_bad_input_is_named(model_folder, prompt, tmp_path):

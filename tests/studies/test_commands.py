@@ -22,7 +22,7 @@ def test_help_has_an_example(name, capsys):
         module.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    called = f"python -m benchmarks.{name}"
+    called = f"python -m benchmarks.{name.removesuffix('.__main__')}"
     assert f"usage: {called}" in printed
     assert printed.count(called) >= 2, "an example"
 
