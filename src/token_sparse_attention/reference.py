@@ -188,7 +188,7 @@ def sample_block(scores: Tensor, budget: float) -> Tensor:
     for _ in range(FACTOR_STEPS):  # what certain keys leave over goes to the others
         certain = shares * factor >= 1
         left = (1 - shares[certain].sum()).clamp(min=1e-12)
-        factor = max(factor, float((budget - certain.sum()) / left))
+        factor = max(factor, float((budget - int(certain.sum())) / left))
     probabilities = (shares * factor).tolist()
     sampled = torch.zeros(number, dtype=torch.float64)
     cumulated = passed = 0
