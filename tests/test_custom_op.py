@@ -10,7 +10,7 @@ import torch
 
 from support import SAMPLING, SMALL, make_problem
 from token_sparse_attention import AuxRequest, Execution, token_sparse_attention
-from token_sparse_attention.custom_op import aux_text
+from token_sparse_attention.custom_op import aux_text, settings_text
 from token_sparse_attention.inputs import Chunk
 
 WANTS = [
@@ -34,10 +34,17 @@ def test_opcheck(wants, padded, config):
     problem = make_problem(batch=2, query_len=90, kv_len=120)
     mask = torch.ones(2, 120, dtype=torch.bool)
     mask[1, :20] = False
-    settings = f"{Execution().text}\n{config.text}"
+    settings = settings_text(Execution().text, config.text)
     aux = aux_text(wants, Chunk())
     arguments = (*problem, mask if padded else None, [], settings, 0.3, aux)
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["auto", "flexprefill"])
+def test_settings_travel_as_one_line(backend):
+    """Generated code holds them between quotes."""
+    text = settings_text(Execution("auto", backend).text, HEADS.text)
+    assert text.isprintable()
 
 
 @CONFIGS

@@ -17,8 +17,16 @@ from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes, unit_st
 from token_sparse_attention.prefill import prefill
 from token_sparse_attention.results import SparseOutput, TokenSelection
 
-_BETWEEN = " ## "  # of one line, which generated code quotes as it stands
+_BETWEEN = " ## "
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def settings_text(execution: str, config: str) -> str:
+    """Return `Execution.text` and `SparseConfig.text` as the string in which they travel.
+
+    It is one line: a compiler writes it into its code as it stands.
+    """
+    return f"{execution}{_BETWEEN}{config}"
 
 
 def aux_text(aux: AuxRequest, chunk: Chunk) -> str:
@@ -38,8 +46,7 @@ def _prefill(
 ) -> _Outputs:
     """Run the operator; returns output, lse, indices, lengths, reasons and ran_sparse.
 
-    What was not asked for is empty. `settings` are `Execution.text` and `SparseConfig.text`, and
-    `aux` has a last letter for `Chunk.ends_prompt`.
+    What was not asked for is empty. See `settings_text` and `aux_text`.
     """
     *letters, ends_prompt = (letter == "1" for letter in aux)
     wanted = AuxRequest(*letters)
@@ -109,7 +116,7 @@ def call_operator(
         *tensors,
         padding_mask,
         [] if chunk.past_probes is None else [*chunk.past_probes],
-        f"{execution}{_BETWEEN}{config}",
+        settings_text(execution, config),
         scale,
         aux_text(aux, chunk),
     )

@@ -26,7 +26,7 @@ from token_sparse_attention import (
 )
 from token_sparse_attention.attention.flash import fa4_installed
 from token_sparse_attention.attention.resolve import resolve_backend
-from token_sparse_attention.custom_op import aux_text
+from token_sparse_attention.custom_op import aux_text, settings_text
 from token_sparse_attention.inputs import Chunk
 
 DEVICE = "cuda"
@@ -259,7 +259,7 @@ def test_more_than_two_to_the_31_elements():
 @EACH_METHOD
 def test_opcheck(config, wants):
     problem = half_problem(query_len=200)
-    settings = f"{on('flash').text}\n{config.text}"
+    settings = settings_text(on("flash").text, config.text)
     arguments = (*problem, None, [], settings, 0.125, aux_text(wants, Chunk()))
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 

@@ -19,7 +19,7 @@ from block_checks import (
 )
 from support import Problem, causal_attention, make_problem, relative_error
 from token_sparse_attention import DenseReason, KVSamplingConfig, token_sparse_attention
-from token_sparse_attention.custom_op import aux_text
+from token_sparse_attention.custom_op import aux_text, settings_text
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.gate import reason_of
 from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
@@ -241,7 +241,7 @@ def test_a_chunk_is_traced_into_one_graph(ends_prompt, padded):
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_opcheck_of_a_chunk(ends_prompt, impl):
     problem, past = a_chunk()
-    settings = f"{Execution(impl).text}\n{SMALL.text}"
+    settings = settings_text(Execution(impl).text, SMALL.text)
     aux = aux_text(AuxRequest(True, True, True), Chunk(None, ends_prompt))
     arguments = (*problem, None, list(past), settings, 0.25, aux)
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)

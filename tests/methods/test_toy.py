@@ -26,6 +26,7 @@ from token_sparse_attention import (
     token_sparse_attention,
 )
 from token_sparse_attention.config import config_from_dict
+from token_sparse_attention.custom_op import settings_text
 from token_sparse_attention.gate import reason_of
 from token_sparse_attention.methods import method_of
 from token_sparse_attention.profile import layer_configs
@@ -90,7 +91,7 @@ def test_it_is_compiled_into_one_graph(backend):
 
 def test_its_operator_keeps_what_compilers_assume():
     problem = make_problem(batch=2, query_len=90, kv_len=120)
-    settings = f"{Execution().text}\n{CONFIG.text}"
+    settings = settings_text(Execution().text, CONFIG.text)
     arguments = (*problem, None, [], settings, 0.25, "1111")
     torch.library.opcheck(torch.ops.token_sparse_attention.prefill.default, arguments)
 
