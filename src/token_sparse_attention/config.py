@@ -176,6 +176,11 @@ class KVSamplingConfig(SparseConfig, method="kv_sampling"):
         check_choice("budget", self.budget, ("shared", "per_head"))
         super().__post_init__()
 
+    @property
+    def probe_stride(self) -> int:
+        """The distance between two probes: probe t stands at ``(t + 1) * probe_stride - 1``."""
+        return self.block_size // self.num_probes
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelectionConfig(SparseConfig, method="token_selection"):

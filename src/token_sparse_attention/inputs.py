@@ -324,6 +324,12 @@ class Problem(NamedTuple):
         """The slot of the first query."""
         return self.key.shape[2] - self.query.shape[2]
 
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Return each sequence's real queries and keys, at least 1, ``[B]`` int32 each."""
+        start, end = self.tokens.bounds.unbind(-1)
+        queries = (end - start.clamp(min=self.first_query)).clamp(min=0)
+        return queries, (end - start).clamp(min=1)
+
     def of_heads(self, heads: slice, kv_heads: slice) -> Problem:
         """Return the problem of some query heads and the KV heads that they share."""
         query, key, value = self.query[:, heads], self.key[:, kv_heads], self.value[:, kv_heads]

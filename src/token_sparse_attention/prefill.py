@@ -142,10 +142,9 @@ def _attend_dense_prefix(problem: Problem, backend: Backend, plan: Plan, into: A
     if plan.begins is None:
         backend.dense.attend_all(problem, into)
         return
-    start, end = problem.tokens.bounds.unbind(-1)
-    ends = plan.begins.minimum(end)
-    if plan.ran_sparse is not None:
-        ends = torch.where(plan.ran_sparse, ends, start)
+    assert plan.ran_sparse is not None, "what begins where differs"
+    start = problem.tokens.bounds[:, 0]
+    ends = torch.where(plan.ran_sparse, plan.begins, start)
     backend.dense.attend_sequences(problem, start, into, ends=ends)
 
 
@@ -227,9 +226,7 @@ def _with_reasons(selection: TokenSelection, problem: Problem, gate: Gate) -> To
     if not problem.aux.indices:
         selection = selection.without_indices()
     if problem.tokens.padded:
-        start, end = problem.tokens.bounds.unbind(-1)
-        queries = (end - start.clamp(min=problem.first_query)).clamp(min=0)
-        codes = gate.codes(queries, (end - start).clamp(min=1))
+        codes = gate.codes(*problem.lengths())
         if selection.reasons is not None:
             codes = torch.where(codes > 0, codes, selection.reasons)
     elif selection.reasons is not None:

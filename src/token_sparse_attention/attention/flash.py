@@ -58,11 +58,7 @@ class FlashBackend(Backend):
         self, tensors: Tensors, scale: float, window: int | None, want_lse: bool
     ) -> Attended:
         query, key, value = (x.transpose(1, 2) for x in tensors)
-        if window is not None and window >= key.shape[1]:
-            window = None
-        out, lse = _attend_whole(
-            (query, key, value), self.name, scale, window, None, want_lse=want_lse
-        )
+        out, lse = _attend_whole(query, key, value, self.name, scale, window, None, want_lse)
         return Attended(out.transpose(1, 2), lse if want_lse else None)
 
     def attend_packed(
@@ -121,7 +117,7 @@ class FlashBackend(Backend):
     ) -> Tensor:
         """See `Backend.attend_windows`; the kernel's own log-sum-exp where that will do."""
         if begins is None:
-            lse = self._attend_whole(problem, into, window, want_lse=True)
+            lse = self._attend_into(problem, into, window, want_lse=True)
             assert lse is not None
             return lse if into.lse is None else into.lse.copy_(lse)
         if into.lse is not None:
@@ -133,21 +129,19 @@ class FlashBackend(Backend):
 
     def attend_all(self, problem: Problem, into: Attended) -> None:
         """See `Backend.attend_all`."""
-        lse = self._attend_whole(problem, into, None, want_lse=into.lse is not None)
+        lse = self._attend_into(problem, into, None, want_lse=into.lse is not None)
         if into.lse is not None and lse is not None:
             into.lse.copy_(lse)
 
-    def _attend_whole(
+    def _attend_into(
         self, problem: Problem, into: Attended, window: int | None, *, want_lse: bool
     ) -> Tensor | None:
         """Attend sequences without padding, in place; returns the log-sum-exp."""
         tensors = (problem.query, problem.key, problem.value)
         query, key, value, out = (x.transpose(1, 2) for x in (*tensors, into.out))
-        if window is not None and window >= key.shape[1]:
-            window = None
         written = out if self.name == "fa4" else None
         result, lse = _attend_whole(
-            (query, key, value), self.name, problem.scale, window, written, want_lse=want_lse
+            query, key, value, self.name, problem.scale, window, written, want_lse
         )
         if written is None:
             out.copy_(result)
@@ -216,25 +210,20 @@ class FlashBackend(Backend):
 _SPLITTING = FlashBackend("flash", "it splits the keys of few queries")
 
 
+@on_its_device
 def _attend_whole(
-    tensors: Tensors,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     name: str,
     scale: float,
     window: int | None,
     out: Tensor | None,
-    *,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention of ``[B, S, heads, D]`` in a window; flash-attn-4 writes into `out`."""
-    return _whole(*tensors, (name, scale, window, out, want_lse))
-
-
-@on_its_device
-def _whole(
-    query: Tensor, key: Tensor, value: Tensor,
-    settings: tuple[str, float, int | None, Tensor | None, bool],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    name, scale, window, out, want_lse = settings
+    if window is not None and window >= key.shape[1]:
+        window = None
     if name == "fa4":
         left = None if window is None else window - 1
         given = {"causal": True, "window_size_left": left, "return_lse": want_lse, "out": out}

@@ -10,10 +10,10 @@ the probe was left. A cache that was cropped, reordered, selected from, reset or
 may hold other tokens there, whose probes are then not known; the operator runs such a block
 dense. The check stays on the device.
 
-The probes take ``2 * num_probes * D * (H + 1)`` numbers per layer and sequence: 0.5 MB in 16 bits
-for 32 heads of size 128 and 32 probes. A paged cache has room for those of all its slots, which
-is ``H / H_kv * num_probes / block_size / 2`` of its size: 3% with heads in groups of 4 and
-the default settings.
+The probes take ``2 * num_probes * D * (H + 1)`` numbers per layer and sequence: 0.27 MB in 16
+bits for 32 heads of size 128 and 16 probes. A paged cache has room for those of all its slots,
+which is ``H / H_kv * num_probes / block_size / 2`` of its size: 1.6% with heads in groups of 4
+and the default settings.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Probes(ABC):
         self._store = store
         self._layer = layer
         self._number = 2 * config.num_probes  # R
-        self._stride = config.block_size // config.num_probes
+        self._stride = config.probe_stride
 
     @abstractmethod
     def recall(self, query: Tensor, key: Tensor, layout: MaskLayout) -> PastProbes | None:

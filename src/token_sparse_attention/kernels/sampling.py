@@ -68,11 +68,11 @@ def sample_blocks(
 
 @triton.jit
 def _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK: tl.constexpr):
-    """A tile's positions, which of them may be sampled, and their shares, float64."""
+    """Which keys of a tile may be sampled, and their shares, float64."""
     o_key = begin + tl.arange(0, BLOCK)
     real = o_key < reach
     b_score = tl.load(p_scores + o_key, mask=real, other=0.0)
-    return o_key, real, b_score.to(tl.float64) * by_score + uniform
+    return real, b_score.to(tl.float64) * by_score + uniform
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _find_factor(p_scores, low, reach, by_score, uniform, best, budget, BLOCK: t
         b_certain = tl.zeros([BLOCK], tl.int32)
         b_best = tl.zeros([BLOCK], tl.float64)
         for begin in range(low, reach, BLOCK):
-            _, real, b_share = _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK)
+            real, b_share = _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK)
             inside = real & (b_share * factor >= 1.0)
             b_mass += tl.where(inside, b_share, 0.0)
             b_certain += inside.to(tl.int32)

@@ -60,20 +60,25 @@ def blocks_of(config: KVSamplingConfig, problem: Problem, sparse_from: int) -> B
 def _first_scored(first_query: int, config: KVSamplingConfig) -> int:
     """Return the first block that the call's own queries score, without earlier ones."""
     block, offset = divmod(first_query, config.block_size)
-    stride = config.block_size // config.num_probes
-    own = config.num_probes - offset // stride  # probes of that block in the call
+    own = config.num_probes - offset // config.probe_stride  # probes of that block in the call
     return block + (1 if 2 * own >= config.num_probes else 2)
+
+
+def probe_positions(blocks: Blocks, device: torch.device) -> Tensor:
+    """Return where the blocks' probes stand, ``[count * W]`` int64, block after block."""
+    probe = torch.arange(1, blocks.num_blocks * blocks.num_probes + 1, device=device)
+    return (blocks.first - 1) * blocks.size + blocks.stride * probe - 1
 
 
 def find_probes(problem: Problem, blocks: Blocks) -> Probes:
     """Return the probes of the blocks, from the call and from what earlier calls left."""
     stride, number = blocks.stride, blocks.num_blocks * blocks.num_probes
-    first = (blocks.first - 1) * blocks.size + stride - 1  # the first probe's position
+    first = (blocks.first - 1) * blocks.size + stride - 1  # the first one's position
     query, tokens, past = problem.query, problem.tokens, problem.chunk.past_probes
     if not tokens.padded and first >= problem.first_query:
         begin = first - problem.first_query
         return Probes(query[:, :, begin : begin + (number - 1) * stride + 1 : stride], None)
-    position = first + stride * torch.arange(number, device=query.device)
+    position = probe_positions(blocks, query.device)
     start = tokens.bounds[:, :1].long()
     index = start + position - problem.first_query
     inside = (index >= 0) & (index < query.shape[2]) & (start + position < tokens.bounds[:, 1:])

@@ -37,6 +37,7 @@ from token_sparse_attention.methods.probes import (
     blocks_of,
     find_probes,
     first_sparse_slots,
+    probe_positions,
 )
 from token_sparse_attention.results import Attended, TokenSelection, dense_selection
 from token_sparse_attention.tensor_parallel import gather_heads, own_heads
@@ -78,7 +79,7 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         begins = first_sparse_slots(problem, blocks, probes)
         ran_sparse = begins < end
         if problem.tokens.padded:
-            ran_sparse &= _passes(gate, problem)
+            ran_sparse &= gate.codes(*problem.lengths()) == 0
         return Plan(ran_sparse, (blocks, probes), begin, torch.where(ran_sparse, begins, end))
 
     def attend(
@@ -169,13 +170,6 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         return selection._replace(indices=indices)
 
 
-def _passes(gate: Gate, problem: Problem) -> Tensor:
-    """Which sequences ``[B]`` of a padded batch pass the gate."""
-    start, end = problem.tokens.bounds.unbind(-1)
-    queries = (end - start.clamp(min=problem.first_query)).clamp(min=0)
-    return gate.codes(queries, (end - start).clamp(min=1)) == 0
-
-
 def parts_of(blocks: Blocks, problem: Problem) -> list[tuple[int, Blocks]]:
     """Return runs of blocks whose scores fit in memory, with the index of each one's first."""
     return _parts(blocks, problem.num_heads * len(problem.query), _SCORES)
@@ -253,16 +247,13 @@ def score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
             *probes, problem.key, problem.tokens.bounds, blocks, problem.scale
         )
         return scored
-    num_probes, stride = blocks.num_probes, blocks.stride
+    positions = probe_positions(blocks, probes.query.device)
     precision = torch.promote_types(problem.query.dtype, torch.float32)
     scores = probes.query.new_zeros(*probes.query.shape[:2], blocks.num_scores, dtype=precision)
     for number, index, reach in _each(problem, blocks):
         span = problem.tokens.host_spans()[number]
-        some = slice(index * num_probes, (index + 1) * num_probes)
-        position = (blocks.first + index) * blocks.size - stride * torch.arange(
-            num_probes - 1, -1, -1, device=scores.device
-        )
-        query, position = probes.query[number, :, some], position - 1
+        some = slice(index * blocks.num_probes, (index + 1) * blocks.num_probes)
+        query, position = probes.query[number, :, some], positions[some]
         if probes.valid is not None:
             query = query[:, probes.valid[number, some]]
             position = position[probes.valid[number, some]]
@@ -271,7 +262,7 @@ def score_blocks(problem: Problem, blocks: Blocks, probes: Probes) -> Tensor:
         begin = blocks.offset(index)
         key = problem.key[number, :, span.start : span.end]
         scores[number, :, begin : begin + reach] = reference.block_scores(
-            query, position, key, reach, num_probes, problem.scale
+            query, position, key, reach, blocks.num_probes, problem.scale
         )
     return scores
 

@@ -187,9 +187,6 @@ class SparsePrefillImpl:
         """Attend one request's queries ``[T, H, D]``, into `output`."""
         query, keys, values = tensors
         query = _as_batch(query)
-        chunk = Chunk()
-        if probes is not None:
-            chunk = Chunk(probes.recall(query, keys))
         attended, selection, _ = token_sparse_attention(
             query,
             keys,
@@ -197,7 +194,7 @@ class SparsePrefillImpl:
             config,
             scale=self.scale,
             execution=step.execution,
-            chunk=chunk,
+            chunk=Chunk(None if probes is None else probes.recall(query, keys)),
             return_aux=_LENGTHS,
         )
         output.copy_(attended[0].transpose(0, 1))

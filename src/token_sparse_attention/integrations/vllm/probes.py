@@ -91,7 +91,7 @@ def leaves_probes(config: SparseConfig, prefill: Prefill) -> bool:
     """Return whether a request has queries in a step that are probes for later ones."""
     if not isinstance(config, KVSamplingConfig):
         return False
-    stride = config.block_size // config.num_probes
+    stride = config.probe_stride
     return prefill.kv_len // stride > (prefill.kv_len - prefill.query_len) // stride
 
 
@@ -99,6 +99,7 @@ def probe_share(config: SparseConfig, shape: LayerShape) -> float:
     """Return how much memory a layer's probes take, as a share of its paged cache."""
     if not isinstance(config, KVSamplingConfig):
         return 0.0
-    stride = config.block_size // config.num_probes
     numbers = (shape.num_heads + 1) * shape.head_dim * shape.itemsize + 8
-    return numbers / stride / (2 * shape.num_kv_heads * shape.head_dim * shape.itemsize)
+    return (
+        numbers / config.probe_stride / (2 * shape.num_kv_heads * shape.head_dim * shape.itemsize)
+    )

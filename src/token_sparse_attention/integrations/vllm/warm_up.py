@@ -160,7 +160,7 @@ def past_probes(layer: Layer, first_query: int, device: torch.device) -> PastPro
     config = layer.config
     if not isinstance(config, KVSamplingConfig):
         return None
-    number, stride = 2 * config.num_probes, config.block_size // config.num_probes
+    number, stride = 2 * config.num_probes, config.probe_stride
     last = first_query // stride - 1
     entry = torch.arange(number, device=device)
     position = (last - (last - entry) % number + 1) * stride - 1
