@@ -22,7 +22,9 @@ import token_sparse_attention as tsa
 
 assert importlib.util.find_spec("transformers") is None
 query = torch.randn(1, 4, 400, 32)
-config = tsa.KVSamplingConfig(num_probes=32, sliding_window=64, num_samples=100, crossover="off")
+config = tsa.KVSamplingConfig(
+    block_size=64, num_probes=32, sliding_window=64, num_samples=100, crossover="off"
+)
 aux = tsa.AuxRequest(selection=True)
 _, selection, _ = tsa.token_sparse_attention(query, query, query, config, return_aux=aux)
 assert selection.ran_sparse.all()
