@@ -30,6 +30,7 @@ _SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _NO_KERNEL = ("No available kernel", "No viable backend")  # in SDPA's error where none fits
 _MASKED_ROWS = 256  # queries per block where a mask has to be written out
 
@@ -41,8 +42,10 @@ class SDPABackend(Backend):
     def _attend(
         self, tensors: Tensors, scale: float, window: int | None, want_lse: bool
     ) -> Attended:
-        """The log-sum-exp is computed from the logits once more."""
+        """The log-sum-exp is computed from the logits once more, where the kernel keeps it."""
         query, key, value = tensors
+        if want_lse and self.name == "flash" and query.device.type == "cpu":
+            return _attend_on_cpu(query, key, value, scale, window)
         out = _causal(query, key, value, self.name, scale, window)
         return Attended(out, causal_lse(query, key, scale, window) if want_lse else None)
 
@@ -95,6 +98,55 @@ def _causal(
         bias = causal_lower_right(query_len, kv_len)
         return _sdpa(query, key, value, bias, False, scale, "flash")
     return _blockwise_attention(query, key, value, scale, name, kv_len)
+
+
+def attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> Attended:
+    """Attention with a bias on the logits, and its log-sum-exp.
+
+    Args:
+        query: ``[H, S_q, D]``.
+        key: ``[H, S_kv, D]``.
+        value: ``[H, S_kv, D]``.
+        bias: broadcasts to ``[H, S_q, S_kv]``, of `query`'s dtype, on the logits after `scale`.
+        scale: factor of the logits.
+
+    Returns:
+        A query whose bias is -inf everywhere gives anything. The log-sum-exp ``[H, S_q]`` is
+        float32, of float64 inputs float64.
+    """
+    if query.device.type == "cpu":
+        one = _masked_on_cpu((query[None], key[None], value[None]), bias[None], scale)
+        return Attended(*(x[0] for x in one))
+    logits = query @ key.transpose(1, 2) * scale + bias
+    lse = logits.logsumexp(-1)
+    return Attended((logits - lse[..., None]).exp() @ value, lse)
+
+
+def _attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> Attended:
+    """Causal attention and its log-sum-exp in one pass."""
+    query_len, kv_len = query.shape[2], key.shape[2]
+    if query_len == kv_len and (window is None or window >= kv_len):
+        return Attended(*_FLASH_ON_CPU(query, key, value, 0.0, True, scale=scale))
+    out = torch.empty_like(query)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=precision)
+    for queries, keys, band in _blocks(query_len, kv_len, window, query.device):
+        bias = query.new_zeros(()).where(band, -torch.inf)
+        tensors = (query[:, :, queries], key[:, :, keys], value[:, :, keys])
+        out[:, :, queries], lse[:, :, queries] = _masked_on_cpu(tensors, bias, scale)
+    return Attended(out, lse)
+
+
+def _masked_on_cpu(tensors: Tensors, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by the kernel that SDPA calls, which drops the second."""
+    both: tuple[Tensor, Tensor] = _FLASH_ON_CPU(
+        *tensors, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return both
 
 
 def causal_lse(query: Tensor, key: Tensor, scale: float, window: int | None) -> Tensor:

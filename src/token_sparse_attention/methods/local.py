@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from token_sparse_attention.attention.sdpa import attend_masked
 from token_sparse_attention.blocks import Blocks
 from token_sparse_attention.impls import load_kernels
 from token_sparse_attention.inputs import Problem
@@ -135,12 +136,14 @@ def _merge(
     out, lse = windowed
     assert lse is not None
     key, value, bias = gathered
+    hidden = int((slots <= reach).sum(-1).min())  # the first entry that some query does not see
     last = reach + torch.arange(query.shape[1], device=query.device)[:, None]
-    seen = slots[:, None] <= last
-    logits = query.to(key.dtype) @ key.transpose(1, 2) * scale + bias[:, None]
-    logits.masked_fill_(~seen, -torch.inf)
-    new = torch.logaddexp(lse, logits.logsumexp(-1))
-    mixed = out * (lse - new).exp()[..., None] + (logits - new[..., None]).exp() @ value
-    any_seen = seen.any(-1)
+    bias = bias[:, None].repeat(1, query.shape[1], 1)
+    bias[..., hidden:].masked_fill_(slots[:, None, hidden:] > last, -torch.inf)
+    own = attend_masked(query.to(key.dtype), key, value, bias, scale)
+    assert own.lse is not None
+    new = torch.logaddexp(lse, own.lse)
+    mixed = out * (lse - new).exp()[..., None] + own.out * (own.lse - new).exp()[..., None]
+    any_seen = slots[:, :1] <= last[:, 0]  # they ascend
     lse.copy_(torch.where(any_seen, new, lse))
     out.copy_(torch.where(any_seen[..., None], mixed.to(out.dtype), out))
