@@ -119,6 +119,22 @@ def test_positions_decide_where_keys_are_sampled():
         assert position >= SPARSE_FROM["cuda"]
 
 
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_queries_that_see_more_keys_begin_later(device):
+    """Sparse attention of as many keys as dense attention sees is never faster."""
+    config = KVSamplingConfig()
+    more = [
+        sparse_from_of(changed, device, num_heads=256)
+        for changed in (
+            config,
+            replace(config, num_samples=32768),
+            replace(config, sliding_window=32768),
+        )
+    ]
+    assert more[0] == SPARSE_FROM[device.type]
+    assert more[1] == more[2] == 2 * (32768 + 2048)
+
+
 def test_fewer_heads_need_longer_prompts():
     """While the host starts the sparse kernels, dense attention of few heads is done."""
     config = KVSamplingConfig(num_samples=1024)

@@ -19,15 +19,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 
 # Token selection must score a sequence before it knows whether it drops enough. Shorter ones
 # run dense unscored, because scoring alone would cost them over 2% of dense attention.
 MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
 # KV sampling decides by positions, so that a prompt's split into calls changes nothing. With 32
-# heads of 128, whole prompts of 16K tokens gained 16%; few heads' kernels end before the host has
-# started the next. The CPU's number is that of an earlier method and was not measured again.
-SPARSE_FROM = {"cuda": 16384, "cpu": 20480}
+# heads of 128 on a GPU, whole prompts of 16K tokens gained 16%; few heads' kernels end before the
+# host has started the next. On a CPU the default settings break even between 5K and 6K.
+SPARSE_FROM = {"cuda": 16384, "cpu": 8192}
+SPARSE_KEYS = 2  # times the keys that a sparse query sees: fewer are left to dense attention
 SAMPLED_HOST_WORK = {"cuda": 4.2e11, "cpu": 0.0}  # as `HOST_WORK`
 LEAST_CALL = 512  # queries of a call, its dense ones aside; fewer run dense
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
@@ -103,7 +104,7 @@ class SparseFrom(NamedTuple):
 
 
 def sparse_from(
-    config: SparseConfig, device: torch.device, num_heads: int, head_dim: int
+    config: KVSamplingConfig, device: torch.device, num_heads: int, head_dim: int
 ) -> SparseFrom:
     """Return from which position KV sampling is faster.
 
@@ -117,7 +118,9 @@ def sparse_from(
         return SparseFrom(0, 1)
     kind = kind_of(device)
     starting = math.sqrt(SAMPLED_HOST_WORK[kind] / (num_heads * head_dim))
-    return SparseFrom(max(SPARSE_FROM[kind], round(starting)), config.dense_queries + LEAST_CALL)
+    sparse_keys = config.sliding_window + config.num_samples
+    position = max(SPARSE_FROM[kind], SPARSE_KEYS * sparse_keys, round(starting))
+    return SparseFrom(position, config.dense_queries + LEAST_CALL)
 
 
 def break_even(

@@ -34,6 +34,7 @@ from token_sparse_attention import (
     select_tokens,
     token_sparse_attention,
 )
+from token_sparse_attention.blocks import UNIT_BITS
 from token_sparse_attention.impls import resolve_impl
 
 pytest.importorskip("triton")
@@ -56,6 +57,13 @@ SAMPLED.append(dataclasses.replace(SAMPLED[-1], dense_heads=(1,), budget="per_he
 
 def problem_here(**shape):
     return make_problem(device=DEVICE, **shape)
+
+
+def tolerances(config, kv_len):
+    """What rounding may change; of a sampled key's weight one unit, where its score does."""
+    least = getattr(config, "num_samples", 0) / (2 * kv_len)  # half of a probability is uniform
+    unit = 2.0**-UNIT_BITS / least if least else 0.0
+    return {"rtol": 1e-4, "atol": 1e-5 + unit}
 
 
 def padding(*runs, kv_len):
@@ -258,8 +266,8 @@ def test_operator(config, query_len, head_chunk):
         )
         same_selection(mine.selection, theirs.selection, 200)
         assert theirs.selection.ran_sparse[:2].all()
-        torch.testing.assert_close(mine.output, theirs.output, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mine.lse, theirs.lse, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.output, theirs.output, **tolerances(config, 200))
+        torch.testing.assert_close(mine.lse, theirs.lse, **tolerances(config, 200))
 
 
 @pytest.mark.parametrize("share_limit", [0.1, 0.6, 1.0])

@@ -143,9 +143,7 @@ def _attend_on_cpu(
 
 def _masked_on_cpu(tensors: Tensors, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by the kernel that SDPA calls, which drops the second."""
-    both: tuple[Tensor, Tensor] = _FLASH_ON_CPU(
-        *tensors, 0.0, False, attn_mask=bias, scale=scale
-    )
+    both: tuple[Tensor, Tensor] = _FLASH_ON_CPU(*tensors, 0.0, False, attn_mask=bias, scale=scale)
     return both
 
 
