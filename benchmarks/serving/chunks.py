@@ -154,7 +154,7 @@ def measure(
     """
     from transformers import AutoTokenizer
 
-    from token_sparse_attention.integrations.vllm.counters import COUNTERS
+    from token_sparse_attention.integrations.serving.counters import COUNTERS
 
     tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
     pairs = [make_questions(tokenizer, length, seed) for seed in range(count)]

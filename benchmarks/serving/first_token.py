@@ -258,7 +258,7 @@ def ask(engine: Any, ids: list[int], tokens: int = 1, **changes: Any) -> Any:
 
 def time_prompts(engine: Any, plan: Plan, setting: str, tokens: int) -> Row:
     """Time all prompts of one length."""
-    from token_sparse_attention.integrations.vllm.counters import COUNTERS
+    from token_sparse_attention.integrations.serving.counters import COUNTERS
 
     for seed in range(WARM_UPS):
         ask(engine, prompt(plan, tokens, 1000 + seed))

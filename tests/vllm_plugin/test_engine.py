@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig
 
+from token_sparse_attention.integrations.serving.counters import COUNTERS
 from token_sparse_attention.integrations.transformers import apply
 from token_sparse_attention.integrations.vllm.backend import SparsePrefillBuilder
-from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import engine_settings, most_decode_tokens
 from vllm_plugin.engines import (
     CONFIG,

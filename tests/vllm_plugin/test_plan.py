@@ -17,10 +17,14 @@ from token_sparse_attention import (
 )
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
 from token_sparse_attention.inputs import Chunk, Problem, real_tokens
-from token_sparse_attention.integrations.vllm.counters import Counters, describe
+from token_sparse_attention.integrations.serving.counters import Counters, describe
+from token_sparse_attention.integrations.serving.plan import (
+    Prefill,
+    list_prefills,
+    workspace_bytes,
+)
+from token_sparse_attention.integrations.serving.settings import Settings, read_settings
 from token_sparse_attention.integrations.vllm.engine import layer_number
-from token_sparse_attention.integrations.vllm.plan import Prefill, list_prefills, workspace_bytes
-from token_sparse_attention.integrations.vllm.settings import Settings, read_settings
 from token_sparse_attention.methods import LayerShape, method_of
 from token_sparse_attention.methods.sampling import sample, score_blocks
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from token_sparse_attention.integrations.vllm.counters import COUNTERS
+from token_sparse_attention.integrations.serving.counters import COUNTERS
 from vllm_plugin.engines import SAMPLING, additional_config, gained, prompt_ids, sampling
 
 pytestmark = pytest.mark.vllm

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import vllm_plugin.engines
-from token_sparse_attention.integrations.vllm.counters import COUNTERS, describe
+from token_sparse_attention.integrations.serving.counters import COUNTERS, describe
 from vllm_plugin.engines import additional_config, gained, generate, prompt_ids
 
 pytestmark = pytest.mark.vllm

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig
+from token_sparse_attention.integrations.serving.counters import COUNTERS
+from token_sparse_attention.integrations.serving.plan import Prefill
+from token_sparse_attention.integrations.serving.settings import Settings
 from token_sparse_attention.integrations.vllm import backend, warm_up
-from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.paged import measure_order, read_cpu, read_gpu
-from token_sparse_attention.integrations.vllm.plan import Prefill
-from token_sparse_attention.integrations.vllm.settings import Settings
 from token_sparse_attention.integrations.vllm.warm_up import Layer
 
 CPU = torch.device("cpu")

@@ -8,18 +8,14 @@ import torch
 from torch import Tensor
 
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
-from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.gate import DenseReason
-from token_sparse_attention.inputs import AuxRequest, Chunk
 from token_sparse_attention.integrations.past_probes import PagedProbes
+from token_sparse_attention.integrations.serving.attention import LayerAttention, as_batch
+from token_sparse_attention.integrations.serving.plan import Prefill, workspace_bytes
+from token_sparse_attention.integrations.serving.probes import Pages, RequestProbes, probe_share
 from token_sparse_attention.integrations.vllm.backend import Step
-from token_sparse_attention.integrations.vllm.counters import COUNTERS
 from token_sparse_attention.integrations.vllm.engine import engine_settings, longest_prefill
-from token_sparse_attention.integrations.vllm.plan import Prefill, workspace_bytes
-from token_sparse_attention.integrations.vllm.probes import Pages, RequestProbes, probe_share
 from token_sparse_attention.methods import LayerShape, method_of
-
-_LENGTHS = AuxRequest(selection=True, indices=False)
 
 
 class SparsePrefillImpl:
@@ -124,7 +120,7 @@ class SparsePrefillImpl:
                 part = slice(prefill.start, prefill.stop)
                 probes = self._probes(step, split.config, prefill, kv_cache, attn_metadata)
                 if probes is not None:
-                    probes.keep(_as_batch(query[part]), _as_batch(key[part]))
+                    probes.keep(as_batch(query[part]), as_batch(key[part]))
         if step is None or split is None or not split.prefills:
             if attn_metadata is None and self.workspace and query.is_cuda:
                 # vLLM measures in such a run how much memory is left for the cache.
@@ -146,14 +142,15 @@ class SparsePrefillImpl:
         for prefill in split.prefills:
             part = slice(prefill.start, prefill.stop)
             if prefill.whole:
-                keys, values = _as_batch(key[part]), _as_batch(value[part])
+                keys, values = as_batch(key[part]), as_batch(value[part])
             else:
                 table = attn_metadata.block_table[prefill.request]
                 keys, values = step.read_cache(kv_cache, table, prefill.kv_len)
             probes = self._probes(step, split.config, prefill, kv_cache, attn_metadata)
-            self._attend(step, split.config, (query[part], keys, values), output[part], probes)
+            how = LayerAttention(split.config, self.scale, step.execution, step.counts)
+            how.attend(query[part], keys, values, output[part], probes)
             if probes is not None:
-                probes.keep(_as_batch(query[part]), _as_batch(key[part]))
+                probes.keep(as_batch(query[part]), as_batch(key[part]))
         if split.stock is not None:
             tokens, metadata = split.stock
             out = torch.empty_like(output[: len(tokens)])
@@ -176,31 +173,6 @@ class SparsePrefillImpl:
         slots = step.slots.of(prefill, attn_metadata.block_table, self._pages.block_size)
         return RequestProbes(PagedProbes(self._pages, 0, config, slots), prefill)
 
-    def _attend(
-        self,
-        step: Step,
-        config: SparseConfig,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        output: Tensor,
-        probes: RequestProbes | None,
-    ) -> None:
-        """Attend one request's queries ``[T, H, D]``, into `output`."""
-        query, keys, values = tensors
-        query = _as_batch(query)
-        attended, selection, _ = token_sparse_attention(
-            query,
-            keys,
-            values,
-            config,
-            scale=self.scale,
-            execution=step.execution,
-            chunk=Chunk(None if probes is None else probes.recall(query, keys)),
-            return_aux=_LENGTHS,
-        )
-        output.copy_(attended[0].transpose(0, 1))
-        if step.counts and selection is not None:
-            COUNTERS.add_layer(selection)
-
 
 def _probe_bytes(share: float, vllm_config: Any, device: torch.device) -> int:
     """Return what all layers' probes take at most, a share of the paged cache that fits beside."""
@@ -209,8 +181,3 @@ def _probe_bytes(share: float, vllm_config: Any, device: torch.device) -> int:
     total = torch.cuda.get_device_properties(device).total_memory
     usable = total * vllm_config.cache_config.gpu_memory_utilization
     return int(usable * share / (1 + share))
-
-
-def _as_batch(tokens: Tensor) -> Tensor:
-    """View ``[T, H, D]`` as ``[1, H, T, D]``."""
-    return tokens.transpose(0, 1)[None]

@@ -18,7 +18,16 @@ from torch import Tensor
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.gate import DenseReason, Gate
-from token_sparse_attention.integrations.vllm.counters import COUNTERS
+from token_sparse_attention.integrations.serving.counters import COUNTERS
+from token_sparse_attention.integrations.serving.plan import (
+    Prefill,
+    Split,
+    StockPart,
+    choose,
+    list_prefills,
+    reason_everywhere,
+)
+from token_sparse_attention.integrations.serving.probes import Slots
 from token_sparse_attention.integrations.vllm.engine import (
     engine_settings,
     layer_shapes,
@@ -30,16 +39,6 @@ from token_sparse_attention.integrations.vllm.engine import (
     usable_layers,
 )
 from token_sparse_attention.integrations.vllm.paged import ReadCache
-from token_sparse_attention.integrations.vllm.plan import (
-    Prefill,
-    Split,
-    StockPart,
-    list_prefills,
-)
-from token_sparse_attention.integrations.vllm.probes import (
-    Slots,
-    leaves_probes,
-)
 from token_sparse_attention.integrations.vllm.warm_up import Layer, check_layer, warm_up
 
 _LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
@@ -182,36 +181,23 @@ class SparsePrefillBuilder:
             self._most_decode_tokens,
         )
         obstacle = step_obstacle(common)
+        obstacles = [obstacle or self._obstacle(prefill) for prefill in prefills]
         split_of: dict[SparseConfig, Split | None] = {}
         stock_parts: dict[tuple[int, ...], StockPart | None] = {}  # by the sparse requests
-        reasons_of: list[list[str]] = [[] for _ in prefills]  # by the configs that decline
+        choices = []
         for config in dict.fromkeys(self._configs.values()):
-            gate = self._gates[config]
-            reasons = [
-                obstacle or self._obstacle(prefill) or prefill.dense_reason(gate)
-                for prefill in prefills
-            ]
-            chosen = [prefill for prefill, reason in zip(prefills, reasons) if reason is None]
-            for declined, reason in zip(reasons_of, reasons):
-                if reason is not None:
-                    declined.append(reason)
-            leaving: list[Prefill] = []
-            if obstacle is None and self._read_cache is not None:
-                leaving = [
-                    prefill
-                    for prefill, reason in zip(prefills, reasons)
-                    if reason is not None and leaves_probes(config, prefill)
-                ]
+            choice = choose(prefills, obstacles, config, self._gates[config])
+            choices.append(choice)
+            leaving = choice.leaving if obstacle is None and self._read_cache is not None else []
             split_of[config] = Split(config, [], None, leaving) if leaving else None
-            if chosen:
-                requests = tuple(prefill.request for prefill in chosen)
+            if choice.sparse:
+                requests = tuple(prefill.request for prefill in choice.sparse)
                 if requests not in stock_parts:
                     stock_parts[requests] = self._stock_part(common, requests)
-                split_of[config] = Split(config, chosen, stock_parts[requests], leaving)
+                split_of[config] = Split(config, choice.sparse, stock_parts[requests], leaving)
         if self._counts_prefills:
-            for declined in reasons_of:
-                everywhere = len(declined) == len(split_of)
-                COUNTERS.add_prefill(max(declined, key=declined.count) if everywhere else None)
+            for number in range(len(prefills)):
+                COUNTERS.add_prefill(reason_everywhere(choices, number))
         splits = {name: split_of[config] for name, config in self._configs.items()}
         return {name: split for name, split in splits.items() if split is not None}
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.gate import DenseReason
 from token_sparse_attention.inputs import check_dense_heads
-from token_sparse_attention.integrations.vllm.plan import Prefill
-from token_sparse_attention.integrations.vllm.settings import KEY, Settings, read_settings
+from token_sparse_attention.integrations.serving.plan import Prefill
+from token_sparse_attention.integrations.serving.settings import KEY, Settings, read_settings
 from token_sparse_attention.integrations.vllm.warm_up import Layer
 from token_sparse_attention.tensor_parallel import local_heads
 

@@ -25,9 +25,9 @@ from token_sparse_attention.functional import token_sparse_attention
 from token_sparse_attention.gate import Gate
 from token_sparse_attention.impls import resolve_impl
 from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
+from token_sparse_attention.integrations.serving.plan import Prefill
+from token_sparse_attention.integrations.serving.settings import Settings
 from token_sparse_attention.integrations.vllm.paged import ReadCache
-from token_sparse_attention.integrations.vllm.plan import Prefill
-from token_sparse_attention.integrations.vllm.settings import Settings
 from token_sparse_attention.methods import method_of
 from token_sparse_attention.results import TokenSelection
 

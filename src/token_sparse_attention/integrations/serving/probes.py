@@ -1,4 +1,4 @@
-"""Probe queries of earlier chunks, kept with the places of their keys in vLLM's paged cache.
+"""Probe queries of earlier chunks, kept with the places of their keys in a paged cache.
 
 So a chunk samples as the whole prompt would, and so does a prompt whose prefix another one left
 in the cache, or that was preempted. A place that no longer holds the key that its probe came with
@@ -17,7 +17,7 @@ from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.inputs import PastProbes
 from token_sparse_attention.integrations.attention_mask import MaskLayout
 from token_sparse_attention.integrations.past_probes import PagedProbes
-from token_sparse_attention.integrations.vllm.plan import Prefill
+from token_sparse_attention.integrations.serving.plan import Prefill
 from token_sparse_attention.methods import LayerShape
 
 
@@ -85,14 +85,6 @@ class RequestProbes(NamedTuple):
             own_keys: ``[1, H_kv, S_q, D]``.
         """
         self.kept.keep_own(query, own_keys, self.prefill.kv_len - self.prefill.query_len)
-
-
-def leaves_probes(config: SparseConfig, prefill: Prefill) -> bool:
-    """Return whether a request has queries in a step that are probes for later ones."""
-    if not isinstance(config, KVSamplingConfig):
-        return False
-    stride = config.probe_stride
-    return prefill.kv_len // stride > (prefill.kv_len - prefill.query_len) // stride
 
 
 def probe_share(config: SparseConfig, shape: LayerShape) -> float:

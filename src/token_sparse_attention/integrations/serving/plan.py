@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from token_sparse_attention.config import SparseConfig
+from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.gate import Gate
 from token_sparse_attention.methods import LayerShape, method_of
 
@@ -112,3 +112,60 @@ def list_prefills(
         if stop - start > 1 and (prefilling or stop - start > most_decode_tokens):
             listed.append(Prefill(request, start, stop, kv_len))
     return listed
+
+
+class Choice(NamedTuple):
+    """Which requests of a step run sparse under a config.
+
+    Attributes:
+        sparse: those that do.
+        leaving: those that run dense, and leave probes for later chunks.
+        reasons: of every request, why it runs dense, None if it does not.
+    """
+
+    sparse: list[Prefill]
+    leaving: list[Prefill]
+    reasons: list[str | None]
+
+
+def choose(
+    prefills: Sequence[Prefill],
+    obstacles: Sequence[str | None],
+    config: SparseConfig,
+    gate: Gate,
+) -> Choice:
+    """Decide by lengths which requests run sparse.
+
+    Args:
+        prefills: of one step.
+        obstacles: why each cannot run sparse whatever its lengths, None if it can.
+        config: the settings of a layer.
+        gate: of the same.
+    """
+    reasons = [
+        obstacle or prefill.dense_reason(gate) for prefill, obstacle in zip(prefills, obstacles)
+    ]
+    sparse: list[Prefill] = []
+    dense: list[Prefill] = []
+    for prefill, reason in zip(prefills, reasons):
+        (sparse if reason is None else dense).append(prefill)
+    return Choice(sparse, [one for one in dense if leaves_probes(config, one)], reasons)
+
+
+def reason_everywhere(choices: Sequence[Choice], number: int) -> str | None:
+    """Return why a step's request runs dense under all configs, None if one runs it sparse.
+
+    Args:
+        choices: of the configs.
+        number: of the request, in the order of the reasons.
+    """
+    reasons = [choice.reasons[number] for choice in choices]
+    return None if None in reasons else max(reasons, key=reasons.count)
+
+
+def leaves_probes(config: SparseConfig, prefill: Prefill) -> bool:
+    """Return whether a request has queries in a step that are probes for later ones."""
+    if not isinstance(config, KVSamplingConfig):
+        return False
+    stride = config.probe_stride
+    return prefill.kv_len // stride > (prefill.kv_len - prefill.query_len) // stride

@@ -1,6 +1,6 @@
 """What ran sparse, what ran dense and why, and how many tokens were kept.
 
-Counts live in this process, go to vLLM's log, and to Prometheus where vLLM collects the
+Counts live in this process, go to the engine's log, and to Prometheus where it collects the
 metrics of several processes (`PROMETHEUS_MULTIPROC_DIR`).
 """
 

@@ -1,4 +1,4 @@
-"""What a user may set under ``additional_config``, read and checked."""
+"""What a user may set in an engine's options, read and checked."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ENTRIES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The plugin's settings, in ``additional_config["token_sparse_attention"]``.
+    """A plugin's settings, under ``"token_sparse_attention"`` in an option of the engine.
 
     Args:
         config: which layers run sparse, and how.
         impl: which code scores and chooses, see `Execution`.
         attention_backend: which kernel or pattern attends in sparse layers, see `Execution`.
-        prefix_caching: ``"refuse"`` does not start while vLLM's prefix caching is on, if a layer
-            selects tokens; ``"allow"`` starts, see docs/vllm.md for what that changes.
+        prefix_caching: ``"refuse"`` does not start while the engine's prefix caching is on, if a
+            layer selects tokens; ``"allow"`` starts, see docs/vllm.md for what that changes.
         log_interval: seconds between two lines of counters in the log, at least.
         warm_up: whether kernels are compiled while the engine starts, on a GPU.
 
@@ -84,13 +84,14 @@ class Settings:
         return layer_configs(self.config, num_layers)
 
 
-def read_settings(additional_config: Any) -> Settings | None:
-    """Return the settings in vLLM's ``additional_config``, None if it has none.
+def read_settings(option: Any, name: str = "additional_config") -> Settings | None:
+    """Return the settings in an option of an engine, None if it has none.
 
     Args:
-        additional_config: a mapping; the entry ``"token_sparse_attention"`` has either
-            ``"profile"``, the path of a config or profile in JSON, or ``"config"``, the
-            content of such a file; and the other fields of `Settings`.
+        option: a mapping; the entry ``"token_sparse_attention"`` has either ``"profile"``, the
+            path of a config or profile in JSON, or ``"config"``, the content of such a file;
+            and the other fields of `Settings`.
+        name: of the option, for errors.
 
     Raises:
         TypeError: if an entry has the wrong type.
@@ -103,16 +104,16 @@ def read_settings(additional_config: Any) -> Settings | None:
         >>> read_settings(given).config.num_samples
         1024
     """
-    if not isinstance(additional_config, Mapping) or KEY not in additional_config:
+    if not isinstance(option, Mapping) or KEY not in option:
         return None
-    given = additional_config[KEY]
+    given, entry = option[KEY], f"{name}[{KEY!r}]"
     if not isinstance(given, Mapping):
-        raise TypeError(f"additional_config[{KEY!r}] must be an object, got {given!r}")
-    check_keys(f"additional_config[{KEY!r}]", given, _ENTRIES)
+        raise TypeError(f"{entry} must be an object, got {given!r}")
+    check_keys(entry, given, _ENTRIES)
     if ("profile" in given) == ("config" in given):
         raise ValueError(
-            f"additional_config[{KEY!r}] must have one of 'profile', the path of a config or "
-            f"profile, and 'config', its content; got {', '.join(given) or 'nothing'}"
+            f"{entry} must have one of 'profile', the path of a config or profile, and "
+            f"'config', its content; got {', '.join(given) or 'nothing'}"
         )
     others = {name: given[name] for name in given if name not in ("profile", "config")}
     if "profile" in given:
