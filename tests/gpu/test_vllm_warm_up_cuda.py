@@ -15,10 +15,11 @@ from token_sparse_attention import (
     TokenSelectionConfig,
     token_sparse_attention,
 )
+from token_sparse_attention.integrations.serving.layer import Layer
 from token_sparse_attention.integrations.serving.plan import Prefill
 from token_sparse_attention.integrations.serving.settings import Settings
 from token_sparse_attention.integrations.vllm.paged import read_gpu
-from token_sparse_attention.integrations.vllm.warm_up import Layer, past_probes, warm_up
+from token_sparse_attention.integrations.vllm.warm_up import past_probes, warm_up
 
 DEVICE = torch.device("cuda", 0)
 BLOCK, LONG = 16, 70_001

@@ -12,11 +12,11 @@ import torch
 
 from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig
 from token_sparse_attention.integrations.serving.counters import COUNTERS
+from token_sparse_attention.integrations.serving.layer import Layer, check_layer
 from token_sparse_attention.integrations.serving.plan import Prefill
 from token_sparse_attention.integrations.serving.settings import Settings
 from token_sparse_attention.integrations.vllm import backend, warm_up
 from token_sparse_attention.integrations.vllm.paged import measure_order, read_cpu, read_gpu
-from token_sparse_attention.integrations.vllm.warm_up import Layer
 
 CPU = torch.device("cpu")
 BLOCK, DIM = 16, 32
@@ -145,9 +145,9 @@ def test_an_error_is_returned_and_the_next_layer_runs(calls):
     ],
 )
 def test_code_that_cannot_run_a_layer_is_refused(given, message):
-    warm_up.check_layer(layer(CONFIG), Settings(), CPU)
+    check_layer(layer(CONFIG), Settings(), CPU)
     with pytest.raises(ValueError, match=message):
-        warm_up.check_layer(layer(CONFIG, dtype=torch.float64), Settings(**given), CPU)
+        check_layer(layer(CONFIG, dtype=torch.float64), Settings(**given), CPU)
 
 
 BROKEN = dataclasses.replace(CONFIG, pool_size=9)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from logging import Logger
 from typing import Any
 
 import torch
@@ -148,6 +149,21 @@ def describe(counts: dict[str, Any]) -> str:
         f"{counts['layer_calls_sparse']} of {calls} calls of sparse layers ran sparse, "
         f"{share:.1%} of tokens kept"
     )
+
+
+def log_layers(log: Logger, number: int, obstacles: Mapping[str, str]) -> None:
+    """Log at the start how many layers can run sparse, and why others cannot.
+
+    Args:
+        log: of the engine.
+        number: of layers that can.
+        obstacles: why others cannot, by their names.
+    """
+    if number:
+        log.info("Token sparse attention is on in %d layers", number)
+    for obstacle in dict.fromkeys(obstacles.values()):
+        names = [name for name, text in obstacles.items() if text == obstacle]
+        log.warning("Token sparse attention: %s stay dense: %s", ", ".join(names), obstacle)
 
 
 COUNTERS = Counters()  # of this process, as Prometheus' registry is

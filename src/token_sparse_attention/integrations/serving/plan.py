@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
@@ -169,3 +170,10 @@ def leaves_probes(config: SparseConfig, prefill: Prefill) -> bool:
         return False
     stride = config.probe_stride
     return prefill.kv_len // stride > (prefill.kv_len - prefill.query_len) // stride
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting for the device."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

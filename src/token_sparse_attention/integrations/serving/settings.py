@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,11 @@ def read_settings(option: Any, name: str = "additional_config") -> Settings | No
             raise TypeError(f"profile must be a path, got {given['profile']!r}")
         return Settings(config=load_config(given["profile"]), **others)
     return Settings(config=_inline(given["config"]), **others)
+
+
+def selects_tokens(configs: Iterable[SparseConfig]) -> bool:
+    """Return whether a prompt's last queries may decide what its other tokens hold."""
+    return any(not isinstance(config, KVSamplingConfig) for config in configs)
 
 
 def _inline(content: Any) -> SparseConfig | LayerProfile:

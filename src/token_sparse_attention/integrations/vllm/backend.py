@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.execution import Execution
-from token_sparse_attention.gate import DenseReason, Gate
-from token_sparse_attention.integrations.serving.counters import COUNTERS
+from token_sparse_attention.gate import DenseReason
+from token_sparse_attention.integrations.serving.counters import COUNTERS, log_layers
+from token_sparse_attention.integrations.serving.layer import Layer, check_layer, gates_of
 from token_sparse_attention.integrations.serving.plan import (
     Prefill,
     Split,
@@ -26,20 +26,21 @@ from token_sparse_attention.integrations.serving.plan import (
     choose,
     list_prefills,
     reason_everywhere,
+    to_device,
 )
 from token_sparse_attention.integrations.serving.probes import Slots
+from token_sparse_attention.integrations.serving.settings import selects_tokens
 from token_sparse_attention.integrations.vllm.engine import (
     engine_settings,
     layer_shapes,
     longest_prefill,
     most_decode_tokens,
-    selects_tokens,
     step_obstacle,
     tensor_parallel_group,
     usable_layers,
 )
 from token_sparse_attention.integrations.vllm.paged import ReadCache
-from token_sparse_attention.integrations.vllm.warm_up import Layer, check_layer, warm_up
+from token_sparse_attention.integrations.vllm.warm_up import warm_up
 
 _LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
 
@@ -95,22 +96,14 @@ class SparsePrefillBuilder:
             mine = {name: obstacles[name] for name in obstacles if name in layer_names}
             self._log_layers(mine, vllm_config)
         layers = layer_shapes(self._configs, vllm_config, tp_group)
-        self._gates: dict[SparseConfig, Gate] = {}
-        for layer, config in zip(layers, self._configs.values()):
-            gate = layer.gate(device)
-            other = self._gates.get(config, gate)  # the last to begin decides
-            self._gates[config] = max(gate, other, key=attrgetter("break_even"))
+        self._gates = gates_of(self._configs.values(), layers, device)
         for layer in dict.fromkeys(layers):
             check_layer(layer, settings, device)
         if settings.warm_up and device.type == "cuda":  # a CPU has nothing to compile
             self._warm_up(layers, longest_prefill(vllm_config), kv_cache_spec.block_size, device)
 
     def _log_layers(self, obstacles: dict[str, str], vllm_config: Any) -> None:
-        if self._configs:
-            _LOG.info("Token sparse attention is on in %d layers", len(self._configs))
-        for obstacle in dict.fromkeys(obstacles.values()):
-            names = [name for name, text in obstacles.items() if text == obstacle]
-            _LOG.warning("Token sparse attention: %s stay dense: %s", ", ".join(names), obstacle)
+        log_layers(_LOG, len(self._configs), obstacles)
         chunked = vllm_config.scheduler_config.enable_chunked_prefill
         if chunked and selects_tokens(self._configs.values()):
             _LOG.warning(
@@ -217,16 +210,16 @@ class SparsePrefillBuilder:
             return None
         device = common.query_start_loc.device
         spans = [torch.arange(*starts[request : request + 2]) for request in others]
-        tokens = _to_device(torch.cat(spans), device)
+        tokens = to_device(torch.cat(spans), device)
         ends = torch.tensor([0] + [len(span) for span in spans]).cumsum(0).to(torch.int32)
         numbers = torch.tensor(others)
-        on_device = _to_device(numbers, device)
+        on_device = to_device(numbers, device)
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[numbers.to(tensor.device)]
 
         part = common.replace(
-            query_start_loc=_to_device(ends, device),
+            query_start_loc=to_device(ends, device),
             query_start_loc_cpu=ends,
             seq_lens=common.seq_lens[on_device],
             num_reqs=len(others),
@@ -242,13 +235,6 @@ class SparsePrefillBuilder:
         )
         # Fast: a schedule made ahead would overwrite the whole step's, which other layers use.
         return StockPart(tokens, super().build(0, part, True))  # type: ignore[misc]
-
-
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting for the device."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _no_reader(*_: object) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.config import SparseConfig
 from token_sparse_attention.gate import DenseReason
-from token_sparse_attention.inputs import check_dense_heads
+from token_sparse_attention.integrations.serving.layer import Layer, own_part
 from token_sparse_attention.integrations.serving.plan import Prefill
-from token_sparse_attention.integrations.serving.settings import KEY, Settings, read_settings
-from token_sparse_attention.integrations.vllm.warm_up import Layer
-from token_sparse_attention.tensor_parallel import local_heads
+from token_sparse_attention.integrations.serving.settings import (
+    KEY,
+    Settings,
+    read_settings,
+    selects_tokens,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,11 +60,6 @@ def engine_settings(vllm_config: Any) -> Settings | None:
         if size > 1:
             raise ValueError(f"token sparse attention needs {name} 1, got {size}")
     return settings
-
-
-def selects_tokens(configs: Iterable[SparseConfig]) -> bool:
-    """Return whether a prompt's last queries may decide what its other tokens hold."""
-    return any(not isinstance(config, KVSamplingConfig) for config in configs)
 
 
 def is_draft(vllm_config: Any) -> bool:
@@ -136,11 +132,8 @@ def layer_shapes(
     shapes = []
     for name, config in configs.items():
         impl = layers[name].impl
-        check_dense_heads(config, impl.num_heads * (1 if tp_group is None else tp_group.size()))
-        own_heads = local_heads(config.dense_heads, impl.num_heads, tp_group)
-        own = replace(config, dense_heads=own_heads)
         sizes = (impl.num_heads, impl.num_kv_heads, impl.head_size)
-        shapes.append(Layer(own, *sizes, dtype, impl.scale))
+        shapes.append(own_part(Layer(config, *sizes, dtype, impl.scale), tp_group))
     return shapes
 
 

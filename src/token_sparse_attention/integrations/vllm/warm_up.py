@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.config import (
     KVSamplingConfig,
     SparseConfig,
@@ -22,42 +21,16 @@ from token_sparse_attention.config import (
 )
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.functional import token_sparse_attention
-from token_sparse_attention.gate import Gate
-from token_sparse_attention.impls import resolve_impl
 from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
+from token_sparse_attention.integrations.serving.layer import Layer
 from token_sparse_attention.integrations.serving.plan import Prefill
 from token_sparse_attention.integrations.serving.settings import Settings
 from token_sparse_attention.integrations.vllm.paged import ReadCache
-from token_sparse_attention.methods import method_of
 from token_sparse_attention.results import TokenSelection
 
 _QUERIES = 512  # attention kernels may have variants of their own for a tile or two of queries
 _MIN_TOKENS = 256  # a number at run time, so a smaller one compiles the same
 _LIGHT = -100.0  # a key that no query attends to
-
-
-class Layer(NamedTuple):
-    """What the kernels of a layer are compiled for.
-
-    Attributes:
-        config: its settings, its dense heads by this rank's numbers.
-        num_heads: query heads on this rank.
-        num_kv_heads: KV heads on this rank.
-        head_dim: D.
-        dtype: of queries, keys and values.
-        scale: factor of the logits.
-    """
-
-    config: SparseConfig
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    scale: float
-
-    def gate(self, device: torch.device) -> Gate:
-        """Return from which lengths on it runs sparse."""
-        return method_of(self.config).gate(device, self.num_heads, self.head_dim)
 
 
 # What ran in this process, and what stopped it if anything did.
@@ -116,20 +89,6 @@ def warm_up(
         if why is not None:
             failed[layer] = why
     return WarmUp(time.perf_counter() - began if ran else None, failed)
-
-
-def check_layer(layer: Layer, settings: Settings, device: torch.device) -> None:
-    """Check that code which was asked for can run a layer.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    query, key = (
-        torch.empty(1, heads, 1, layer.head_dim, dtype=layer.dtype, device=device)
-        for heads in (layer.num_heads, layer.num_kv_heads)
-    )
-    resolve_impl(settings.impl, query, layer.head_dim)
-    resolve_backend(settings.attention_backend, query, key)
 
 
 def run_layer(
