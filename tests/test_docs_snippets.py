@@ -19,7 +19,8 @@ import torch
 
 from integrations.models import CONFIG, WORDS, make_model, make_tokenizer
 from token_sparse_attention import bundled
-from token_sparse_attention.cli import build_parser, main
+from token_sparse_attention.cli import main
+from token_sparse_attention.cli.commands import build_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -17,11 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from token_sparse_attention import records
-from token_sparse_attention.errors import JobFailedError, UsageError, did_you_mean
+from token_sparse_attention.errors import UsageError, did_you_mean
 from token_sparse_attention.records import (
     Count,
     JsonFile,
-    LineFile,
     check_choice,
     check_keys,
     convert,
@@ -326,41 +325,14 @@ def test_unwritable_files_are_named(tmp_path):
     for path in (blocked, tmp_path):
         with pytest.raises(UsageError, match=f"^{path} cannot be written: "):
             save(path, "text")
-        with pytest.raises(UsageError, match=f"^{path} cannot be written: "):
-            LineFile(path, new=True)
     with pytest.raises(UsageError, match=r"^--out x cannot be written: "):
         TABLE.save(blocked, "--out x")
-    with pytest.raises(UsageError, match="cannot be written: No such file"):
-        LineFile(tmp_path / "absent", new=False)
 
 
 def test_halves_of_characters_do_not_stop_a_page(tmp_path):
     save(tmp_path / "page", "a \ud800 name")
     assert (tmp_path / "page").read_text() == "a ? name"
     assert parse("it", encode("a \ud800 name")) == "a \ud800 name"
-
-
-def test_line_files_go_on_after_the_last_whole_line(tmp_path):
-    path = tmp_path / "new" / "lines"
-    with LineFile(path, new=True) as file:
-        file.write(Row("a", 1))
-        assert path.read_text() == encode(Row("a", 1)) + "\n", "a line is there at once"
-    with path.open("a") as cut_off:
-        cut_off.write('{"name": "b", "tok')
-    with LineFile(path, new=False) as file:
-        file.write(Row("b", 2))
-    rows = [convert(parse(name, line), Row, name) for name, line in read_lines(path)]
-    assert rows == [Row("a", 1), Row("b", 2)]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_a_failed_job(tmp_path):
-    with LineFile(tmp_path / "lines", new=True) as file:
-        monkey = open("/dev/full", "wb")  # noqa: SIM115
-        file._file, real = monkey, file._file
-        with pytest.raises(JobFailedError, match="lines cannot be written: No space left"):
-            file.write(1)
-        real.close()
 
 
 def test_records_need_neither_torch_nor_transformers():

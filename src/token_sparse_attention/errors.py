@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _LOADING_ERRORS = (
     OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError,
@@ -67,12 +68,36 @@ def running(name: str, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except UsageError:
+    except (UsageError, BrokenPipeError):
         raise
     except (ValueError, TypeError) as error:
         raise UsageError(f"{name} cannot be {doing}: {error}") from error
     except (RuntimeError, LookupError, OSError) as error:
         raise JobFailedError(f"{name} could not be {doing}: {error}") from error
+
+
+@contextmanager
+def resumable(job: str, out: Path | None) -> Iterator[None]:
+    """Say of a job that fails, or is interrupted, where the same command goes on.
+
+    Args:
+        job: what it is: ``"the evaluation"``.
+        out: the file of its results, None for none.
+
+    Raises:
+        JobFailedError: if the block fails on its way.
+    """
+    keeps = f"{out} keeps what was finished, and the same command goes on from there"
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (RuntimeError, LookupError, OSError) as error:
+        raise JobFailedError(f"{job} failed: {error}{f'; {keeps}' if out else ''}") from error
+    except KeyboardInterrupt as interrupt:
+        if out is not None:
+            interrupt.add_note(keeps)
+        raise
 
 
 @contextmanager

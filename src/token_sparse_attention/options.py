@@ -24,6 +24,7 @@ class Option:
         minimum: the smallest whole number.
         read: reads the value from text; raises ValueError or TypeError.
         repeat: whether a tuple's values are given one by one, not between commas.
+        optional: whether a tuple may be empty.
     """
 
     name: str | None = None
@@ -32,6 +33,7 @@ class Option:
     minimum: int | None = None
     read: Callable[[str], Any] | None = None
     repeat: bool = False
+    optional: bool = False
 
     def over(self, other: Option) -> Option:
         """Return `other` with what this option says in place of what that one does."""

@@ -36,7 +36,7 @@ from typing import (
 
 import msgspec
 
-from token_sparse_attention.errors import JobFailedError, UsageError, did_you_mean
+from token_sparse_attention.errors import UsageError, did_you_mean
 
 MAX_BYTES = 1 << 28  # of a file, decompressed; of JSON Lines, which may be longer, of a line
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -304,10 +304,11 @@ def _opened(path: Path, name: str) -> Iterator[BufferedIOBase]:
             packed = path.suffix == ".gz" or file.peek(2)[:2] == b"\x1f\x8b"
             yield gzip.GzipFile(fileobj=file) if packed else file
     except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{name} cannot be read: {_reason(error)}") from error
+        raise UsageError(f"{name} cannot be read: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return why a file cannot be read or written, in words."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -356,54 +357,16 @@ def _replacing(path: Path, name: str) -> Iterator[BufferedIOBase]:
             with path.open("wb") as file:
                 yield file
             return
-        path = path.resolve()  # what a link names is replaced, not the link
+        path = Path(os.path.realpath(path))  # what a link names is replaced, not the link
         part = path.with_name(f".{secrets.token_hex(8)}.part")
         with part.open("wb") as file:
             yield file
         os.replace(part, path)
+    except BrokenPipeError:  # whoever read the pipe has read enough
+        raise
     except OSError as error:
-        raise UsageError(f"{name or path} cannot be written: {_reason(error)}") from error
+        raise UsageError(f"{name or path} cannot be written: {reason(error)}") from error
     finally:
         if part is not None:
             with suppress(OSError):
                 part.unlink()
-
-
-class LineFile:
-    """JSON Lines that are written as they come, so that a cut-off run loses one at most.
-
-    Raises:
-        UsageError: if the file cannot be opened.
-        JobFailedError: if an entry cannot be written, as where the disk is full.
-    """
-
-    def __init__(self, path: Path, *, new: bool) -> None:
-        """Open a new file, or one to append to; what follows its last whole line goes."""
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole = 0 if new else path.read_bytes().rfind(b"\n") + 1
-            self._file = path.open("wb" if new else "r+b")
-            self._file.truncate(whole)
-            self._file.seek(whole)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {_reason(error)}") from error
-
-    def write(self, entry: Any) -> None:
-        """Append an entry."""
-        try:
-            self._file.write(encode(entry).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise JobFailedError(f"{self._path} cannot be written: {_reason(error)}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file, to which all entries are written."""
-        with suppress(OSError):
-            self._file.close()

@@ -3,22 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from token_sparse_attention.checks import check_writable
-from token_sparse_attention.errors import UsageError
+from token_sparse_attention.errors import JobFailedError, UsageError
 from token_sparse_attention.records import (
-    LineFile,
     Versioned,
     convert,
     encode,
     parse,
     parse_object,
     read_lines,
+    reason,
 )
 
 _HEADER_BEGINS = '{"version":'
+
+
+class LineFile:
+    """JSON Lines that are written as they come, so that a cut-off run loses one at most.
+
+    Args:
+        path: is made if there is none; no other run may write it meanwhile.
+
+    Raises:
+        UsageError: if the file cannot be opened, or another run writes it.
+        JobFailedError: if an entry cannot be written, as where the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+        _lock(self._file, path)
+
+    def cut_to(self, size: int) -> None:
+        """Leave out what follows the first bytes; of a device or a pipe, nothing."""
+        if self._path.is_file():
+            self._file.truncate(size)
+
+    def write(self, entry: Any) -> None:
+        """Append an entry."""
+        try:
+            self._file.write(encode(entry).encode() + b"\n")
+            self._file.flush()
+        except BrokenPipeError:  # whoever read the pipe has read enough
+            raise
+        except OSError as error:
+            raise JobFailedError(f"{self._path} cannot be written: {reason(error)}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, to which all entries are written."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def _lock(file: BufferedIOBase, path: Path) -> None:
+    """Keep a file for this run for as long as it is open, where locks are known.
+
+    Raises:
+        UsageError: if another run has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"{path} cannot be written: another run is writing it") from error
+    except OSError:  # a network's file system may have no locks
+        return
 
 
 class Entry(Protocol):
@@ -81,6 +148,7 @@ class ResultLines(NamedTuple, Generic[H, E]):
         check_writable(path, f"--out {path}")
         if not path.is_file():
             return
+        LineFile(path).close()
         if next(read_lines(path, unfinished=True), None) is not None:
             self.load(path)
             return
@@ -98,13 +166,19 @@ class ResultLines(NamedTuple, Generic[H, E]):
             UsageError: if the file belongs to another run; the message says what differs.
         """
         self.check_file(path)
-        if not path.exists() or next(read_lines(path, unfinished=True), None) is None:
-            file = LineFile(path, new=True)
+        file = LineFile(path)
+        if not path.is_file() or next(read_lines(path, unfinished=True), None) is None:
+            file.cut_to(0)
             file.write(header)
             return [], file
-        found, entries = self.load(path)
-        self._check_same_run(path, found, header)
-        return list(entries), LineFile(path, new=False)
+        try:
+            found, entries = self.load(path)
+            self._check_same_run(path, found, header)
+        except UsageError:
+            file.close()
+            raise
+        file.cut_to(path.read_bytes().rfind(b"\n") + 1)
+        return list(entries), file
 
     def _check_same_run(self, path: Path, found: H, wanted: H) -> None:
         asked = parse("", encode(wanted))

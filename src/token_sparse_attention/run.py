@@ -100,6 +100,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     say: Callable[[str], object] = lambda _: None,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> tuple[Any, Any]:
     """Load a checkpoint and its tokenizer; safetensors only.
 
@@ -112,6 +113,7 @@ def load_model(
             for which the processor has no units; or a torch dtype's name.
         trust_remote_code: whether code that comes with the checkpoint may run.
         say: told if the model runs in another dtype than the checkpoint's.
+        warn: told if the checkpoint holds weights that the model has no place for.
 
     Raises:
         ValueError: if the checkpoint lacks weights, in whose place random numbers would stand.
@@ -137,6 +139,11 @@ def load_model(
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(
             f"the checkpoint has no weights for {missing[0]}, and lacks {len(missing)} in all"
+        )
+    if surplus := sorted(loaded["unexpected_keys"]):
+        warn(
+            f"the model has no place for {len(surplus)} of the checkpoint's weights, such as "
+            f"{surplus[0]}; if config.json is not of this checkpoint, replies are wrong"
         )
     if device_map is None:
         model = model.to(pick_device(device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from token_sparse_attention.cli import parse
+from token_sparse_attention.cli.commands import parse
 
 
 def run(*words: object) -> int:

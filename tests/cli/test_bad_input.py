@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Lfm2Co
 
 from token_sparse_attention import bundled
 from token_sparse_attention.benchmark import measuring
-from token_sparse_attention.cli import BAD_INPUT, FAILED, TRACEBACK, Info, main
+from token_sparse_attention.cli import BAD_INPUT, FAILED, TRACEBACK, main
 from token_sparse_attention.cli.command import working
+from token_sparse_attention.cli.info import Info
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.profile import PROFILE_FILE

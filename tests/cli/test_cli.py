@@ -17,7 +17,8 @@ from integrations.models import WORDS, make_model, make_tokenizer
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, demo, run
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.calibration import job
-from token_sparse_attention.cli import build_parser, main
+from token_sparse_attention.cli import main
+from token_sparse_attention.cli.commands import build_parser
 from token_sparse_attention.errors import within_memory
 from token_sparse_attention.profile import PROFILE_FILE
 from token_sparse_attention.run import (

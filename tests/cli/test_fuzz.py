@@ -5,6 +5,7 @@ No model is loaded, so all that is said comes from reading and checking what was
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import random
@@ -14,15 +15,18 @@ import pytest
 
 from calibration.test_record import RESULT as MEASURED
 from evaluation.results import DENSE, HEADER, SPARSE
+from fidelity.test_summary import HEADER as FIDELITY
+from fidelity.test_summary import RESULTS
 from report.pages import KEPT
 from studies.synthetic import op_result
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig
-from token_sparse_attention.cli import BAD_INPUT, BENCHMARKS, COMMANDS, FAILED, main
+from token_sparse_attention.cli import BAD_INPUT, FAILED, commands, main
+from token_sparse_attention.cli.commands import BENCHMARKS, COMMANDS
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.records import encode
 
-SEED, PER_FILE, PER_COMMAND = 20, 30, 40
+SEED, PER_FILE, PER_COMMAND = 20, 200, 200
 WORDS = [
     "", " ", "-", "--", "-1", "0", "nan", "inf", "1e999", "9" * 5000, "1,,x", ",", "null", "é",
     "\udce9", "a\nb", "a\tb", "%s %(x)d", "{", "{}", "[]", '{"a":', "[" * 50_000, "a" * 300, "/",
@@ -30,6 +34,7 @@ WORDS = [
     "streaming+", "streaming:{}+{}", 'flexprefill:{"gamma": "x"}', "\u202e", "\x1b[31m",
     "--json=1", "--help=1",
 ]  # fmt: skip
+PARSER = functools.cache(commands.build_parser)
 PROGRESS = ("tsa: loading", "tsa: preparing", "tsa: importing", "tsa: starting")
 VALUES = [
     None, True, -1, 0, 1.5, 1e308, 10**400, "", "x", "\ud83d", [], {}, [None], {"": None}, [[1]],
@@ -53,6 +58,7 @@ def nothing_is_loaded(monkeypatch, tmp_path):
         "token_sparse_attention.benchmark.prefill.measure",
     ):
         monkeypatch.setattr(name, load)
+    monkeypatch.setattr(commands, "build_parser", PARSER)  # built once, as in a process
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("Some words that are read.")
 
@@ -81,9 +87,7 @@ def said(capsys, words, *, maybe_good=False) -> str | None:
 
 
 def options_of(command) -> list[str]:
-    from token_sparse_attention.cli import build_parser
-
-    parser = build_parser()
+    parser = PARSER()
     for word in command:
         below = next(action for action in parser._actions if isinstance(action.choices, dict))
         parser = below.choices[word]
@@ -172,6 +176,9 @@ KINDS = {  # the lines of a file, and a command that reads it
     "samples": ([SAMPLES, SAMPLE], "eval --samples FILE --out out"),
     "results": ([HEADER, DENSE, SPARSE], "report FILE --out page.html"),
     "unfinished results": ([HEADER, DENSE, SPARSE], "eval --out FILE"),
+    "unfinished fidelity": ([FIDELITY, *RESULTS.answers[:2]], "fidelity --out FILE"),
+    "fidelity's settings": ([PROFILE], "fidelity --config FILE"),
+    "fidelity's text": (["Some words."], "fidelity --text FILE"),
     "capture": ([KEPT], "report FILE --out page.html"),
     "benchmark": ([BENCHMARK], "report FILE --out page.html"),
     "measured": (

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Lengths = tuple[Count, ...]
+Optional = Annotated[Lengths, Option(optional=True)]
 Shares = tuple[float, ...]
 Seconds = Annotated[float, Option(metavar="S", minimum=0)]
 
@@ -74,8 +75,8 @@ class OpOptions(MeasuringOptions):
         UsageError: if a field is out of range.
     """
 
-    lengths: Lengths = tuple(2**power for power in range(12, 19))
-    crossover_lengths: Lengths = tuple(2**power for power in range(10, 19))
+    lengths: Optional = tuple(2**power for power in range(12, 19))
+    crossover_lengths: Optional = tuple(2**power for power in range(10, 19))
     kept: Shares = (1.0, 0.9, 0.65, 0.5, 0.35, 0.2)
     drop_mass: Shares = (0.005, 0.1, 0.3, 0.5)
     head_dim: Annotated[Count, Option(metavar="D")] = 128

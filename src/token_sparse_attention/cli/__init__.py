@@ -1,4 +1,7 @@
-"""The `tsa` command: one module for each of its commands."""
+"""The `tsa` command: how it begins and how it ends; `commands` has what it does.
+
+Little is imported before `main` can tell an error or an interrupt in one line.
+"""
 
 from __future__ import annotations
 
@@ -8,80 +11,32 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import NoReturn, TextIO
 
-import token_sparse_attention
-from token_sparse_attention.cli.bench_op import BenchOp
-from token_sparse_attention.cli.bench_prefill import BenchPrefill
-from token_sparse_attention.cli.calibrate import Calibrate
-from token_sparse_attention.cli.capture import Capture
-from token_sparse_attention.cli.command import Command, Parser
-from token_sparse_attention.cli.demo import Demo
-from token_sparse_attention.cli.eval import Eval
-from token_sparse_attention.cli.fidelity import Fidelity
-from token_sparse_attention.cli.generate import add_arguments, build
-from token_sparse_attention.cli.info import Info
-from token_sparse_attention.cli.report import Report
-from token_sparse_attention.cli.run import Run
+from token_sparse_attention.cli import interrupts
 from token_sparse_attention.errors import JobFailedError, UsageError, one_line
 
 TRACEBACK = "TSA_TRACEBACK"  # environment variable: let unforeseen errors end in a traceback
-SUCCESS, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes
+SUCCESS, FAILED, BAD_INPUT = 0, 1, 2  # exit codes
+BROKEN_PIPE, INTERRUPTED = 141, 130  # those of processes that SIGPIPE and SIGINT end
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of files that are not saved
-COMMANDS: tuple[type[Command], ...] = (
-    *(Run, Demo, Fidelity, Calibrate, Eval, Report, Capture, Info),
-)
-BENCHMARKS: tuple[type[Command], ...] = (BenchOp, BenchPrefill)
 
 
-def build_parser() -> Parser:
-    """Return the parser of all commands."""
-    parser = Parser(
-        prog="tsa",
-        description="Token Sparse Attention: faster long-context prefill without training.",
-        example='tsa demo\ntsa run --prompt-file report.txt --question "Who signed?" --compare',
-    )
-    version = f"%(prog)s {token_sparse_attention.__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    commands = _subcommands(parser, COMMANDS)
-    bench = commands.add_parser(
-        "bench",
-        help="measure the operator or the first token of a model",
-        description="Measure the operator or the first token of a model.",
-        example="tsa bench op --lengths 8192 --out results.json",
-    )
-    _subcommands(bench, BENCHMARKS)
-    return parser
-
-
-def _subcommands(parser: Parser, commands: Sequence[type[Command]]) -> Any:
-    below = parser.add_subparsers(required=True, metavar="COMMAND", help="its --help says more")
-    for command in commands:
-        summary = (command.__doc__ or "").partition("\n")[0]
-        made = below.add_parser(
-            command.name,
-            help=summary[0].lower() + summary[1:].removesuffix("."),
-            description=summary,
-            example=command.example,
-        )
-        add_arguments(made, command)
-        made.set_defaults(command=command)
-    return below
-
-
-def parse(argv: Sequence[str] | None = None) -> Command:
-    """Return the command that is asked for, with its options."""
-    values = vars(build_parser().parse_args(argv))
-    made: Command = build(values.pop("command"), values)
-    return replace(made, asked={name: _plain(value) for name, value in values.items()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+def script() -> NoReturn:
+    """Be the process `tsa`: `main`, which signals end at any moment."""
+    interrupts.install()
+    try:
+        code = main()
+    except KeyboardInterrupt as late:  # while the end was told
+        code = _told(late)
+    finally:
+        interrupts.leave_at_once()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # was told, or cannot be told
+                _discard(stream)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,27 +48,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _prepare_streams()
         try:
+            from token_sparse_attention.cli.commands import parse
+
             succeeded = parse(argv).run()
         finally:  # after a help too, while an error can be told
             sys.stdout.flush()
-    except UsageError as error:
-        return _say(error, BAD_INPUT)
-    except JobFailedError as error:
-        return _say(error, FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has read enough
-        _discard_output()
-        return FAILED
-    except Exception as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        if isinstance(error, OSError) and error.errno in _UNWRITTEN:
-            _discard_output()
-            return _say(f"standard output cannot be written: {error.strerror}", FAILED)
-        said = f"unexpected {type(error).__name__}: {error} (with {TRACEBACK}=1 a traceback)"
-        return _say(said, FAILED)
+    except SystemExit as error:  # of argparse, or of rich where nobody reads
+        if isinstance(error.__context__, BrokenPipeError):
+            return BROKEN_PIPE
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        return _told(error)
     return SUCCESS if succeeded else FAILED
+
+
+def _told(error: BaseException) -> int:
+    """Say what ended a command; return the exit code."""
+    signalled = interrupts.exit_code()
+    if signalled or isinstance(error, KeyboardInterrupt):  # libraries may have turned it
+        said = "; ".join(["interrupted", *getattr(error, "__notes__", ())])
+        return _say(said, signalled or INTERRUPTED)
+    if isinstance(error, BrokenPipeError):  # whoever read the output has read enough
+        _discard(sys.stdout)
+        return BROKEN_PIPE
+    if isinstance(error, (UsageError, JobFailedError)):
+        return _say(error, BAD_INPUT if isinstance(error, UsageError) else FAILED)
+    if os.environ.get(TRACEBACK):
+        raise error
+    if isinstance(error, OSError) and error.errno in _UNWRITTEN:
+        _discard(sys.stdout)
+        return _say(f"standard output cannot be written: {error.strerror}", FAILED)
+    said = f"unexpected {type(error).__name__}: {error} (with {TRACEBACK}=1 a traceback)"
+    return _say(said, FAILED)
 
 
 def _prepare_streams() -> None:
@@ -128,11 +94,12 @@ def _prepare_streams() -> None:
 
 
 def _say(message: object, code: int) -> int:
-    print(f"tsa: {one_line(message)}", file=sys.stderr)
+    with suppress(OSError):  # nobody can be told
+        print(f"tsa: {one_line(message)}", file=sys.stderr)
     return code
 
 
-def _discard_output() -> None:
+def _discard(stream: TextIO) -> None:
     """Let what is still to be written go nowhere, so that the interpreter's end is quiet."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from token_sparse_attention import bundled
 from token_sparse_attention.calibration.options import CalibrationOptions
-from token_sparse_attention.checks import check_writable
+from token_sparse_attention.checks import check_apart, check_writable
 from token_sparse_attention.cli.command import Command, warn, working
 from token_sparse_attention.cli.model import (
     DenseKernel,
@@ -120,12 +120,7 @@ class Calibrate(Command):
         if self.prompts.prompts and (self.prompts.text or self.prompts.length):
             raise UsageError("--prompts are used whole; --text and --length do not go with it")
         self.model.check()
-        if self.out is not None:
-            check_writable(self.out, f"--out {self.out}")
-            measured = measured_path(self.out)
-            check_writable(measured, f"--out {self.out}: {measured}")
-        if self.plot is not None:
-            check_writable(self.plot, f"--plot {self.plot}")
+        self._check_outputs()
         require_transformers()
         if self.plot:
             from token_sparse_attention.plots import check_plot
@@ -138,6 +133,20 @@ class Calibrate(Command):
         else:
             _show(result, written)
         return not result.failure
+
+    def _check_outputs(self) -> None:
+        """Refuse files that could not be written."""
+        measured = measured_path(self.out) if self.out else None
+        reads = (*self.prompts.text, self.prompts.prompts, self.measured)
+        check_apart(
+            {"--out": self.out, "--out's measured": measured, "--plot": self.plot},
+            filter(None, reads),
+        )
+        if self.out is not None and measured is not None:
+            check_writable(self.out, f"--out {self.out}")
+            check_writable(measured, f"--out {self.out}: {measured}")
+        if self.plot is not None:
+            check_writable(self.plot, f"--plot {self.plot}")
 
     def _measure(self) -> CalibrationResult:
         from token_sparse_attention.calibration import job
@@ -185,8 +194,6 @@ class Calibrate(Command):
         given = [name.replace("_", "-") for name in fixed if self.asked[name]]
         if given:
             raise UsageError(f"--measured says what was measured; {given[0]} does not go with it")
-        if self.out and measured_path(self.out).resolve() == measured.resolve():
-            raise UsageError("--out would replace what --measured reads; give another name")
         before = CalibrationResult.load(measured)
         goal = {name: self.asked[name] for name in ("divergence_budget", "target_speedup")}
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from token_sparse_attention.checks import check_writable
+from token_sparse_attention.checks import check_apart, check_writable
 from token_sparse_attention.cli.command import Command, print_json, warn, working
 from token_sparse_attention.cli.model import (
     ModelOptions,
@@ -47,6 +47,7 @@ class Capture(Command):
         """Read the prompt sparsely, and write what was kept."""
         self.model.check()
         document = self.prompt.read()
+        check_apart({"--out": self.out}, [self.prompt.prompt_file])
         check_writable(self.out, f"--out {self.out}")
         require_transformers()
         kept = self._capture(document)

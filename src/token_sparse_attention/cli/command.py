@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _INTERVAL = 10.0  # seconds between two lines of progress in a log
-_WRONG_WORD = re.compile(r"(?:invalid choice: '|unrecognized arguments: )([\w-]+)")
+_WRONG_WORD = re.compile(r"(?:invalid choice: '|unrecognized arguments: (?=-))([\w-]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write a message; argparse says nothing where a help cannot be written."""
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
     def error(self, message: str) -> NoReturn:
         """Exit with 2 after one line on standard error."""
         wrong = _WRONG_WORD.search(message)
@@ -121,13 +128,17 @@ class Progress:
         if wait <= 0:
             self._show()
         elif self._timer is None:
-            self._timer = threading.Timer(wait, self._show)
+            self._timer = threading.Timer(wait, self._show_late)
             self._timer.daemon = True
             self._timer.start()
 
     def _show(self) -> None:
         self._shown_at, self._timer = time.monotonic(), None
-        print(f"tsa: {one_line(self._message)}", file=sys.stderr, flush=True)
+        tell(self._message)
+
+    def _show_late(self) -> None:
+        with suppress(BrokenPipeError):  # the next message raises it where it can be told
+            self._show()
 
     def __enter__(self) -> Self:
         if self._status is None:
@@ -169,14 +180,28 @@ def counting(total: int) -> Iterator[Callable[[str, int], None]]:
         yield lambda what, done: bar.update(task, description=what, completed=done)
 
 
+def tell(message: str) -> None:
+    """Say something on standard error; a full disk under a log is no reason to stop.
+
+    Raises:
+        BrokenPipeError: if nobody reads it, which ends a command.
+    """
+    try:
+        print(f"tsa: {one_line(message)}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        return
+
+
 def warn(message: str) -> None:
     """Say on standard error what the user should know."""
-    sys.stderr.write(f"tsa: warning: {one_line(message)}\n")
+    tell(f"warning: {message}")
 
 
 def note(message: str) -> None:
     """Say on standard error what was decided for the user; ``--dtype`` and such override it."""
-    sys.stderr.write(f"tsa: note: {one_line(message)}\n")
+    tell(f"note: {message}")
 
 
 def print_json(content: Mapping[str, Any]) -> None:

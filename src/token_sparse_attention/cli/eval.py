@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from token_sparse_attention.checks import check_writable
+from token_sparse_attention.checks import check_apart, check_writable
 from token_sparse_attention.cli.command import Command, counting, print_json, working
 from token_sparse_attention.cli.model import ModelOptions, require_transformers
-from token_sparse_attention.errors import JobFailedError, UsageError, loading
+from token_sparse_attention.errors import UsageError, loading, resumable
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import (
     EvalResults,
@@ -183,6 +183,9 @@ class Eval(Command):
 
     def _check_outputs(self) -> None:
         """Refuse files that could not be written, or gone on with."""
+        if self.out and not self.score:
+            reads = (self.stored.samples, self.dense_from)
+            check_apart({"--out": self.out}, filter(None, reads))
         if self.score:
             check_writable(self.score, f"--score {self.score}")
         elif self.prepare_only and self.stored.samples:
@@ -261,16 +264,11 @@ class Eval(Command):
         if self.processes > 1:
             model = self.model
             source = processes.several(runner, self.processes, model.path, model.loading)
-        with counting(len(samples.samples) * len(runner.names)) as report:
-            try:
-                return evaluate(
-                    runner, samples, header, out, scorer=scorer, source=source, report=report
-                )
-            except (RuntimeError, LookupError, OSError) as error:
-                raise JobFailedError(
-                    f"the evaluation failed: {error}; {out} keeps what was finished, and the same "
-                    "command goes on from there"
-                ) from error
+        total = len(samples.samples) * len(runner.names)
+        with counting(total) as report, resumable("the evaluation", out):
+            return evaluate(
+                runner, samples, header, out, scorer=scorer, source=source, report=report
+            )
 
     def _show(self, results: EvalResults, path: Path) -> bool:
         from token_sparse_attention.evaluation.show import show

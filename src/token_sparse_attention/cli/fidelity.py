@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from token_sparse_attention import bundled
-from token_sparse_attention.checks import check_writable
+from token_sparse_attention.checks import check_apart, check_writable
 from token_sparse_attention.cli.command import Command, counting, working
 from token_sparse_attention.cli.model import (
     DenseKernel,
@@ -16,7 +17,7 @@ from token_sparse_attention.cli.model import (
     read_text,
     require_transformers,
 )
-from token_sparse_attention.errors import JobFailedError, UsageError, tokenizing
+from token_sparse_attention.errors import UsageError, resumable, tokenizing
 from token_sparse_attention.options import Count, Option
 from token_sparse_attention.records import check_choice, save
 
@@ -93,8 +94,7 @@ class Fidelity(Command):
             status.update("making prompts")
             with tokenizing():
                 prompts = self._prompts(tokenizer, texts)
-        for prompt in prompts:
-            check_length(model, _row(prompt.ids), len(prompt.follow))
+        _check_prompts(model, prompts)
         runner = Runner(model, tokenizer, configurations, self.model.impl, self.attention_backend)
         results = self._measure(runner, prompts, texts)
         show.show(results, as_json=self.json)
@@ -113,6 +113,7 @@ class Fidelity(Command):
 
         for shape in self.shapes or ():
             check_choice("--shapes", shape, SHAPES)
+        check_apart({"--out": self.out, "--plot": self.plot}, self.text)
         if self.plot:
             from token_sparse_attention.plots import check_plot
 
@@ -141,14 +142,9 @@ class Fidelity(Command):
         asked = {name: self.asked[name] for name in ("lengths", "pieces", "seed")}
         shapes = sorted({part.shape for prompt in prompts for part in prompt.parts})
         header = make_header(runner, self.model.name, texts, shapes=shapes, **asked)
-        with counting(len(prompts) * len(runner.names)) as report:
-            try:
-                return measure(runner, prompts, header, self.out, report)
-            except (RuntimeError, LookupError, OSError) as error:
-                keeps = f"; {self.out} keeps what was finished, and the same command goes on"
-                raise JobFailedError(
-                    f"the measurement failed: {error}{keeps if self.out else ''}"
-                ) from error
+        total = len(prompts) * len(runner.names)
+        with counting(total) as report, resumable("the measurement", self.out):
+            return measure(runner, prompts, header, self.out, report)
 
 
 def _eager(run: Configuration) -> Configuration:
@@ -158,7 +154,13 @@ def _eager(run: Configuration) -> Configuration:
     return run if run.settings is None else replace(run, settings=without_crossover(run.settings))
 
 
-def _row(ids: list[int]) -> Any:
+def _check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that the model cannot read; warn once of too long ones."""
     import torch
 
-    return torch.tensor([ids])
+    from token_sparse_attention.run import check_prompt
+
+    for prompt in prompts:
+        check_prompt(model, torch.tensor([prompt.ids]), len(prompt.follow))
+    longest = max(prompts, key=lambda prompt: len(prompt.ids) + len(prompt.follow))
+    check_length(model, torch.tensor([longest.ids]), len(longest.follow))

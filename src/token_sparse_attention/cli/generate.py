@@ -70,7 +70,9 @@ class Argument(NamedTuple):
                 )
             if option.minimum is not None and value < option.minimum:
                 raise argparse.ArgumentTypeError(f"must be at least {option.minimum}, got {value}")
-        return tuple(values) if listed else values[0]
+        if listed and not values and not option.optional:
+            raise argparse.ArgumentTypeError(f"must hold at least one value, got {text!r}")
+        return tuple(dict.fromkeys(values)) if listed else values[0]
 
     def add(self, parser: argparse._ActionsContainer, meaning: str) -> None:
         """Add the argument to a parser."""

@@ -113,7 +113,7 @@ class ModelOptions:
 
         self.check()
         with loading(self.path):
-            return run.load_model(self.path, **self.loading, say=note)
+            return run.load_model(self.path, **self.loading, say=note, warn=warn)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from token_sparse_attention.checks import check_writable
+from token_sparse_attention.checks import check_apart, check_writable
 from token_sparse_attention.cli.command import Command, print_json
-from token_sparse_attention.errors import UsageError
 from token_sparse_attention.options import Option
 from token_sparse_attention.records import save
 from token_sparse_attention.report import TITLE
@@ -37,8 +36,7 @@ class Report(Command):
         from token_sparse_attention.report.load import load
         from token_sparse_attention.report.page import build_page
 
-        if any(path.resolve() == self.out.resolve() for path in self.results):
-            raise UsageError(f"--out {self.out} must not be one of the results")
+        check_apart({"--out": self.out}, self.results)
         check_writable(self.out, f"--out {self.out}")
         inputs = load(self.results)
         save(self.out, build_page(inputs, self.title), f"--out {self.out}")

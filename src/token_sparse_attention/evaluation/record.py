@@ -18,13 +18,12 @@ from token_sparse_attention.errors import UsageError
 from token_sparse_attention.profile import layer_configs, settings_from_json
 from token_sparse_attention.records import (
     Count,
-    LineFile,
     Versioned,
     check_keys,
     encode,
     save_lines,
 )
-from token_sparse_attention.result_lines import ResultLines
+from token_sparse_attention.result_lines import LineFile, ResultLines
 
 DENSE = "dense"  # the configuration that all others are compared with
 PATTERN = "pattern"  # what the settings of a configuration with a block-sparse pattern hold

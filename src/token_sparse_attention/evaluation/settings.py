@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_runs(given: Sequence[str], model: str) -> dict[str, Configuration]:
 def _named(given: Sequence[str], model: str) -> Iterator[tuple[str, str, str]]:
     """Yield what was given, its name and its value."""
     if not given:
-        given = ["profile" if (Path(model) / PROFILE_FILE).is_file() else "default"]
+        given = ["profile" if os.path.isfile(Path(model) / PROFILE_FILE) else "default"]
     taken = {DENSE}
     for text in given:
         if text == DENSE:

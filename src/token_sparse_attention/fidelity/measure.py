@@ -12,7 +12,7 @@ from torch import Tensor
 
 from token_sparse_attention import bundled
 from token_sparse_attention.calibration.sensitivity import token_divergences
-from token_sparse_attention.errors import UsageError, within_memory
+from token_sparse_attention.errors import JobFailedError, UsageError, within_memory
 from token_sparse_attention.evaluation import generate
 from token_sparse_attention.evaluation.evaluate import Runner
 from token_sparse_attention.evaluation.generate import Prefill
@@ -48,10 +48,12 @@ def compare(dense: Tensor, sparse: Tensor, answer: Sequence[int]) -> Comparison:
         answer: the tokens.
 
     Raises:
-        ValueError: if a divergence is not finite.
+        ValueError: if a divergence or a loss is not finite.
     """
     tokens = torch.tensor(answer, device=sparse.device)
     losses = -sparse.gather(1, tokens[:, None])[:, 0]
+    if not losses.isfinite().all():
+        raise ValueError("the model's logits of the answer must be finite, but one is not")
     return Comparison(
         _rounded(token_divergences(dense, sparse).clamp(min=0)),
         (dense.argmax(-1) == sparse.argmax(-1)).tolist(),
@@ -117,6 +119,7 @@ def measure(
 
     Raises:
         UsageError: if the file belongs to another run, or a configuration cannot be run.
+        JobFailedError: if the model computes something that is no number.
     """
     results, file = ([], None) if path is None else FILES.open(path, header)
     known = {result.key for result in results}
@@ -172,7 +175,10 @@ def _of_prompt(
             dense = log_probs if dense is None else dense
             for part in missing[name]:
                 rows = slice(part.begin, part.end)
-                found = compare(dense[rows], log_probs[rows], prompt.follow[rows])
+                try:
+                    found = compare(dense[rows], log_probs[rows], prompt.follow[rows])
+                except ValueError as error:
+                    raise JobFailedError(f"{name!r} on {_name(prompt)}: {error}") from error
                 yield AnswerResult(
                     shape=part.shape,
                     length=prompt.length,

@@ -123,6 +123,11 @@ class PromptMaker:
             source = sources[index % len(sources)]
             pieces = len(range(index % len(sources), count, len(sources)))
             room = len(source.starts) - need
+            if pieces > room + 1:
+                raise UsageError(
+                    f"--pieces must be at most {(room + 1) * len(sources)} where {source.name} is "
+                    f"cut into {length:,} tokens, got {count}"
+                )
             start = (index // len(sources)) * room // max(pieces - 1, 1)
             piece = _Piece(self, source.name, length, index)
             made += piece.prompts(source.text, source.starts[start : start + need], shapes)
