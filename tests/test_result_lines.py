@@ -78,9 +78,9 @@ def test_a_file_that_cannot_be_opened_is_bad_input(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_a_failed_job():
-    with LineFile(Path("/dev/full")) as file:
-        with pytest.raises(JobFailedError, match="/dev/full cannot be written: No space left"):
-            file.write(1)
+    full = pytest.raises(JobFailedError, match="/dev/full cannot be written: No space left")
+    with LineFile(Path("/dev/full")) as file, full:
+        file.write(1)
 
 
 def test_results_may_go_to_a_device():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ _LOADING_ERRORS = (
     ImportError,
 )  # fmt: skip
 _LOADERS = ("huggingface_hub", "safetensors", "tokenizers")  # have errors of their own kinds
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_LONGEST, _END = 2000, 500  # characters of a message, and of its end
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "  # begins what PyTorch says where the host has none
 
 
@@ -126,13 +129,17 @@ def within_memory(prompt_tokens: int, doing: str) -> Iterator[None]:
 
 
 def one_line(message: object) -> str:
-    """Return a message without line breaks.
+    """Return a message without line breaks and control characters; of a very long one both ends.
 
     Example:
         >>> one_line("not found:\\n  no such file\\n")
         'not found: no such file'
     """
-    return " ".join(str(message).split())
+    line = " ".join(str(message).split())
+    line = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", line)  # no colours, no bells
+    if len(line) <= _LONGEST:
+        return line
+    return f"{line[: _LONGEST - _END]} ... {line[-_END:]}"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -64,13 +64,18 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 
 def parse(where: str, text: str) -> Any:
-    """Return the content of JSON text, in which every number is finite.
+    """Return the content of JSON text, with finite numbers, and no name twice in an object.
 
     Raises:
         UsageError: if it is none; the message begins with `where`.
     """
     try:
-        return json.loads(text, parse_float=_finite, parse_constant=_refuse_constant)
+        return json.loads(
+            text,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_distinct,
+        )
     except RecursionError as error:
         raise UsageError(f"{where} is nested too deeply") from error
     except ValueError as error:
@@ -98,6 +103,15 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"the number {text[:20]} is too large")
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"the entry {twice[:80]!r} is there twice")
+    return content
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -59,6 +59,7 @@ def models(tmp_path_factory):
         "truncated",
         "pointer",
         "missing",
+        "surplus",
         "profile",
         "latin",
         "template",
@@ -71,6 +72,9 @@ def models(tmp_path_factory):
     (folder / "pointer" / weights.name).write_text("version https://git-lfs.github.com/spec/v1\n")
     kept = {name: w for name, w in load_file(weights).items() if "1.self_attn.q_proj" not in name}
     save_file(kept, folder / "missing" / weights.name, metadata={"format": "pt"})
+    more = {f"model.layers.{n}.self_attn.q_proj.bias": torch.ones(64) for n in range(2)}
+    more = load_file(weights) | more
+    save_file(more, folder / "surplus" / weights.name, metadata={"format": "pt"})
     (folder / "profile" / PROFILE_FILE).write_text('{"version": 2, "base": {"drop_mas": 0.1}}')
     (folder / "latin" / PROFILE_FILE).write_bytes(b'{"caf\xe9": 1}')
     tokenizer = AutoTokenizer.from_pretrained(bundled.MODEL)
@@ -147,6 +151,39 @@ def words_of(name, model):
 def test_checkpoints_that_cannot_be_used(models, folder, capsys, command, model, message):
     assert message in error_of(capsys, *words_of(command, models / model))
     assert not (folder / "kept.json").exists()
+
+
+def test_weights_that_the_model_has_no_place_for_are_told(models, capsys):
+    for model, count in (("good", 0), ("surplus", 1)):
+        assert main([*map(str, run_words(models / model, "--json"))]) == 0
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert len(warnings) == count
+    assert warnings[0].startswith(
+        "tsa: warning: the model has no place for 2 of the checkpoint's weights, such as "
+        "model.layers.0.self_attn.q_proj.bias; "
+    )
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "capture MODEL --prompt-file text --out text",
+        "calibrate MODEL --method drift --text text OPTION text",
+        "calibrate MODEL --method drift --prompts text OPTION text",
+        "calibrate MODEL --method drift --measured text OPTION text",
+        "calibrate MODEL --method drift --out both.svg --plot both.svg",
+        "calibrate MODEL --method drift --measured a.measured.json --out a.json",
+        "eval MODEL --samples text --out text",
+        "eval MODEL --samples samples --dense-from text --out ./text",
+        "fidelity MODEL --text text OPTION text",
+        "report text --out text",
+    ],
+)
+def test_inputs_are_not_replaced(models, folder, capsys, option, words):
+    words = words.replace("OPTION", option).replace("MODEL", str(models / "good")).split()
+    assert " must be another file: this one is " in error_of(capsys, *words)
+    assert (folder / "text").read_text() == TEXT
 
 
 @pytest.mark.parametrize(
@@ -257,6 +294,7 @@ def never(*_, **__):
         "calibrate MODEL --method drift --out OUT",
         "calibrate MODEL --method drift --plot OUT",
         "eval MODEL --out OUT",
+        "fidelity MODEL --text text --out OUT",
         "eval MODEL --prepare-only --samples OUT",
         "bench op --device cpu --out OUT",
         "bench prefill --device cpu --out OUT",
@@ -354,8 +392,8 @@ def test_what_no_code_foresaw_is_one_line(capsys, monkeypatch):
 )
 def test_standard_output_that_cannot_be_written(redirected, code, message):
     script = (
-        "import sys; from token_sparse_attention import cli\n"
-        "cli.Info.run = lambda self: print('facts') or True; sys.exit(cli.main(['info']))"
+        "import sys; from token_sparse_attention.cli import info, script\n"
+        "info.Info.run = lambda self: print('facts') or True; sys.argv[1:] = ['info']; script()"
     )
     command = f"{shlex.join([sys.executable, '-c', script])} {redirected}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

@@ -31,8 +31,10 @@ WORDS = [
     "", " ", "-", "--", "-1", "0", "nan", "inf", "1e999", "9" * 5000, "1,,x", ",", "null", "é",
     "\udce9", "a\nb", "a\tb", "%s %(x)d", "{", "{}", "[]", '{"a":', "[" * 50_000, "a" * 300, "/",
     ".", "..", "/dev/null/x", "/proc/self/mem", "dense", "x=", "=x", "x={", "x=[1]", "streaming:{",
-    "streaming+", "streaming:{}+{}", 'flexprefill:{"gamma": "x"}', "\u202e", "\x1b[31m",
-    "--json=1", "--help=1",
+    "streaming+", "streaming:" + "[" * 50_000, "x=streaming:" + '{"a":' * 20_000,
+    'flexprefill:{"gamma": NaN}', 'flexprefill:{"gamma": 1e999}', "streaming:" + "9" * 5000,
+    '{"num_samples": 1, "num_samples": 2}', "streaming:{}+{}", 'flexprefill:{"gamma": "x"}',
+    "\u202e", "\x1b[31m", "--json=1", "--help=1",
 ]  # fmt: skip
 PARSER = functools.cache(commands.build_parser)
 PROGRESS = ("tsa: loading", "tsa: preparing", "tsa: importing", "tsa: starting")
@@ -82,6 +84,8 @@ def said(capsys, words, *, maybe_good=False) -> str | None:
     assert code in (FAILED, BAD_INPUT), (words, code)
     assert len(lines) == 1, (words, lines)
     assert lines[0].startswith("tsa"), (words, lines)
+    assert len(lines[0]) < 2100, (words, len(lines[0]))
+    assert "\x1b" not in lines[0], (words, lines)
     assert "unexpected " not in lines[0].partition(":")[2][:12], (words, lines)
     return lines[0]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and closed pipes: one line or none, the usual exit code, no half-written file."""
+"""Ctrl-C, SIGTERM and closed pipes: the usual exit code, at most one line, whole files."""
 
 from __future__ import annotations
 
@@ -168,10 +168,8 @@ def test_an_interrupted_measurement_goes_on_to_the_same_numbers(measured, tmp_pa
             time.sleep(0.001)
         process.send_signal(number)
         said = process.communicate(timeout=60)[1].splitlines()
-    assert (process.returncode, said[-1]) == (
-        CODES[number],
-        f"tsa: interrupted; {out} keeps what was finished, and the same command goes on from there",
-    )
+    keeps = f"{out} keeps what was finished, and the same command goes on from there"
+    assert (process.returncode, said[-1]) == (CODES[number], f"tsa: interrupted; {keeps}")
     assert 2 <= len(load_results(out).answers) < len(whole)
     assert main([*words, str(out)]) == 0
     mended = load_results(out).answers

@@ -28,17 +28,17 @@ WORDS = [
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_help_imports_nothing_heavy(words):
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time\n"
         "from token_sparse_attention.cli import main\n"
         f"try: main({[*words, '--help']})\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         f"loaded = [name for name in {HEAVY} if name in sys.modules]\n"
-        "print(loaded, time.perf_counter() - start, file=sys.stderr)"
+        "print(loaded, time.process_time(), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded, seconds = done.stderr.rsplit(" ", 1)
     assert loaded == "[]"
-    assert float(seconds) < 3, "0.2 s where nothing else runs"
+    assert float(seconds) < 0.5, "0.15 s of CPU time, the interpreter's start included"
     assert f"usage: {' '.join(['tsa', *words])} [-h]" in done.stdout
 
 
@@ -83,6 +83,8 @@ def test_what_helps_name_is_what_there_is(capsys):
     [
         ("rnu", "did you mean 'run'?"),
         ("bench ops", "did you mean 'op'?"),
+        ("fidelty", "did you mean 'fidelity'?"),
+        ("fidelity --pices 2", "did you mean '--pieces'?"),
         ("run --prompt-file a --qestion b", "did you mean '--question'?"),
         ("run --prompt-file a --impl tritn", "--impl: must be one of .*; did you mean 'triton'?"),
         ("run", "the following arguments are required: --prompt-file"),

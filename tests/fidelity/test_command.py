@@ -106,6 +106,11 @@ BAD = {
     "only dense": (("--config", "dense"), "--config must name a sparse configuration"),
     "plot": (("--plot", "plot.pdf"), "--plot must end in .svg or .png"),
     "out": (("--out", "r.jsonl.gz"), "--out must not end in .gz"),
+    "one file": (("--out", "r.svg", "--plot", "r.svg"), "--plot r.svg must be another file: this"),
+    "no place for a plot": (("--plot", "/dev/null/plot.svg"), "--plot /dev/null/plot.svg cannot"),
+    "no lengths": (("--lengths", ","), "--lengths: must hold at least one value, got ','"),
+    "pieces": (("--lengths", "256", "--pieces", "99999"), "--pieces must be at most "),
+    "settings twice": (("--config", 'a={"sink_size": 1, "sink_size": 2}'), "'sink_size' is there"),
 }
 
 
@@ -122,6 +127,37 @@ def test_bad_input_exits_2_in_one_line(name, model, text, tmp_path, monkeypatch,
     assert code == 2
     assert len(said) == 1, said
     assert message in said[0]
+
+
+def test_lengths_and_shapes_count_once(model, text, tmp_path):
+    words = ("--lengths", "256,256", "--shapes", "continue,continue", "--pieces", 1)
+    for _ in range(2):  # the file can be gone on with
+        assert tsa(model, "--text", text, *words, "--out", tmp_path / "r.jsonl") == 0
+    assert len(load_results(tmp_path / "r.jsonl").answers) == 2
+
+
+def test_prompts_longer_than_the_model_was_made_for_are_told_once(model, text, capsys):
+    words = ("--lengths", "2048", "--shapes", "continue", "--pieces", 3)
+    assert tsa(model, "--text", text, "--text", bundled.SAMPLE[1], *words) == 0
+    said = capsys.readouterr().err.splitlines()
+    warning = "tsa: warning: 2048 prompt tokens and 256 new ones exceed the 2048 positions"
+    assert sum(line.startswith(warning) for line in said) == 1
+
+
+@pytest.mark.parametrize("broken", ["dense", "sparse"])
+def test_what_is_no_number_is_a_failed_job(broken, model, text, tmp_path, monkeypatch, capsys):
+    def predict(model, read, follow):
+        found = predictions(model, read, follow)
+        return found * float("nan") if (read.kept is None) == (broken == "dense") else found
+
+    predictions = measure.predictions
+    monkeypatch.setattr(measure, "predictions", predict)
+    out = tmp_path / "r.jsonl"
+    assert tsa(model, "--text", text, *SHORT, "--config", SMALL, "--out", out) == 1
+    name = "dense" if broken == "dense" else "small"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"tsa: '{name}' on 256 tokens, continue 1: the ")
+    assert len(load_results(out).answers) == (0 if broken == "dense" else 1)
 
 
 def test_it_needs_neither_rich_nor_lm_eval_nor_matplotlib(model, text):

@@ -222,7 +222,7 @@ def test_bad_input_is_named(model_folder, prompt, tmp_path):
         run("capture", model_folder, "--prompt-file", prompt, "--config", layers, *out)
     with pytest.raises(UsageError, match="absent cannot be loaded"):
         run("capture", str(tmp_path / "absent"), "--prompt-file", prompt, *out)
-    with pytest.raises(UsageError, match="must not be one of the results"):
+    with pytest.raises(UsageError, match="must be another file: this one is read"):
         run("report", prompt, "--out", prompt)
     kept = tmp_path / "kept.json"
     run("capture", model_folder, "--prompt-file", prompt, "--out", kept)

@@ -17,6 +17,7 @@ import torch
 
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.attention.patterns.base import PatternConfig
+from token_sparse_attention.records import parse_object
 
 BACKENDS = ("auto", "fa4", "flash", "cudnn", "efficient", "math")
 
@@ -135,14 +136,7 @@ def _read(text: str) -> PatternConfig:
     config = PATTERNS[name].config
     if not colon:
         return config()
-    try:
-        fields = json.loads(settings)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"attention_backend {text!r} has settings that are not valid JSON: {error}"
-        ) from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"attention_backend {text!r} must have a JSON object as settings")
+    fields = parse_object(f"attention_backend {name!r}", settings)
     known = tuple(field.name for field in dataclasses.fields(config))
     for field in fields:
         if field not in known:

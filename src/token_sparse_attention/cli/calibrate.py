@@ -136,14 +136,15 @@ class Calibrate(Command):
 
     def _check_outputs(self) -> None:
         """Refuse files that could not be written."""
+        if self.out is not None:
+            check_writable(self.out, f"--out {self.out}")
         measured = measured_path(self.out) if self.out else None
         reads = (*self.prompts.text, self.prompts.prompts, self.measured)
         check_apart(
             {"--out": self.out, "--out's measured": measured, "--plot": self.plot},
             filter(None, reads),
         )
-        if self.out is not None and measured is not None:
-            check_writable(self.out, f"--out {self.out}")
+        if measured is not None:
             check_writable(measured, f"--out {self.out}: {measured}")
         if self.plot is not None:
             check_writable(self.plot, f"--plot {self.plot}")

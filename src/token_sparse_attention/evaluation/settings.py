@@ -96,7 +96,7 @@ def _split_pattern(text: str, value: str) -> tuple[str | None, str]:
         if value[end : end + 1] == ":":
             end = json.JSONDecoder().raw_decode(value, end + 1)[1]
         pattern = parse_backend(value[:end])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"--config {text} cannot be used: {error}") from error
     if end < len(value) and (value[end] != "+" or end + 1 == len(value)):
         raise UsageError(f"--config {text}: expected +VALUE after {value[:end]!r}")
