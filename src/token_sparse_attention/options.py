@@ -21,7 +21,8 @@ class Option:
         name: the argument's, if not the field's: ``"--heads"``; one without dashes is positional.
         metavar: stands for the value in the help.
         default: what the help says of the default, if not the value.
-        minimum: the smallest whole number.
+        minimum: the smallest number.
+        maximum: the largest number.
         read: reads the value from text; raises ValueError or TypeError.
         repeat: whether a tuple's values are given one by one, not between commas.
         optional: whether a tuple may be empty.
@@ -31,6 +32,7 @@ class Option:
     metavar: str | None = None
     default: str | None = None
     minimum: int | None = None
+    maximum: int | None = None
     read: Callable[[str], Any] | None = None
     repeat: bool = False
     optional: bool = False
@@ -43,5 +45,6 @@ class Option:
 
 HIDDEN = Option("")  # of a field that is no argument
 Count = Annotated[int, Option(minimum=1)]
+Tokens = Annotated[int, Option(minimum=1, maximum=2**24)]  # of prompts and replies
 CountFrom0 = Annotated[int, Option(minimum=0)]
 Device = Annotated[str, Option(metavar="DEVICE")]

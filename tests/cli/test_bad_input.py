@@ -260,6 +260,8 @@ def test_dtypes_that_no_model_computes_in(capsys, dtype):
     [
         ("bench op --budget-seconds inf", "--budget-seconds: must be a number, got 'inf'"),
         ("bench op --budget-seconds -1", "--budget-seconds: must be at least 0, got -1.0"),
+        ("eval --lengths 99999999999999", "--lengths: must be at most 16777216, got 9999"),
+        ("bench op --lengths 99999999999999", "--lengths: must be at most 16777216, got 9999"),
         ("bench op --kept 0.5,nan", "--kept: must be numbers like 0.1,0.5, got '0.5,nan'"),
         (
             "calibrate --method sensitivity --divergence-budget nan",
@@ -269,6 +271,12 @@ def test_dtypes_that_no_model_computes_in(capsys, dtype):
 )
 def test_numbers_that_are_no_quantity(capsys, words, message):
     assert message in error_of(capsys, *words.split())
+
+
+def test_folders_and_names_that_no_model_has(tmp_path, capsys):
+    error = error_of(capsys, *run_words(str(tmp_path)))
+    assert f"{tmp_path} cannot be loaded: the folder has no config.json" in error
+    assert "model must be a hub id or a folder" in error_of(capsys, *run_words(" "))
 
 
 @pytest.mark.parametrize("command", ["run", "capture", "calibrate"])

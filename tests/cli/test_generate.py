@@ -11,7 +11,7 @@ import pytest
 
 from token_sparse_attention.cli.command import Parser
 from token_sparse_attention.cli.generate import add_arguments, build
-from token_sparse_attention.options import HIDDEN, Count, CountFrom0, Option
+from token_sparse_attention.options import HIDDEN, Count, CountFrom0, Option, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Options:
         files: what to read
         kind: of thing
         sizes: some sizes
+        spare: sizes, or none
         notes: some notes
         out: where to write
         last: how many last ones
@@ -51,6 +52,7 @@ class Options:
     files: Annotated[tuple[Path, ...], Option("files", "FILE")]
     kind: Literal["one", "other"]
     sizes: tuple[Count, ...] = (1, 2)
+    spare: Annotated[tuple[Tokens, ...], Option(optional=True)] = (1,)
     notes: Annotated[tuple[str, ...], Option(repeat=True)] = ()
     out: Annotated[Path | None, Option(default="nowhere")] = None
     last: CountFrom0 = 3
@@ -72,7 +74,7 @@ def test_defaults_are_the_dataclass_own():
     options = read("a", "--kind", "one")
     assert options == Options(files=(Path("a"),), kind="one", shape=options.shape)
     assert options.shape().num_heads == 32
-    assert read("a", "--kind", "one", "--sizes", "").sizes == ()
+    assert read("a", "--kind", "one", "--spare", "").spare == ()
 
 
 def test_values_are_read_by_their_types():
@@ -114,6 +116,8 @@ def test_help_is_the_docstrings():
             "argument --kind: must be one of one, other; got 'on'; did you mean 'one'",
         ),
         ("a --kind one --sizes 1,0", "argument --sizes: must be at least 1, got 0"),
+        ("a --kind one --sizes ,", "argument --sizes: must hold at least one value, got ','"),
+        ("a --kind one --spare 99999999", "argument --spare: must be at most 16777216, got 999"),
         ("a --kind one --last -1", "argument --last: must be at least 0, got -1"),
         ("a --kind one --dropped half", "argument --dropped: must be a number, got 'half'"),
         ("a --kind one --heads 1.5", "argument --heads: must be a whole number, got '1.5'"),

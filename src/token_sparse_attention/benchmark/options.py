@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from token_sparse_attention.benchmark.runs import MAIN_KEPT
 from token_sparse_attention.config import TokenSelectionConfig
 from token_sparse_attention.errors import UsageError
-from token_sparse_attention.options import Count, Device, Option
+from token_sparse_attention.options import Count, Device, Option, Tokens
 
 if TYPE_CHECKING:
     import torch
 
-Lengths = tuple[Count, ...]
+Lengths = tuple[Tokens, ...]
 Optional = Annotated[Lengths, Option(optional=True)]
 Shares = tuple[float, ...]
 Seconds = Annotated[float, Option(metavar="S", minimum=0)]

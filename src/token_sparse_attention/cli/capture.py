@@ -16,7 +16,7 @@ from token_sparse_attention.cli.model import (
     require_transformers,
 )
 from token_sparse_attention.errors import running, within_memory
-from token_sparse_attention.options import Count
+from token_sparse_attention.options import Tokens
 from token_sparse_attention.records import save
 from token_sparse_attention.settings import settings_or_default
 
@@ -40,7 +40,7 @@ class Capture(Command):
     )
     prompt: PromptOptions
     out: Path
-    max_new_tokens: Count = 32
+    max_new_tokens: Tokens = 32
     model: ModelOptions
 
     def run(self) -> bool:

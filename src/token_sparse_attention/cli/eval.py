@@ -19,7 +19,7 @@ from token_sparse_attention.evaluation.record import (
     save_results,
 )
 from token_sparse_attention.evaluation.samples import SampleSet
-from token_sparse_attention.options import Count, Option
+from token_sparse_attention.options import Count, Option, Tokens
 
 if TYPE_CHECKING:
     from token_sparse_attention.evaluation.evaluate import Runner
@@ -43,7 +43,7 @@ class PreparedOptions:
     """
 
     tasks: Annotated[Names, Option(default=_RULER)] = None
-    lengths: Annotated[tuple[Count, ...] | None, Option(default="4096")] = None
+    lengths: Annotated[tuple[Tokens, ...] | None, Option(default="4096")] = None
     limit: Annotated[Count | None, Option(default=str(_LIMIT))] = None
     seed: Annotated[int | None, Option(default="0")] = None
     apply_chat_template: bool = False
@@ -77,7 +77,7 @@ class StoredOptions:
 
     samples: Path | None = None
     only_tasks: Names = None
-    only_lengths: tuple[Count, ...] | None = None
+    only_lengths: tuple[Tokens, ...] | None = None
 
     def choose(self, samples: SampleSet) -> SampleSet:
         """Return the samples to run; a result names the file they are from, not the choice."""

@@ -18,7 +18,7 @@ from token_sparse_attention.cli.model import (
     require_transformers,
 )
 from token_sparse_attention.errors import UsageError, resumable, tokenizing
-from token_sparse_attention.options import Count, Option
+from token_sparse_attention.options import Count, Option, Tokens
 from token_sparse_attention.records import check_choice, save
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Fidelity(Command):
         tuple[str, ...],
         Option(metavar="FILE", default="code and prose that ship here", repeat=True),
     ] = ()
-    lengths: Annotated[tuple[int, ...], Option(minimum=256)] = (4096,)
+    lengths: Annotated[tuple[Tokens, ...], Option(minimum=256)] = (4096,)
     pieces: Count = 2
     shapes: Annotated[tuple[str, ...] | None, Option(metavar="NAMES", default=_SHAPES)] = None
     config: Annotated[

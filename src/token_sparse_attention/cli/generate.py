@@ -70,6 +70,8 @@ class Argument(NamedTuple):
                 )
             if option.minimum is not None and value < option.minimum:
                 raise argparse.ArgumentTypeError(f"must be at least {option.minimum}, got {value}")
+            if option.maximum is not None and value > option.maximum:
+                raise argparse.ArgumentTypeError(f"must be at most {option.maximum}, got {value}")
         if listed and not values and not option.optional:
             raise argparse.ArgumentTypeError(f"must hold at least one value, got {text!r}")
         return tuple(dict.fromkeys(values)) if listed else values[0]

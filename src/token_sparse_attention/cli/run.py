@@ -15,7 +15,7 @@ from token_sparse_attention.cli.model import (
     require_transformers,
 )
 from token_sparse_attention.errors import running, within_memory
-from token_sparse_attention.options import Count
+from token_sparse_attention.options import Tokens
 from token_sparse_attention.settings import LEADING_PATTERN, Settings, settings_or_default
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Run(Command):
     )
     prompt: PromptOptions
     compare: bool = False
-    max_new_tokens: Count = 64
+    max_new_tokens: Tokens = 64
     model: ModelOptions
 
     def run(self) -> bool:
