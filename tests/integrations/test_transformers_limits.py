@@ -222,25 +222,6 @@ def test_other_refusals_are_named():
     assert model.config._attn_implementation == "flex_attention", "a refusal changes nothing"
 
 
-class WrapsAModel(torch.nn.Module):
-    """Holds a model as PEFT's classes do."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.base_model = model
-
-    def get_base_model(self):
-        return self.base_model
-
-
-def test_a_model_that_wraps_another_says_which_one_to_pass():
-    wrapped = WrapsAModel(make_model())
-    with pytest.raises(TypeError, match=r"got WrapsAModel; apply to .* its get_base_model\(\)"):
-        apply(wrapped, CONFIG)
-    with apply(wrapped.get_base_model(), CONFIG):
-        pass
-
-
 def test_an_explicit_attention_backend_never_falls_back():
     model, ids = make_model(), make_ids()
     with apply(model, CONFIG, attention_backend="math"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.integrations.obstacles import unwrapped
 from token_sparse_attention.integrations.transformers import apply
 from token_sparse_attention.profile import LayerProfile
 
@@ -51,7 +52,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises:
         ValueError: if there is no such list, or more than one.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model, _ = unwrapped(model)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     found = [

@@ -33,6 +33,7 @@ from token_sparse_attention.integrations.obstacles import (
     check_model,
     layer_call,
     obstacle,
+    unwrapped,
 )
 
 
@@ -110,7 +111,7 @@ def attention_of_every_layer(
         ValueError: if the model cannot be served, the backend is unknown, or its settings are
             for another number of layers or heads.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model, _ = unwrapped(model)
     check_model(model)
     config = model.config.get_text_config(decoder=True)
     backend = parse_backend(attention_backend)

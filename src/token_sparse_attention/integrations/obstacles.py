@@ -142,6 +142,29 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def unwrapped(model: nn.Module) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """Return the model inside what torch.compile and PEFT make of one, and PEFT's models.
+
+    PEFT's are returned because some versions call the forward method of the model inside, and
+    not the model, so its hooks do not run.
+
+    Args:
+        model: what was given; it may be no model at all.
+
+    Returns:
+        The innermost model, which `check_model` is to check; and the models of PEFT around it.
+    """
+    around = []
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model"):  # PEFT
+            around.append(model)
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model, around  # type: ignore[return-value]
+
+
 def check_model(model: PreTrainedModel, *, continuous_batching: bool = False) -> None:
     """Raise unless the attention of a model can be replaced.
 
@@ -157,13 +180,9 @@ def check_model(model: PreTrainedModel, *, continuous_batching: bool = False) ->
         ValueError: if it is no decoder whose code calls the attention interface, runs an
             implementation that is not known, or runs sparse already.
     """
-    if not isinstance(model, PreTrainedModel):
-        wraps = hasattr(model, "get_base_model")  # as PEFT's models do
-        hint = "; apply to and generate with its get_base_model()" if wraps else ""
-        raise TypeError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}"
-        )
     kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {kind}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model must be decoder-only, but {kind} is an encoder-decoder model")
     if not model._can_set_attn_implementation():

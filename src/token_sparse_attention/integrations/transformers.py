@@ -16,7 +16,7 @@ import functools
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -48,6 +48,7 @@ from token_sparse_attention.integrations.obstacles import (
     AttentionFunction,
     check_model,
     layer_call,
+    unwrapped,
 )
 from token_sparse_attention.integrations.past_probes import cache_among
 from token_sparse_attention.integrations.record import PrefillReport
@@ -58,7 +59,7 @@ __all__ = ["AppliedSparsity", "apply", "attention_of_every_layer", "register_den
 
 
 def apply(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: SparseConfig | LayerProfile,
     *,
     impl: str = "auto",
@@ -79,8 +80,8 @@ def apply(
     Args:
         model: a decoder-only transformers model that uses the attention interface, on the
             ``"eager"`` or ``"sdpa"`` implementation or one that `register_dense_attention`
-            named. It may be compiled, dispatched over devices by accelerate, split by tensor
-            parallelism (then every rank calls `apply`), or use any cache.
+            named. It may be compiled, wrapped by PEFT, dispatched over devices by accelerate,
+            split by tensor parallelism (then every rank calls `apply`), or use any cache.
         config: the settings for all layers, or for its ``sparse_layers``; or a profile.
         impl: which code scores and chooses, see `Execution`.
         attention_backend: which kernel or pattern attends in the sparse layers, see
@@ -117,7 +118,7 @@ def apply(
     """
     backend = parse_backend(attention_backend)
     check_impl(impl)
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model, around = unwrapped(model)
     check_model(model, continuous_batching=continuous_batching)
     text_config = model.config.get_text_config(decoder=True)
     num_layers, num_heads = text_config.num_hidden_layers, text_config.num_attention_heads
@@ -130,8 +131,9 @@ def apply(
     dense_name: str = text_config._attn_implementation
     layers = SparseLayers(configs, executions, dense_name, record_tokens=record_tokens)
     named = isinstance(config, LayerProfile) or config.sparse_layers is not None
+    named_layers = set(configs) if named else set()
     return AppliedSparsity(
-        model, layers, set(configs) if named else set(), continuous_batching=continuous_batching
+        model, around, layers, named_layers, continuous_batching=continuous_batching
     )
 
 
@@ -147,6 +149,7 @@ class AppliedSparsity:
     def __init__(
         self,
         model: PreTrainedModel,
+        around: Sequence[nn.Module],
         layers: SparseLayers,
         named_layers: set[int],
         *,
@@ -159,15 +162,19 @@ class AppliedSparsity:
         self._text_config = model.config.get_text_config(decoder=True)
         dense_name: str = self._text_config._attn_implementation
         self.name = _register(dense_name, continuous_batching=continuous_batching)
-        self._modules = weakref.WeakSet(model.modules())
+        self._modules = weakref.WeakSet((*model.modules(), *around))
         for module in self._modules:
             _APPLIED[module] = self
         self._text_config._attn_implementation_internal = self.name
         hooks = _PassHooks(self._text_config, self.name, dense_name)
-        self._hooks = (
-            model.register_forward_pre_hook(hooks.before, with_kwargs=True),
-            model.register_forward_hook(hooks.after),
-        )
+        self._hooks = [
+            handle
+            for one in (model, *around)
+            for handle in (
+                one.register_forward_pre_hook(hooks.before, with_kwargs=True),
+                one.register_forward_hook(hooks.after),
+            )
+        ]
         # The registry outlives the model.
         self._withdraw = weakref.finalize(
             model, _withdraw, self._text_config, self.name, dense_name
