@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from benchmarks import summary
+from benchmarks import families, summary
 from benchmarks.block_sparse import page as block_sparse
 from benchmarks.command import make_parser, run_command
 from benchmarks.fidelity import page as fidelity
@@ -21,7 +21,7 @@ from benchmarks.serving import page as serving
 
 def every_page() -> Iterator[Page]:
     """Yield every page there is."""
-    for study in (summary, operator, block_sparse, fidelity, serving):
+    for study in (summary, families, operator, block_sparse, fidelity, serving):
         yield from study.pages()
 
 

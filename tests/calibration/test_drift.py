@@ -12,7 +12,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from integrations.models import FAMILIES, LAYERS, SHAPE, make_ids, make_model
+from integrations.families import FAMILIES, SHAPE
+from integrations.models import LAYERS, make_ids, make_model
 from token_sparse_attention import TokenSelectionConfig
 from token_sparse_attention.calibration import drift
 from token_sparse_attention.calibration.drift import (
@@ -69,7 +70,12 @@ def test_norms_are_taken_in_float32():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_found_in_every_family(family):
     model = make_model(family)
-    assert decoder_layers(model) is model.model.layers
+    (layers,) = (
+        module
+        for name, module in model.named_modules()
+        if name.endswith((".layers", ".h", ".blocks"))
+    )
+    assert decoder_layers(model) is layers
 
 
 def test_layers_are_those_of_the_text_decoder():

@@ -17,7 +17,9 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
+from integrations.families import FAMILIES, HYBRID, SHAPE
 from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig, reference
+from token_sparse_attention.integrations.implementation import dense_function
 
 CONFIG = TokenSelectionConfig(drop_mass=0.3, observation_window=16, pool_size=5, min_tokens=32)
 SAMPLING = KVSamplingConfig(
@@ -29,52 +31,8 @@ SAMPLING = KVSamplingConfig(
     dense_queries=6,
     crossover="off",
 )
-LAYERS = 3
+LAYERS = SHAPE["num_hidden_layers"]
 WORDS = [f"word{number}" for number in range(190)]
-SHAPE = {
-    "num_hidden_layers": LAYERS,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 199,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-HYBRID = {
-    "head_dim": 16,
-    "sliding_window": 40,
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-}
-FAMILIES = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 16},
-    "Mistral": {"sliding_window": None},
-    "Gemma3Text": HYBRID,
-    "Phi3": {},
-    "GptOss": HYBRID | {"num_local_experts": 2, "num_experts_per_tok": 1},
-    "Gemma2": HYBRID,
-    "Granite": {},
-    "Mixtral": {"num_local_experts": 2},
-    "Olmo2": {},
-    "DeepseekV3": {
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-    },
-}
 
 
 def make_model(family: str = "Llama", seed: int = 0, **changes):
@@ -132,12 +90,15 @@ def make_ids(length: int = 200, batch: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 199, (batch, length), generator=generator)
 
 
-def oracle_attention(settings, module, query, key, value, attention_mask, scaling=None, **_):
+def oracle_attention(settings, module, query, key, value, attention_mask, scaling=None, **rest):
     """Each row cut out by its mask and given to the reference; decode steps stay dense.
 
-    `settings` are the config, and each row's queries so far by module.
+    `settings` are the config, each row's queries so far by module, and the layers that are not
+    the model's own attention; None for all.
     """
-    config, earlier = settings
+    config, earlier, layers = settings
+    if layers is not None and module.layer_idx not in layers:
+        return own_attention(module, query, key, value, attention_mask, scaling=scaling, **rest)
     batch, heads, query_len, head_dim = query.shape
     rows = torch.zeros(batch, query_len, heads, head_dim, dtype=query.dtype)
     for row in range(batch):
@@ -168,13 +129,25 @@ def oracle_attention(settings, module, query, key, value, attention_mask, scalin
     return rows, None
 
 
+def own_attention(module, query, key, value, attention_mask, **rest):
+    """What the layer's own eager function gives under a mask of True and False."""
+    if attention_mask is None:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(
+            key.shape[2] - query.shape[2]
+        )[None, None]
+    least = torch.finfo(query.dtype).min
+    additive = torch.zeros(attention_mask.shape).masked_fill(~attention_mask, least)
+    return dense_function("eager", module)(module, query, key, value, additive, **rest)
+
+
 @contextmanager
-def oracle(model, config=CONFIG):
-    """The model with every layer's attention replaced by the oracle."""
-    AttentionInterface.register("oracle", partial(oracle_attention, (config, {})))
+def oracle(model, config=CONFIG, layers=None):
+    """The model with every layer's attention replaced by the oracle, or that of some layers."""
+    AttentionInterface.register("oracle", partial(oracle_attention, (config, {}, layers)))
     AttentionMaskInterface.register("oracle", sdpa_mask)
+    before = model.config._attn_implementation
     model.set_attn_implementation("oracle")
     try:
         yield
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(before)

@@ -319,7 +319,7 @@ def test_nothing_is_kept_without_a_cache_or_samples():
     applied = apply(model, CONFIG)
     with applied:
         model(ids, use_cache=False)
-        assert applied.layers._store is None
+        assert applied.layers.current.store is None
         cache = DynamicCache()
         model(ids[:, :1], past_key_values=cache)
         for token in ids[:, 1:20].T:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from integrations.models import CONFIG, FAMILIES, LAYERS, make_ids, make_model, oracle
+from integrations.models import CONFIG, LAYERS, make_ids, make_model, oracle
 from token_sparse_attention import DenseReason, LayerProfile, TokenSelectionConfig
 from token_sparse_attention.integrations.transformers import apply
 
@@ -24,36 +24,7 @@ def reasons(report):
     return [record.reasons[0] for record in report.last_prefill()]
 
 
-SLIDING = "layer attends within a sliding window"
-OBSTACLES = {
-    "Gemma3Text": [SLIDING, None, None],
-    "GptOss": [SLIDING] + ["layer has learned attention sinks"] * 2,
-    "Gemma2": [SLIDING] + ["layer caps its attention logits"] * 2,
-    "DeepseekV3": ["value and key head sizes differ"] * LAYERS,
-}
-EXPECTED = {family: OBSTACLES.get(family, [None] * LAYERS) for family in FAMILIES}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_runs_sparse_where_it_can(family):
-    model, ids = make_model(family), make_ids()
-    before = model.config._attn_implementation
-    dense = model(ids).logits
-    with apply(model, CONFIG) as report:
-        sparse = model(ids).logits
-    assert reasons(report) == EXPECTED[family]
-    assert model.config._attn_implementation == before
-    if any(reason is None for reason in EXPECTED[family]):
-        assert (sparse - dense).abs().max() > 0.01
-        for record in report:
-            if record.reasons == [None]:
-                assert max(record.kept[0]) < 180
-    else:
-        assert torch.equal(sparse, dense)
-    assert torch.equal(model(ids).logits, dense), "removed without a trace"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "GptOss", "DeepseekV3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_dense_rules_equal_the_model_alone(family, attention):
     model, ids = make_model(family), make_ids(batch=2)
@@ -67,15 +38,6 @@ def test_dense_rules_equal_the_model_alone(family, attention):
         short = model(ids, attention_mask=mask).logits
     assert torch.equal(short, dense)
     assert all(path == ["dense"] for path in paths(report))
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in OBSTACLES])
-def test_logits_equal_the_oracle(family):
-    model, ids = make_model(family), make_ids()
-    with oracle(model):
-        expected = model(ids).logits
-    with apply(model, CONFIG):
-        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
 
 
 def test_eager_models_read_their_additive_mask():

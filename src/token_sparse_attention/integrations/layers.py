@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -64,6 +67,28 @@ class _Part(NamedTuple):
     sequence: int = 0
 
 
+class _Pass(threading.local):
+    """What a thread's forward pass is, which others' passes through the model must not change.
+
+    Attributes:
+        number: of the pass; None outside one, where layers are called without the model.
+        last: outside a pass, the layer, the sequence and the pass of the last record.
+        last_mask: the last mask as an object, the lengths it was read for, and its layout.
+        last_positions: of how many last positions the caller wants the logits.
+        store: what the cache keeps; None if it keeps no probes.
+        recomputed: whether the backward pass runs the layers again, with gradients.
+        ends_prompt: whether the calls' last queries are those of their prompts.
+    """
+
+    number: int | None = None
+    last: tuple[int, int, int] = (0, 0, 0)
+    last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None = None
+    last_positions: int = 0
+    store: Store | None = None
+    recomputed: bool = False
+    ends_prompt: bool = True
+
+
 class SparseLayers:
     """The layers of one model under `apply`.
 
@@ -76,7 +101,7 @@ class SparseLayers:
     Attributes:
         report: what every layer did in every prefill so far.
         called: numbers of the layers that called the attention interface.
-        ends_prompt: whether the calls' last queries are those of their prompts.
+        current: the forward pass of the thread that asks.
     """
 
     def __init__(
@@ -94,15 +119,14 @@ class SparseLayers:
         self._executions = executions
         self._dense_name = dense_name
         self._gates: dict[tuple[int, torch.device], Gate] = {}
-        self._last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None
-        self._last_mask = None
-        self._last_positions = 0
-        self._store: Store | None = None
-        self.ends_prompt = True
+        self.current = _Pass()
+        self._passes = itertools.count(1)
         self._requests = RequestReader()
         self._warned_of_sharing = False
 
-    def begin_pass(self, logits_to_keep: object, cache: object, *, use_cache: bool) -> None:
+    def begin_pass(
+        self, logits_to_keep: object, cache: object, *, use_cache: bool, recomputed: bool
+    ) -> None:
         """Prepare for a forward pass of the model.
 
         Its mask may be the last pass's tensor with other numbers.
@@ -113,24 +137,40 @@ class SparseLayers:
                 prompt lookup decoding append to what is to be read.
             cache: the pass's cache; None if there is none, or the model is to make it.
             use_cache: whether the model may make one.
+            recomputed: whether the backward pass will run the layers again, with gradients.
         """
-        self._last_mask = None
-        self._last_positions = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        self._store = None
+        now = self.current
+        now.number = next(self._passes)
+        now.last_mask = None
+        now.last_positions = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        now.recomputed = recomputed
+        now.store = None
         if any(isinstance(config, KVSamplingConfig) for config in self._configs.values()):
-            self._store = store_of(cache) if cache is not None else {} if use_cache else None
+            now.store = store_of(cache) if cache is not None else {} if use_cache else None
 
     def end_pass(self, output: object) -> None:
         """Finish a forward pass; what is called without the model begins afresh.
 
         Args:
-            output: the model's, with the cache that it made.
+            output: the model's, with the cache that it made; None if the pass failed.
         """
-        kept, self._store = self._store, None
-        self._last_mask, self._last_positions = None, 0
+        now = self.current
+        kept, now.store = now.store, None
+        now.number, now.last_mask, now.last_positions, now.recomputed = None, None, 0, False
         store = store_of(cache_among(output)) if kept else None
         if kept and store is not None and store is not kept:
             store.update(kept)
+
+    def _record(self, record: LayerRecord) -> None:
+        """Add a record, with its forward pass."""
+        now = self.current
+        number = now.number
+        if number is None:  # without the model, a pass begins where layers begin again
+            position, number = (record.layer, record.sequence), now.last[2]
+            if position <= now.last[:2]:
+                number = next(self._passes)
+            now.last = (*position, number)
+        self.report.add(dataclasses.replace(record, forward_pass=number))
 
     def attend(self, call: LayerCall) -> tuple[Tensor, Tensor | None]:
         """Attend one call: ``[B, S_q, H, D]``, and what weights the model's own function gives."""
@@ -147,14 +187,14 @@ class SparseLayers:
         lengths = (call.query_len - drafts, call.kv_len - drafts)
         reason, detail = self._dense_reason(layer, call, *lengths)
         probes, layout = None, None
-        sampling, store = self._sampling(layer, reason), self._store
+        sampling, store = self._sampling(layer, reason), self.current.store
         if sampling is not None and store is not None:
             probes = CacheProbes(store, layer, sampling)
         if reason is None or probes is not None:
             layout = self._read_mask(call.mask, drafts, call.query_len, call.kv_len)
         if layout is not None:
             prompt = call._replace(query=call.query[:, :, : lengths[0]])
-            part = _Part(layout, probes, self.ends_prompt)
+            part = _Part(layout, probes, self.current.ends_prompt)
             if reason is None:
                 out = self._attend_sparse(layer, prompt, part).transpose(1, 2)
                 if drafts:
@@ -164,7 +204,7 @@ class SparseLayers:
         reason = reason or DenseReason.MASK
         if reason is DenseReason.GRADIENTS:
             warnings.warn(f"token sparse attention ran dense: {reason}", stacklevel=2)
-        self.report.add(LayerRecord(layer, call.query_len, call.kv_len, reason, detail))
+        self._record(LayerRecord(layer, call.query_len, call.kv_len, reason, detail))
         return call.run(dense_function(self._dense_name, call.module))
 
     def _draft_len(self, call: LayerCall) -> int:
@@ -173,7 +213,7 @@ class SparseLayers:
         A pass that verifies n drafts wants the logits of n + 1 positions. Where these are all
         positions, and the cache is empty, they are those of a prompt.
         """
-        wanted, query_len = self._last_positions, call.query_len
+        wanted, query_len = self.current.last_positions, call.query_len
         if wanted < 2 or (wanted >= query_len and call.kv_len == query_len):
             return 0
         return min(wanted, query_len) - 1
@@ -220,11 +260,11 @@ class SparseLayers:
         if sampling is not None and packed.slots is not None:
             slots = packed.slots[request.keys]
             probes = PagedProbes(packed.cache, layer, sampling, slots)
-        ends_prompt = self.ends_prompt and request.ends_prompt
+        ends_prompt = self.current.ends_prompt and request.ends_prompt
         part = _Part(MaskLayout(call.kv_len, None), probes, ends_prompt, number)
         if reason is not None:
             _keep_probes(call, part)
-            self.report.add(LayerRecord(layer, *lengths, reason, detail, sequence=number))
+            self._record(LayerRecord(layer, *lengths, reason, detail, sequence=number))
             return False
         out[:, request.queries] = self._attend_sparse(layer, call, part).transpose(1, 2)
         return True
@@ -259,6 +299,8 @@ class SparseLayers:
         if query_len <= 1:
             return DenseReason.DRAFTS, ""
         reason, detail = obstacle(call)
+        if reason is None and self.current.recomputed:
+            reason = DenseReason.GRADIENTS
         if reason is None:
             reason = self._gate(layer, config, call.query).reason(query_len, kv_len)
         return reason, detail
@@ -296,7 +338,7 @@ class SparseLayers:
         assert selection is not None
         record = SelectionRecord.of(selection, kv_len, padding_mask)
         lengths = (query.shape[2], kv_len)
-        self.report.add(
+        self._record(
             LayerRecord(layer, *lengths, selection=record, config=config, sequence=part.sequence)
         )
         return output
@@ -322,13 +364,13 @@ class SparseLayers:
         prompt_len = query_len - drafts
         if mask is None:
             return read_mask(None, prompt_len, kv_len)
-        lengths, last = (prompt_len, kv_len), self._last_mask  # another thread may change it
+        lengths, last = (prompt_len, kv_len), self.current.last_mask
         if last is not None and last[0]() is mask and last[1] == lengths:
             return last[2]
         fits = mask.dim() == 4 and mask.shape[2] == query_len
         prompt = mask[:, :, :prompt_len] if drafts and fits else mask
         layout = read_mask(prompt, prompt_len, kv_len)
-        self._last_mask = (weakref.ref(mask), lengths, layout)
+        self.current.last_mask = (weakref.ref(mask), lengths, layout)
         return layout
 
 

@@ -66,6 +66,7 @@ class LayerRecord:
         selection: what the method decided, None where `dense_reason` is set.
         config: the layer's settings, None where `dense_reason` is set.
         sequence: number of the sequence in a packed call, as continuous batching makes them.
+        forward_pass: number of the forward pass; a layer may attend more than once in one.
     """
 
     layer: int
@@ -76,6 +77,7 @@ class LayerRecord:
     selection: SelectionRecord | None = None
     config: SparseConfig | None = None
     sequence: int = 0
+    forward_pass: int = 0
 
     @property
     def paths(self) -> list[str]:
@@ -149,14 +151,10 @@ class PrefillReport:
 
     def prefills(self) -> list[list[LayerRecord]]:
         """Return the records grouped into forward passes, oldest first."""
-        passes: list[list[LayerRecord]] = []
-        position = (-1, -1)
+        passes: dict[int, list[LayerRecord]] = {}
         for record in self.records:
-            before, position = position, (record.layer, record.sequence)
-            if not passes or position <= before:
-                passes.append([])
-            passes[-1].append(record)
-        return passes
+            passes.setdefault(record.forward_pass, []).append(record)
+        return list(passes.values())
 
     def last_prefill(self) -> list[LayerRecord]:
         """Return the newest forward pass's records, one per layer and packed sequence."""

@@ -172,7 +172,7 @@ class AppliedSparsity:
             for one in (model, *around)
             for handle in (
                 one.register_forward_pre_hook(hooks.before, with_kwargs=True),
-                one.register_forward_hook(hooks.after),
+                one.register_forward_hook(hooks.after, always_call=True),
             )
         ]
         # The registry outlives the model.
@@ -192,7 +192,7 @@ class AppliedSparsity:
 
     @contextmanager
     def prompt_continues(self) -> Iterator[None]:
-        """Say that the prompts of the calls meanwhile go on in later calls.
+        """Say that the prompts of this thread's calls meanwhile go on in later calls.
 
         Then no query of such a call is a prompt's last one, and none attends to every key because
         of `dense_queries`. The chunks give what one call gives, if each has two tokens or more
@@ -217,11 +217,12 @@ class AppliedSparsity:
             >>> torch.allclose(last, whole[:, 50:], atol=1e-4)
             True
         """
-        before, self.layers.ends_prompt = self.layers.ends_prompt, False
+        current = self.layers.current
+        before, current.ends_prompt = current.ends_prompt, False
         try:
             yield
         finally:
-            self.layers.ends_prompt = before
+            current.ends_prompt = before
 
     def __enter__(self) -> PrefillReport:
         if not self._withdraw.alive:
@@ -302,7 +303,7 @@ class _PassHooks:
         _begin_pass(module, given, *(arguments.get(name) for name in names))
 
     def after(self, module: nn.Module, _: Any, output: object) -> None:
-        """After a forward pass."""
+        """After a forward pass; `output` is None if it failed."""
         _end_pass(module, output)
 
 
@@ -317,7 +318,12 @@ def _begin_pass(
     applied = _APPLIED.get(module)
     if applied is not None:
         cache = cache_among(given) if cache is None else cache
-        applied.layers.begin_pass(logits_to_keep, cache, use_cache=use_cache is not False)
+        applied.layers.begin_pass(
+            logits_to_keep,
+            cache,
+            use_cache=use_cache is not False,
+            recomputed=module.training and torch.is_grad_enabled() and _checkpoints(module),
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -325,7 +331,13 @@ def _end_pass(module: nn.Module, output: object) -> None:
     applied = _APPLIED.get(module)
     if applied is not None:
         applied.layers.end_pass(output)
-        applied.check_pass(type(module).__name__)
+        if output is not None:
+            applied.check_pass(type(module).__name__)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Return whether gradient checkpointing is on, which may run layers without gradients."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @functools.cache
