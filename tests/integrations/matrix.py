@@ -23,7 +23,8 @@ from integrations.families import FAMILIES
 from integrations.models import CONFIG, SAMPLING, WORDS, make_ids, make_model, make_tokenizer
 from token_sparse_attention.integrations.transformers import apply
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "families" / "tiny-cpu.json"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "families"
+RESULT = FOLDER / f"transformers-{transformers.__version__}.json"
 LENGTH = 72
 NEW = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
 EVERYTHING = {

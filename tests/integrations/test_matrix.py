@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import warnings
 
@@ -14,6 +15,7 @@ from integrations.families import FAMILIES
 from integrations.matrix import (
     COPIES,
     EVERYTHING,
+    FOLDER,
     LENGTH,
     MODES,
     RESULT,
@@ -32,7 +34,9 @@ from token_sparse_attention.integrations.transformers import apply
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 REAL = {"kv_sampling": SAMPLING, "token_selection": CONFIG}
-COMMITTED = json.loads(RESULT.read_text(encoding="utf-8"))
+KNOWN = RESULT if RESULT.exists() else max(FOLDER.glob("*.json"))
+COMMITTED = json.loads(KNOWN.read_text(encoding="utf-8"))
+measured = pytest.mark.skipif(KNOWN != RESULT, reason=f"{RESULT.name} was not measured")
 SERVED = [family for family, kinds in COMMITTED["families"].items() if "refused" not in kinds]
 SPARSE = [family for family in SERVED if "sparse" in COMMITTED["families"][family].values()]
 COMPILED = ("Gemma3Text", "DiffLlama")
@@ -56,6 +60,7 @@ def assert_same(given, expected):
             torch.testing.assert_close(mine, others, **CLOSE)
 
 
+@measured
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_is_what_is_measured(family):
     assert measure(family) == COMMITTED["families"][family], (
@@ -66,6 +71,11 @@ def test_the_table_is_what_is_measured(family):
 def test_the_table_lists_every_family_and_mode():
     assert list(COMMITTED["families"]) == list(FAMILIES)
     assert list(COMMITTED["not_offered"]) == list(MODES)
+    root = FOLDER.parents[2]
+    for file, pin in (("constraints.txt", "transformers=="), ("Makefile", "_TRANSFORMERS = ")):
+        pins = re.findall(f"^.*{pin}([0-9.]+)$", (root / file).read_text("utf-8"), re.MULTILINE)
+        assert pins
+        assert all((FOLDER / f"transformers-{pin}.json").exists() for pin in pins)
     assert len(SERVED) >= 25
 
 
@@ -96,9 +106,10 @@ def test_training_is_dense(family, mode):
             assert_same(MODES[mode](model), expected)
         reasons = {record.dense_reason for record in report}
         assert None not in reasons
-        assert (DenseReason.GRADIENTS in reasons) == (family in SPARSE)
+        assert DenseReason.GRADIENTS in reasons or family not in SPARSE
 
 
+@measured
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_that_transformers_does_not_offer_are_the_tables(mode):
     assert COMMITTED["not_offered"][mode] == [
