@@ -46,7 +46,7 @@ def changes(first: dict[str, Any], other: dict[str, Any]) -> str:
         if kinds != first["families"][family]
     ]
     if not rows:
-        return f"\nWith transformers {version} nothing else.\n"
+        return f"\nWith transformers {version} the same.\n"
     return f"\nWith transformers {version}, other than that:\n\n" + markdown_table([HEAD, *rows])
 
 
