@@ -207,19 +207,29 @@ class PagedProbes(Probes):
         if first >= end:
             return
         position = torch.arange(first, end, self._stride, device=query.device)
+        kept = self.allocate(query, key)
+        index = position - first_query
+        own = query[0, :, index].transpose(0, 1), position, key[0, 0, index]
+        for past, present in zip(kept, own):
+            past[self._place(position)] = present.detach()
+
+    def allocate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the places; they are allocated unless they are there for such tensors.
+
+        Args:
+            query: ``[1, H, S_q, D]``, S_q may be 0.
+            key: ``[1, H_kv, S_q, D]``.
+        """
         kept = self._store.get(self._layer)
         if kept is None or not self._fits(kept, query, key):
             _, num_heads, _, head_dim = query.shape
             kept = (
                 query.new_zeros(self._places, num_heads, head_dim),
-                position.new_full((self._places,), -1),
+                self._slots.new_full((self._places,), -1),
                 key.new_zeros(self._places, head_dim),
             )
             self._store[self._layer] = kept
-        index = position - first_query
-        own = query[0, :, index].transpose(0, 1), position, key[0, 0, index]
-        for past, present in zip(kept, own):
-            past[self._place(position)] = present.detach()
+        return kept
 
     def _place(self, position: Tensor) -> Tensor:
         """Return where the probes at some positions are kept."""

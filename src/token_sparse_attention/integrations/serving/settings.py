@@ -21,7 +21,7 @@ from token_sparse_attention.records import check_keys
 
 KEY = "token_sparse_attention"
 PREFIX_CACHING = ("refuse", "allow")
-_ENTRIES = (
+ENTRIES = (
     "profile", "config", "impl", "attention_backend", "prefix_caching", "log_interval", "warm_up",
 )  # fmt: skip
 
@@ -84,7 +84,9 @@ class Settings:
         return layer_configs(self.config, num_layers)
 
 
-def read_settings(option: Any, name: str = "additional_config") -> Settings | None:
+def read_settings(
+    option: Any, name: str = "additional_config", entries: tuple[str, ...] = ENTRIES
+) -> Settings | None:
     """Return the settings in an option of an engine, None if it has none.
 
     Args:
@@ -92,6 +94,7 @@ def read_settings(option: Any, name: str = "additional_config") -> Settings | No
             path of a config or profile in JSON, or ``"config"``, the content of such a file;
             and the other fields of `Settings`.
         name: of the option, for errors.
+        entries: that the engine's plugin has.
 
     Raises:
         TypeError: if an entry has the wrong type.
@@ -109,7 +112,7 @@ def read_settings(option: Any, name: str = "additional_config") -> Settings | No
     given, entry = option[KEY], f"{name}[{KEY!r}]"
     if not isinstance(given, Mapping):
         raise TypeError(f"{entry} must be an object, got {given!r}")
-    check_keys(entry, given, _ENTRIES)
+    check_keys(entry, given, entries)
     if ("profile" in given) == ("config" in given):
         raise ValueError(
             f"{entry} must have one of 'profile', the path of a config or profile, and "
