@@ -1,4 +1,4 @@
-"""The attention backend: a mixin over one of SGLang's, and what it does in one batch.
+"""The attention backend: one of SGLang's, but for prompts in sparse layers.
 
 For each batch of prompts the host decides which requests run sparse in which layers. In such a
 layer each of them goes through `token_sparse_attention`, and the others go to a second backend
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -69,19 +70,21 @@ class Step(NamedTuple):
 
 
 class SparsePrefills:
-    """What the mixin adds to a stock backend.
+    """Attention to prompts, in place of a stock backend's.
 
     Args:
         runner: SGLang's model runner.
-        rest: a stock backend for the requests of a batch that do not run sparse.
+        stock: the stock backend's ``forward_extend``, for batches without sparse requests.
+        rest: another stock backend, for the requests beside sparse ones.
 
     Raises:
         TypeError: if a setting has the wrong type.
         ValueError: if a setting is bad, or SGLang's configuration does not go with it.
     """
 
-    def __init__(self, runner: Any, rest: Any) -> None:
+    def __init__(self, runner: Any, stock: Callable[..., Any], rest: Any) -> None:
         self._settings = settings = engine_settings(runner)
+        self._stock = stock
         self._rest = rest
         self._pool = pool = runner.token_to_kv_pool
         self._req_to_token: Tensor = runner.req_to_token_pool.req_to_token
@@ -131,7 +134,29 @@ class SparsePrefills:
                 "--chunked-prefill-size -1 prompts are not cut (see docs/sglang.md)"
             )
 
-    def split_of(self, layer: Any, batch: Any, key: Tensor | None, others: dict[str, Any]) -> Any:
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Attend to prompts and chunks of them; arguments and result as in SGLang."""
+        split = self._split_of(layer, forward_batch, k, others)
+        if split is None or not split.prefills:
+            out = self._stock(q, k, v, layer, forward_batch, save_kv_cache, **others)
+        else:
+            out = self._attend(split, (q, k, v), layer, forward_batch, save_kv_cache)
+        if split is not None:
+            self._keep(split, q, layer, forward_batch)
+        return out
+
+    def _split_of(
+        self, layer: Any, batch: Any, key: Tensor | None, others: dict[str, Any]
+    ) -> Split | None:
         """Return what a layer does in a batch, None if all of it is the stock backend's.
 
         Args:
@@ -231,7 +256,7 @@ class SparsePrefills:
         self._rest.init_forward_metadata(part)
         return StockPart(tokens, (part, self._rest.forward_metadata))
 
-    def attend(
+    def _attend(
         self,
         split: Split,
         tensors: tuple[Tensor, Tensor, Tensor],
@@ -280,7 +305,7 @@ class SparsePrefills:
             output[tokens] = out.view(len(tokens), *output.shape[1:])
         return output.flatten(1)
 
-    def keep(self, split: Split, query: Tensor, layer: Any, batch: Any) -> None:
+    def _keep(self, split: Split, query: Tensor, layer: Any, batch: Any) -> None:
         """Keep the probes of requests that run dense; their keys are in the KV pool."""
         step: Step = getattr(batch, _STEP)
         heads = query.view(len(query), layer.tp_q_head_num, layer.qk_head_dim)
@@ -310,39 +335,6 @@ class SparsePrefills:
         return as_batch(tokens.view(len(tokens), layer.tp_k_head_num, layer.qk_head_dim))
 
 
-class SparseExtend:
-    """Mixin before a stock backend.
-
-    Attributes:
-        sparse_prefills: what it adds.
-    """
-
-    sparse_prefills: SparsePrefills
-
-    def forward_extend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **others: Any,
-    ) -> Any:
-        """Attend to prompts and chunks of them; arguments as in SGLang."""
-        stock = super().forward_extend  # type: ignore[misc]
-        split = self.sparse_prefills.split_of(layer, forward_batch, k, others)
-        if split is None or not split.prefills:
-            out = stock(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **others)
-        else:
-            out = self.sparse_prefills.attend(
-                split, (q, k, v), layer, forward_batch, save_kv_cache
-            )
-        if split is not None:
-            self.sparse_prefills.keep(split, q, layer, forward_batch)
-        return out
-
-
 def create_backend(runner: Any) -> Any:
     """Return SGLang's own backend, with long prefills sparse where the settings say so.
 
@@ -356,8 +348,7 @@ def create_backend(runner: Any) -> Any:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     create = ATTENTION_BACKENDS[dense_backend(runner)]
-    backend, rest = create(runner), create(runner)
-    backend.sparse_prefills = SparsePrefills(runner, rest)
-    stock = type(backend)
-    backend.__class__ = type(f"TokenSparse{stock.__name__}", (SparseExtend, stock), {})
+    backend = create(runner)
+    sparse = SparsePrefills(runner, backend.forward_extend, create(runner))
+    backend.forward_extend = sparse.forward_extend
     return backend
