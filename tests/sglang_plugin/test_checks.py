@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from token_sparse_attention import KVSamplingConfig, TokenSelectionConfig
+from token_sparse_attention.integrations.serving import settings as settings_module
 from token_sparse_attention.integrations.serving.settings import ENTRIES, Settings, read_settings
 from token_sparse_attention.integrations.sglang import engine
 from token_sparse_attention.integrations.sglang.plugin import NAME
 
 OPTION = "json_model_override_args"
+PAGE = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text(encoding="utf-8")
 
 
 def test_what_the_engine_must_not_have_is_named():
@@ -52,6 +57,14 @@ def test_settings_come_with_the_model_overrides():
     given["token_sparse_attention"]["warm_up"] = False
     with pytest.raises(ValueError, match=r"json_model_override_args.*warm_up"):
         read_settings(given, OPTION, engine._ENTRIES)
+
+
+@pytest.mark.parametrize(
+    "text", re.findall(r"--json-model-override-args '(.*?)'", PAGE, re.DOTALL)
+)
+def test_the_settings_shown_can_be_read(text, monkeypatch):
+    monkeypatch.setattr(settings_module, "load_config", lambda _: KVSamplingConfig())
+    assert read_settings(json.loads(text), OPTION, engine._ENTRIES) is not None
 
 
 def test_batches_with_more_than_causal_attention_are_known():

@@ -109,24 +109,20 @@ def test_a_warm_prefix_of_another_prompt_changes_nothing(how, request):
         assert distance(one, two) < CLOSE
 
 
-@pytest.mark.parametrize("how", ["whole", "cut"])
-def test_requests_beside_it_change_nothing(how, request):
-    engine = request.getfixturevalue(how)
-    reply, alone = cold(engine)
-    engine.forget()
+def test_requests_beside_it_change_nothing(whole):
+    reply, alone = cold(whole)
+    whole.forget()
     short = prompt_ids(60, 5)
-    together = engine.generate([short, PROMPT, prompt_ids(900, 6), short[:20]], NEW_TOKENS)
+    together = whole.generate([short, PROMPT, prompt_ids(900, 6), short[:20]], NEW_TOKENS)
     assert together[1][0] == reply
     for one, two in zip(together[1][1], alone, strict=True):
         assert distance(one, two) < CLOSE
-    engine.forget()
-    for got in (together[0], together[3]):  # they run beside a sparse prompt, on another backend
-        ids = short if got is together[0] else short[:20]
-        ((lone, logprobs, _),) = engine.generate([ids], NEW_TOKENS)
-        assert lone == got[0]
-        for one, two in zip(logprobs, got[1], strict=True):
+    for ids, beside in ((short, together[0]), (short[:20], together[3])):
+        whole.forget()
+        ((lone, logprobs, _),) = whole.generate([ids], NEW_TOKENS)
+        assert lone == beside[0]
+        for one, two in zip(logprobs, beside[1], strict=True):
             assert distance(one, two) < CLOSE
-        engine.forget()
 
 
 @torch.no_grad()

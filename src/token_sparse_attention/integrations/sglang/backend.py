@@ -41,6 +41,7 @@ from token_sparse_attention.integrations.serving.probes import Pages, RequestPro
 from token_sparse_attention.integrations.serving.settings import selects_tokens
 from token_sparse_attention.integrations.sglang.engine import (
     batch_obstacle,
+    cuts_prompts,
     dense_backend,
     engine_settings,
     tensor_parallel_group,
@@ -128,7 +129,7 @@ class SparsePrefills:
         if not self._configs:
             _LOG.warning("Token sparse attention is on, but no layer can run sparse")
         log_layers(_LOG, len(self._configs), obstacles)
-        if selects_tokens(self._configs.values()):
+        if selects_tokens(self._configs.values()) and cuts_prompts():
             _LOG.warning(
                 "Token sparse attention: each chunk of a prompt selects for itself; with "
                 "--chunked-prefill-size -1 prompts are not cut (see docs/sglang.md)"

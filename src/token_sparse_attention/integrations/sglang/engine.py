@@ -102,6 +102,13 @@ def check_shared_prefixes(settings: Settings, configs: Iterable[SparseConfig]) -
         )
 
 
+def cuts_prompts() -> bool:
+    """Return whether SGLang cuts long prompts into chunks."""
+    from sglang.srt.runtime_context import get_schedule
+
+    return (get_schedule().chunked_prefill_size or 0) > 0
+
+
 def dense_backend(runner: Any) -> str:
     """Return the name of the backend for all that runs dense.
 
