@@ -120,7 +120,7 @@ def part(tensors, start, stop):
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("cuts", [[], [512], [40, 42, 640], [300, 600, 900]], ids=str)
+@pytest.mark.parametrize("cuts", [[], [512], [30], [40, 42, 640], [300, 600, 900]], ids=str)
 def test_prompts_and_chunks_are_the_operators(monkeypatch, page_size, cuts):
     served = Served(monkeypatch, page_size=page_size)
     tensors = served.tensors(1000)
