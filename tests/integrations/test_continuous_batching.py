@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import transformers
 from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs
 
@@ -104,12 +103,6 @@ CASES = {
 }
 
 
-EXACT_PIECES = pytest.mark.skipif(
-    not transformers.__version__.startswith("5.17."),
-    reason="with other releases than 5.17 pieces of a prompt do not find all probes yet",
-)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_requests_give_what_each_gives_alone(name):
     family, config, expected = CASES[name]
@@ -156,7 +149,6 @@ def assert_same(mine, theirs):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
 
 
-@EXACT_PIECES
 @pytest.mark.parametrize("name", BLOCKS)
 def test_prompts_are_sampled_for_the_same_however_they_are_split(name):
     """A piece finds the probes of those before, and knows whether it is the last."""
@@ -173,7 +165,6 @@ def test_prompts_are_sampled_for_the_same_however_they_are_split(name):
     assert all(record.paths == ["sparse"] for record in last)
 
 
-@EXACT_PIECES
 @pytest.mark.parametrize("name", BLOCKS)
 def test_shared_prefixes_come_with_their_probes(name):
     model, config, requests = sharp().double(), BLOCKS[name], prompts()[:2]
@@ -187,7 +178,6 @@ def test_shared_prefixes_come_with_their_probes(name):
     assert 128 in earlier, "what came with the shared pages"
 
 
-@EXACT_PIECES
 def test_pieces_and_prompts_share_a_pass():
     model = make_model()
     with apply(model, CONFIG):

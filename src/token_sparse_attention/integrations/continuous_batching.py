@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -56,8 +57,8 @@ class PackedCall(NamedTuple):
         max_seqlen_q: no request has more queries.
         max_seqlen_k: no request has more keys.
         window: keys each query sees, itself included; None for all.
-        cache: the paged cache.
-        slots: ``[T_kv]``, where in the paged cache each key lies; None if that is not known.
+        pages: the paged cache as `PagedProbes` wants it; None if that is not known.
+        slots: ``[T_kv]``, where in the pages each key lies; None without them.
         wanted: the queries whose logits are wanted, the last ones of what is complete, perhaps
             with old numbers behind them; None if that is not known.
     """
@@ -68,9 +69,25 @@ class PackedCall(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     window: int | None
-    cache: Any = None
+    pages: Any = None
     slots: Tensor | None = None
     wanted: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Pages:
+    """The paged cache of layers of one kind, as `PagedProbes` wants it; it keeps their probes.
+
+    Attributes:
+        block_size: tokens of a page.
+        cache_shape: how many tokens the pages of a layer hold.
+    """
+
+    block_size: int
+    cache_shape: tuple[int]
+
+
+_PAGES: weakref.WeakKeyDictionary[Any, Pages] = weakref.WeakKeyDictionary()  # by allocator
 
 
 class Request(NamedTuple):
@@ -114,13 +131,17 @@ def is_packed(arguments: dict[str, Any]) -> bool:
     return arguments.get("write_index") is not None
 
 
-def shares_prefixes(arguments: dict[str, Any]) -> bool:
-    """Return whether requests read prefixes out of the cache that others computed."""
-    return bool(getattr(arguments.get("cache"), "use_prefix_sharing", False))
+def shares_prefixes(cache: object) -> bool:
+    """Return whether requests read prefixes out of a paged cache that others computed."""
+    return bool(getattr(cache, "use_prefix_sharing", False))
 
 
-def read_call(call: LayerCall) -> PackedCall:
+def read_call(call: LayerCall, cache: Any) -> PackedCall:
     """Put the new keys and values into the cache, and return what to attend over.
+
+    Args:
+        call: the layer's.
+        cache: the paged cache; None if it is not known.
 
     Raises:
         ValueError: if the call is not one of continuous batching.
@@ -131,15 +152,15 @@ def read_call(call: LayerCall) -> PackedCall:
             "got another call; for other calls, leave that argument out"
         )
     arguments = dict(call.arguments)  # an update writes into them
-    cache = arguments.get("cache")  # from 5.24 on the layer has updated it before
     keys, values = call.key, call.value
-    if cache is not None:
+    if arguments.get("cache") is not None:  # from 5.24 on the layer has updated it before
         layer: int = call.module.layer_idx  # type: ignore[assignment]
         update = partial(_update, cache) if _takes_prefix() else cache.update
         keys, values = update(
             key_states=keys, value_states=values, layer_idx=layer, kwargs=arguments
         )
     others = {name: argument for name, argument in arguments.items() if name not in _ARGUMENTS}
+    pages, slots = _places(cache, arguments, call.module)
     return PackedCall(
         call._replace(key=keys, value=values, arguments=others),
         arguments["cu_seq_lens_q"],
@@ -147,21 +168,37 @@ def read_call(call: LayerCall) -> PackedCall:
         arguments["max_length_q"],
         arguments["max_length_k"],
         arguments.get("sliding_window"),
-        cache,
-        _slots(arguments, call.module),
+        pages,
+        slots,
         arguments.get("logits_indices"),
     )
 
 
-def _slots(arguments: dict[str, Any], module: nn.Module) -> Tensor | None:
-    """Return where in the paged cache each of a call's keys lies, None if that is not known."""
-    groups = getattr(arguments.get("cache"), "layer_index_to_group_indices", None)
-    if groups is None or arguments.get("sliding_window") is not None:
-        return None
-    group = groups[module.layer_idx][0]
+def _places(
+    cache: Any, arguments: dict[str, Any], module: nn.Module
+) -> tuple[Any, Tensor] | tuple[None, None]:
+    """Return a layer's pages, and each key's slot in them; None and None if that is not known."""
+    if arguments.get("sliding_window") is not None:
+        return None, None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if hasattr(cache, "layer_index_to_group_indices"):  # 5.17
+        group, pages, stride = cache.layer_index_to_group_indices[layer][0], cache, None
+    elif hasattr(cache, "layer_to_allocator"):
+        allocator = cache.layer_to_allocator[layer]
+        group, pages = allocator.index, _PAGES.get(allocator)
+        if pages is None:
+            blocks = allocator.num_blocks + 2 * allocator.blocks_per_sector  # two are for padding
+            page = allocator.tokens_per_page
+            pages = _PAGES[allocator] = Pages(page, (blocks * page,))
+        stride = allocator.block_physical_stride  # a block has a page for each layer
+    else:
+        return None, None
     read: Tensor = arguments["read_index"][group]
     written: Tensor = arguments["write_index"][group]
-    return read if read.numel() else written  # nothing to read: all keys are the call's own
+    slots = read if read.numel() else written  # nothing to read: all keys are the call's own
+    if stride is not None:
+        slots = slots // stride * pages.block_size + slots % stride
+    return pages, slots
 
 
 def _update(

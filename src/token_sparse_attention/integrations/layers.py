@@ -76,6 +76,7 @@ class _Pass(threading.local):
         last_mask: the last mask as an object, the lengths it was read for, and its layout.
         last_positions: of how many last positions the caller wants the logits.
         store: what the cache keeps; None if it keeps no probes.
+        cache: the cache that the model was given.
         recomputed: whether the backward pass runs the layers again, with gradients.
         ends_prompt: whether the calls' last queries are those of their prompts.
     """
@@ -85,6 +86,7 @@ class _Pass(threading.local):
     last_mask: tuple[weakref.ref[Tensor], tuple[int, int], MaskLayout | None] | None = None
     last_positions: int = 0
     store: Store | None = None
+    cache: object = None
     recomputed: bool = False
     ends_prompt: bool = True
 
@@ -144,7 +146,7 @@ class SparseLayers:
         now.last_mask = None
         now.last_positions = logits_to_keep if isinstance(logits_to_keep, int) else 0
         now.recomputed = recomputed
-        now.store = None
+        now.store, now.cache = None, cache
         if any(isinstance(config, KVSamplingConfig) for config in self._configs.values()):
             now.store = store_of(cache) if cache is not None else {} if use_cache else None
 
@@ -155,7 +157,7 @@ class SparseLayers:
             output: the model's, with the cache that it made; None if the pass failed.
         """
         now = self.current
-        kept, now.store = now.store, None
+        kept, now.store, now.cache = now.store, None, None
         now.number, now.last_mask, now.last_positions, now.recomputed = None, None, 0, False
         store = store_of(cache_among(output)) if kept else None
         if kept and store is not None and store is not kept:
@@ -220,8 +222,9 @@ class SparseLayers:
 
     def attend_packed(self, call: LayerCall) -> tuple[Tensor, None]:
         """Attend one call of continuous batching; each request is decided for itself."""
+        cache = call.arguments.get("cache", self.current.cache)  # from 5.24 on only the model gets it
         selects = any(not isinstance(one, KVSamplingConfig) for one in self._configs.values())
-        if selects and not self._warned_of_sharing and shares_prefixes(call.arguments):
+        if selects and not self._warned_of_sharing and shares_prefixes(cache):
             self._warned_of_sharing = True
             warnings.warn(
                 "requests share the cached prefixes of others, which hold what those requests' "
@@ -229,7 +232,7 @@ class SparseLayers:
                 "stops it",
                 stacklevel=2,
             )
-        packed = read_call(call)
+        packed = read_call(call, cache)
         query, value = packed.call.query, packed.call.value
         out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
         dense = [range(len(packed.cu_seqlens_q) - 1)]
@@ -259,7 +262,7 @@ class SparseLayers:
         probes, sampling = None, self._sampling(layer, reason)
         if sampling is not None and packed.slots is not None:
             slots = packed.slots[request.keys]
-            probes = PagedProbes(packed.cache, layer, sampling, slots)
+            probes = PagedProbes(packed.pages, layer, sampling, slots)
         ends_prompt = self.current.ends_prompt and request.ends_prompt
         part = _Part(MaskLayout(call.kv_len, None), probes, ends_prompt, number)
         if reason is not None:

@@ -19,6 +19,7 @@ and the default settings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +50,16 @@ def store_of(cache: object) -> Store | None:
 
 
 def cache_among(given: object) -> object:
-    """Return the cache in a model's output or positional arguments, None if there is none."""
+    """Return the cache in a model's output or arguments, None if there is none.
+
+    Up to transformers 5.23 both have it as ``past_key_values``, later ones as ``cache``.
+    """
     if isinstance(given, tuple):
         return next((one for one in given if isinstance(one, Cache)), None)
-    return getattr(given, "past_key_values", None)
+    if not isinstance(given, Mapping):
+        return None
+    named = (one for name, one in given.items() if name in ("cache", "past_key_values"))
+    return next((one for one in named if one is not None), None)
 
 
 class Probes(ABC):

@@ -299,8 +299,9 @@ class _PassHooks:
 
     def before(self, module: nn.Module, given: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """Before a forward pass."""
-        names = ("logits_to_keep", "past_key_values", "use_cache")
-        _begin_pass(module, given, *(arguments.get(name) for name in names))
+        cache = cache_among(arguments)
+        logits_to_keep, use_cache = arguments.get("logits_to_keep"), arguments.get("use_cache")
+        _begin_pass(module, given, logits_to_keep, cache, use_cache)
 
     def after(self, module: nn.Module, _: Any, output: object) -> None:
         """After a forward pass; `output` is None if it failed."""
