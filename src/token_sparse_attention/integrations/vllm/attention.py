@@ -14,7 +14,11 @@ from token_sparse_attention.integrations.serving.attention import LayerAttention
 from token_sparse_attention.integrations.serving.plan import Prefill, workspace_bytes
 from token_sparse_attention.integrations.serving.probes import Pages, RequestProbes, probe_share
 from token_sparse_attention.integrations.vllm.backend import Step
-from token_sparse_attention.integrations.vllm.engine import engine_settings, longest_prefill
+from token_sparse_attention.integrations.vllm.engine import (
+    engine_settings,
+    is_quantised,
+    longest_prefill,
+)
 from token_sparse_attention.methods import LayerShape, method_of
 
 
@@ -46,7 +50,6 @@ class SparsePrefillImpl:
     ) -> None:
         from vllm.config import get_current_vllm_config
         from vllm.platforms import current_platform
-        from vllm.utils.torch_utils import is_quantized_kv_cache
 
         vllm_config = get_current_vllm_config()
         self.workspace = 0
@@ -92,7 +95,7 @@ class SparsePrefillImpl:
             str(DenseReason.ATTENTION_SINKS): sinks is not None,
             str(DenseReason.ALIBI): alibi_slopes is not None,
             str(DenseReason.SHARED_CACHE): kv_sharing_target_layer_name is not None,
-            str(DenseReason.QUANTISED_CACHE): is_quantized_kv_cache(kv_cache_dtype),
+            str(DenseReason.QUANTISED_CACHE): is_quantised(kv_cache_dtype),
             f"{DenseReason.UNKNOWN_ARGUMENT}: {', '.join(unknown)}": bool(unknown),
         }
         self.obstacle = next((text for text, stands in obstacles.items() if stands), None)

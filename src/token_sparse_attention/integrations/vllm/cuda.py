@@ -17,6 +17,8 @@ from token_sparse_attention.integrations.vllm.paged import ReadCache, read_gpu
 class FlashTokenSparseBackend(FlashAttentionBackend):
     """The stock backend, with long prefills sparse where the settings say so."""
 
+    supports_kv_cache_update_bypass = False  # prefills need the step's own keys and values
+
     @classmethod
     def supports_batch_invariance(cls) -> bool:
         """Say no: other requests decide how a prompt is cut, and so which queries are dense."""

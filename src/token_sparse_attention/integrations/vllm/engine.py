@@ -75,6 +75,16 @@ def most_decode_tokens(vllm_config: Any) -> int:
     return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
 
 
+def is_quantised(kv_cache_dtype: str) -> bool:
+    """Return whether a cache of this type holds numbers with scales."""
+    try:
+        from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+    except ImportError:  # up to vLLM 0.32
+        from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    return bool(is_quantized_kv_cache(kv_cache_dtype))
+
+
 def tensor_parallel_group() -> tuple[ProcessGroup | None, int]:
     """Return the group of tensor-parallel ranks, None if there is one rank; and this rank."""
     from vllm.distributed.parallel_state import get_tp_group

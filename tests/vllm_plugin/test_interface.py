@@ -1,0 +1,95 @@
+"""A vLLM with another interface than the plugin knows is refused in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+
+from token_sparse_attention.integrations.vllm import interface, plugin
+
+SHARED = """
+class AttentionBackend:
+    accept_output_buffer: bool = False
+
+class CommonAttentionMetadata:
+{fields}
+
+class AttentionMetadataBuilder:
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device): ...
+"""
+STOCK = """
+class {prefix}Backend:
+    supported_dtypes = []
+
+class {prefix}MetadataBuilder:
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False): ...
+
+class {impl}:
+    def __init__(self, {impl_arguments}): ...
+    def forward(self, {forward_arguments}): ...
+"""
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def sources(request, tmp_path, monkeypatch):
+    """vLLM's sources as far as they are read; and the device."""
+    backend = interface._BACKENDS[request.param]
+    fields = "\n".join(f"    {name}: int" for name in interface._NEEDED_FIELDS)
+    own = STOCK.format(
+        prefix=backend.prefix,
+        impl=backend.impl,
+        impl_arguments=", ".join(interface._IMPL),
+        forward_arguments=", ".join(interface._FORWARD),
+    )
+    files = {tmp_path / "v1/attention/backend.py": SHARED.format(fields=fields)}
+    files[tmp_path / backend.module] = own
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    return SimpleNamespace(device=request.param, files=list(files))
+
+
+CHANGES = {
+    "a new argument": ("output_block_scale", "output_block_scale, step", "forward of .* takes"),
+    "a renamed argument": ("fast_build", "quick_build", "build of .* takes"),
+    "a new setting of a layer": ("sinks)", "sinks, gate)", "__init__ of .* takes"),
+    "no such function": ("def build", "def make", "has no function build"),
+    "no such class": ("class CommonAttentionMetadata", "class Common", "has no class Common"),
+    "a field that is gone": ("    seq_lens: int\n", "", "has no field seq_lens"),
+    "a field per request": ("    seq_lens: int\n", "    seq_lens: int\n    turns: int\n", "turns"),
+    "a new promise": ("supported_dtypes", "supports_no_keys", "an attribute supports_no_keys"),
+    "no Python": ("class Attention", "clas Attention", r"cannot be read \(SyntaxError\)"),
+}
+
+
+def test_the_known_interface_is_taken(sources):
+    interface.check_interface(sources.device)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_interface_is_refused(sources, change):
+    old, new, why = CHANGES[change]
+    for file in sources.files:
+        file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(RuntimeError, match=f"does not know this vLLM: .*{why}.*; install a"):
+        interface.check_interface(sources.device)
+
+
+def test_a_backend_that_is_gone_is_refused(sources):
+    sources.files[1].unlink()
+    with pytest.raises(RuntimeError, match=r"_attn cannot be read \(FileNotFoundError\)"):
+        interface.check_interface(sources.device)
+
+
+@pytest.mark.vllm
+def test_the_plugin_checks_the_vllm_that_is_installed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(plugin, "check_interface", seen.append)
+    plugin.register()
+    assert seen == ["cpu"]
+    for device in ("cpu", "cuda"):
+        interface.check_interface(device)
