@@ -54,14 +54,14 @@ def sources(request, tmp_path, monkeypatch):
 
 
 CHANGES = {
-    "a new argument": ("output_block_scale", "output_block_scale, step", "forward of .* takes"),
-    "a renamed argument": ("fast_build", "quick_build", "build of .* takes"),
-    "a new setting of a layer": ("sinks)", "sinks, gate)", "__init__ of .* takes"),
-    "no such function": ("def build", "def make", "has no function build"),
-    "no such class": ("class CommonAttentionMetadata", "class Common", "has no class Common"),
-    "a field that is gone": ("    seq_lens: int\n", "", "has no field seq_lens"),
-    "a field per request": ("    seq_lens: int\n", "    seq_lens: int\n    turns: int\n", "turns"),
-    "a new promise": ("supported_dtypes", "supports_no_keys", "an attribute supports_no_keys"),
+    "a new argument": ("output_block_scale", "output_block_scale, step", "forward takes"),
+    "a renamed argument": ("fast_build", "quick_build", "build takes"),
+    "a new setting of a layer": ("sinks)", "sinks, gate)", "__init__ takes"),
+    "no such function": ("def build", "def make", r"no .*MetadataBuilder\.build"),
+    "no such class": ("class CommonAttentionMetadata", "class Common", "Metadata has no _num"),
+    "a field that is gone": ("    seq_lens: int\n", "", "has no seq_lens"),
+    "a field per request": ("    seq_lens: int\n", "    turns: int\n    seq_lens: int\n", "turns"),
+    "a new promise": ("supported_dtypes", "supports_no_keys", "Backend has supports_no_keys"),
     "no Python": ("class Attention", "clas Attention", r"cannot be read \(SyntaxError\)"),
 }
 
@@ -81,7 +81,7 @@ def test_another_interface_is_refused(sources, change):
 
 def test_a_backend_that_is_gone_is_refused(sources):
     sources.files[1].unlink()
-    with pytest.raises(RuntimeError, match=r"_attn cannot be read \(FileNotFoundError\)"):
+    with pytest.raises(RuntimeError, match=r"_attn\.py cannot be read \(FileNotFoundError\)"):
         interface.check_interface(sources.device)
 
 

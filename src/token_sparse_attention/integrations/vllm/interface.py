@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +72,6 @@ _BACKENDS = {
 }
 
 
-class _UnknownError(Exception):
-    """The interface is not the one that the plugin knows."""
-
-
 def check_interface(device: str) -> None:
     """Check that the vLLM that is installed has the interface that the plugin knows.
 
@@ -86,76 +83,60 @@ def check_interface(device: str) -> None:
     """
     spec = importlib.util.find_spec("vllm")
     places = [] if spec is None else spec.submodule_search_locations or []
-    try:
-        _check(Path(next(iter(places), "vllm")), _BACKENDS[device])
-    except _UnknownError as error:
+    difference = next(_differences(Path(next(iter(places), "vllm")), _BACKENDS[device]), None)
+    if difference is not None:
         raise RuntimeError(
-            f"token sparse attention does not know this vLLM: {error}; install a version that "
-            "docs/vllm.md names, or leave the plugin out with VLLM_PLUGINS"
-        ) from None
+            f"token sparse attention does not know this vLLM: {difference}; install a version "
+            "that docs/supported.md names, or leave the plugin out with VLLM_PLUGINS"
+        )
 
 
-def _check(folder: Path, backend: _Backend) -> None:
-    shared = _Module(folder, "v1/attention/backend.py")
-    own = _Module(folder, backend.module)
-    builder = f"{backend.prefix}MetadataBuilder"
-    own.expect_parameters(own.function(backend.impl, "__init__"), _IMPL)
-    own.expect_parameters(own.function(backend.impl, "forward"), _FORWARD)
-    own.expect_parameters(own.function(builder, "build"), _BUILD)
-    shared.expect_parameters(shared.function("AttentionMetadataBuilder", "__init__"), _BUILDER)
-    metadata = shared.find("CommonAttentionMetadata")
-    fields = _attributes(metadata)
-    for name in _NEEDED_FIELDS:
-        if name not in fields:
-            raise _UnknownError(f"CommonAttentionMetadata has no field {name}")
-    for name in sorted(fields - _KNOWN_FIELDS):
-        raise _UnknownError(f"CommonAttentionMetadata has a field {name}")
-    flags = _attributes(shared.find("AttentionBackend"))
-    flags |= _attributes(own.find(f"{backend.prefix}Backend"))
-    for name in sorted(flags - _KNOWN_FLAGS):
-        raise _UnknownError(f"{backend.prefix}Backend has an attribute {name}")
-
-
-class _Module:
-    """One of vLLM's source files."""
-
-    def __init__(self, folder: Path, path: str) -> None:
-        self._name = "vllm." + path.removesuffix(".py").replace("/", ".")
+def _differences(folder: Path, backend: _Backend) -> Iterator[str]:
+    classes: dict[str, ast.ClassDef] = {}
+    for path in ("v1/attention/backend.py", backend.module):
         try:
-            self._tree = ast.parse((folder / path).read_bytes())
+            tree = ast.parse((folder / path).read_bytes())
         except (OSError, SyntaxError) as error:
-            raise _UnknownError(f"{self._name} cannot be read ({type(error).__name__})") from error
-
-    def find(self, name: str) -> ast.ClassDef:
-        """Return a class."""
-        for node in self._tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                return node
-        raise _UnknownError(f"{self._name} has no class {name}")
-
-    def function(self, name: str, function: str) -> ast.FunctionDef:
-        """Return a class's function."""
-        for node in self.find(name).body:
-            if isinstance(node, ast.FunctionDef) and node.name == function:
-                return node
-        raise _UnknownError(f"{name} has no function {function}")
-
-    def expect_parameters(self, function: ast.FunctionDef, expected: tuple[str, ...]) -> None:
-        """Check what a function takes after `self`."""
-        given = function.args
-        taken = tuple(one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)[1:])
-        known = taken in (expected, expected[:-1] if expected is _IMPL else expected)
-        if not known:
-            raise _UnknownError(
-                f"{function.name} of {self._name} takes {', '.join(taken)}, "
-                f"expected {', '.join(expected)}"
-            )
+            yield f"{path} cannot be read ({type(error).__name__})"
+            return
+        classes.update({node.name: node for node in tree.body if isinstance(node, ast.ClassDef)})
+    functions = {
+        (backend.impl, "__init__"): _IMPL,
+        (backend.impl, "forward"): _FORWARD,
+        (f"{backend.prefix}MetadataBuilder", "build"): _BUILD,
+        ("AttentionMetadataBuilder", "__init__"): _BUILDER,
+    }
+    for (name, function), expected in functions.items():
+        taken = _parameters(classes, name, function)
+        if taken is None:
+            yield f"it has no {name}.{function}"
+        elif taken != expected:
+            yield f"{name}.{function} takes {', '.join(taken)}, not {', '.join(expected)}"
+    fields = _attributes(classes, "CommonAttentionMetadata")
+    for name in sorted(set(_NEEDED_FIELDS) - fields):
+        yield f"CommonAttentionMetadata has no {name}"
+    for name in sorted(fields - _KNOWN_FIELDS):
+        yield f"CommonAttentionMetadata has {name}"
+    for owner in ("AttentionBackend", f"{backend.prefix}Backend"):
+        for name in sorted(_attributes(classes, owner) - _KNOWN_FLAGS):
+            yield f"{owner} has {name}"
 
 
-def _attributes(definition: ast.ClassDef) -> set[str]:
+def _parameters(
+    classes: dict[str, ast.ClassDef], name: str, function: str
+) -> tuple[str, ...] | None:
+    """Return what a class's function takes after `self`, None if there is none."""
+    for node in classes[name].body if name in classes else []:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            given = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            return tuple(one.arg for one in given[1:])
+    return None
+
+
+def _attributes(classes: dict[str, ast.ClassDef], name: str) -> set[str]:
     """Return the names that a class's body gives values or types to."""
     names: set[str] = set()
-    for node in definition.body:
+    for node in classes[name].body if name in classes else []:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         names.update(target.id for target in targets if isinstance(target, ast.Name))
     return names
