@@ -222,7 +222,8 @@ class SparseLayers:
 
     def attend_packed(self, call: LayerCall) -> tuple[Tensor, None]:
         """Attend one call of continuous batching; each request is decided for itself."""
-        cache = call.arguments.get("cache", self.current.cache)  # from 5.24 on only the model gets it
+        # From transformers 5.24 on only the model is given it.
+        cache = call.arguments.get("cache", self.current.cache)
         selects = any(not isinstance(one, KVSamplingConfig) for one in self._configs.values())
         if selects and not self._warned_of_sharing and shares_prefixes(cache):
             self._warned_of_sharing = True
