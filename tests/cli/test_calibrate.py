@@ -357,7 +357,7 @@ def test_bad_uses_of_earlier_measurements(folder, tmp_path):
         (("--method", "drift", *measured), "need method sensitivity"),
         (("--method", "sensitivity", *measured, *cut), "text does not go with it"),
         ((folder / "model", "--method", "sensitivity", *measured), "model does not go with it"),
-        (("--method", "sensitivity", *measured, "--out", out), "must be another file: this one is read"),
+        (("--method", "sensitivity", *measured, "--out", out), "must be another file"),
         (("--method", "sensitivity", *measured[:2]), "needs one goal"),
     ):
         with pytest.raises(UsageError, match=message):
