@@ -17,7 +17,7 @@ help:
 	@echo "make compat       the tests that touch transformers, with the newest one tested; Python 3.13's start-up"
 	@echo "make wheel-check  the wheel in an empty environment, outside this folder"
 	@echo "make test-vllm    the vLLM plugin in vLLM's engine, on the CPU"
-	@echo "make stress-vllm  200 requests to a vLLM server, on the CPU"
+	@echo "make stress-vllm  500 requests to a vLLM server, on the CPU"
 	@echo "make test-sglang  the SGLang plugin in SGLang's engine, on the CPU"
 	@echo "make train        train the bundled model anew (needs a GPU)"
 
@@ -81,7 +81,7 @@ test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --confcutdir=tests/vllm_plugin tests/vllm_plugin
 
 stress-vllm: .venv-vllm/installed
-	OMP_NUM_THREADS=1 TSA_STRESS_REQUESTS=200 \
+	OMP_NUM_THREADS=1 TSA_STRESS_REQUESTS=500 \
 		TSA_STRESS_RESULT=benchmarks/results/serving/stress-cpu.json \
 		.venv-vllm/bin/python -m pytest --confcutdir=tests/vllm_plugin \
 		tests/vllm_plugin/test_server.py

@@ -14,8 +14,11 @@ RESULTS = FOLDER.parent / "results" / "serving"
 
 
 def pages() -> list[Page]:
-    """Return the page, made from the files in `RESULTS`."""
-    return [Page(FOLDER / "README.md", tables())]
+    """Return the pages, made from the files in `RESULTS`."""
+    return [
+        Page(FOLDER / "README.md", tables()),
+        Page(FOLDER.parents[1] / "docs" / "serving.md", {"stress": _stress()}),
+    ]
 
 
 def tables() -> dict[str, str]:
@@ -24,7 +27,6 @@ def tables() -> dict[str, str]:
     return {
         "chunks": _chunks(rows),
         "prefix": _prefix(rows),
-        "stress": _stress(),
         "first-token": _first_token("first-token-h200.json"),
         "first-token-chunks": _first_token("first-token-chunks-h100.json"),
     }
@@ -71,10 +73,13 @@ def _stress() -> str:
     result = read("stress-cpu.json")
     memory = [sum(one) for one in result["memory_mib_of_processes_per_round"]]
     lengths = result["prompt_tokens"]
+    cached = result["tokens_from_cached_prefixes"] / result["tokens_looked_up"]
     cells = {
         "requests, streamed": result["requests"],
         "further requests hung up on": result["aborted"],
         "prompt lengths": f"{lengths['min']} to {lengths['max']} tokens",
+        "tokens of a step at most": f"{result['tokens_per_step']:,}",
+        "prompt tokens from a cached prefix": f"{cached:.0%}",
         "requests at once": ", ".join(map(str, result["concurrency"])),
         "lost, wrong or mixed up": result["wrong_or_lost"],
         "resident memory after each round": ", ".join(f"{one:.0f}" for one in memory) + " MiB",

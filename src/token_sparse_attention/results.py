@@ -24,6 +24,8 @@ class TokenSelection(NamedTuple):
         kv_len: slots that the indices count from 0; None means as many as there are queries.
         reasons: ``[B]`` int32, why each sequence ran dense, `gate.reason_of` the number; 0
             for sparse ones; None where nobody asked.
+        num_blocks: ``[B]`` integers, KV sampling's blocks of the call whose queries attend to
+            samples, 0 for dense sequences; None for other methods and from a compiled call.
     """
 
     indices: Tensor
@@ -31,6 +33,7 @@ class TokenSelection(NamedTuple):
     ran_sparse: Tensor
     kv_len: int | None = None
     reasons: Tensor | None = None
+    num_blocks: Tensor | None = None
 
     def sparse_only(self) -> TokenSelection:
         """Return the selection with the dense sequences emptied."""

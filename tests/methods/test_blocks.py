@@ -109,6 +109,7 @@ def test_half_of_the_probes_is_enough(block, offset):
     error = (out - dense)[0].norm(dim=-1).amax(0)
     assert (error[: until - first] < 1e-5).all(), "the first block runs dense"
     assert (error[until - first + 4 : until - first + 16] > 1e-4).all(), "the next does not"
+    assert selection.num_blocks.tolist() == [(160 - until) // 16]
 
 
 @pytest.mark.parametrize(("first", "end"), [(96, 112), (99, 112), (108, 128), (110, 111)])
@@ -128,6 +129,7 @@ def test_a_sequence_within_its_first_block_says_so_in_a_batch():
     past.position[0] = -1
     out, selection, _ = CPU.run(problem, SMALL, mask, Chunk(past))
     assert selection.ran_sparse.tolist() == [False, True]
+    assert selection.num_blocks.tolist() == [0, 1]
     assert reason_of(int(selection.reasons[0])) is DenseReason.NO_PROBES
     torch.testing.assert_close(out[0], dense_of(problem)[0])
 

@@ -57,7 +57,7 @@ def serve(folder: Path, additional_config: dict, environment: dict[str, str], *a
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(bundled.MODEL)),
         *("--host", "127.0.0.1", "--port", str(port)),
-        *("--attention-backend", "CUSTOM", "--no-enable-prefix-caching"),
+        *("--attention-backend", "CUSTOM"),
         *("--additional-config", json.dumps(additional_config)),
         *arguments,
     ]

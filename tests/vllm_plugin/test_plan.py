@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from token_sparse_attention import (
-    AuxRequest,
     DenseReason,
     KVSamplingConfig,
     LayerProfile,
@@ -16,17 +15,11 @@ from token_sparse_attention import (
     TokenSelectionConfig,
 )
 from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
-from token_sparse_attention.inputs import Chunk, Problem, real_tokens
 from token_sparse_attention.integrations.serving.counters import Counters, describe
-from token_sparse_attention.integrations.serving.plan import (
-    Prefill,
-    list_prefills,
-    workspace_bytes,
-)
+from token_sparse_attention.integrations.serving.plan import Prefill, list_prefills
 from token_sparse_attention.integrations.serving.settings import Settings, read_settings
 from token_sparse_attention.integrations.vllm.engine import layer_number
-from token_sparse_attention.methods import LayerShape, method_of
-from token_sparse_attention.methods.sampling import sample, score_blocks
+from token_sparse_attention.methods import method_of
 
 CONFIG = TokenSelectionConfig(drop_mass=0.1, observation_window=16, min_tokens=64)
 
@@ -108,6 +101,19 @@ def test_prefills_of_a_step():
     assert chunk.query_len == 300
 
 
+def test_only_a_prompts_own_last_queries_are_dense():
+    """Its reply's too, which a resumed request goes through again."""
+    config = KVSamplingConfig(dense_queries=128)
+    cases = {512: 0, 1872: 0, 1900: 28, 2000: 128, 2300: 428, 3000: 512}
+    found = {end: Prefill(0, 0, 512, end, 2000).settings(config).dense_queries for end in cases}
+    assert found == cases
+    assert Prefill(0, 0, 512, 512).settings(config) is config, "its length is not known"
+    assert Prefill(0, 0, 512, 512, 2000).settings(CONFIG) is CONFIG, "it selects by its own last"
+    short = list_prefills([0, 90, 90], [90, 0], None, 1, [100])
+    assert short == [Prefill(0, 0, 90, 90, 100)], "padding has no prompt"
+    assert short[0].settings(config).dense_queries == 90
+
+
 def test_a_resumed_request_is_a_prefill_again():
     """It goes through its prompt and its reply at once; speculation does not."""
     assert list_prefills([0, 200, 204], [200, 300], [False, False], 4) == [Prefill(0, 0, 200, 200)]
@@ -135,40 +141,14 @@ def test_lengths_decide(query_len, kv_len, break_even, reason):
     assert found == (None if reason is None else str(reason))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sink_size": 0},
-        {"sink_size": 0, "budget": "per_head"},
-        {"sink_size": 512},
-        {"num_samples": 4096},
-    ],
-)
-def test_the_memory_set_aside_holds_what_sampling_keys_takes(changes):
-    heads, kv_len = 8, 8192
-    config = KVSamplingConfig(**{"num_samples": 512, "crossover": "off"} | changes)
-    method, device = method_of(config), torch.device("cpu")
-    tokens = real_tokens(None, 1, kv_len, device)
-    query, key = torch.zeros(1, heads, kv_len, 1), torch.zeros(1, 1, kv_len, 1)
-    aux = AuxRequest(selection=True, indices=False)
-    problem = Problem(query, key, key, tokens, 1.0, "reference", None, None, aux, Chunk())
-    blocks, probes = method.prepare(problem, method.gate(device, heads, 1)).keys
-    scores = score_blocks(problem, blocks, probes)
-    sampled = sample(problem, blocks, probes, config)
-    held = sum(tensor.nbytes for tensor in (scores, *sampled, probes.query))
-    shape = LayerShape(heads, 1, 1, itemsize=1, query_len=kv_len, kv_len=kv_len)
-    assert held <= method.workspace(shape) <= 6 * held
-    assert workspace_bytes(config, shape) > method.workspace(shape)
-    assert workspace_bytes(CONFIG, shape) > 2**29
-
-
-def selection(lengths, kv_len, ran_sparse=True, reason=None):
+def selection(lengths, kv_len, ran_sparse=True, reason=None, num_blocks=None):
     return TokenSelection(
         torch.zeros(1, len(lengths), 1),
         torch.tensor([lengths]),
         torch.tensor([ran_sparse]),
         kv_len,
         torch.tensor([0 if reason is None else reason.code]),
+        None if num_blocks is None else torch.tensor([num_blocks]),
     )
 
 
@@ -176,7 +156,7 @@ def test_counters_add_up():
     counters = Counters()
     for reason in (None, "too short", None, "too short", "other"):
         counters.add_prefill(reason)
-    counters.add_layer(selection([30, 50], 100))
+    counters.add_layer(selection([30, 50], 100, num_blocks=7))
     met = [(60, DenseReason.NO_PROBES), (70, DenseReason.CROSSOVER_KEPT)]
     for kv_len, reason in [*met, (70, DenseReason.NOTHING_TO_DROP)]:
         counters.add_layer(selection([kv_len] * 2, kv_len, ran_sparse=False, reason=reason))
@@ -192,10 +172,11 @@ def test_counters_add_up():
         },
         "tokens_seen": 600,
         "tokens_kept": 480,
+        "blocks_sampled": 7,
     }
     assert describe(counts) == (
         "Token sparse attention: 2 prefills sparse, 3 dense (1 other; 2 too short); "
-        "1 of 4 calls of sparse layers ran sparse, 80.0% of tokens kept"
+        "1 of 4 calls of sparse layers ran sparse, 80.0% of tokens kept, 7 blocks sampled keys"
     )
 
 

@@ -187,6 +187,7 @@ def test_the_builder_warms_up_on_a_gpu_unless_told_not_to(
     )
     monkeypatch.setattr(backend, "warm_up", recorded)
     monkeypatch.setattr(backend, "check_layer", lambda *_: None)
+    monkeypatch.setattr(backend, "watch_runner", lambda _: None)
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=5000),
         scheduler_config=SimpleNamespace(

@@ -46,6 +46,7 @@ _UNITS = 2**UNIT_BITS  # of a probability; whole numbers add up to the same sum 
 _LEAST = 0.25  # of the mean budget, for every head
 _MOST = 4  # times the mean budget, for any head
 _SCORES = 2**26  # at once
+_SPLIT = 4096  # keys whose softmax statistics the kernels hold on their own
 
 
 class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
@@ -97,8 +98,10 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         for some, sampled in sample_parts(whole, blocks, probes, self.config):
             add_sampled_keys(problem, some, sampled, plan.begins, into._replace(lse=lse))
             if problem.aux.selection:
-                keys.append((some, sampled))
-        return self._list(keys, plan.ran_sparse, whole) if keys else None
+                slots = sampled.slots if problem.aux.indices else None
+                keys.append((some, sampled.counts, slots))
+            del sampled  # before the next are there
+        return self._list(keys, plan, whole) if keys else None
 
     def work(self, chosen: int, prompt_tokens: int) -> float:
         """See `Method.work`; counts every sink and sample for every query, an upper bound.
@@ -121,20 +124,32 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         return 2 * pairs / (prompt_tokens * (prompt_tokens + 1))
 
     def workspace(self, shape: LayerShape) -> int:
-        """See `Method.workspace`: scores, sampled slots and weights, probes, log-sum-exps."""
-        config = self.config
-        count = max(-(-shape.query_len // config.block_size), 1)
-        entries = config.sink_size + _capacity(config, shape.kv_len)
-        scored = shape.num_heads * min(count * shape.kv_len, max(_SCORES, shape.kv_len))
-        probes = 2 * count * config.num_probes * (shape.head_dim * shape.itemsize + 512)
-        return 4 * scored + shape.num_heads * (
-            count * entries * 8 + probes + 3 * 4 * shape.query_len
-        )
+        """See `Method.workspace`: scores, sampled slots and weights, probes, log-sum-exps.
+
+        The scores and samples of one run of blocks are held at a time. A call late in a prompt
+        has more scores in a run, and one at its beginning more blocks.
+        """
+        config, heads = self.config, shape.num_heads
+        least = max((config.sliding_window + config.sink_size) // config.block_size, 1)
+        entry_bytes = 8 * (config.sink_size + _capacity(config, shape.kv_len)) + 4
+        scores, samples = [0], [0]
+        for first_query in (0, shape.kv_len - shape.query_len):
+            first = max(first_query // config.block_size, least)
+            count = -(-(first_query + shape.query_len) // config.block_size) - first
+            widths = (config.num_probes, config.sliding_window, config.sink_size)
+            blocks = Blocks(config.block_size, *widths, first, max(count, 0))
+            for _, some in _parts(blocks, heads, _SCORES):
+                statistics = some.num_blocks * config.num_probes * (shape.kv_len // _SPLIT + 2)
+                scores.append(4 * heads * (some.num_scores + 2 * statistics))
+                samples.append(heads * some.num_blocks * entry_bytes)
+        probes = -(-shape.query_len // config.block_size) * config.num_probes
+        probe_bytes = 2 * heads * probes * shape.head_dim * shape.itemsize
+        return max(scores) + max(samples) + probe_bytes + 3 * 4 * heads * shape.query_len
 
     def _list(
         self,
-        keys: list[tuple[Blocks, SampledKeys]],
-        ran_sparse: Tensor | None,
+        keys: list[tuple[Blocks, Tensor, Tensor | None]],
+        plan: Plan,
         problem: Problem,
     ) -> TokenSelection:
         """Return the sinks and samples of each sequence's last block as a selection.
@@ -144,22 +159,29 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         kv_len, want_indices = problem.kv_len, problem.aux.indices
         dense = dense_selection(problem.tokens, problem.num_heads, want_indices=want_indices)
         start, end = problem.tokens.bounds.long().unbind(-1)
+        ran_sparse, size = plan.ran_sparse, self.config.block_size
         if ran_sparse is None:
             ran_sparse = torch.ones_like(start, dtype=torch.bool)
-        number = (end - start - 1) // self.config.block_size
+        number = (end - start - 1) // size
+        begins = plan.begin if plan.begins is None else plan.begins
+        first = ((begins - start) // size).clamp(min=keys[0][0].first)
+        num_blocks = torch.where(ran_sparse, number + 1 - first, 0)
         slots, lengths = None, dense.lengths
-        for blocks, sampled in keys:
+        for blocks, counted, listed_slots in keys:
             index = number - blocks.first
             mine = ((index >= 0) & (index < blocks.num_blocks))[:, None]
             at = index.clamp(0, blocks.num_blocks - 1)[:, None, None]
-            counts = torch.take_along_dim(sampled.counts, at, 2)[..., 0].long()
+            counts = torch.take_along_dim(counted, at, 2)[..., 0].long()
             lengths = torch.where(mine & ran_sparse[:, None], counts, lengths)
-            if want_indices:
-                last = torch.take_along_dim(sampled.slots, at[..., None], 2)[:, :, 0]
+            if listed_slots is not None:
+                last = torch.take_along_dim(listed_slots, at[..., None], 2)[:, :, 0]
                 slots = last if slots is None else torch.where(mine[..., None], last, slots)
         reasons = torch.where(ran_sparse, 0, DenseReason.NO_PROBES.code)
         selection = dense._replace(
-            lengths=lengths, ran_sparse=ran_sparse, reasons=reasons.to(torch.int32)
+            lengths=lengths,
+            ran_sparse=ran_sparse,
+            reasons=reasons.to(torch.int32),
+            num_blocks=num_blocks,
         )
         if slots is None:
             return selection

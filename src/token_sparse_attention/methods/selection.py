@@ -157,7 +157,9 @@ class TokenSelector(Method[TokenSelectionConfig], config=TokenSelectionConfig):
         """See `Method.workspace`: scores, smoothed scores, indices, and the packed heads."""
         scored = shape.num_heads * shape.kv_len
         lse = 3 * 4 * shape.num_heads * shape.query_len if self.config.fallback == "window" else 0
-        return scored * (2 * 4 + 4 + 8) + lse + _PACKED_BYTES
+        rows = shape.num_heads * 2 * (shape.kv_len + shape.query_len)
+        packed = min(rows * shape.head_dim * shape.itemsize, _PACKED_BYTES)
+        return scored * (2 * 4 + 4 + 8) + lse + packed
 
 
 def select_tokens(

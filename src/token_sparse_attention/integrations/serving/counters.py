@@ -1,4 +1,4 @@
-"""What ran sparse, what ran dense and why, and how many tokens were kept.
+"""What ran sparse, what ran dense and why, how many blocks sampled keys, and how many were kept.
 
 Counts live in this process, go to the engine's log, and to Prometheus where it collects the
 metrics of several processes (`PROMETHEUS_MULTIPROC_DIR`).
@@ -23,8 +23,9 @@ _METRICS = {
     "prefills": "Prompts and chunks of prompts, by path and by why they ran dense",
     "layer_calls": "Calls of a sparse layer, by path and by why they ran dense",
     "tokens_seen": "Tokens that heads in sparse layers could attend over",
-    "tokens_kept": "Tokens that heads in sparse layers kept; for KV sampling their sinks and "
-    "sampled keys",
+    "tokens_kept": "Tokens that heads in sparse layers kept; for KV sampling the sinks and "
+    "sampled keys of a call's last block",
+    "blocks_sampled": "KV sampling's blocks of queries that sampled keys, in all sparse layers",
 }
 
 
@@ -39,6 +40,7 @@ class Counters:
         self._tokens_seen = 0
         self._reasons: Tensor | int = 0  # how often each reason's code, 0 for sparse, was met
         self._tokens_kept: Tensor | int = 0
+        self._blocks_sampled: Tensor | int = 0
         self._changed = False
         self._reported_at = -float("inf")
         self._metrics: dict[str, Any] | None = None
@@ -57,6 +59,8 @@ class Counters:
         codes = torch.arange(len(DenseReason) + 1, device=selection.reasons.device)
         self._reasons = self._reasons + (selection.reasons[:, None] == codes).sum(0)
         self._tokens_kept = self._tokens_kept + selection.lengths.sum()
+        if selection.num_blocks is not None:
+            self._blocks_sampled = self._blocks_sampled + selection.num_blocks.sum()
         self._changed = True
 
     def read(self) -> dict[str, Any]:
@@ -64,9 +68,10 @@ class Counters:
 
         Returns:
             ``prefills_sparse``, ``prefills_dense`` by reason, ``layer_calls_sparse``,
-            ``layer_calls_dense`` by reason, ``tokens_seen`` and ``tokens_kept``, the last two
-            summed over heads and layers.
-            For KV sampling the kept tokens are the sinks and sampled keys of each head.
+            ``layer_calls_dense`` by reason; ``tokens_seen`` and ``tokens_kept``, summed over
+            heads and layers; and ``blocks_sampled``, summed over layers. For KV sampling the
+            kept tokens are the sinks and sampled keys of the call's last block. A block that two
+            chunks share counts in both.
         """
         met = self._reasons.tolist() if isinstance(self._reasons, Tensor) else [0]
         return {
@@ -80,6 +85,7 @@ class Counters:
             },
             "tokens_seen": self._tokens_seen,
             "tokens_kept": int(self._tokens_kept),
+            "blocks_sampled": int(self._blocks_sampled),
         }
 
     def report(self, log: Callable[..., None], interval: float) -> None:
@@ -125,6 +131,7 @@ class Counters:
                 ("layer_calls", SPARSE, ""): counts["layer_calls_sparse"],
                 ("tokens_seen", "", ""): counts["tokens_seen"],
                 ("tokens_kept", "", ""): counts["tokens_kept"],
+                ("blocks_sampled", "", ""): counts["blocks_sampled"],
             }
         )
         for what in ("prefills", "layer_calls"):
@@ -143,11 +150,12 @@ def describe(counts: dict[str, Any]) -> str:
     reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(dense.items()))
     share = counts["tokens_kept"] / max(counts["tokens_seen"], 1)
     calls = counts["layer_calls_sparse"] + sum(counts["layer_calls_dense"].values())
+    blocks = counts["blocks_sampled"]
     return (
         f"Token sparse attention: {counts['prefills_sparse']} prefills sparse, "
         f"{sum(dense.values())} dense{f' ({reasons})' if reasons else ''}; "
         f"{counts['layer_calls_sparse']} of {calls} calls of sparse layers ran sparse, "
-        f"{share:.1%} of tokens kept"
+        f"{share:.1%} of tokens kept{f', {blocks} blocks sampled keys' if blocks else ''}"
     )
 
 

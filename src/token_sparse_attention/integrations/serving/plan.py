@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +23,15 @@ class Prefill(NamedTuple):
         start: its first query among the step's tokens.
         stop: the token after its last query.
         kv_len: its tokens so far, the queries included; they are the last of them.
+        prompt_len: tokens of its prompt, which may end before this chunk, within or behind it;
+            None if that is not known.
     """
 
     request: int
     start: int
     stop: int
     kv_len: int
+    prompt_len: int | None = None
 
     @property
     def query_len(self) -> int:
@@ -42,6 +47,29 @@ class Prefill(NamedTuple):
         """Return why its lengths make it run dense, None if they do not."""
         reason = gate.reason(self.query_len, self.kv_len)
         return None if reason is None else str(reason)
+
+    def settings(self, config: SparseConfig) -> SparseConfig:
+        """Return a layer's settings for this part of a prompt.
+
+        With KV sampling the last ``dense_queries`` of the prompt attend to every key, and so does
+        the reply that a resumed request goes through again: so did the steps that wrote it. No
+        other query of a chunk does. Without the prompt's length, the chunk's last queries do.
+
+        Example:
+            >>> config = KVSamplingConfig(dense_queries=128)
+            >>> ends = [1024, 1500, 1800, 2000, 2010]  # of chunks, the prompt's end is 2000
+            >>> [Prefill(0, 0, 512, end, 2000).settings(config).dense_queries for end in ends]
+            [0, 0, 0, 128, 138]
+        """
+        if self.prompt_len is None or not isinstance(config, KVSamplingConfig):
+            return config
+        first = max(self.prompt_len - config.dense_queries, 0)
+        return _with_dense_queries(config, min(max(self.kv_len - first, 0), self.query_len))
+
+
+@functools.lru_cache(maxsize=256)
+def _with_dense_queries(config: KVSamplingConfig, count: int) -> KVSamplingConfig:
+    return config if config.dense_queries == count else replace(config, dense_queries=count)
 
 
 class StockPart(NamedTuple):
@@ -72,7 +100,7 @@ class Split(NamedTuple):
     leaving: list[Prefill]
 
 
-def workspace_bytes(config: SparseConfig, shape: LayerShape) -> int:
+def workspace_bytes(config: SparseConfig, shape: LayerShape, *, quantised: bool = False) -> int:
     """Return what one sparse prefill allocates on a GPU at most, about.
 
     The plugin copies the chunk's keys and values out of the cache. The output is there three
@@ -82,9 +110,11 @@ def workspace_bytes(config: SparseConfig, shape: LayerShape) -> int:
     Args:
         config: the layer's settings.
         shape: of its longest call.
+        quantised: whether the cache holds 8-bit numbers, which are copied first.
     """
     per_token = shape.head_dim * shape.itemsize
-    copied = 2 * shape.num_kv_heads * shape.kv_len * per_token
+    cached = 2 * shape.num_kv_heads * shape.kv_len * shape.head_dim
+    copied = cached * (shape.itemsize + quantised)
     output = 3 * shape.num_heads * shape.query_len * per_token
     return copied + output + method_of(config).workspace(shape)
 
@@ -94,6 +124,7 @@ def list_prefills(
     kv_lens: Sequence[int],
     is_prefilling: Sequence[bool] | None,
     most_decode_tokens: int,
+    prompt_lens: Sequence[int] | None = None,
 ) -> list[Prefill]:
     """Return the requests that process prompt tokens in a step; decode steps are left out.
 
@@ -105,13 +136,15 @@ def list_prefills(
         is_prefilling: whether each request's prompt is still being processed; None means
             every request with more than one query.
         most_decode_tokens: a request with more queries than these does not decode.
+        prompt_lens: tokens of each request's prompt; None if they are not known.
     """
     listed = []
     for request, kv_len in enumerate(kv_lens):
         start, stop = query_starts[request], query_starts[request + 1]
         prefilling = is_prefilling is None or is_prefilling[request] or stop - start == kv_len
         if stop - start > 1 and (prefilling or stop - start > most_decode_tokens):
-            listed.append(Prefill(request, start, stop, kv_len))
+            prompt_len = None if prompt_lens is None else prompt_lens[request]
+            listed.append(Prefill(request, start, stop, kv_len, prompt_len))
     return listed
 
 

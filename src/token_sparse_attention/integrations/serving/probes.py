@@ -77,21 +77,27 @@ class RequestProbes(NamedTuple):
         """Return what earlier chunks left; arguments as the operator takes them."""
         return self.kept.recall(query, keys, MaskLayout(self.prefill.kv_len, None))
 
-    def keep(self, query: Tensor, own_keys: Tensor) -> None:
+    def keep(self, query: Tensor, keys: Tensor) -> None:
         """Keep the request's own probes.
 
         Args:
             query: ``[1, H, S_q, D]``.
-            own_keys: ``[1, H_kv, S_q, D]``.
+            keys: ``[1, H_kv, S, D]``, the last S_q those of the queries' own tokens.
         """
+        own_keys = keys[:, :, keys.shape[2] - self.prefill.query_len :]
         self.kept.keep_own(query, own_keys, self.prefill.kv_len - self.prefill.query_len)
 
 
-def probe_share(config: SparseConfig, shape: LayerShape) -> float:
-    """Return how much memory a layer's probes take, as a share of its paged cache."""
+def probe_share(config: SparseConfig, shape: LayerShape, *, quantised: bool = False) -> float:
+    """Return how much memory a layer's probes take, as a share of its paged cache.
+
+    Args:
+        config: the layer's settings.
+        shape: of its calls.
+        quantised: whether the cache holds 8-bit numbers; probes never do.
+    """
     if not isinstance(config, KVSamplingConfig):
         return 0.0
     numbers = (shape.num_heads + 1) * shape.head_dim * shape.itemsize + 8
-    return (
-        numbers / config.probe_stride / (2 * shape.num_kv_heads * shape.head_dim * shape.itemsize)
-    )
+    cached = 2 * shape.num_kv_heads * shape.head_dim * (1 if quantised else shape.itemsize)
+    return numbers / config.probe_stride / cached

@@ -35,7 +35,7 @@ class Settings:
         impl: which code scores and chooses, see `Execution`.
         attention_backend: which kernel or pattern attends in sparse layers, see `Execution`.
         prefix_caching: ``"refuse"`` does not start while the engine's prefix caching is on, if a
-            layer selects tokens; ``"allow"`` starts, see docs/vllm.md for what that changes.
+            layer selects tokens; ``"allow"`` starts, see docs/serving.md for what that changes.
         log_interval: seconds between two lines of counters in the log, at least.
         warm_up: whether kernels are compiled while the engine starts, on a GPU.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,28 @@ from token_sparse_attention.integrations.vllm.engine import (
     is_quantised,
     longest_prefill,
 )
+from token_sparse_attention.integrations.vllm.paged import Quantised, quantised_cache
 from token_sparse_attention.methods import LayerShape, method_of
+
+
+class _Call(NamedTuple):
+    """A layer's call in a step that it has a split for.
+
+    Attributes:
+        layer: vLLM's, which has the scales of a quantised cache.
+        step: what the builder decided.
+        config: the layer's settings.
+        tensors: the step's queries ``[T, H, D]``, keys and values ``[T, H_kv, D]``.
+        kv_cache: of the layer.
+        metadata: the stock backend's.
+    """
+
+    layer: Any
+    step: Step
+    config: SparseConfig
+    tensors: tuple[Tensor, Tensor, Tensor]
+    kv_cache: Tensor
+    metadata: Any
 
 
 class SparsePrefillImpl:
@@ -55,6 +76,8 @@ class SparsePrefillImpl:
         self.workspace = 0
         self._pages = Pages()
         settings = engine_settings(vllm_config)  # raises early what could never run
+        self._quantised = quantised_cache(kv_cache_dtype, vllm_config.model_config.dtype)
+        unread = is_quantised(kv_cache_dtype) and self._quantised is None
         if settings is not None:
             model = vllm_config.model_config
             longest = longest_prefill(vllm_config)
@@ -70,8 +93,9 @@ class SparsePrefillImpl:
             for config in configs:
                 gate = method_of(config).gate(device, num_heads, head_size)
                 if longest.dense_reason(gate) is None:
-                    needed.append(workspace_bytes(config, shape))
-                    share += probe_share(config, shape) / num_layers
+                    eight_bits = self._quantised is not None
+                    needed.append(workspace_bytes(config, shape, quantised=eight_bits))
+                    share += probe_share(config, shape, quantised=eight_bits) / num_layers
             self.workspace = max(needed) + _probe_bytes(share, vllm_config, device)
         super().__init__(
             num_heads,  # type: ignore[call-arg]
@@ -95,7 +119,7 @@ class SparsePrefillImpl:
             str(DenseReason.ATTENTION_SINKS): sinks is not None,
             str(DenseReason.ALIBI): alibi_slopes is not None,
             str(DenseReason.SHARED_CACHE): kv_sharing_target_layer_name is not None,
-            str(DenseReason.QUANTISED_CACHE): is_quantised(kv_cache_dtype),
+            str(DenseReason.QUANTISED_CACHE): unread,
             f"{DenseReason.UNKNOWN_ARGUMENT}: {', '.join(unknown)}": bool(unknown),
         }
         self.obstacle = next((text for text, stands in obstacles.items() if stands), None)
@@ -118,13 +142,7 @@ class SparsePrefillImpl:
         stock = super().forward  # type: ignore[misc]
         step: Step | None = getattr(attn_metadata, "token_sparse", None)
         split = None if step is None else step.splits.get(layer.layer_name)
-        if step is not None and split is not None:
-            for prefill in split.leaving:
-                part = slice(prefill.start, prefill.stop)
-                probes = self._probes(step, split.config, prefill, kv_cache, attn_metadata)
-                if probes is not None:
-                    probes.keep(as_batch(query[part]), as_batch(key[part]))
-        if step is None or split is None or not split.prefills:
+        if step is None or split is None:
             if attn_metadata is None and self.workspace and query.is_cuda:
                 # vLLM measures in such a run how much memory is left for the cache.
                 torch.empty(self.workspace, dtype=torch.uint8, device=query.device)
@@ -142,39 +160,69 @@ class SparsePrefillImpl:
             return result
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("token sparse attention does not quantise its output")
+        call = _Call(layer, step, split.config, (query, key, value), kv_cache, attn_metadata)
+        for prefill in split.leaving:
+            probes = self._probes(call, prefill)
+            if probes is not None:
+                if self._quantised is None:
+                    keys = as_batch(key[prefill.start : prefill.stop])
+                else:
+                    keys = self._keys_values(call, prefill)[0]
+                probes.keep(as_batch(self._queries(call, prefill, output.dtype)), keys)
         for prefill in split.prefills:
             part = slice(prefill.start, prefill.stop)
-            if prefill.whole:
-                keys, values = as_batch(key[part]), as_batch(value[part])
-            else:
-                table = attn_metadata.block_table[prefill.request]
-                keys, values = step.read_cache(kv_cache, table, prefill.kv_len)
-            probes = self._probes(step, split.config, prefill, kv_cache, attn_metadata)
-            how = LayerAttention(split.config, self.scale, step.execution, step.counts)
-            how.attend(query[part], keys, values, output[part], probes)
+            own_query = self._queries(call, prefill, output.dtype)
+            keys, values = self._keys_values(call, prefill)
+            probes = self._probes(call, prefill)
+            own = prefill.settings(split.config)
+            how = LayerAttention(own, self.scale, step.execution, step.counts)
+            how.attend(own_query, keys, values, output[part], probes)
             if probes is not None:
-                probes.keep(as_batch(query[part]), as_batch(key[part]))
-        if split.stock is not None:
+                probes.keep(as_batch(own_query), keys)
+        if not split.prefills:
+            stock(layer, query, key, value, kv_cache, attn_metadata, output)
+        elif split.stock is not None:
             tokens, metadata = split.stock
             out = torch.empty_like(output[: len(tokens)])
             stock(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, out)
             output[tokens] = out
         return output
 
-    def _probes(
-        self,
-        step: Step,
-        config: SparseConfig,
-        prefill: Prefill,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-    ) -> RequestProbes | None:
+    def _queries(self, call: _Call, prefill: Prefill, dtype: torch.dtype) -> Tensor:
+        """Return a request's queries ``[T, H, D]`` of the step, in the model's dtype."""
+        query = call.tensors[0][prefill.start : prefill.stop]
+        if query.dtype == dtype:
+            return query
+        read = Quantised(query.dtype, dtype).read(as_batch(query), call.layer._q_scale)
+        return read[0].transpose(0, 1)
+
+    def _keys_values(self, call: _Call, prefill: Prefill) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a request so far, ``[1, H_kv, kv_len, D]``.
+
+        A quantised cache holds others than the step does, and every later token sees those. So a
+        whole prompt reads them too, or it would depend on how prompts are cut.
+        """
+        if prefill.whole and self._quantised is None:
+            part = slice(prefill.start, prefill.stop)
+            return as_batch(call.tensors[1][part]), as_batch(call.tensors[2][part])
+        table = call.metadata.block_table[prefill.request]
+        if self._quantised is None:
+            return call.step.read_cache(call.kv_cache, table, prefill.kv_len)
+        codes = call.step.read_cache(call.kv_cache.view(torch.uint8), table, prefill.kv_len)
+        layer = call.layer
+        key, value = (
+            self._quantised.read(side, scale)
+            for side, scale in zip(codes, (layer._k_scale, layer._v_scale))
+        )
+        return key, value
+
+    def _probes(self, call: _Call, prefill: Prefill) -> RequestProbes | None:
         """Return where a request's probes are kept, None if the layer's method has none."""
-        if not isinstance(config, KVSamplingConfig):
+        if not isinstance(call.config, KVSamplingConfig):
             return None
-        self._pages = self._pages.fit(kv_cache)
-        slots = step.slots.of(prefill, attn_metadata.block_table, self._pages.block_size)
-        return RequestProbes(PagedProbes(self._pages, 0, config, slots), prefill)
+        self._pages = self._pages.fit(call.kv_cache)
+        slots = call.step.slots.of(prefill, call.metadata.block_table, self._pages.block_size)
+        return RequestProbes(PagedProbes(self._pages, 0, call.config, slots), prefill)
 
 
 def _probe_bytes(share: float, vllm_config: Any, device: torch.device) -> int:

@@ -40,6 +40,7 @@ from token_sparse_attention.integrations.vllm.engine import (
     usable_layers,
 )
 from token_sparse_attention.integrations.vllm.paged import ReadCache
+from token_sparse_attention.integrations.vllm.prompts import prompt_lengths, watch_runner
 from token_sparse_attention.integrations.vllm.warm_up import warm_up
 
 _LOG = logging.getLogger("vllm.token_sparse_attention")  # below vLLM's own logger
@@ -79,6 +80,7 @@ class SparsePrefillBuilder:
         if settings is None:
             return
         self._settings = settings
+        watch_runner(vllm_config)
         self._read_cache = self.cache_reader()
         tp_group, rank = tensor_parallel_group()
         self._execution = Execution(settings.impl, settings.attention_backend, tp_group=tp_group)
@@ -109,7 +111,7 @@ class SparsePrefillBuilder:
             _LOG.warning(
                 "Token sparse attention: chunked prefill is on, and each chunk of a prompt "
                 "selects for itself; with --no-enable-chunked-prefill a reply does not depend "
-                "on what else the server is doing (see docs/vllm.md)"
+                "on what else the server is doing (see docs/serving.md)"
             )
 
     def _warm_up(
@@ -172,6 +174,7 @@ class SparsePrefillBuilder:
             common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs],
             None if common.is_prefilling is None else common.is_prefilling.tolist(),
             self._most_decode_tokens,
+            prompt_lengths(common.num_reqs),
         )
         obstacle = step_obstacle(common)
         obstacles = [obstacle or self._obstacle(prefill) for prefill in prefills]

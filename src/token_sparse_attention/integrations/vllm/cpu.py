@@ -15,7 +15,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from token_sparse_attention.integrations.vllm.attention import SparsePrefillImpl
 from token_sparse_attention.integrations.vllm.backend import SparsePrefillBuilder
-from token_sparse_attention.integrations.vllm.paged import ReadCache, measure_order, read_cpu
+from token_sparse_attention.integrations.vllm.paged import (
+    ReadCache,
+    measure_order,
+    quantised_cache,
+    read_cpu,
+)
 
 
 class CPUTokenSparseBackend(CPUAttentionBackend):
@@ -39,9 +44,14 @@ class CPUTokenSparseMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBu
         def write(key: Tensor, value: Tensor, cache: Tensor) -> None:
             sides = cache.view(1, 1, 2 * self.block_size, -1).chunk(2, dim=2)
             slots = torch.arange(len(key))
-            ops.cpu_attn_reshape_and_cache(key, value, *sides, slots, self.isa)
+            name = self.kv_cache_dtype
+            ops.cpu_attn_reshape_and_cache(
+                key, value, *sides, slots, self.isa, kv_cache_dtype=name
+            )
 
-        order = measure_order(self.block_size, self.head_dim, self.dtype, write)
+        quantised = quantised_cache(self.kv_cache_dtype, self.dtype)
+        stored = None if quantised is None else quantised.stored
+        order = measure_order(self.block_size, self.head_dim, self.dtype, write, stored)
         return None if order is None else partial(read_cpu, order=order)
 
 

@@ -8,6 +8,8 @@ On a GPU a block holds ``[H_kv, block, 2 D]``, keys before values; in memory its
 before its heads unless vLLM is told otherwise. On a CPU a block holds each head's keys and then
 its values, each in an order that suits the processor's instructions (keys by column, or in
 tiles); that order is measured once, not assumed.
+
+A cache in 8-bit floats is read as bytes, and `Quantised` makes numbers of them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 ReadCache = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 _BASE = 256  # whole numbers below are exact in bfloat16
+_QUANTISED_BASE = 8  # and these in each format of 8 bits
 
 
 def read_gpu(kv_cache: Tensor, block_table: Tensor, kv_len: int) -> tuple[Tensor, Tensor]:
@@ -59,14 +62,17 @@ def measure_order(
     head_dim: int,
     dtype: torch.dtype,
     write: Callable[[Tensor, Tensor, Tensor], None],
+    stored: torch.dtype | None = None,
 ) -> BlockOrder | None:
     """Write a block of known numbers, and see where they are.
 
     Args:
         block_size: tokens of a block.
         head_dim: D.
-        dtype: the cache's.
+        dtype: of the model's keys and values.
         write: stores key and value ``[block, 1, D]`` in a cache ``[1, 1, block, 2 D]``.
+        stored: the 8-bit floats of a quantised cache, which `write` takes as uint8; None where
+            the cache has the model's dtype.
 
     Returns:
         The order, None if the numbers do not lie in the block one for one.
@@ -74,13 +80,15 @@ def measure_order(
     total = block_size * head_dim
     codes = torch.arange(total)
     found = torch.zeros(2, total, dtype=torch.long)
+    base = _BASE if stored is None else _QUANTISED_BASE
+    shape = (1, 1, block_size, 2 * head_dim)
     digits = 1
     while digits < total:
-        numbers = (codes // digits % _BASE).to(dtype).view(block_size, 1, head_dim)
-        cache = torch.full((1, 1, block_size, 2 * head_dim), -1, dtype=dtype)
-        write(numbers, numbers.clone(), cache)
+        numbers = (codes // digits % base).to(dtype).view(block_size, 1, head_dim)
+        cache = torch.full(shape, -1.0).to(dtype if stored is None else stored)
+        write(numbers, numbers.clone(), cache if stored is None else cache.view(torch.uint8))
         found += cache.view(2, total).double().round().long() * digits
-        digits *= _BASE
+        digits *= base
     if not all(torch.equal(side.sort().values, codes) for side in found):
         return None
     key, value = found.argsort(-1).view(2, block_size, head_dim)
@@ -112,3 +120,44 @@ def read_cpu(
         for side, places in enumerate(order)
     )
     return key, value
+
+
+class Quantised(NamedTuple):
+    """How a layer's numbers in 8 bits become the model's: times a scale per tensor or KV head.
+
+    Attributes:
+        stored: torch's dtype of the cache.
+        dtype: the model's.
+    """
+
+    stored: torch.dtype
+    dtype: torch.dtype
+
+    def read(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Return keys, values or queries.
+
+        Args:
+            codes: ``[1, heads, S, D]``, in the cache's dtype or as bytes.
+            scale: one number, or ``[H_kv]``, each KV head's; H_kv divides the heads.
+        """
+        numbers = codes.view(self.stored).to(self.dtype)
+        scale = scale.to(codes.device).flatten()
+        if scale.numel() > 1:
+            scale = scale.repeat_interleave(codes.shape[1] // scale.numel())
+        return numbers.mul_(scale[:, None, None])
+
+
+def quantised_cache(kv_cache_dtype: str, dtype: torch.dtype) -> Quantised | None:
+    """Return how a cache with vLLM's name for its dtype is read; None for what is not known.
+
+    Args:
+        kv_cache_dtype: as in ``--kv-cache-dtype``.
+        dtype: the model's.
+    """
+    from vllm.platforms import current_platform
+
+    if kv_cache_dtype == "fp8_e5m2":
+        return Quantised(torch.float8_e5m2, dtype)
+    if kv_cache_dtype in ("fp8", "fp8_e4m3"):
+        return Quantised(current_platform.fp8_dtype(), dtype)
+    return None
