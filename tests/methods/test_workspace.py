@@ -117,18 +117,20 @@ def test_vllm_sets_aside_what_a_call_takes(config, shape, monkeypatch):
     assert workspace_bytes(config, shape, quantised=True) - reserved == codes
 
 
+@pytest.mark.parametrize("page_size", [16, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
-def test_vllm_sets_aside_what_probes_take(dtype):
+def test_vllm_sets_aside_what_probes_take(dtype, page_size):
     config, shape = KVSamplingConfig(), LayerShape(8, 2, 128, 2, 2048, 8192)
-    cache = torch.empty(64, shape.num_kv_heads, 128, 2 * shape.head_dim, dtype=dtype)
+    cache = torch.empty(64, shape.num_kv_heads, page_size, 2 * shape.head_dim, dtype=dtype)
     prefill = Prefill(0, 0, shape.query_len, shape.query_len)
     pages = Pages().fit(cache)
-    kept = PagedProbes(pages, 0, config, torch.arange(shape.query_len))
+    slots = torch.arange(shape.query_len) % pages.cache_shape[0]
+    kept = PagedProbes(pages, 0, config, slots)
     query, key = (
         torch.zeros(1, heads, shape.query_len, shape.head_dim, dtype=DTYPE)
         for heads in (shape.num_heads, shape.num_kv_heads)
     )
     RequestProbes(kept, prefill).keep(query, key)
     (held,) = store_of(pages).values()
-    share = probe_share(config, shape, quantised=dtype == torch.uint8)
+    share = probe_share(config, shape, page_size, quantised=dtype == torch.uint8)
     assert sum(one.nbytes for one in held) == share * cache.nbytes

@@ -88,16 +88,20 @@ class RequestProbes(NamedTuple):
         self.kept.keep_own(query, own_keys, self.prefill.kv_len - self.prefill.query_len)
 
 
-def probe_share(config: SparseConfig, shape: LayerShape, *, quantised: bool = False) -> float:
+def probe_share(
+    config: SparseConfig, shape: LayerShape, page_size: int, *, quantised: bool = False
+) -> float:
     """Return how much memory a layer's probes take, as a share of its paged cache.
 
     Args:
         config: the layer's settings.
         shape: of its calls.
+        page_size: tokens of a block of the cache, which has room for at least one probe.
         quantised: whether the cache holds 8-bit numbers; probes never do.
     """
     if not isinstance(config, KVSamplingConfig):
         return 0.0
     numbers = (shape.num_heads + 1) * shape.head_dim * shape.itemsize + 8
     cached = 2 * shape.num_kv_heads * shape.head_dim * (1 if quantised else shape.itemsize)
-    return numbers / config.probe_stride / cached
+    places = -(-page_size // config.probe_stride)
+    return numbers * places / page_size / cached

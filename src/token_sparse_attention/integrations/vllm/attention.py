@@ -95,7 +95,9 @@ class SparsePrefillImpl:
                 if longest.dense_reason(gate) is None:
                     eight_bits = self._quantised is not None
                     needed.append(workspace_bytes(config, shape, quantised=eight_bits))
-                    share += probe_share(config, shape, quantised=eight_bits) / num_layers
+                    page_size = vllm_config.cache_config.block_size
+                    of_one = probe_share(config, shape, page_size, quantised=eight_bits)
+                    share += of_one / num_layers
             self.workspace = max(needed) + _probe_bytes(share, vllm_config, device)
         super().__init__(
             num_heads,  # type: ignore[call-arg]
