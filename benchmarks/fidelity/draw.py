@@ -20,7 +20,7 @@ def draw(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Entries
         variant: how to draw.
         query: ``[H, S, D]`` of a whole prefill.
         key: ``[H_kv, S, D]``.
-        value: likewise.
+        value: of the shape of `key`.
     """
     heads, length, _ = query.shape
     block = variant.block or length

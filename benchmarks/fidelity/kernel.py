@@ -27,7 +27,7 @@ class Entries:
         count: ``[blocks, H]`` how many of the `L` count, int32.
         sign: ``[blocks, H, L]`` of its weight, where weights can be negative.
         keys: ``[blocks, H, L, D]`` keys in place of `index`, where they are no rows of the cache.
-        values: likewise.
+        values: of the shape of `keys`.
     """
 
     index: Tensor
@@ -131,7 +131,7 @@ def attend(
     Args:
         query: ``[H, n, D]``, at positions from `first`.
         key: ``[H_kv, rows, D]``, contiguous, of which `num_keys` count.
-        value: likewise.
+        value: of the shape of `key`.
         first: a multiple of `TILE` where there are entries.
         num_keys: keys in the cache.
         window: keys that a query sees up to itself.

@@ -36,7 +36,7 @@ class Row:
         divergence: KL(dense || sparse) per token, in nats.
         divergence_interval: of `divergence`.
         answer_divergence: the sum over an answer's tokens, mean over prompts.
-        agreement: share of tokens to which both give the highest probability alike.
+        agreement: share of tokens to which both give the highest probability.
         agreement_interval: of `agreement`.
         loss_change: mean change of a token's negative log-likelihood, sparse minus dense.
         loss_change_interval: of `loss_change`.
@@ -45,7 +45,7 @@ class Row:
         worst_index: that prompt's number.
         ratio: `divergence` over that of the first configuration, on the same prompts; None
             where that is 0.
-        ratio_interval: of `ratio`, both resampled alike.
+        ratio_interval: of `ratio`; both take the same resampled pieces.
         kept_share: see `evaluation.summary.Row`.
         work: see `evaluation.summary.Row`.
         work_is_bound: see `evaluation.summary.Row`.
@@ -158,7 +158,7 @@ class Resample:
 
     def __init__(self, pieces: Sequence[int]) -> None:
         self._pieces, self._names = pieces, sorted(set(pieces))
-        # The same pieces are drawn alike in every run.
+        # Every run takes the same resampled pieces.
         generator = torch.Generator().manual_seed(zlib.crc32(repr(self._names).encode()))
         size = (_RESAMPLES, len(self._names))
         self._drawn = torch.randint(len(self._names), size, generator=generator)

@@ -1,7 +1,7 @@
 """What the plugin takes for granted about vLLM's Python interface, checked when vLLM loads it.
 
 vLLM's sources are read, not imported: an import of a backend chooses its kernels, which is too
-early in some of vLLM's processes. What the plugin imports besides fails by itself if it is gone.
+early in some of vLLM's processes. An import of the plugin that is gone fails by itself.
 """
 
 from __future__ import annotations
