@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Lengths = tuple[Tokens, ...]
 Optional = Annotated[Lengths, Option(optional=True)]
-Shares = tuple[float, ...]
+Shares = Annotated[tuple[float, ...], Option(optional=True)]
 Seconds = Annotated[float, Option(metavar="S", minimum=0)]
 
 
@@ -139,7 +139,7 @@ class PrefillOptions(MeasuringOptions):
 
     lengths: Lengths = tuple(2**power for power in range(13, 19))
     kept: Shares = (0.5, 0.35)
-    samples: Lengths = (4096,)
+    samples: Optional = (4096,)
     num_layers: Annotated[Count, Option("--layers")] = 32
     hidden_size: Annotated[Count, Option("--hidden")] = 4096
     intermediate_size: Annotated[Count, Option("--intermediate")] = 14336
