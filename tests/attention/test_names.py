@@ -48,7 +48,7 @@ def test_settings_come_back_from_text(config):
         ("flashh", ValueError, "did you mean 'flash'"),
         ("auto:{}", ValueError, "must be one of auto, fa4"),
         ("streaming:", ValueError, "not valid JSON"),
-        ("streaming:[1]", ValueError, "must have a JSON object"),
+        ("streaming:[1]", ValueError, "must be a JSON object"),
         ('streaming:{"sink": 3}', ValueError, "no setting 'sink'; did you mean 'sink_size'"),
         ('streaming:{"sink_size": -1}', ValueError, "'streaming': sink_size must be at least 0"),
         ('flexprefill:{"gamma": "1"}', TypeError, "'flexprefill': gamma must be a number"),

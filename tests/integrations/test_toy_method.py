@@ -25,7 +25,7 @@ def test_a_method_from_outside_the_package_runs_in_a_model():
     first, last = report.prefills()
     assert [record.paths for record in first] == [["dense"], ["sparse"], ["sparse"]]
     assert first[1].config == ToyConfig(width=40)
-    assert first[1].kept == [[0] * 4]
+    assert first[1].kept == [[0] * model.config.num_attention_heads]
     short = str(DenseReason.SHORT_CONTEXT)
     assert reasons(report)[1:] == [short] * (LAYERS - 1)
     assert len(last) == LAYERS
