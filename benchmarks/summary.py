@@ -39,7 +39,7 @@ def pages() -> list[Page]:
     }
     runs = {run.name: run for run in load_runs()}
     named = [*(runs[name] for name in SELECTION), runs[PREFILL]]
-    sampled = [run for run in runs.values() if run.name.startswith("sampling-")]
+    sampled = [run for run in runs.values() if run.name.startswith("sampling-h")]  # GPUs
     tables = {
         "layer": one_layer(sampled),
         "divergence": divergence(load_results(RESULTS / "fidelity" / ANSWERS)),

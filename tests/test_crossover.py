@@ -135,6 +135,17 @@ def test_queries_that_see_more_keys_begin_later(device):
     assert more[1] == more[2] == 2 * (32768 + 2048)
 
 
+def test_on_a_cpu_queries_behind_the_crossover_save_time():
+    """What a longer prompt adds is less where its further queries attend sparsely."""
+    measured, first = times("sampling-cpu.json", "eager"), SPARSE_FROM["cpu"]
+    for longer in (12288, 16384):
+        dense, whole = (
+            measured[name, longer, None] - measured[name, first, None]
+            for name in ("dense", "whole")
+        )
+        assert 1.2 * whole < dense
+
+
 def test_fewer_heads_need_longer_prompts():
     """While the host starts the sparse kernels, dense attention of few heads is done."""
     config = KVSamplingConfig(num_samples=1024)
