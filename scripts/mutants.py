@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("src/token_sparse_attention")
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*mutants, sep="\n")
         return 0
     told = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
-    known = {(one["file"], one["begin"], one["after"], one["context"]) for one in told}
+    known = {_key(one) for one in told}
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("src", "tests", "benchmarks", "docs", "training"):
@@ -224,8 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in ROOT.glob("*.*"):
             if path.is_file():
                 shutil.copy(path, tree)
+        left = [one for one in mutants if _key(asdict(one)) not in known]
+        needed = list(dict.fromkeys(test for one in left for test in TESTS[one.file]))
+        if needed and run_tests(tree, needed, args.limit * len(needed)) != "passed":
+            parser.error("the tests must pass before anything is changed: " + " ".join(needed))
         for number, mutant in enumerate(mutants, 1):
-            if (mutant.file, mutant.begin, mutant.after, mutant.context) in known:
+            if mutant not in left:
                 continue
             path = tree / PACKAGE / mutant.file
             whole = path.read_text(encoding="utf-8")
@@ -239,6 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.out:
                 args.out.write_text(json.dumps(told, indent=1) + "\n")
     return _show(told)
+
+
+def _key(told: dict[str, Any]) -> tuple[Any, ...]:
+    return told["file"], told["begin"], told["after"], told["context"]
 
 
 def _show(told: Sequence[dict[str, object]]) -> int:
