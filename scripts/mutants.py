@@ -51,9 +51,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "integrations/past_probes.py": ("tests/integrations/test_chunks.py",
                                     "tests/integrations/test_kv_sampling.py"),
 }  # fmt: skip
-COMPARED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
-COMPUTED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.FloorDiv: "*", ast.Mod: "//",
-            ast.BitAnd: "|", ast.BitOr: "&"}  # fmt: skip
+OPERATORS: dict[type[ast.AST], tuple[str, str]] = {  # how it is written, and what replaces it
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.And: ("and", "or"), ast.Or: ("or", "and"),
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "*"),
+    ast.Mod: ("%", "//"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"),
+}  # fmt: skip
 CALLED = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max", "amax": "amin",
           "amin": "amax", "any": "all", "all": "any"}  # fmt: skip
 DROPPED = {"clamp", "masked_fill", "nan_to_num", "double", "round"}  # methods: x.f(...) becomes x
@@ -132,25 +135,18 @@ def _changes(node: ast.AST, text: str, starts: list[int]) -> Iterator[tuple[int,
     def end(one: ast.expr) -> int:
         return at(one.end_lineno or one.lineno, one.end_col_offset or 0)
 
-    def operator(left: ast.expr, right: ast.expr, symbol: str) -> tuple[int, int] | None:
-        between = text[end(left) : begin(right)]
-        index = between.find(symbol)
-        return None if index < 0 else (end(left) + index, end(left) + index + len(symbol))
+    def operator(left: ast.expr, right: ast.expr, kind: ast.AST) -> Iterator[tuple[int, int, str]]:
+        symbol, other = OPERATORS.get(type(kind), ("", ""))
+        index = text[end(left) : begin(right)].find(symbol)
+        if symbol and index >= 0:
+            yield end(left) + index, end(left) + index + len(symbol), other
 
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        other = COMPARED.get(type(node.ops[0]))
-        pairs = {"<=": "<", "<": "<=", ">=": ">", ">": ">=", "!=": "==", "==": "!="}
-        if other and (where := operator(node.left, node.comparators[0], pairs[other])):
-            yield *where, other
-    elif isinstance(node, ast.BinOp) and type(node.op) in COMPUTED:
-        symbols = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%",
-                   ast.BitAnd: "&", ast.BitOr: "|"}  # fmt: skip
-        if where := operator(node.left, node.right, symbols[type(node.op)]):
-            yield *where, COMPUTED[type(node.op)]
+        yield from operator(node.left, node.comparators[0], node.ops[0])
+    elif isinstance(node, ast.BinOp):
+        yield from operator(node.left, node.right, node.op)
     elif isinstance(node, ast.BoolOp):
-        symbol, other = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
-        if where := operator(node.values[0], node.values[1], symbol):
-            yield *where, other
+        yield from operator(node.values[0], node.values[1], node.op)
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
         changed = node.value + 1 if isinstance(node.value, int) else node.value * 2 + 0.5
         yield begin(node), end(node), repr(changed)

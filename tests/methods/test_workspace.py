@@ -17,9 +17,10 @@ from token_sparse_attention import prefill as operator
 from token_sparse_attention.attention.flash import FlashBackend
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
-from token_sparse_attention.integrations.past_probes import PagedProbes, store_of
+from token_sparse_attention.integrations.past_probes import PagedProbes, Pages, store_of
 from token_sparse_attention.integrations.serving.plan import Prefill, workspace_bytes
-from token_sparse_attention.integrations.serving.probes import Pages, RequestProbes, probe_share
+from token_sparse_attention.integrations.serving.probes import RequestProbes, probe_share
+from token_sparse_attention.integrations.vllm.paged import fit_pages
 from token_sparse_attention.kernels import block_scoring, sampled_attention, sampling
 from token_sparse_attention.methods import LayerShape
 
@@ -123,7 +124,7 @@ def test_vllm_sets_aside_what_probes_take(dtype, page_size):
     config, shape = KVSamplingConfig(), LayerShape(8, 2, 128, 2, 2048, 8192)
     cache = torch.empty(64, shape.num_kv_heads, page_size, 2 * shape.head_dim, dtype=dtype)
     prefill = Prefill(0, 0, shape.query_len, shape.query_len)
-    pages = Pages().fit(cache)
+    pages = fit_pages(Pages(), cache)
     slots = torch.arange(shape.query_len) % pages.cache_shape[0]
     kept = PagedProbes(pages, 0, config, slots)
     query, key = (

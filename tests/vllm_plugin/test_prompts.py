@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ def first_runner():
         def execute_model(self, num_rows):
             return prompt_lengths(num_rows)
 
-    prompts._watch(Runner, "execute_model", prompts._noting_runner)
+    prompts._watch(Runner, "execute_model", partial(prompts._during_step, noting=True))
     return Runner
 
 
@@ -40,7 +41,7 @@ def second_runner():
         def prepare_attn(self, batch):
             pass
 
-    prompts._watch(Runner, "execute_model", prompts._forgetting)
+    prompts._watch(Runner, "execute_model", partial(prompts._during_step, noting=False))
     prompts._watch(Runner, "prepare_attn", prompts._noting_rows)
     return Runner
 
@@ -62,7 +63,7 @@ def test_a_dummy_run_has_no_prompts():
 def test_a_runner_is_watched_once():
     runner = first_runner()
     before = runner.execute_model
-    prompts._watch(runner, "execute_model", prompts._noting_runner)
+    prompts._watch(runner, "execute_model", partial(prompts._during_step, noting=True))
     assert runner.execute_model is before
 
 
@@ -79,7 +80,7 @@ def test_what_is_missing_is_named(make, name):
         runner().execute_model(2)
     assert prompt_lengths(2) is None
     with pytest.raises(RuntimeError, match="Runner: it has no execute_step"):
-        prompts._watch(runner, "execute_step", prompts._noting_runner)
+        prompts._watch(runner, "execute_step", partial(prompts._during_step, noting=True))
 
 
 @pytest.mark.vllm

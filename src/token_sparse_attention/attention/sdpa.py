@@ -42,7 +42,7 @@ class SDPABackend(Backend):
     def _attend(
         self, tensors: Tensors, scale: float, window: int | None, want_lse: bool
     ) -> Attended:
-        """The log-sum-exp is computed from the logits once more, where the kernel keeps it."""
+        """On a CPU `flash` returns the log-sum-exp; others need all logits computed once more."""
         query, key, value = tensors
         if want_lse and self.name == "flash" and query.device.type == "cpu":
             return _attend_on_cpu(query, key, value, scale, window)

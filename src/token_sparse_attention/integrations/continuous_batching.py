@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from token_sparse_attention.integrations.obstacles import (
     LayerCall,
     obstacle,
 )
+from token_sparse_attention.integrations.past_probes import Pages
 from token_sparse_attention.results import PackedSequences
 
 _ARGUMENTS = frozenset(
@@ -72,19 +72,6 @@ class PackedCall(NamedTuple):
     pages: Any = None
     slots: Tensor | None = None
     wanted: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Pages:
-    """The paged cache of layers of one kind, as `PagedProbes` wants it; it keeps their probes.
-
-    Attributes:
-        block_size: tokens of a page.
-        cache_shape: how many tokens the pages of a layer hold.
-    """
-
-    block_size: int
-    cache_shape: tuple[int]
 
 
 _PAGES: weakref.WeakKeyDictionary[Any, Pages] = weakref.WeakKeyDictionary()  # by allocator

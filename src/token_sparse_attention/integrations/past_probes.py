@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -164,13 +165,26 @@ class CacheProbes(Probes):
         return kept if fits and _alike(kept, query, key) else None
 
 
+@dataclass(eq=False)
+class Pages:
+    """One layer's paged cache, as `PagedProbes` wants it; the probes are an attribute of it.
+
+    Attributes:
+        block_size: tokens of a page.
+        cache_shape: how many tokens the pages hold.
+    """
+
+    block_size: int = 0
+    cache_shape: tuple[int] = (0,)
+
+
 class PagedProbes(Probes):
     """Probes of one request, with a paged cache: one place for each that the cache may hold.
 
     Requests that share pages share their probes.
 
     Args:
-        cache: the paged cache.
+        cache: its `Pages`, or what has their attributes.
         layer: the layer's number.
         config: its settings.
         slots: ``[S_kv]``, where in the cache each of the request's keys lies.

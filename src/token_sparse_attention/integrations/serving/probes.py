@@ -22,25 +22,6 @@ from token_sparse_attention.methods import LayerShape
 
 
 @dataclass
-class Pages:
-    """One layer's paged cache, as `PagedProbes` wants it; the probes are an attribute of it.
-
-    Attributes:
-        block_size: tokens of a block.
-        cache_shape: how many tokens the cache holds.
-    """
-
-    block_size: int = 0
-    cache_shape: tuple[int] = (0,)
-
-    def fit(self, kv_cache: Tensor) -> Pages:
-        """Return the pages of a cache ``[blocks, H_kv, block, 2 D]``, new ones if it is new."""
-        blocks, block_size = kv_cache.shape[0], kv_cache.shape[2]
-        same = (self.block_size, self.cache_shape) == (block_size, (blocks * block_size,))
-        return self if same else Pages(block_size, (blocks * block_size,))
-
-
-@dataclass
 class Slots:
     """Where each token of a step's requests lies in the cache: once per step, not per layer."""
 

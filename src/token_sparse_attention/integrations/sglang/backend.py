@@ -19,7 +19,7 @@ from torch import Tensor
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.gate import DenseReason
-from token_sparse_attention.integrations.past_probes import PagedProbes
+from token_sparse_attention.integrations.past_probes import PagedProbes, Pages
 from token_sparse_attention.integrations.serving.attention import LayerAttention, as_batch
 from token_sparse_attention.integrations.serving.counters import COUNTERS, log_layers
 from token_sparse_attention.integrations.serving.layer import (
@@ -37,7 +37,7 @@ from token_sparse_attention.integrations.serving.plan import (
     reason_everywhere,
     to_device,
 )
-from token_sparse_attention.integrations.serving.probes import Pages, RequestProbes
+from token_sparse_attention.integrations.serving.probes import RequestProbes
 from token_sparse_attention.integrations.serving.settings import selects_tokens
 from token_sparse_attention.integrations.sglang.engine import (
     batch_obstacle,

@@ -9,17 +9,21 @@ from torch import Tensor
 
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 from token_sparse_attention.gate import DenseReason
-from token_sparse_attention.integrations.past_probes import PagedProbes
+from token_sparse_attention.integrations.past_probes import PagedProbes, Pages
 from token_sparse_attention.integrations.serving.attention import LayerAttention, as_batch
 from token_sparse_attention.integrations.serving.plan import Prefill, workspace_bytes
-from token_sparse_attention.integrations.serving.probes import Pages, RequestProbes, probe_share
+from token_sparse_attention.integrations.serving.probes import RequestProbes, probe_share
 from token_sparse_attention.integrations.vllm.backend import Step
 from token_sparse_attention.integrations.vllm.engine import (
     engine_settings,
     is_quantised,
     longest_prefill,
 )
-from token_sparse_attention.integrations.vllm.paged import Quantised, quantised_cache
+from token_sparse_attention.integrations.vllm.paged import (
+    Quantised,
+    fit_pages,
+    quantised_cache,
+)
 from token_sparse_attention.methods import LayerShape, method_of
 
 
@@ -89,13 +93,15 @@ class SparsePrefillImpl:
             num_layers = model.get_total_num_hidden_layers()
             configs = settings.layer_configs(num_layers).values()
             device = torch.device(current_platform.device_type)
+            page_size, eight_bits = (
+                vllm_config.cache_config.block_size,
+                self._quantised is not None,
+            )
             needed, share = [0], 0.0
             for config in configs:
                 gate = method_of(config).gate(device, num_heads, head_size)
                 if longest.dense_reason(gate) is None:
-                    eight_bits = self._quantised is not None
                     needed.append(workspace_bytes(config, shape, quantised=eight_bits))
-                    page_size = vllm_config.cache_config.block_size
                     of_one = probe_share(config, shape, page_size, quantised=eight_bits)
                     share += of_one / num_layers
             self.workspace = max(needed) + _probe_bytes(share, vllm_config, device)
@@ -222,7 +228,7 @@ class SparsePrefillImpl:
         """Return where a request's probes are kept, None if the layer's method has none."""
         if not isinstance(call.config, KVSamplingConfig):
             return None
-        self._pages = self._pages.fit(call.kv_cache)
+        self._pages = fit_pages(self._pages, call.kv_cache)
         slots = call.step.slots.of(prefill, call.metadata.block_table, self._pages.block_size)
         return RequestProbes(PagedProbes(self._pages, 0, call.config, slots), prefill)
 

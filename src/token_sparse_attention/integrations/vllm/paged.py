@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from token_sparse_attention.integrations.past_probes import Pages
+
 ReadCache = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 _BASE = 256  # whole numbers below are exact in bfloat16
@@ -120,6 +122,13 @@ def read_cpu(
         for side, places in enumerate(order)
     )
     return key, value
+
+
+def fit_pages(pages: Pages, kv_cache: Tensor) -> Pages:
+    """Return the pages of a cache ``[blocks, H_kv, block, 2 D]``, new ones if it is another."""
+    blocks, block_size = kv_cache.shape[0], kv_cache.shape[2]
+    same = (pages.block_size, pages.cache_shape) == (block_size, (blocks * block_size,))
+    return pages if same else Pages(block_size, (blocks * block_size,))
 
 
 class Quantised(NamedTuple):

@@ -37,12 +37,12 @@ def watch_runner(vllm_config: Any) -> None:
     if getattr(vllm_config, "use_v2_model_runner", False):
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Second
 
-        _watch(Second, "execute_model", _forgetting)
+        _watch(Second, "execute_model", functools.partial(_during_step, noting=False))
         _watch(Second, "prepare_attn", _noting_rows)
     else:
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
 
-        _watch(First, "execute_model", _noting_runner)
+        _watch(First, "execute_model", functools.partial(_during_step, noting=True))
 
 
 def prompt_lengths(num_rows: int) -> list[int] | None:
@@ -83,20 +83,11 @@ def _watch(runner: type, name: str, wrap: Any) -> None:
         setattr(runner, name, watched)
 
 
-def _noting_runner(function: Any) -> Any:
+def _during_step(function: Any, *, noting: bool) -> Any:
+    """Note the runner as that of a step, if its batch is known by then; forget it afterwards."""
+
     def execute_model(runner: Any, *arguments: Any, **named: Any) -> Any:
-        _running[:] = [_Batch(runner)]
-        try:
-            return function(runner, *arguments, **named)
-        finally:
-            _running.clear()
-
-    return execute_model
-
-
-def _forgetting(function: Any) -> Any:
-    def execute_model(runner: Any, *arguments: Any, **named: Any) -> Any:
-        _running.clear()
+        _running[:] = [_Batch(runner)] if noting else []
         try:
             return function(runner, *arguments, **named)
         finally:
