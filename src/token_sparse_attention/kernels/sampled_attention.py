@@ -224,19 +224,22 @@ def sampled_keys_kernel(
             stride_ks, stride_vs, scale_log2, True, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             PRECISION, UPCAST,
         )  # fmt: skip
+        # Of each query for itself: no other one decides. What is done is stored before the rest
+        # begins, since registers do not hold both.
+        over = b_sum > 32768.0
+        o_d = tl.arange(0, BLOCK_D)
+        p_rows = p_out + o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]
+        inside = (o_d < HEAD_DIM)[None, :]
+        tl.store(p_rows, (b_fast / b_sum[:, None]).to(out_ptr.dtype.element_ty),
+                 mask=(real & ~over)[:, None] & inside)  # fmt: skip
+        tl.store(p_lse, (b_last + tl.log2(b_sum)) * LN_2, mask=real & ~over)
         if tl.max(b_sum, 0) > 32768.0:
-            b_again = load_rows(p_out, o_query, stride_os, real, HEAD_DIM, BLOCK_D, UPCAST)
+            b_again = load_rows(p_out, o_query, stride_os, real & over, HEAD_DIM, BLOCK_D, UPCAST)
             b_slow, b_slow_last, b_slow_sum = _attend_all(
                 b_q, b_again.to(tl.float32), b_max, b_reach, p_slots, p_weights, present, shared,
                 seen, p_k, p_v, stride_ks, stride_vs, scale_log2, False, HEAD_DIM, BLOCK_D,
                 BLOCK_M, BLOCK_N, PRECISION, UPCAST,
             )  # fmt: skip
-            over = b_sum > 32768.0  # of each query for itself: no other one decides
-            b_fast = tl.where(over[:, None], b_slow, b_fast)
-            b_last = tl.where(over, b_slow_last, b_last)
-            b_sum = tl.where(over, b_slow_sum, b_sum)
-        o_d = tl.arange(0, BLOCK_D)
-        p_out += o_query.to(tl.int64)[:, None] * stride_os + o_d[None, :]
-        tl.store(p_out, (b_fast / b_sum[:, None]).to(out_ptr.dtype.element_ty),
-                 mask=real[:, None] & (o_d < HEAD_DIM)[None, :])  # fmt: skip
-        tl.store(p_lse, (b_last + tl.log2(b_sum)) * LN_2, mask=real)
+            tl.store(p_rows, (b_slow / b_slow_sum[:, None]).to(out_ptr.dtype.element_ty),
+                     mask=(real & over)[:, None] & inside)  # fmt: skip
+            tl.store(p_lse, (b_slow_last + tl.log2(b_slow_sum)) * LN_2, mask=real & over)

@@ -16,8 +16,8 @@ from torch import Tensor
 from token_sparse_attention.blocks import FACTOR_STEPS, GOLDEN, UNIT_BITS, Blocks
 from token_sparse_attention.device import on_its_device
 
-_BLOCK = 4096  # keys per iteration; their units add up in 32 bits
-_WARPS = 16
+_BLOCK = 2048  # keys per iteration; their units add up in 32 bits
+_WARPS = 8
 _GOLDEN = tl.constexpr(GOLDEN)
 _FACTOR_STEPS = tl.constexpr(FACTOR_STEPS)
 _UNIT_BITS = tl.constexpr(UNIT_BITS)
@@ -67,12 +67,10 @@ def sample_blocks(
 
 
 @triton.jit
-def _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK: tl.constexpr):
-    """Which keys of a tile may be sampled, and their shares, float64."""
+def _load_scores(p_scores, begin, reach, BLOCK: tl.constexpr):
+    """The scores of a tile, 0 behind the last; loops load theirs a tile ahead."""
     o_key = begin + tl.arange(0, BLOCK)
-    real = o_key < reach
-    b_score = tl.load(p_scores + o_key, mask=real, other=0.0)
-    return real, b_score.to(tl.float64) * by_score + uniform
+    return tl.load(p_scores + o_key, mask=o_key < reach, other=0.0)
 
 
 @triton.jit
@@ -80,9 +78,11 @@ def _add_scores(p_scores, sink_size, reach, BLOCK: tl.constexpr):
     """The sum of the scores behind the sinks, and the highest; no number if one is not finite."""
     b_sum = tl.zeros([BLOCK], tl.float64)
     b_best = tl.zeros([BLOCK], tl.float32)
+    b_next = _load_scores(p_scores, 0, reach, BLOCK)
     for begin in range(0, reach, BLOCK):
+        b_score = b_next
+        b_next = _load_scores(p_scores, begin + BLOCK, reach, BLOCK)
         o_key = begin + tl.arange(0, BLOCK)
-        b_score = tl.load(p_scores + o_key, mask=o_key < reach, other=0.0)
         b_score = tl.where((o_key < sink_size) & (b_score < float("inf")), 0.0, b_score)
         b_sum += b_score.to(tl.float64)
         b_best = tl.maximum(b_best, b_score)
@@ -101,8 +101,12 @@ def _find_factor(p_scores, low, reach, by_score, uniform, best, budget, BLOCK: t
         b_mass = tl.zeros([BLOCK], tl.float64)
         b_certain = tl.zeros([BLOCK], tl.int32)
         b_best = tl.zeros([BLOCK], tl.float64)
+        b_next = _load_scores(p_scores, low, reach, BLOCK)
         for begin in range(low, reach, BLOCK):
-            real, b_share = _load_shares(p_scores, begin, reach, by_score, uniform, BLOCK)
+            b_score = b_next
+            b_next = _load_scores(p_scores, begin + BLOCK, reach, BLOCK)
+            real = begin + tl.arange(0, BLOCK) < reach
+            b_share = b_score.to(tl.float64) * by_score + uniform
             inside = real & (b_share * factor >= 1.0)
             b_mass += tl.where(inside, b_share, 0.0)
             b_certain += inside.to(tl.int32)
@@ -143,10 +147,12 @@ def _sample(
     cells = low * 0  # that are passed, and the units passed in the next one
     inside = low * 0
     found = low * 0
+    b_next = _load_scores(p_scores, low, reach, BLOCK)
     for begin in range(low, reach, BLOCK):
+        b_score = b_next
+        b_next = _load_scores(p_scores, begin + BLOCK, reach, BLOCK)
         o_key = begin + tl.arange(0, BLOCK)
         real = o_key < reach
-        b_score = tl.load(p_scores + o_key, mask=real, other=0.0)
         b_rounded = tl.minimum(b_score.to(tl.float64) * slope + offset, _UNITS) + _ROUNDING
         b_units = b_rounded.to(tl.int64, bitcast=True).to(tl.int32)
         certain = real & (b_units >= _WHOLE)
