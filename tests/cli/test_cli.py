@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from integrations.models import WORDS, make_model, make_tokenizer
 from token_sparse_attention import KVSamplingConfig, LayerProfile, TokenSelectionConfig, demo, run
@@ -319,6 +320,23 @@ def test_running_out_of_memory_is_a_failed_job(folder, capsys, monkeypatch, step
 def test_other_failures_are_not_taken_for_a_lack_of_memory():
     with pytest.raises(RuntimeError, match="something else"), within_memory(9, "sparse"):
         raise RuntimeError("something else")
+
+
+def test_calibration_on_cuda_runs_dense_layers_on_the_kernels_of_sparse_ones(folder, monkeypatch):
+    seen = []
+
+    def calibrate(model, *_, **__):
+        seen.append(model.config._attn_implementation)
+        no_memory()
+
+    monkeypatch.setattr(job, "calibrate", calibrate)
+    asked = ["calibrate", str(folder / "model"), "--method", "drift", "--length", "90"]
+    asked += ["--text", str(folder / "document.txt"), "--attention-backend", "efficient"]
+    assert main(asked) == 1
+    on_cuda = property(lambda _: torch.device("cuda"))
+    monkeypatch.setattr(transformers.PreTrainedModel, "device", on_cuda)
+    assert main(asked) == 1
+    assert seen == ["sdpa", "dense_efficient"]
 
 
 def test_calibration_and_the_demo_run_out_of_memory_too(folder, capsys, monkeypatch):

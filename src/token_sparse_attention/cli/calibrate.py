@@ -151,6 +151,7 @@ class Calibrate(Command):
 
     def _measure(self) -> CalibrationResult:
         from token_sparse_attention.calibration import job
+        from token_sparse_attention.integrations.implementation import use_own_kernels
         from token_sparse_attention.run import check_prompt
 
         name = self.model.path
@@ -165,6 +166,7 @@ class Calibrate(Command):
             raise UsageError(str(error)) from error
         with working(f"loading {name}") as status:
             model, tokenizer = self.model.load()
+            use_own_kernels(model, self.attention_backend)
             with tokenizing():
                 prompts = self.prompts.cut(tokenizer, texts)
             lengths = [prompt.ids.shape[1] for prompt in prompts]

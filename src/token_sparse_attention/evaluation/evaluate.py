@@ -27,7 +27,7 @@ from token_sparse_attention.evaluation.samples import Sample, SampleSet
 from token_sparse_attention.evaluation.settings import Configuration, settings_dicts
 from token_sparse_attention.info import provenance
 from token_sparse_attention.inputs import check_dense_heads
-from token_sparse_attention.integrations.transformers import register_dense_attention
+from token_sparse_attention.integrations.implementation import use_own_kernels
 from token_sparse_attention.profile import layer_configs
 
 Arrival = tuple[Sample, str, Reply]  # a configuration's reply to a sample
@@ -83,9 +83,7 @@ class Runner:
                     check_dense_heads(config, facts["num_heads"])
             except ValueError as error:
                 raise UsageError(f"--config {name} does not fit the model: {error}") from error
-        if self.on_cuda:
-            name = register_dense_attention(self.attention_backend)
-            self.model.set_attn_implementation(name)
+        use_own_kernels(self.model, self.attention_backend)
 
     @property
     def on_cuda(self) -> bool:

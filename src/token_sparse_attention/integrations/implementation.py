@@ -94,6 +94,15 @@ def register_dense_attention(attention_backend: str | PatternConfig = "auto") ->
     return name
 
 
+def use_own_kernels(model: PreTrainedModel, attention_backend: str) -> None:
+    """Make a model on CUDA run on `register_dense_attention`; one elsewhere stays as it is.
+
+    Sparse and dense layers then run on the same kernels, so that comparisons show sparsity alone.
+    """
+    if model.device.type == "cuda":
+        model.set_attn_implementation(register_dense_attention(attention_backend))
+
+
 @contextmanager
 def attention_of_every_layer(
     model: PreTrainedModel, attention_backend: str | PatternConfig
