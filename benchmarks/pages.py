@@ -16,12 +16,13 @@ from benchmarks.command import make_parser, run_command
 from benchmarks.fidelity import page as fidelity
 from benchmarks.markdown import Page
 from benchmarks.operator import page as operator
+from benchmarks.released import page as released
 from benchmarks.serving import page as serving
 
 
 def every_page() -> Iterator[Page]:
     """Yield every page there is."""
-    for study in (summary, families, operator, block_sparse, fidelity, serving):
+    for study in (summary, families, operator, block_sparse, fidelity, released, serving):
         yield from study.pages()
 
 
