@@ -26,6 +26,8 @@ SAME_PROMPTS = ("main", "calibrated", "patterns")
 """Files of `tsa fidelity` that are about the same prompts."""
 OTHERS = ("short", "crossover", "yarn")
 """Files of `tsa fidelity` at other lengths."""
+READ = ("short", "yarn")
+"""Those of them that say how well the dense model reads their lengths."""
 NAMES = {
     "default": "window 2,048, 2,048 samples (default)",
     "m4096": "window 2,048, 4,096 samples",
@@ -51,12 +53,12 @@ def pages() -> list[Page]:
     found = {path.name.partition(".jsonl")[0]: path for path in RESULTS.glob("*.jsonl*")}
     parts = [load_results(found[name]) for name in SAME_PROMPTS if name in found]
     main = [joined(parts)] if parts else []
-    others = [load_results(found[name]) for name in OTHERS if name in found]
+    others = {name: load_results(found[name]) for name in OTHERS if name in found}
     chosen = [CalibrationResult.load(path) for path in sorted(RESULTS.glob("*.measured.json"))]
     tables = {
         "divergence": divergence(main),
-        "lengths": by_length(others),
-        "dense": dense_loss([*main, *others]),
+        "lengths": by_length(list(others.values())),
+        "dense": dense_loss([*main, *(others[name] for name in READ if name in others)]),
         "choices": choices(chosen),
         "layers": layers(chosen),
         "heads": heads(chosen),
@@ -116,9 +118,7 @@ def dense_loss(found: Sequence[FidelityResults]) -> Lines:
                 for shape in SHAPES
             )
             cells = (f"{fmean(one):.3f}" if one else NONE for one in losses)
-            line = [tokens(length), _model(results), *cells]
-            if line not in lines:
-                lines.append(line)
+            lines.append([tokens(length), _model(results), *cells])
     return lines
 
 
@@ -145,8 +145,8 @@ def layers(found: Sequence[CalibrationResult]) -> Lines:
         for row in result.sensitivity:
             if not row.setting.dense_heads:
                 name = f"window {window:,}, {row.setting.value:,}"
-                error = "" if row.standard_error is None else f" ±{row.standard_error:.4f}"
-                cells.setdefault(row.layer, {})[name] = f"{row.divergence:.4f}{error}"
+                error = "" if row.standard_error is None else f" ±{row.standard_error:.5f}"
+                cells.setdefault(row.layer, {})[name] = f"{row.divergence:.5f}{error}"
     columns = list(dict.fromkeys(name for row in cells.values() for name in row))
     body = [[f"{n}", *(row.get(name, NONE) for name in columns)] for n, row in cells.items()]
     return [["layer", *columns], *body]
@@ -158,7 +158,7 @@ def heads(found: Sequence[CalibrationResult]) -> Lines:
     for result in found:
         for layer in dict.fromkeys(head.layer for head in result.heads):
             own = [head for head in result.heads if head.layer == layer]
-            cell = ", ".join(f"{head.head}: {head.divergence:.4f}" for head in own)
+            cell = ", ".join(f"{head.head}: {head.divergence:.5f}" for head in own)
             lines.append([f"{layer}", f"{own[0].setting.value:,}", cell])
     return lines
 

@@ -86,6 +86,6 @@ def test_the_tables_of_a_calibration():
     assert page.choices([result])[1] == ["2,048", "1/4", "0.200", "0.5000", "-", "1"]
     assert page.layers([result]) == [
         ["layer", "window 2,048, 256", "window 2,048, 1,024"],
-        ["0", "0.5000", "0.2500 ±0.1250"],
+        ["0", "0.50000", "0.25000 ±0.12500"],
     ]
-    assert page.heads([result])[1] == ["0", "1,024", "1: 0.2000, 0: 0.1000"]
+    assert page.heads([result])[1] == ["0", "1,024", "1: 0.20000, 0: 0.10000"]
