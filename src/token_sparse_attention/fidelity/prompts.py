@@ -6,6 +6,7 @@ the text, so that nobody needs to label anything.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
@@ -30,6 +31,7 @@ SHORTEST = 256  # tokens of a prompt
 _ANSWER = 64  # most tokens of a line that is asked for
 _ASKED = 96  # tokens that a question takes at most
 _KEYS, _TOKENS_PER_KEY = 12, 128
+_REMEMBERED = 8  # texts whose tokens are kept
 _SPAN = 0.05, 0.9  # of a prompt: where what is asked for lies
 _NAMES = (
     *("amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "heron", "islet", "jetty"),
@@ -100,6 +102,8 @@ class PromptMaker:
         if not getattr(tokenizer, "is_fast", False):
             raise UsageError("the tokenizer must be a fast one, which knows tokens' characters")
         self._tokenizer, self._seed = tokenizer, seed
+        # Every shape reads a piece of text, and some read it several times.
+        self._coded = functools.lru_cache(maxsize=_REMEMBERED)(self._encode)
         first = tokenizer("a")["input_ids"][:1]
         self._begin: list[int] = first if first == [tokenizer.bos_token_id] else []
         self._texts = [_Source(name, text, self._starts(text)) for name, text in texts.items()]
@@ -135,14 +139,12 @@ class PromptMaker:
 
     def ids(self, text: str) -> list[int]:
         """Return a text's tokens, without any that begins texts."""
-        found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        return list(self._coded(text)[0])
 
     def cut(self, text: str, tokens: int) -> tuple[list[int], str]:
         """Return so many of a text's first tokens, as tokens and as text."""
-        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        end = coded["offset_mapping"][tokens - 1][1] if tokens <= len(coded["input_ids"]) else None
-        return coded["input_ids"][:tokens], text[:end]
+        ids, spans = self._coded(text)
+        return ids[:tokens], text[: spans[tokens - 1][1] if tokens <= len(ids) else None]
 
     def started(self, ids: list[int]) -> list[int]:
         """Return a prompt's tokens with the one that begins texts."""
@@ -153,8 +155,12 @@ class PromptMaker:
         return random.Random(f"{self._seed} {about}")
 
     def _starts(self, text: str) -> list[int]:
+        return [start for start, _ in self._encode(text)[1]]
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a text's tokens, and which characters each of them is."""
         coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [start for start, _ in coded["offset_mapping"]]
+        return coded["input_ids"], coded["offset_mapping"]
 
     def _joined(self, need: int) -> list[_Source]:
         """Return the texts, joined with the next until each has so many tokens."""
