@@ -10,7 +10,12 @@ from benchmarks.lookup import speed_up
 from benchmarks.markdown import EMPTY, NONE, Page, figure_or, markdown_table, number
 from benchmarks.operator.page import RESULTS, load_runs
 from benchmarks.operator.sampling import WHOLE
-from benchmarks.operator.sampling_tables import by_shape, eager_speed_up, graph_speed_up
+from benchmarks.operator.sampling_tables import (
+    auto_speed_up,
+    by_shape,
+    eager_speed_up,
+    graph_speed_up,
+)
 from benchmarks.pooling import load_folder, pooled
 from benchmarks.serving import page as serving
 from token_sparse_attention.benchmark.runs import Run, milliseconds, tokens
@@ -80,7 +85,11 @@ def one_layer(runs: Sequence[Run]) -> str:
     lengths = sorted({length for _, run in found for length in run.lengths(WHOLE)})
     lines = [["heads", "timed", *map(tokens, lengths)]]
     for heads, run in found:
-        for timed, cell in (("eager calls", eager_speed_up), ("CUDA graph", graph_speed_up)):
+        for timed, cell in (
+            ("eager calls", eager_speed_up),
+            ("CUDA graph", graph_speed_up),
+            ("eager calls, crossover on", auto_speed_up),
+        ):
             lines.append([heads, timed, *(figure_or(cell, run, length) for length in lengths)])
     return markdown_table(lines)
 

@@ -20,7 +20,7 @@ from token_sparse_attention.benchmark.runs import Run
 SMALL = '{"block_size": 64, "num_probes": 16, "sliding_window": 64, "num_samples": 32}'
 ARGUMENTS = ["--device", "cpu", "--dtype", "float32", "--budget-seconds", "0.001"]
 ARGUMENTS += ["--shapes", "4/2/16,3/1/8", "--lengths", "64,640", "--config", SMALL]
-PARTS = ["score", "prepare", "windows", "attend"]
+PARTS = ["score", "sample", "windows", "attend"]
 
 
 def rows(name, of):
@@ -34,7 +34,7 @@ def test_every_part_is_measured_at_every_shape_and_length(tmp_path):
     result = ResultFile.load(out)
     assert result.arguments["config"]["crossover"] == "off"
     assert result.arguments["config"]["num_samples"] == 32
-    whole = ["dense", "whole", "whole without dense queries"]
+    whole = ["dense", "whole", "crossover on", "whole without dense queries"]
     found = [(one.num_heads, one.seq_len, one.name) for one in result.records]
     wanted = [(heads, 64, name) for heads in (4, 3) for name in whole]
     wanted += [(heads, 640, name) for heads in (4, 3) for name in (*whole, *PARTS)]
@@ -47,7 +47,8 @@ def test_every_part_is_measured_at_every_shape_and_length(tmp_path):
 def test_tables_say_what_was_measured():
     (row,) = rows("sampling", sampling_result())
     assert row == [
-        *("run", "32/8 of 128", "128K", "202", "25.2", "25 to 25.5", "8.00x", "10.00x", "512")
+        *("run", "32/8 of 128", "128K", "202", "25.2", "25 to 25.5", "8.00x", "10.00x"),
+        *("2.00x", "512"),
     ]
     shares = part_shares(Run("run", sampling_result()), S)
     assert shares == pytest.approx([part / 20 for part in (2, 1, 10, 5, 1, 1)])
@@ -56,7 +57,20 @@ def test_tables_say_what_was_measured():
     text = summary.one_layer([Run("run", sampling_result())])
     assert "| 32/8 of 128 | eager calls | 8.00x |" in text
     assert "| 32/8 of 128 | CUDA graph | 10.00x |" in text
+    assert "| 32/8 of 128 | eager calls, crossover on | 2.00x |" in text
     assert summary.one_layer([]) == EMPTY + "\n"
+
+
+def test_aims_are_met_or_missed():
+    (speed, share, memory, slower) = rows("sampling-aims", sampling_result())
+    assert (speed[1], speed[2]) == ("8.00x", "**missed**")
+    assert (share[1], share[2]) == ("15%", "**met**")
+    assert (memory[1], memory[2]) == ("0.50 GiB", "**met**")
+    assert (slower[1], slower[2]) == ("-50.0% (-101000 us) at 128K", "**met**")
+    late = changed(sampling_result(), "crossover on", "eager", median_ms=207.0)
+    assert rows("sampling-aims", late)[3][1:3] == ["+2.5% (+5000 us) at 128K", "**missed**"]
+    little = changed(sampling_result(), "crossover on", "eager", median_ms=202.04)
+    assert rows("sampling-aims", little)[3][2] == "**met**"
 
 
 def test_nothing_is_claimed_without_a_passed_check():
@@ -64,6 +78,7 @@ def test_nothing_is_claimed_without_a_passed_check():
     (row,) = rows("sampling", wrong)
     assert row[4:7] == ["**check failed**"] * 3
     assert row[7] == "10.00x"
+    assert rows("sampling-aims", wrong)[0][1:3] == ["**check failed**", "**missed**"]
 
 
 def test_a_wrong_output_fails_the_check(monkeypatch, capsys):
