@@ -11,9 +11,11 @@ import torch
 
 from token_sparse_attention import DenseReason, KVSamplingConfig, TokenSelectionConfig
 from token_sparse_attention.crossover import (
+    LEAST_SAVED,
     MIN_LENGTH,
     NEVER_DENSE,
     OVERHEAD_TOKENS,
+    SPARSE_COST,
     SPARSE_FROM,
     WINDOW_TOKENS,
     BreakEven,
@@ -100,23 +102,22 @@ def test_constants_cover_the_measured_overhead(device, file, kind, dense):
 
 
 def sparse_from_of(config, device=CUDA, num_heads=32, head_dim=128):
-    return method_of(config).gate(device, num_heads, head_dim).sparse_from
+    return method_of(config).gate(device, num_heads, head_dim).sparse.position
 
 
 def test_positions_decide_where_keys_are_sampled():
     """A prompt's length has no say, so that its split into calls has none."""
     config = KVSamplingConfig()
     gate = method_of(config).gate(CUDA, 128, 256)
-    assert gate.sparse_from == SPARSE_FROM["cuda"]
+    assert gate.sparse.position == SPARSE_FROM
     assert gate.break_even == NEVER_DENSE
-    assert gate.min_queries == config.dense_queries + 512
     off = method_of(replace(config, crossover="off")).gate(CUDA, 32, 128)
-    assert (off.sparse_from, off.min_queries) == (2048, 1)
+    assert (off.sparse.position, off.sparse.least_saved) == (2048, 0)
     for size in (16, 64, 4096, 65536):
         blocks = replace(config, block_size=size, num_probes=16, sliding_window=65536)
         position = sparse_from_of(blocks)
         assert position % size == 0
-        assert position >= SPARSE_FROM["cuda"]
+        assert position >= SPARSE_FROM
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
@@ -131,13 +132,13 @@ def test_queries_that_see_more_keys_begin_later(device):
             replace(config, sliding_window=32768),
         )
     ]
-    assert more[0] == SPARSE_FROM[device.type]
+    assert more[0] == SPARSE_FROM
     assert more[1] == more[2] == 2 * (32768 + 2048)
 
 
 def test_on_a_cpu_queries_behind_the_crossover_save_time():
     """What a longer prompt adds is less where its further queries attend sparsely."""
-    measured, first = times("sampling-cpu.json", "eager"), SPARSE_FROM["cpu"]
+    measured, first = times("sampling-cpu.json", "eager"), SPARSE_FROM
     for longer in (12288, 16384):
         dense, whole = (
             measured[name, longer, None] - measured[name, first, None]
@@ -146,18 +147,37 @@ def test_on_a_cpu_queries_behind_the_crossover_save_time():
         assert 1.2 * whole < dense
 
 
+def shortest_of(config, device=CUDA, num_heads=32, head_dim=128):
+    return method_of(config).gate(device, num_heads, head_dim).shortest_prompt
+
+
+def test_calls_run_sparse_where_they_save_enough():
+    """Counted query by query: the keys before it, less what a sparse query costs."""
+    config = KVSamplingConfig()
+    gate = method_of(config).gate(CUDA, 32, 128)
+    least, cost = LEAST_SAVED["cuda"] / (32 * 128), SPARSE_COST * (2048 + 2048)
+    for kv_len in (9000, 12000, 13000, 20000, 131072):
+        for query_len in (1, 600, 2048, 8192, kv_len):
+            places = range(max(kv_len - query_len, SPARSE_FROM), kv_len - config.dense_queries)
+            enough = sum(place + 0.5 - cost for place in places) >= least
+            early = kv_len < gate.shortest_prompt
+            reason = DenseReason.CROSSOVER_LENGTH if early else DenseReason.SHORT_CHUNK
+            assert gate.reason(query_len, kv_len) is (None if enough else reason)
+    assert gate.reason(gate.shortest_prompt, gate.shortest_prompt) is None
+    before = gate.shortest_prompt - 1
+    assert gate.reason(before, before) is DenseReason.CROSSOVER_LENGTH
+
+
 def test_fewer_heads_need_longer_prompts():
     """While the host starts the sparse kernels, dense attention of few heads is done."""
     config = KVSamplingConfig(num_samples=1024)
-    first = [sparse_from_of(config, num_heads=heads) for heads in (256, 32, 16, 8, 4, 1)]
-    assert first == sorted(first)
-    assert first[0] == SPARSE_FROM["cuda"]
-    assert first[5] > SPARSE_FROM["cuda"]
-    assert first[3] == sparse_from_of(config, num_heads=16, head_dim=64)
-    assert first[5] == pytest.approx(2 * first[4], rel=0.2)
+    least = [shortest_of(config, num_heads=heads) for heads in (256, 32, 16, 8, 4, 1)]
+    assert least == sorted(set(least))
+    assert least[3] == shortest_of(config, num_heads=16, head_dim=64)
+    assert least[5] == pytest.approx(2 * least[3], rel=0.3)
     selecting = TokenSelectionConfig(crossover="auto")
     assert break_even_of(selecting, CUDA, 1, 128).min_length > MIN_LENGTH["cuda"]
-    assert sparse_from_of(config, CPU, 1, 64) == sparse_from_of(config, CPU, 64, 128)
+    assert sparse_from_of(config, num_heads=1) == sparse_from_of(config, num_heads=256)
 
 
 def test_dense_heads_leave_less_to_gain():

@@ -79,11 +79,10 @@ def test_the_crossovers_lengths_are_the_codes():
 def test_from_where_on_queries_attend_sparsely_is_the_codes(device, heads):
     """By default, for heads of 128; in units of 1,024 tokens."""
     gate = method_of(KVSamplingConfig()).gate(torch.device(device), heads, 128)
-    assert gate.sparse_from % 1024 == 0
-    assert re.search(rf"\b{gate.sparse_from // 1024}K\b", read(CHOOSING)), (device, heads, gate)
-    more = gate.min_queries - KVSamplingConfig().dense_queries
-    for page in (CHOOSING, DOCS / "how-it-works.md", DOCS / "troubleshooting.md"):
-        assert f"fewer than `dense_queries` + {more} " in " ".join(read(page).split())
+    assert f"from position {gate.sparse.position // 1024}K on" in read(CHOOSING)
+    least = -(-gate.shortest_prompt // 1024)
+    assert re.search(rf"\b{least}K\b", read(CHOOSING)), (device, heads, least)
+    assert f"less {crossover.SPARSE_COST:g} times those that it sees" in read(CHOOSING)
 
 
 def test_the_quick_starts_sizes_are_the_defaults():

@@ -18,7 +18,7 @@ from token_sparse_attention import (
     crossover,
     token_sparse_attention,
 )
-from token_sparse_attention.crossover import NEVER_DENSE, BreakEven
+from token_sparse_attention.crossover import ALL_SPARSE, NEVER_DENSE, BreakEven, SparseFrom
 from token_sparse_attention.gate import Gate, reason_of
 from token_sparse_attention.methods import method_of
 from token_sparse_attention.methods.base import Method
@@ -61,12 +61,14 @@ def test_reasons_of_lengths_for_sampling():
     assert wide.reason(32, 32) is DenseReason.SHORT_CONTEXT, "block 1 leaves sinks behind alone"
     assert wide.reason(33, 33) is None
     auto = gate_of(dataclasses.replace(config, crossover="auto"))
-    assert auto.sparse_from % 16 == 0
+    assert auto.sparse.position % 16 == 0
     assert auto.reason(1000, 1000) is DenseReason.CROSSOVER_LENGTH
-    assert auto.reason(auto.sparse_from, auto.sparse_from) is DenseReason.CROSSOVER_LENGTH
+    assert auto.reason(auto.sparse.position, auto.sparse.position) is DenseReason.CROSSOVER_LENGTH
     assert auto.reason(10**6, 10**6) is None
-    assert auto.reason(511, 10**6) is DenseReason.SHORT_CHUNK
-    assert auto.shortest_prompt == auto.sparse_from + 1
+    assert auto.reason(1, 10**5) is DenseReason.SHORT_CHUNK
+    assert auto.reason(512, 10**5) is None
+    assert auto.shortest_prompt > auto.sparse.position
+    assert auto.reason(auto.shortest_prompt, auto.shortest_prompt) is None
 
 
 gates = st.builds(
@@ -76,7 +78,11 @@ gates = st.builds(
     st.none() | st.just(DenseReason.ZERO_DROP_MASS),
     st.just(NEVER_DENSE)
     | st.builds(BreakEven, st.floats(0, 800), st.just(1.0), st.floats(0, 100)),
-    st.integers(0, 400) | st.just(10**25),
+    st.just(ALL_SPARSE)
+    | st.builds(
+        SparseFrom, st.integers(0, 400), st.floats(0, 400), st.floats(0, 1e5), st.integers(0, 90)
+    )
+    | st.just(SparseFrom(10**25, 1.5e25)),
 )
 lengths = st.tuples(st.integers(0, 500), st.integers(0, 500)).map(
     lambda pair: (pair[0], pair[0] + pair[1] or 1)
@@ -130,8 +136,8 @@ IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_each_sequence_of_a_batch_says_why_as_it_does_alone(monkeypatch, config, query_len, impl):
     """The crossover too decides for each sequence by its own lengths."""
     monkeypatch.setitem(crossover.MIN_LENGTH, "cpu", 90)
-    monkeypatch.setitem(crossover.SPARSE_FROM, "cpu", 90)
-    monkeypatch.setattr(crossover, "LEAST_CALL", 9)
+    sparse_from = crossover.SparseFrom(90, 45.0, 300.0, config.dense_queries)
+    monkeypatch.setattr(crossover, "sparse_from", lambda *_: sparse_from)
     monkeypatch.setitem(crossover.WINDOW_TOKENS, "cpu", (0.0, 0.0))
     monkeypatch.setitem(crossover.OVERHEAD_TOKENS, "cpu", 1.0)
     config = dataclasses.replace(config, crossover="auto")

@@ -205,7 +205,7 @@ def parts_calls(inputs: Inputs, config: KVSamplingConfig, backend_name: str) -> 
     )
     method = KVSampling(config)
     gate = method.gate(query.device, query.shape[1], query.shape[3])
-    blocks = blocks_of(config, problem, gate.sparse_from)
+    blocks = blocks_of(config, problem, gate.sparse.position)
     if blocks is None or gate.reason(query.shape[2], key.shape[2]) is not None:
         return {}
     probes = find_probes(problem, blocks)

@@ -24,13 +24,16 @@ from token_sparse_attention.config import KVSamplingConfig, SparseConfig
 # Token selection must score a sequence before it knows whether it drops enough. Shorter ones
 # run dense unscored, because scoring alone would cost them over 2% of dense attention.
 MIN_LENGTH = {"cuda": 65536, "cpu": 20480}
-# KV sampling decides by positions, so that a prompt's split into calls changes nothing. With 32
-# heads of 128 on a GPU, whole prompts of 16K tokens gained 16%; few heads' kernels end before the
-# host has started the next. On a CPU the default settings break even between 5K and 6K.
-SPARSE_FROM = {"cuda": 16384, "cpu": 8192}
-SPARSE_KEYS = 2  # times the keys that a sparse query sees: fewer are left to dense attention
-SAMPLED_HOST_WORK = {"cuda": 4.2e11, "cpu": 0.0}  # as `HOST_WORK`
-LEAST_CALL = 512  # queries of a call, its dense ones aside; fewer run dense
+# KV sampling decides by positions, so that a prompt's split into calls changes nothing. Queries
+# before this one attend densely, and those that see fewer keys than `SPARSE_KEYS` times what a
+# sparse query sees.
+SPARSE_FROM = 8192
+SPARSE_KEYS = 2
+# A sparse query takes as long as a dense one that sees this many times the keys.
+SPARSE_COST = 1.5
+# Pairs of query and key, times heads and head size, that a call must save: on a GPU dense
+# attention of fewer ends before the host has started the sparse kernels.
+LEAST_SAVED = {"cuda": 8e10, "cpu": 6e8}
 # Overhead of scoring, selecting, gathering and scattering, in keys per query of dense time.
 OVERHEAD_TOKENS = {"cuda": 2400.0, "cpu": 600.0}
 # Overhead of the sliding window of all queries: a fixed part, and a part per token of the window.
@@ -95,12 +98,41 @@ class SparseFrom(NamedTuple):
     """Where KV sampling is faster than dense attention.
 
     Attributes:
-        position: queries before it attend densely.
-        min_queries: calls with fewer queries run dense.
+        position: queries before it attend densely, P.
+        cost: a sparse query takes as long as a dense one that sees this many keys.
+        least_saved: calls that save fewer pairs of query and key run dense.
+        dense_queries: the last queries, which save none.
     """
 
     position: int
-    min_queries: int
+    cost: float = 0.0
+    least_saved: float = 0.0
+    dense_queries: int = 0
+
+    def saved(self, query_len: Length, kv_len: Length) -> Length:
+        """Return how many pairs of query and key a call saves, as if it ended its prompt.
+
+        Args:
+            query_len: its queries, which are the last of the keys.
+            kv_len: its keys.
+        """
+        if isinstance(kv_len, Tensor):
+            end = kv_len.double() - self.dense_queries
+            begin: Length = (kv_len.double() - query_len).clamp(min=self.position)
+            return (end - begin).clamp(min=0) * ((begin + end) / 2 - self.cost)
+        end, begin = kv_len - self.dense_queries, max(kv_len - query_len, self.position)
+        return max(end - begin, 0) * ((begin + end) / 2 - self.cost)
+
+    @property
+    def shortest_prompt(self) -> int:
+        """How many tokens a whole prompt must have to save enough."""
+        if not self.least_saved:
+            return self.position + 1
+        beyond = math.sqrt((self.position - self.cost) ** 2 + 2 * self.least_saved)
+        return math.ceil(self.cost + beyond) + self.dense_queries
+
+
+ALL_SPARSE = SparseFrom(0)
 
 
 def sparse_from(
@@ -115,12 +147,11 @@ def sparse_from(
         head_dim: D.
     """
     if config.crossover == "off":
-        return SparseFrom(0, 1)
-    kind = kind_of(device)
-    starting = math.sqrt(SAMPLED_HOST_WORK[kind] / (num_heads * head_dim))
-    sparse_keys = config.sliding_window + config.num_samples
-    position = max(SPARSE_FROM[kind], SPARSE_KEYS * sparse_keys, round(starting))
-    return SparseFrom(position, config.dense_queries + LEAST_CALL)
+        return ALL_SPARSE
+    keys = config.sliding_window + config.num_samples
+    least_saved = LEAST_SAVED[kind_of(device)] / (num_heads * head_dim)
+    position = max(SPARSE_FROM, SPARSE_KEYS * keys)
+    return SparseFrom(position, SPARSE_COST * keys, least_saved, config.dense_queries)
 
 
 def break_even(

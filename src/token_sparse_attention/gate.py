@@ -17,7 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_sparse_attention.crossover import NEVER_DENSE, BreakEven, Length, effective_length
+from token_sparse_attention.crossover import (
+    ALL_SPARSE,
+    NEVER_DENSE,
+    BreakEven,
+    Length,
+    SparseFrom,
+    effective_length,
+)
 
 
 class DenseReason(str, Enum):
@@ -79,15 +86,15 @@ class Gate(NamedTuple):
         max_dense_context: a sequence with this many keys or fewer runs dense.
         always: why every sequence runs dense, None if the lengths decide.
         break_even: the crossover, from which length sparse is faster.
-        sparse_from: queries before this position attend densely; so a sequence with this many
-            keys or fewer runs dense.
+        sparse: KV sampling's crossover: queries before a position attend densely, so a sequence
+            with so many keys or fewer runs dense.
     """
 
     min_queries: int = 1
     max_dense_context: int = 0
     always: DenseReason | None = None
     break_even: BreakEven = NEVER_DENSE
-    sparse_from: int = 0
+    sparse: SparseFrom = ALL_SPARSE
 
     @property
     def shortest_prompt(self) -> int | None:
@@ -100,7 +107,8 @@ class Gate(NamedTuple):
         if self.always is not None or math.isinf(self.break_even.min_length):
             return None
         least = math.ceil(self.break_even.min_length)
-        return max(self.min_queries, self.max_dense_context + 1, self.sparse_from + 1, least)
+        least = max(least, self.sparse.shortest_prompt)
+        return max(self.min_queries, self.max_dense_context + 1, least)
 
     def reason(self, query_len: int, kv_len: int) -> DenseReason | None:
         """Return why the lengths of a sequence make it run dense, None if they do not.
@@ -125,18 +133,21 @@ class Gate(NamedTuple):
         gate = self._replace(  # no length is longer, and no tensor takes larger numbers
             min_queries=min(self.min_queries, _LONGEST),
             max_dense_context=min(self.max_dense_context, _LONGEST),
-            sparse_from=min(self.sparse_from, _LONGEST),
+            sparse=self.sparse._replace(position=min(self.sparse.position, _LONGEST)),
         )
-        for reason, holds in reversed([*gate._rules(query_lens, kv_lens)]):
+        for reason, holds in reversed([*gate._rules(query_lens.long(), kv_lens.long())]):
             codes = torch.where(torch.as_tensor(holds, device=codes.device), reason.code, codes)
         return codes
 
     def _rules(
         self, query_len: Length, kv_len: Length
     ) -> Iterator[tuple[DenseReason, bool | Tensor]]:
-        if self.sparse_from:  # a short prompt is that first, and only then a short call
+        if self.sparse.position:  # a short prompt is that first, and only then a short call
             yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context
-            yield DenseReason.CROSSOVER_LENGTH, kv_len <= self.sparse_from
+            yield DenseReason.CROSSOVER_LENGTH, kv_len < self.sparse.shortest_prompt
+        if self.sparse.least_saved:
+            saved = self.sparse.saved(query_len, kv_len)
+            yield DenseReason.SHORT_CHUNK, saved < self.sparse.least_saved
         yield DenseReason.SHORT_CHUNK, query_len < self.min_queries
         yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context
         if self.always is not None:

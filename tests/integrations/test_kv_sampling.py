@@ -169,7 +169,7 @@ def test_positions_alone_decide(monkeypatch):
     """Queries before the crossover's position are dense, however the prompt is split."""
     model, ids = sharp().double(), make_ids()
     config = dataclasses.replace(SAMPLING, crossover="auto", dense_queries=0)
-    monkeypatch.setattr(crossover, "sparse_from", lambda *_: crossover.SparseFrom(130, 1))
+    monkeypatch.setattr(crossover, "sparse_from", lambda *_: crossover.SparseFrom(130))
     dense = model(ids).logits
     with apply(model, config) as report:
         whole, cache = model(ids).logits, DynamicCache()

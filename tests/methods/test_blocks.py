@@ -188,7 +188,7 @@ def test_each_row_of_a_padded_batch_begins_to_sample_where_it_does_alone(monkeyp
     """The crossover counts each row's own tokens."""
     from token_sparse_attention import crossover
 
-    monkeypatch.setattr(crossover, "sparse_from", lambda *_: crossover.SparseFrom(position, 20))
+    monkeypatch.setattr(crossover, "sparse_from", lambda *_: crossover.SparseFrom(position))
     rows = [(0, 180), (70, 180), (100, 180), (3, 130), (170, 180), (147, 180)]
     problem = make_problem(batch=len(rows), query_len=180)
     mask = torch.zeros(len(rows), 180, dtype=torch.bool)

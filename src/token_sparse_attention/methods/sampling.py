@@ -58,13 +58,13 @@ class KVSampling(Method[KVSamplingConfig], config=KVSamplingConfig):
         # No query of an earlier block leaves a key behind its window that is no sink.
         first = max((config.sliding_window + config.sink_size) // config.block_size, 1)
         least = first * config.block_size
-        faster = crossover.sparse_from(config, device, num_heads, head_dim)
-        sparse_from = max(-(-faster.position // config.block_size) * config.block_size, least)
-        return Gate(faster.min_queries, least, sparse_from=sparse_from)
+        sparse = crossover.sparse_from(config, device, num_heads, head_dim)
+        position = max(-(-sparse.position // config.block_size) * config.block_size, least)
+        return Gate(max_dense_context=least, sparse=sparse._replace(position=position))
 
     def prepare(self, problem: Problem, gate: Gate) -> Plan | DenseReason:
         """Find the blocks and their probes, and with them where sparse attention begins."""
-        blocks = blocks_of(self.config, problem, gate.sparse_from)
+        blocks = blocks_of(self.config, problem, gate.sparse.position)
         if blocks is None:
             return DenseReason.NO_PROBES
         probes = find_probes(problem, blocks)
