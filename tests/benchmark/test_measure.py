@@ -257,6 +257,8 @@ def test_times_are_medians_with_their_spread():
     calls = []
     timing.kernel_times([lambda: calls.append("a"), lambda: calls.append("b")], CPU, 0.0)
     assert calls == ["a", "b"] * (1 + timing.MIN_SAMPLES), "they take turns"
+    assert timing._untimed([0.25, 0.025, 0.001]) == [1, 4, 100], "a tenth of a second each"
+    assert timing._untimed([0.019, 0.001]) == [0, 0]
 
 
 def test_a_peer_that_cannot_run_is_noted(capsys):

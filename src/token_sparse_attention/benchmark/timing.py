@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from torch import Tensor
 
 MIN_SAMPLES, MAX_SAMPLES = 3, 50
 _LONG = 0.1  # seconds from which on every call counts
+# Calls that take seconds together drain so much power that the next one runs at another clock.
+_SETTLING = 0.1  # seconds of calls before a timed one, where a call takes this share of them:
+_SHARE = 0.2
 
 Call = Callable[[], Any]
 
@@ -39,7 +43,8 @@ def summarize(kind: str, times_ms: Sequence[float], note: str = "") -> Timing:
 def kernel_times(calls: Sequence[Call], device: torch.device, budget: float) -> list[Timing]:
     """Time calls on the device, without the host's part where a CUDA graph can be captured.
 
-    Several calls take turns, so that a drifting clock meets all of them equally.
+    Several calls take turns, so that a drifting clock meets all of them equally. Long ones run
+    untimed for a tenth of a second before, so that each meets the clock that it leaves itself.
 
     Args:
         calls: what to time.
@@ -50,19 +55,37 @@ def kernel_times(calls: Sequence[Call], device: torch.device, budget: float) -> 
         return wall_times(calls, device, budget)
     prepared = [_prepare(call, device) for call in calls]
     runs = [one.run for one in prepared]
-    seconds = max(one.seconds for one in prepared)
-    if seconds < _LONG:
-        _event_times(runs, device, rounds=1)  # a graph's first replay uploads it
-    times_ms = _event_times(runs, device, _rounds(seconds, budget))
+    seconds = [one.seconds for one in prepared]
+    if max(seconds) < _LONG:
+        _event_times(runs, device, 1, [0] * len(runs))  # a graph's first replay uploads it
+    rounds = _rounds(max(seconds), budget)
+    times_ms = _event_times(runs, device, rounds, _untimed(seconds))
     return [summarize(one.kind, t, one.note) for one, t in zip(prepared, times_ms)]
 
 
 def wall_times(calls: Sequence[Call], device: torch.device, budget: float) -> list[Timing]:
     """Time calls by the host's clock, taking turns; the arguments are `kernel_times`'s."""
-    longest_ms = max((wall_ms(call, device) for call in calls), default=0.0)
-    rounds = _rounds(longest_ms / 1e3, budget)
-    times_ms = [[wall_ms(call, device) for call in calls] for _ in range(rounds)]
+    seconds = [wall_ms(call, device) / 1e3 for call in calls]
+    before = _untimed(seconds) if device.type == "cuda" else [0] * len(seconds)
+    rounds = _rounds(max(seconds, default=0.0), budget)
+    times_ms = [
+        [_last_ms(call, device, count) for call, count in zip(calls, before)]
+        for _ in range(rounds)
+    ]
     return [summarize("eager", times) for times in zip(*times_ms)]
+
+
+def _last_ms(call: Call, device: torch.device, untimed: int) -> float:
+    for _ in range(untimed):
+        call()
+    return wall_ms(call, device)
+
+
+def _untimed(seconds: Sequence[float]) -> list[int]:
+    """Return how many untimed calls go before a timed one, from what one takes."""
+    if max(seconds, default=0.0) < _SHARE * _SETTLING:
+        return [0] * len(seconds)
+    return [math.ceil(_SETTLING / max(one, 1e-3)) for one in seconds]
 
 
 def wall_ms(call: Call, device: torch.device) -> float:
@@ -105,10 +128,14 @@ def _rounds(seconds: float, budget: float) -> int:
     return max(min(int(budget / max(seconds, 1e-6)), MAX_SAMPLES), MIN_SAMPLES)
 
 
-def _event_times(runs: Sequence[Call], device: torch.device, rounds: int) -> list[list[float]]:
+def _event_times(
+    runs: Sequence[Call], device: torch.device, rounds: int, untimed: Sequence[int]
+) -> list[list[float]]:
     marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
     for _ in range(rounds):  # all are queued before the first wait: launches overlap with work
-        for run, own_marks in zip(runs, marks):
+        for run, own_marks, before in zip(runs, marks, untimed):
+            for _ in range(before):
+                run()
             start, end = _new_event(), _new_event()
             start.record()
             run()
