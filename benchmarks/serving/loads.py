@@ -307,8 +307,8 @@ def _run(args: argparse.Namespace) -> bool:
     settings = [name for name in args.settings if name != DENSE]
     content: dict[str, Any] = {
         "kind": "vllm-loads",
-        **source,
         **dataclasses.asdict(plan),
+        **source,
         "shape": MODELS[plan.model],
         "dtype": DTYPE,
         "settings": {name: config_of(name).to_dict() for name in settings},

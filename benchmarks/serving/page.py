@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.markdown import Page
+from benchmarks.markdown import EMPTY, Page
+from benchmarks.serving import loads_table
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results" / "serving"
@@ -29,7 +30,13 @@ def tables() -> dict[str, str]:
         "prefix": _prefix(rows),
         "first-token": _first_token("first-token-h200.json"),
         "first-token-chunks": _first_token("first-token-chunks-h100.json"),
+        "loads": _loads("loads-h200.json"),
+        "loads-fp8": _loads("loads-fp8-h200.json"),
     }
+
+
+def _loads(name: str) -> str:
+    return loads_table.tables(read(name)) if (RESULTS / name).exists() else EMPTY + "\n"
 
 
 def read(name: str) -> dict[str, Any]:
