@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
@@ -86,6 +86,23 @@ def _lock(file: BufferedIOBase, path: Path) -> None:
         raise UsageError(f"{path} cannot be written: another run is writing it") from error
     except OSError:  # a network's file system may have no locks
         return
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep a file that is there from other runs, while it is read and replaced.
+
+    Raises:
+        UsageError: if the file cannot be opened, or another run writes it.
+    """
+    try:
+        file = path.open("r+b")
+    except OSError as error:
+        done = "written" if path.exists() else "read"
+        raise UsageError(f"{path} cannot be {done}: {reason(error)}") from error
+    with file:
+        _lock(file, path)
+        yield
 
 
 class Entry(Protocol):

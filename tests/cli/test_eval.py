@@ -11,8 +11,16 @@ from evaluation.small import CONFIG, make_samples, run_eval, save_model
 from token_sparse_attention.cli import main
 from token_sparse_attention.errors import UsageError
 from token_sparse_attention.evaluation import evaluate, harness
-from token_sparse_attention.evaluation.record import load_results
+from token_sparse_attention.evaluation.record import (
+    MODEL_FACTS,
+    EvalHeader,
+    EvalResults,
+    SampleResult,
+    load_results,
+    save_results,
+)
 from token_sparse_attention.evaluation.samples import SampleSet
+from token_sparse_attention.result_lines import LineFile
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +70,41 @@ def test_without_lm_eval_replies_are_kept_unscored(model, samples, tmp_path, cap
     assert header.arguments["samples_sha256"] == make_samples().digest()
     with pytest.raises(UsageError, match="needs lm-eval"):
         run_eval("--score", str(out), "--samples", samples)
+
+
+class Right:
+    """Scores every reply 1."""
+
+    def __init__(self, samples):
+        del samples
+
+    def score(self, sample, reply):
+        del sample, reply
+        return 1.0
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz"])
+def test_scores_replace_a_file_that_no_run_writes(samples, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(harness, "Scorer", Right)
+    out = tmp_path / name
+    made = make_samples()
+    replies = [
+        SampleResult(one.task, one.length, one.index, "dense", None, "a", 9, None, 1, 0.1)
+        for one in made.samples
+    ]
+    arguments = {"samples_sha256": made.digest()}
+    model = dict.fromkeys(MODEL_FACTS, 1)
+    header = EvalHeader({}, arguments, model, {"dense": None}, made.tasks)
+    save_results(out, EvalResults(header, tuple(replies)))
+    before = out.read_bytes()
+    with LineFile(out), pytest.raises(UsageError, match="another run is writing it"):
+        run_eval("--score", str(out), "--samples", samples)
+    assert out.read_bytes() == before
+    assert run_eval("--score", str(out), "--samples", samples) == 0
+    assert {result.score for result in load_results(out).samples} == {1.0}
+    with pytest.raises(UsageError, match=r"absent/r cannot be read: No such file"):
+        run_eval("--score", str(tmp_path / "absent" / "r"), "--samples", samples)
+    assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.usefixtures("without_lm_eval")

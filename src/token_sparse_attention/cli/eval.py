@@ -20,6 +20,7 @@ from token_sparse_attention.evaluation.record import (
 )
 from token_sparse_attention.evaluation.samples import SampleSet
 from token_sparse_attention.options import Count, Option, Tokens
+from token_sparse_attention.result_lines import held
 
 if TYPE_CHECKING:
     from token_sparse_attention.evaluation.evaluate import Runner
@@ -187,7 +188,8 @@ class Eval(Command):
             reads = (self.stored.samples, self.dense_from)
             check_apart({"--out": self.out}, filter(None, reads))
         if self.score:
-            check_writable(self.score, f"--score {self.score}")
+            if self.score.is_file():  # what is missing is told when it is read
+                check_writable(self.score, f"--score {self.score}")
         elif self.prepare_only and self.stored.samples:
             check_writable(self.stored.samples, f"--samples {self.stored.samples}")
         elif self.out:
@@ -210,10 +212,10 @@ class Eval(Command):
     def _score(self, path: Path, samples: Path) -> bool:
         from token_sparse_attention.evaluation.evaluate import score
 
-        results, sample_set = load_results(path), SampleSet.load(samples)
-        with working("scoring"):
+        with held(path), working("scoring"):
+            results, sample_set = load_results(path), SampleSet.load(samples)
             results = score(results, sample_set, harness.Scorer(sample_set))
-        save_results(path, results)
+            save_results(path, results)
         return self._show(results, path)
 
     def _tokenizer(self) -> Any:

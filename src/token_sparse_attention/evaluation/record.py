@@ -188,7 +188,8 @@ def begin_with_dense(path: Path, header: EvalHeader, other: EvalResults) -> Eval
 
 def save_results(path: Path, results: EvalResults) -> None:
     """Write a whole result file; the old one stays until the new one is complete."""
-    save_lines(path, map(encode, (results.header, *results.samples)))
+    lines = map(encode, (results.header, *results.samples))
+    save_lines(path, lines, pack=path.suffix == ".gz")
 
 
 def _check_sample(sample: SampleResult, header: EvalHeader, where: str) -> None:
