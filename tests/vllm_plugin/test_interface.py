@@ -1,12 +1,15 @@
-"""A vLLM with another interface than the plugin knows is refused in one sentence."""
+"""A vLLM with another interface is refused in one sentence, where sparse attention is on."""
 
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from token_sparse_attention.integrations.serving.settings import KEY
 from token_sparse_attention.integrations.vllm import interface, plugin
 
 SHARED = """
@@ -85,11 +88,59 @@ def test_a_backend_that_is_gone_is_refused(sources):
         interface.check_interface(sources.device)
 
 
+@pytest.fixture
+def unknown(sources, monkeypatch):
+    """A vLLM of an unknown interface, whose stock CPU backend is a dict; and its options."""
+    sources.files[1].unlink()
+    engine = SimpleNamespace(additional_config={})
+    stock = SimpleNamespace(CPU_ATTN=SimpleNamespace(value="builtins.dict"))
+    modules = {
+        "vllm.config": SimpleNamespace(get_current_vllm_config=lambda: engine),
+        "vllm.v1.attention.backends.registry": SimpleNamespace(AttentionBackendEnum=stock),
+    }
+    for name in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backends"):
+        modules[name] = ModuleType(name)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return SimpleNamespace(device=sources.device, engine=engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"other": 1}, None])
+def test_an_unknown_vllm_starts_where_sparse_attention_is_off(unknown, options):
+    unknown.engine.additional_config = options
+    if unknown.device == "cpu":  # on a GPU nobody asks for the backend
+        assert plugin.CPUTokenSparseBackend is dict
+
+
+def test_an_unknown_vllm_stops_where_sparse_attention_is_on(unknown):
+    unknown.engine.additional_config = {KEY: {"config": {}}}
+    name = {"cpu": "CPUTokenSparseBackend", "cuda": "FlashTokenSparseBackend"}[unknown.device]
+    with pytest.raises(RuntimeError, match="does not know this vLLM: "):
+        getattr(plugin, name)
+
+
+def test_a_vllm_without_a_registry_is_told_and_starts(monkeypatch, caplog):
+    platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True))
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platform)
+    monkeypatch.setitem(sys.modules, "vllm.v1", None)
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    assert "Token sparse attention is off: it does not know this vLLM: " in caplog.text
+
+
+def test_the_plugin_has_no_other_names():
+    with pytest.raises(AttributeError, match="has no attribute 'GPUTokenSparseBackend'"):
+        plugin.GPUTokenSparseBackend  # noqa: B018
+
+
 @pytest.mark.vllm
-def test_the_plugin_checks_the_vllm_that_is_installed(monkeypatch):
-    seen = []
-    monkeypatch.setattr(plugin, "check_interface", seen.append)
+def test_the_plugin_knows_the_vllm_that_is_installed():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     plugin.register()
-    assert seen == ["cpu"]
+    for name in ("CPU_ATTN", "CUSTOM"):
+        backend = AttentionBackendEnum[name].get_class()
+        assert backend.__name__ == "CPUTokenSparseBackend"
     for device in ("cpu", "cuda"):
         interface.check_interface(device)

@@ -1,4 +1,4 @@
-"""What the plugin takes for granted about vLLM's Python interface, checked when vLLM loads it.
+"""What the plugin takes for granted about vLLM's Python interface, checked before it is used.
 
 vLLM's sources are read, not imported: an import of a backend chooses its kernels, which is too
 early in some of vLLM's processes. An import of the plugin that is gone fails by itself.
@@ -87,7 +87,7 @@ def check_interface(device: str) -> None:
     if difference is not None:
         raise RuntimeError(
             f"token sparse attention does not know this vLLM: {difference}; install a version "
-            "that docs/supported.md names, or leave the plugin out with VLLM_PLUGINS"
+            "that docs/supported.md names, or leave token sparse attention off"
         )
 
 
