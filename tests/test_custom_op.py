@@ -92,3 +92,24 @@ def test_views_keep_their_layout():
     problem = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in make_problem(query_len=120)]
     out = token_sparse_attention(*problem, SMALL)
     assert out.stride() == problem[0].stride()
+
+
+@CONFIGS
+def test_tensors_without_data_have_an_output_without_data(config):
+    problem = [tensor.to("meta") for tensor in make_problem(query_len=90, kv_len=120)]
+    out = token_sparse_attention(*problem, config, return_aux=AuxRequest(lse=True))
+    assert out.output.is_meta
+    assert out.output.shape == problem[0].shape
+    assert out.lse.shape == problem[0].shape[:3]
+
+
+@pytest.mark.filterwarnings("ignore")
+@CONFIGS
+def test_a_trace_holds_the_operator(config):
+    problem = make_problem(query_len=90, kv_len=120)
+
+    def call(*tensors):
+        return token_sparse_attention(*tensors, config)
+
+    traced = torch.jit.trace(call, problem, check_trace=False)
+    assert torch.equal(traced(*problem), call(*problem))

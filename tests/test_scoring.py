@@ -102,6 +102,16 @@ def test_padding_is_invisible_to_scores(side):
             TypeError,
             "query must have a floating dtype",
         ),
+        (
+            {"query": torch.zeros(1, 4, 50, 16).to(torch.float8_e4m3fn)},
+            TypeError,
+            "query must have a floating dtype, got torch.float8_e4m3fn",
+        ),
+        (
+            {"query": torch.zeros(1, 4, 50, 16).to_sparse()},
+            TypeError,
+            "query must be a strided tensor, got a nested or sparse one",
+        ),
         ({"key": torch.zeros(1, 2, 50, 16).half()}, TypeError, "key must have query's dtype"),
         (
             {"key": torch.zeros(1, 2, 50, 8)},
@@ -129,7 +139,9 @@ def test_padding_is_invisible_to_scores(side):
         ({"num_probes": 0}, ValueError, "num_probes must be at least 1, got 0"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, reference, triton; got 'cuda'"),
         ({"scale": "1"}, TypeError, "scale must be a number or None, got '1'"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite and above 0, got nan"),
+        ({"scale": 0}, ValueError, "scale must be finite and above 0, got 0"),
+        ({"scale": -0.25}, ValueError, "scale must be finite and above 0, got -0.25"),
         (
             {"padding_mask": torch.ones(1, 50)},
             TypeError,

@@ -27,8 +27,8 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
     return float(scale)
 
 
@@ -65,12 +65,14 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor | None) -> 
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got a nested or sparse one")
         if tensor.dim() != 4:
             heads = "H" if name == "query" else "H_kv"
             raise ValueError(
                 f"{name} must have shape [B, {heads}, S, D], got {list(tensor.shape)}"
             )
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
