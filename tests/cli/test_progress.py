@@ -1,4 +1,4 @@
-"""Progress: one line that changes on a terminal, a line now and then in a log."""
+"""Progress, one line that changes or lines now and then in a log; tables in narrow terminals."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import time
 
 import pytest
 
-from token_sparse_attention.cli import command
+from token_sparse_attention.cli import command, main
+from token_sparse_attention.cli import run as run_command
 from token_sparse_attention.cli.command import counting, working
+from token_sparse_attention.run import Answer
 
 
 def lines(capsys):
@@ -59,3 +61,21 @@ def test_a_log_says_how_many_are_done(monkeypatch, capsys):
     with counting(3) as report:
         report("dense, niah", 1)
     assert lines(capsys) == ["tsa: 0 of 3: starting", "tsa: 1 of 3: dense, niah"]
+
+
+def test_a_table_in_a_narrow_terminal_keeps_its_content(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "token-sparse-attention" in shown
+    assert "auto picks" in shown
+
+
+def test_replies_and_paths_keep_their_lines(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    name, reply = "a model/" * 20, "a line of many words, " * 9
+    answers = {"sparse": Answer(reply, 9, 9, 0.1, 0.2)}
+    run_command._show(name, "cpu", "defaults", answers, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{name} on cpu, 9 prompt tokens, settings: defaults"
+    assert reply in lines

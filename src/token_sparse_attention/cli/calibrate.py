@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from token_sparse_attention import bundled
 from token_sparse_attention.calibration.options import CalibrationOptions
 from token_sparse_attention.checks import check_apart, check_writable
-from token_sparse_attention.cli.command import Command, warn, working
+from token_sparse_attention.cli.command import Command, output, warn, working
 from token_sparse_attention.cli.model import (
     DenseKernel,
     ModelOptions,
@@ -254,12 +254,11 @@ def _warn_of_covering(options: CalibrationOptions, shortest: int) -> None:
 
 
 def _show(result: CalibrationResult, written: Sequence[Path]) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
     from token_sparse_attention.calibration.show import layer_table, sentences
 
-    console = Console()
+    console = output()
     device = result.provenance.get("device", "an unknown device")
     console.print(
         f"[bold]{escape(result.model)}[/], {escape(result.dtype)}, on {escape(str(device))}"
@@ -268,4 +267,4 @@ def _show(result: CalibrationResult, written: Sequence[Path]) -> None:
     for sentence in sentences(result):
         console.print(sentence, markup=False, highlight=False)
     for path in written:
-        console.print(f"wrote {path}", markup=False, highlight=False)
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+_TABLE_WIDTH = 80  # columns that tables have at least
 _INTERVAL = 10.0  # seconds between two lines of progress in a log
 _WRONG_WORD = re.compile(r"(?:invalid choice: '|unrecognized arguments: (?=-))([\w-]+)")
 
@@ -86,6 +87,13 @@ class Parser(argparse.ArgumentParser):
         hint = did_you_mean(wrong[1], words) if wrong else ""
         said = one_line(f"{self.prog}: {message}{hint} (usage: {self.prog} --help)")
         self.exit(2, f"{said}\n")
+
+
+def output() -> Console:
+    """Return standard output; in a narrow terminal, lines wrap but tables keep their content."""
+    from rich.console import Console
+
+    return Console(width=max(Console().width, _TABLE_WIDTH))
 
 
 def _terminal() -> Console | None:

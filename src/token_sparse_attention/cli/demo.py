@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from token_sparse_attention.cli.command import Command, note, print_json, working
+from token_sparse_attention.cli.command import Command, note, output, print_json, working
 from token_sparse_attention.cli.model import require_transformers
 from token_sparse_attention.cli.run import layer_table
 from token_sparse_attention.options import Device
@@ -42,10 +42,9 @@ class Demo(Command):
 
 def show(result: DemoResult) -> None:
     """Print what was found, how long it took, and whether it passes."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = output()
     table = Table("depth", "expected", "dense", "sparse", title="Facts hidden in the document")
     for finding in result.findings:
         needle = finding.needle

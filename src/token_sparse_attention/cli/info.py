@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from token_sparse_attention.cli.command import Command, print_json
+from token_sparse_attention.cli.command import Command, output, print_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,6 @@ class Info(Command):
 
     def run(self) -> bool:
         """Show them."""
-        from rich.console import Console
         from rich.table import Table
 
         from token_sparse_attention.info import collect
@@ -26,7 +25,7 @@ class Info(Command):
         if self.json:
             print_json(facts)
             return True
-        console = Console()
+        console = output()
         table = Table("package", "version")
         for name, version in facts["versions"].items():
             table.add_row(name, version or "not installed")

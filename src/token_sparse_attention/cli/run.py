@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from token_sparse_attention.cli.command import Command, print_json, working
+from token_sparse_attention.cli.command import Command, output, print_json, working
 from token_sparse_attention.cli.model import (
     ModelOptions,
     PromptOptions,
@@ -113,13 +113,13 @@ class Run(Command):
 def _show(
     name: str, device: str, source: str, answers: Mapping[str, Answer], note: str | None
 ) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console()
+    console = output()
     sparse = answers["sparse"]
     tokens = f"{sparse.prompt_tokens:,} prompt tokens"
-    console.print(f"[bold]{escape(name)}[/] on {device}, {tokens}, settings: {escape(source)}")
+    about = f"[bold]{escape(name)}[/] on {device}, {tokens}, settings: {escape(source)}"
+    console.print(about, soft_wrap=True)
     if sparse.report:
         console.print(layer_table(sparse.report.last_prefill()))
     for path, answer in answers.items():
@@ -127,7 +127,7 @@ def _show(
             f"[bold]{path}[/]: first token after {answer.time_to_first_token:.3f} s, "
             f"{answer.new_tokens} tokens after {answer.total_time:.3f} s (one run)"
         )
-        console.print(answer.text, markup=False, highlight=False)
+        console.print(answer.text, markup=False, highlight=False, soft_wrap=True)
     if note is not None:
         console.print(f"[yellow]note[/]: {escape(note)}", highlight=False)
     if "dense" in answers:

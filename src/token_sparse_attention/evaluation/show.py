@@ -58,6 +58,7 @@ def show(results: EvalResults, path: Path, *, as_json: bool) -> None:
             f"tsa eval --score {path} --samples FILE",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
 
 
