@@ -62,7 +62,9 @@ def read_settings(value: str, model: str, given: str | None = None) -> Settings:
 
 def settings_or_default(value: str | None, model: str) -> tuple[Settings, str]:
     """Return `read_settings` of a value, or without one `default_config`; and their source."""
-    return (read_settings(value, model), value) if value else default_config(model)
+    if value is None:
+        return default_config(model)
+    return read_settings(value, model), value
 
 
 def _settings(value: str, model: str) -> Settings:

@@ -223,6 +223,7 @@ def test_samples_come_back_from_their_file(tmp_path):
         ([], "--out FILE is needed"),
         (["no/such/model", "--samples", "S", "--out", "r"], "no/such/model cannot be loaded"),
         (["--samples", "absent", "--out", "r"], "--samples absent cannot be read"),
+        (["no", "--samples", "S", "--dense-from", "absent", "--out", "r"], "absent cannot be rea"),
         (["--samples", "S", "--out", "r", "--attention-backend", "cudn"], "did you mean 'cudnn'"),
         (
             ["--samples", "S", "--out", "r", "--attention-backend", "flexprefill"],

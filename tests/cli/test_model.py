@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 
 import pytest
 
+from cli.commands import run
+from evaluation.small import save_model
 from token_sparse_attention import bundled
 from token_sparse_attention.cli import BAD_INPUT, main
 from token_sparse_attention.cli.model import ModelOptions, read_text
@@ -71,3 +74,40 @@ def test_only_what_loading_raises_is_bad_input():
 def test_the_bundled_model_stands_in():
     assert ModelOptions().path == str(bundled.MODEL)
     assert ModelOptions(name="mine").path == "mine"
+
+
+def test_a_folder_that_may_not_be_read_is_bad_input(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(UsageError, match=r"cannot be loaded: .*Permission denied"):
+        ModelOptions(name=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("command", ["run", "capture"])
+def test_a_prompt_of_one_token(tmp_path, command, capsys):
+    save_model(tmp_path / "model")
+    (tmp_path / "text").write_text("a")
+    words = [command, tmp_path / "model", "--prompt-file", tmp_path / "text"]
+    words += ["--max-new-tokens", 2]
+    if command == "run":
+        assert run(*words, "--json") == 0
+        note = json.loads(capsys.readouterr().out)["note"]
+        assert note == "'sparse' ran dense in every layer (the prompt has one token)"
+    else:
+        with pytest.raises(UsageError, match="a prompt of one token has no prefill"):
+            run(*words, "--out", tmp_path / "kept.json")
+
+
+@pytest.mark.parametrize("command", ["run", "capture", "calibrate"])
+def test_empty_settings_are_no_settings_left_out(tmp_path, command):
+    save_model(tmp_path / "model")
+    (tmp_path / "text").write_text("a text")
+    words = {
+        "run": ["--prompt-file", tmp_path / "text"],
+        "capture": ["--prompt-file", tmp_path / "text", "--out", tmp_path / "kept.json"],
+        "calibrate": ["--method", "drift", "--text", tmp_path / "text"],
+    }[command]
+    with pytest.raises(UsageError, match="--config  cannot be used: there is no file ''"):
+        run(command, tmp_path / "model", *words, "--config", "")

@@ -209,7 +209,7 @@ class Calibrate(Command):
     def _base(self) -> SparseConfig:
         """Return the settings that every layer starts from."""
         name = self.model.path
-        if self.config:
+        if self.config is not None:
             return _without_layers(read_settings(self.config, name))
         if self.asked["method"] == "drift":
             return TokenSelectionConfig()

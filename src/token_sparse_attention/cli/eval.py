@@ -12,6 +12,7 @@ from token_sparse_attention.cli.model import ModelOptions, require_transformers
 from token_sparse_attention.errors import UsageError, loading, resumable
 from token_sparse_attention.evaluation import harness
 from token_sparse_attention.evaluation.record import (
+    EvalHeader,
     EvalResults,
     begin_with_dense,
     check_results,
@@ -236,10 +237,11 @@ class Eval(Command):
         return True
 
     def _evaluate(self, out: Path) -> bool:
-        from token_sparse_attention.evaluation.evaluate import Runner
+        from token_sparse_attention.evaluation.evaluate import Runner, make_header
         from token_sparse_attention.evaluation.settings import read_runs
 
         configurations = read_runs(self.config, self.model.path)
+        dense = load_results(self.dense_from) if self.dense_from else None
         if self.stored.samples:
             samples = SampleSet.load(self.stored.samples)
             self.stored.choose(samples)
@@ -249,18 +251,23 @@ class Eval(Command):
         with working(f"loading {self.model.path}"):
             model, tokenizer = self.model.load()
         runner = Runner(model, tokenizer, configurations, self.model.impl, self.attention_backend)
-        return self._show(self._replies(runner, samples, scorer, out), out)
+        header = make_header(runner, samples, self.model.name, self.processes)
+        if dense:
+            header = begin_with_dense(out, header, dense)
+        return self._show(self._replies(runner, samples, scorer, out, header), out)
 
     def _replies(
-        self, runner: Runner, samples: SampleSet, scorer: harness.Scorer | None, out: Path
+        self,
+        runner: Runner,
+        samples: SampleSet,
+        scorer: harness.Scorer | None,
+        out: Path,
+        header: EvalHeader,
     ) -> EvalResults:
         """Evaluate, and show how far it is."""
         from token_sparse_attention.evaluation import processes
-        from token_sparse_attention.evaluation.evaluate import evaluate, make_header
+        from token_sparse_attention.evaluation.evaluate import evaluate
 
-        header = make_header(runner, samples, self.model.name, self.processes)
-        if self.dense_from:
-            header = begin_with_dense(out, header, load_results(self.dense_from))
         samples = self.stored.choose(samples)
         source = None
         if self.processes > 1:

@@ -94,9 +94,12 @@ class ModelOptions:
         """
         if self.name is not None and not self.name.strip():
             raise UsageError("model must be a hub id or a folder, got an empty text")
-        configs = ("config.json", "adapter_config.json")
-        if os.path.isdir(self.path) and not any(Path(self.path, one).exists() for one in configs):
-            raise UsageError(f"{self.path} cannot be loaded: the folder has no config.json")
+        configs = {"config.json", "adapter_config.json"}
+        if os.path.isdir(self.path):
+            with loading(self.path):
+                there = os.listdir(self.path)
+            if not configs.intersection(there):
+                raise UsageError(f"{self.path} cannot be loaded: the folder has no config.json")
         if self.path.lower().endswith(".gguf"):
             raise UsageError(
                 f"{self.path} cannot be loaded: GGUF files are not read; give the hub id or the "

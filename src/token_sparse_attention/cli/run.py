@@ -140,11 +140,12 @@ def _note(answers: Mapping[str, Answer], attention_backend: str) -> str | None:
     report = answers["sparse"].report
     records = report.last_prefill() if report else []
     ran_sparse = any("sparse" in record.paths for record in records)
-    if not records or ran_sparse or LEADING_PATTERN.match(attention_backend):
+    if ran_sparse or LEADING_PATTERN.match(attention_backend):
         return None
     reasons = dict.fromkeys(reason for record in records for reason in record.reasons if reason)
+    why = "; ".join(reasons) or "the prompt has one token"
     compared = ": this compares dense with dense" if "dense" in answers else ""
-    return f"'sparse' ran dense in every layer ({'; '.join(reasons)}){compared}"
+    return f"'sparse' ran dense in every layer ({why}){compared}"
 
 
 def layer_table(records: list[LayerRecord]) -> Table:

@@ -137,7 +137,7 @@ def as_autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return tensor.dtype
     return torch.get_autocast_dtype(device)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from token_sparse_attention.attention.patterns.base import PatternConfig
 from token_sparse_attention.config import KVSamplingConfig, SparseConfig
+from token_sparse_attention.errors import UsageError
 from token_sparse_attention.info import provenance
 from token_sparse_attention.integrations.record import LayerRecord
 from token_sparse_attention.profile import LayerProfile
@@ -45,6 +46,7 @@ def capture(
         attention_backend: see `token_sparse_attention`; a pattern runs in every layer.
 
     Raises:
+        UsageError: if the prompt has one token.
         ValueError: if the model cannot be served.
     """
     reply = answer(
@@ -53,12 +55,15 @@ def capture(
         record_tokens=True,
     )  # fmt: skip
     assert reply.report is not None
+    prefills = reply.report.prefills()
+    if not prefills:
+        raise UsageError("a prompt of one token has no prefill, in which keys could be left out")
     return KeptText(
         provenance=provenance(str(model.device)),
         arguments=arguments,
         tokens=tuple(token_texts(tokenizer, ids[0].tolist())),
         reply=reply.text,
-        layers=tuple(_layer(record) for record in reply.report.prefills()[0]),
+        layers=tuple(_layer(record) for record in prefills[0]),
     )
 
 
