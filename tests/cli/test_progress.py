@@ -63,6 +63,14 @@ def test_a_log_says_how_many_are_done(monkeypatch, capsys):
     assert lines(capsys) == ["tsa: 0 of 3: starting", "tsa: 1 of 3: dense, niah"]
 
 
+def test_a_terminal_whose_lines_cannot_change_gets_lines(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    with working("loading"), counting(2):
+        pass
+    assert lines(capsys) == ["tsa: loading", "tsa: 0 of 2: starting"]
+
+
 def test_a_table_in_a_narrow_terminal_keeps_its_content(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "20")
     assert main(["info"]) == 0

@@ -1,4 +1,4 @@
-"""Models that accelerate spreads over devices: here memory and disk."""
+"""Models that accelerate spreads over devices, here memory and disk; models without data."""
 
 from __future__ import annotations
 
@@ -56,3 +56,13 @@ def test_a_model_may_be_dispatched_while_it_is_applied(tmp_path):
         assert torch.equal(model(ids).logits, expected)
     assert [record.paths for record in report] == [["sparse"]] * LAYERS
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["shared", "per head, windowed"])
+def test_a_model_without_data_gives_logits_without_data(config):
+    model, ids = make_model().to("meta"), make_ids().to("meta")
+    expected = model(ids).logits.shape
+    with apply(model, config):
+        logits = model(ids).logits
+    assert logits.is_meta
+    assert logits.shape == expected

@@ -97,13 +97,13 @@ def output() -> Console:
 
 
 def _terminal() -> Console | None:
-    """Return standard error as a terminal; None if it is none, or without rich."""
+    """Return standard error as a terminal; None without rich, or if no line can change in it."""
     try:
         from rich.console import Console
     except ImportError:
         return None
     console = Console(stderr=True)
-    return console if console.is_terminal else None
+    return console if console.is_terminal and not console.is_dumb_terminal else None
 
 
 def _text(message: str) -> Text:
