@@ -21,6 +21,8 @@ from integrations.models import CONFIG, WORDS, make_model, make_tokenizer
 from token_sparse_attention import bundled
 from token_sparse_attention.cli import main
 from token_sparse_attention.cli.commands import build_parser
+from token_sparse_attention.profile import settings_from_json
+from token_sparse_attention.settings import LEADING_PATTERN
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -133,8 +135,11 @@ ASKED = [(page.stem, words) for page in PAGES for words in commands(page)]
     "words", [words for _, words in ASKED], ids=[f"{stem}: {' '.join(w)}" for stem, w in ASKED]
 )
 def test_commands_parse(words):
-    """Commands, options and choices exist."""
-    build_parser().parse_args(words)
+    """Commands, options and choices exist, and settings can be read."""
+    config = vars(build_parser().parse_args(words)).get("config")
+    for value in [config] if isinstance(config, str) else config or ():
+        if "{" in value and not LEADING_PATTERN.match(value.partition("=")[2] or value):
+            settings_from_json(value[value.index("{") :])
 
 
 def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):

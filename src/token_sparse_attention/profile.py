@@ -204,9 +204,10 @@ def settings_from_json(text: str, source: str = "settings") -> SparseConfig | La
     """
     content = parse_object(source, text)
     if is_old(content):
+        today = "" if "version" in content else ', or add "method": "token_selection" if it is new'
         raise ValueError(
             f"{source} has the field names of version 1; rewrite it with "
-            "token_sparse_attention.profile.convert_settings"
+            f"token_sparse_attention.profile.convert_settings{today}"
         )
     if "version" in content:
         return LayerProfile.from_json(text)

@@ -116,7 +116,7 @@ def test_the_published_layer_lists(name, num_layers, layers):
         (["a=no/such/file"], "no file 'no/such/file'"),
         (['a={"num_sample": 1}'], "did you mean 'num_samples'"),
         (['a={"keep_ratio": 0.1}'], 'add "method": "token_selection" for that one'),
-        (['a={"drop_mass": 0.1}'], "it has the field names of version 1; .*convert_settings"),
+        (['a={"drop_mass": 0.1}'], '.*convert_settings, or add "method": "token_selection" if it'),
         (["a={"], "not valid JSON"),
         (['{"drop_mass": 0.1}'], "must be NAME=VALUE"),
         (["=published"], "must be NAME=VALUE"),

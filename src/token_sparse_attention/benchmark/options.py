@@ -63,8 +63,8 @@ class OpOptions(MeasuringOptions):
     """What `tsa bench op` measures.
 
     Attributes:
-        lengths: prompt lengths in tokens
-        crossover_lengths: lengths at which the method decides, with crossover on
+        lengths: prompt lengths in tokens; the longest default ones take a GPU
+        crossover_lengths: lengths at which the method decides, with crossover on; the same
         kept: shares of the tokens to keep
         drop_mass: settings at the crossover lengths
         head_dim: head size
@@ -125,7 +125,7 @@ class PrefillOptions(MeasuringOptions):
     """What `tsa bench prefill` measures; by default a model of Llama-3.1-8B's shape.
 
     Attributes:
-        lengths: prompt lengths in tokens
+        lengths: prompt lengths in tokens; the longest default ones take a GPU
         kept: shares of the tokens to keep by token selection
         samples: numbers of samples of KV sampling, the other settings being the defaults
         num_layers: layers of the model
