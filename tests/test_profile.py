@@ -266,6 +266,12 @@ def test_what_no_method_has_any_more_is_named(fields, message):
         convert_settings(fields)
 
 
+def test_the_mark_that_begins_a_file_is_no_part_of_it(tmp_path):
+    file = tmp_path / "marked.json"
+    file.write_bytes(b"\xef\xbb\xbf" + KVSamplingConfig(num_samples=9).to_json().encode())
+    assert load_config(file) == KVSamplingConfig(num_samples=9)
+
+
 @pytest.mark.parametrize(
     "fields", [{"fallback_samples": 9}, {"window_size": 64}, {"select_queries": False}]
 )

@@ -222,7 +222,7 @@ def load_config(path: str | Path) -> SparseConfig | LayerProfile:
         ValueError: if the file is neither.
         TypeError: if an entry has the wrong type.
     """
-    return settings_from_json(Path(path).read_text(encoding="utf-8"), str(path))
+    return settings_from_json(Path(path).read_text(encoding="utf-8-sig"), str(path))
 
 
 def is_old(content: Mapping[str, Any]) -> bool:
