@@ -117,7 +117,8 @@ def token_sparse_attention(
     check_chunk(chunk, query)
     check_dense_heads(config, execution.num_ranks * query.shape[1])
     scale = resolve_scale(scale, query.shape[-1])
-    opaque = torch.compiler.is_compiling() or torch.jit.is_tracing() or query.is_meta
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    opaque = torch.compiler.is_compiling() or traced or query.is_meta
     if opaque and execution.tp_group is None:
         settings = (config.text, execution.text, scale, aux)
         result = call_operator((query, key, value), padding_mask, *settings, chunk)
