@@ -49,7 +49,7 @@ def read_settings(value: str, model: str, given: str | None = None) -> Settings:
     Args:
         value: one of `keywords`, a JSON file, or JSON itself.
         model: hub id or folder, whose profile ``profile`` is.
-        given: what errors call the value, if it was part of something longer.
+        given: what errors call it, if it is not ``--config VALUE``.
 
     Raises:
         UsageError: if the value cannot be used.
@@ -57,7 +57,8 @@ def read_settings(value: str, model: str, given: str | None = None) -> Settings:
     try:
         return _settings(value, model)
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--config {given or value} cannot be used: {error}") from error
+        given = given or f"--config {value}"
+        raise UsageError(f"{given} cannot be used: {error}") from error
 
 
 def settings_or_default(value: str | None, model: str) -> tuple[Settings, str]:

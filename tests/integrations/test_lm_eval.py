@@ -143,8 +143,8 @@ def test_padded_log_likelihoods_are_refused(model, tasks):
 
 
 def test_settings_are_read_as_the_commands_read_them(model):
-    with pytest.raises(UsageError, match=r"--config publishd cannot be used.*'published'"):
-        loaded(SparseHFLM, model, sparse_config="publishd")
+    with pytest.raises(UsageError, match=r"sparse_config publishd cannot be used.*'published'"):
+        SparseHFLM("no/such/model", sparse_config="publishd")
     with pytest.raises(UsageError, match=r"token_sparse_profile.json"):
         loaded(SparseHFLM, model, sparse_config="profile")
     with pytest.raises(UsageError, match="did you mean 'num_samples'"):
@@ -181,7 +181,7 @@ def test_the_command_is_lm_evals(model, tasks):
     ("config", "code", "said"),
     [
         ("default", 1, "tsa: no layer ran sparse in any prompt: context too short"),
-        ("publishd", 2, "tsa: --config publishd cannot be used"),
+        ("publishd", 2, "tsa: sparse_config publishd cannot be used"),
     ],
 )
 def test_the_command_says_what_is_wrong(monkeypatch, capsys, model, tasks, config, code, said):

@@ -59,7 +59,7 @@ def read_runs(given: Sequence[str], model: str) -> dict[str, Configuration]:
     found = {}
     for text, name, value in _named(given, model):
         pattern, rest = _split_pattern(text, value)
-        settings = None if pattern and not rest else read_settings(rest, model, text)
+        settings = None if pattern and not rest else read_settings(rest, model, f"--config {text}")
         found[name] = Configuration(settings, pattern)
     return found
 

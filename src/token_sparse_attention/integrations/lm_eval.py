@@ -59,11 +59,12 @@ class SparseHFLM(HFLM):
         attention_backend: str | PatternConfig = "auto",
         **hflm: Any,
     ) -> None:
-        super().__init__(pretrained, **hflm)
         if isinstance(sparse_config, Mapping):  # as lm-eval reads JSON among its arguments
             sparse_config = json.dumps(sparse_config)
-        if isinstance(sparse_config, str):
-            sparse_config = read_settings(sparse_config, str(self.config.name_or_path))
+        if isinstance(sparse_config, str):  # before the model is loaded
+            name = str(getattr(pretrained, "name_or_path", pretrained))
+            sparse_config = read_settings(sparse_config, name, f"sparse_config {sparse_config}")
+        super().__init__(pretrained, **hflm)
         applied = apply(self.model, sparse_config, impl=impl, attention_backend=attention_backend)
         self.report: PrefillReport = applied.report
         self._ran_sparse = False
