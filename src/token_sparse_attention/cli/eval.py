@@ -124,8 +124,7 @@ class Eval(Command):
 
     name: ClassVar[str] = "eval"
     example: ClassVar[str] = (
-        "tsa eval --lengths 2048,4096 --limit 10 --config published --config profile "
-        "--out result.jsonl\n"
+        "tsa eval --lengths 2048,4096 --limit 10 --config published --out result.jsonl\n"
         "tsa eval --config flexprefill --config both=flexprefill+published --out result.jsonl\n"
         "tsa eval --prepare-only --samples samples.jsonl.gz     (where lm-eval is)\n"
         "tsa eval --samples samples.jsonl.gz --out result.jsonl (where the GPU is)\n"
