@@ -9,20 +9,21 @@ from benchmarks.block_sparse import accuracy
 from benchmarks.lookup import speed_up
 from benchmarks.markdown import EMPTY, NONE, Page, figure_or, markdown_table, number
 from benchmarks.operator.page import RESULTS, load_runs
-from benchmarks.operator.sampling import WHOLE
+from benchmarks.operator.sampling import AUTO, WHOLE
 from benchmarks.operator.sampling_tables import (
+    AIMS,
     auto_speed_up,
     by_shape,
     eager_speed_up,
     graph_speed_up,
 )
 from benchmarks.pooling import load_folder, pooled
+from benchmarks.released import page as released
+from benchmarks.serving import loads_table
 from benchmarks.serving import page as serving
 from token_sparse_attention.benchmark.runs import Run, milliseconds, tokens
 from token_sparse_attention.evaluation.record import EvalResults
 from token_sparse_attention.evaluation.summary import Row, summarise
-from token_sparse_attention.fidelity.record import FidelityResults, load_results
-from token_sparse_attention.fidelity.summary import summarise as fidelity_rows
 
 ROOT = RESULTS.parents[1]
 LENGTH = 131072
@@ -32,8 +33,7 @@ SELECTION = ("op-h200-current", "op-h200-long", "op-h200")
 """Runs of token selection, the newest first."""
 PREFILL = "prefill-h100-32-heads"
 KEPT = 0.5
-ANSWERS = "answers-31k-h200.jsonl"
-"""Prompts of 31K tokens, by `tsa fidelity`."""
+SHORTEST = 16384
 
 
 def pages() -> list[Page]:
@@ -47,7 +47,8 @@ def pages() -> list[Page]:
     sampled = [run for run in runs.values() if run.name.startswith("sampling-h")]  # GPUs
     tables = {
         "layer": one_layer(sampled),
-        "divergence": divergence(load_results(RESULTS / "fidelity" / ANSWERS)),
+        "divergence": released.table(released.divergence(released.same_prompts())),
+        "first-token": loads_table.first_tokens(serving.read("loads-h200.json")),
         "selection-answers": by_length(replies),
         "selection": selection([runs[name] for name in SELECTION]),
         "prefill": prefill(runs[PREFILL]),
@@ -55,25 +56,21 @@ def pages() -> list[Page]:
         "patterns": patterns(),
         "files": files(replies, [*sampled, *named]),
     }
-    return [Page(ROOT / "docs" / "results.md", tables)]
+    first = {
+        "speed": layer_by_length(sampled),
+        "peers": released.table(released.peers(released.same_prompts())),
+    }
+    return [Page(ROOT / "docs" / "results.md", tables), Page(ROOT / "README.md", first)]
 
 
-def divergence(results: FidelityResults) -> str:
-    """Return how far predictions diverge from dense on a released model, by kind of prompt."""
-    lines = [
-        ["prompts", "samples per head", "KL per token", "95% interval", "same top token",
-         "work", "first token, dense", "count"],
-    ]  # fmt: skip
-    for row in fidelity_rows(results):
-        low, high = row.divergence_interval or (float("nan"), float("nan"))
-        settings = results.header.configurations[row.configuration]
-        assert isinstance(settings, dict)
-        samples = settings["num_samples"]
-        lines.append(
-            [row.shape or "all", f"{samples:,}", f"{row.divergence:.4f}",
-             f"{low:.4f} to {high:.4f}", f"{row.agreement:.1%}", f"{row.work:.3f}",
-             f"{row.seconds:.3f} s, {row.dense_seconds:.3f} s", f"{row.prompts}"]
-        )  # fmt: skip
+def layer_by_length(runs: Sequence[Run]) -> str:
+    """Return the speed-up of a layer of 32 heads with the defaults, where dense takes long."""
+    heads = AIMS[0].heads
+    found = [run for name, run in by_shape(runs) if name == heads]
+    lengths = [length for run in found for length in run.lengths(AUTO) if length >= SHORTEST]
+    lines = [["tokens", *map(tokens, lengths)]]
+    for run in found:
+        lines.append(["speed-up", *(figure_or(auto_speed_up, run, one) for one in lengths)])
     return markdown_table(lines)
 
 

@@ -46,13 +46,13 @@ NAMES = {
     "minference": "MInference",
 }
 """Configurations, as the page calls them."""
+PEERS = ("default", "m4096", "window", "flexprefill", "xattention", "minference")
+"""Those that README.md shows."""
 
 
 def pages() -> list[Page]:
     """Return the page, made from the files in `RESULTS`; those that are missing leave a gap."""
-    found = {path.name.partition(".jsonl")[0]: path for path in RESULTS.glob("*.jsonl*")}
-    parts = [load_results(found[name]) for name in SAME_PROMPTS if name in found]
-    main = [joined(parts)] if parts else []
+    found, main = _files(), same_prompts()
     others = {name: load_results(found[name]) for name in OTHERS if name in found}
     chosen = [CalibrationResult.load(path) for path in sorted(RESULTS.glob("*.measured.json"))]
     tables = {
@@ -64,10 +64,22 @@ def pages() -> list[Page]:
         "heads": heads(chosen),
         "answers": answers(list(load_folder(RESULTS / "answers").values())),
     }
-    return [Page(FOLDER / "README.md", {name: _table(lines) for name, lines in tables.items()})]
+    return [Page(FOLDER / "README.md", {name: table(lines) for name, lines in tables.items()})]
 
 
-def _table(lines: Lines) -> str:
+def same_prompts() -> list[FidelityResults]:
+    """Return the results about the same prompts as one; nothing if there are none."""
+    found = _files()
+    parts = [load_results(found[name]) for name in SAME_PROMPTS if name in found]
+    return [joined(parts)] if parts else []
+
+
+def _files() -> dict[str, Path]:
+    return {path.name.partition(".jsonl")[0]: path for path in RESULTS.glob("*.jsonl*")}
+
+
+def table(lines: Lines) -> str:
+    """Return lines as a table, or that nothing was measured yet."""
     return markdown_table(lines) if len(lines) > 1 else EMPTY + "\n"
 
 
@@ -89,6 +101,18 @@ def divergence(found: Sequence[FidelityResults]) -> Lines:
                      *(NONE if one is None else f"{one.divergence:.4f}" for one in shapes),
                      f"{row.agreement:.1%}", f"{row.loss_change:+.4f}", f"{row.prompts}"]
                 )  # fmt: skip
+    return lines
+
+
+def peers(found: Sequence[FidelityResults]) -> Lines:
+    """Return the divergence of the default and of what it is measured against, in short."""
+    lines = [["every layer", "work", "KL per token", "same top token"]]
+    for results in found:
+        rows = {row.configuration: row for row in summarise(results) if row.shape is None}
+        for name in PEERS:
+            if name in rows:
+                row = rows[name]
+                lines.append([NAMES[name], _work(row), _kl(row), f"{row.agreement:.1%}"])
     return lines
 
 

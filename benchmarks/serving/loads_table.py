@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -28,26 +29,36 @@ _Key = tuple[str, int, int]
 
 def tables(result: dict[str, Any]) -> str:
     """Return the tables of a result file, and where they are from, as Markdown."""
-    dense = {_key(row): row for row in result["rows"] if row["setting"] == _DENSE}
-    sparse = {_key(row): row for row in result["rows"] if row["setting"] != _DENSE}
-    both = sorted(dense.keys() & sparse.keys(), key=_order)
-    firsts, totals = [_HEAD], [_HEAD]
-    gaps = [_HEAD[:5]]
-    for key in both:
-        ours, theirs = sparse[key], dense[key]
-        firsts.append(_line(key, ours, theirs, median(theirs["first"]), median(ours["first"])))
+    totals, gaps = [_HEAD], [_HEAD[:5]]
+    for key, ours, theirs in _pairs(result):
         if key[0] == "together":
             totals.append(_line(key, ours, theirs, theirs["seconds"], ours["seconds"]))
         elif ours["token_ms"] and theirs["token_ms"]:
             cells = (f"{median(row['token_ms']):.1f} ms" for row in (theirs, ours))
             gaps.append((*_start(key, ours), *cells))
-    parts = ["The median time to a request's first token:\n\n" + markdown_table(firsts)]
+    parts = ["The median time to a request's first token:\n\n" + first_tokens(result)]
     if len(totals) > 1:
         parts.append("The time until all requests at once are answered:\n\n")
         parts[-1] += markdown_table(totals)
     if len(gaps) > 1:
         parts.append("The median time from a token to the next:\n\n" + markdown_table(gaps))
     return "\n".join([*parts, _note(result)])
+
+
+def first_tokens(result: dict[str, Any]) -> str:
+    """Return the table of the times to a request's first token."""
+    lines = [_HEAD]
+    for key, ours, theirs in _pairs(result):
+        lines.append(_line(key, ours, theirs, median(theirs["first"]), median(ours["first"])))
+    return markdown_table(lines)
+
+
+def _pairs(result: dict[str, Any]) -> Iterator[tuple[_Key, dict[str, Any], dict[str, Any]]]:
+    """Yield each load's sparse and dense rows."""
+    dense = {_key(row): row for row in result["rows"] if row["setting"] == _DENSE}
+    sparse = {_key(row): row for row in result["rows"] if row["setting"] != _DENSE}
+    for key in sorted(dense.keys() & sparse.keys(), key=_order):
+        yield key, sparse[key], dense[key]
 
 
 def _key(row: dict[str, Any]) -> _Key:
@@ -89,7 +100,7 @@ def _note(result: dict[str, Any]) -> str:
     return (
         f"{result['device']}, {result['dtype']}, "
         f"cache {cache} in blocks of {result['block_size']}, {modes[result['mode']]}; "
-        f"{result['repetitions']} prompts of each length.\n"
+        f"{result['repetitions']} prompt(s) of each length.\n"
         f"Versions: {used}.\n"
         f"Commit: {result['commit'][:7]}.\n"
         f"Attention layers: {'; '.join(layers)}.\n"

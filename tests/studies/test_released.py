@@ -89,3 +89,23 @@ def test_the_tables_of_a_calibration():
         ["0", "0.50000", "0.25000 ±0.12500"],
     ]
     assert page.heads([result])[1] == ["0", "1,024", "1: 0.20000, 0: 0.10000"]
+
+
+def test_what_the_results_page_says_of_the_calibration():
+    measured = page.CalibrationResult.load(page.RESULTS / "quarter.measured.json")
+    cost = {
+        one.layer: one.divergence
+        for one in measured.sensitivity
+        if one.setting.value == 1024 and not one.setting.dense_heads
+    }
+    assert len(cost) == 24
+    dearest = sorted(cost, key=cost.__getitem__)[-2:]
+    assert sorted(dearest) == [9, 11]
+    assert 2 * sum(cost[layer] for layer in dearest) > sum(cost.values())
+    (choice,) = measured.choices
+    assert choice.work == pytest.approx(0.25, abs=0.01)
+    layers = choice.profile.layers
+    assert set(range(24)) - set(layers) == {9, 11}
+    half = KVSamplingConfig().num_samples // 2
+    more = [number for number, changes in layers.items() if changes["num_samples"] > half]
+    assert len(more) == 1, "nearly all of the others"
