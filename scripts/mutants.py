@@ -2,26 +2,35 @@
 
     python scripts/mutants.py --count 120 --out benchmarks/results/mutants.json
     python scripts/mutants.py --only methods/sampling.py --count 20
+    python scripts/mutants.py --again --out benchmarks/results/mutants.json
 
 Each mutant changes one comparison, sum, constant, bound or condition in a copy of the tree, and
 runs the tests that are for its file until one fails. A survivor either lacks a test or cannot
 matter: `scripts/mutants-harmless.txt` says which cannot, and why.
+
+Every run of the tests is a fork of this process, which has imported what they need and nothing
+of the package. The tests that failed most often for a file's mutants go first, then the quickest.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
+import importlib.util
 import json
+import multiprocessing
 import os
-import random
+import runpy
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +77,25 @@ class Mutant:
 
     Attributes:
         file: in the package.
-        line: of the change, from 1.
         begin: its first character in the file.
         end: the character after its last.
         before: what stands there.
         after: what replaces it.
         context: the whole line, without indentation.
+        number: counts the changes of a file that read the same, from 1.
     """
 
     file: str
-    line: int
     begin: int
     end: int
     before: str
     after: str
     context: str
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.before} -> {self.after} in: {self.context}"
+        which = f" ({self.number})" if self.number > 1 else ""
+        return f"{self.file}: {self.before} -> {self.after}{which} in: {self.context}"
 
 
 def mutants_of(file: str) -> list[Mutant]:
@@ -103,9 +113,13 @@ def mutants_of(file: str) -> list[Mutant]:
             continue
         for begin, end, after in _changes(node, text, starts):
             line = next(n for n in range(len(lines), 0, -1) if starts[n - 1] <= begin)
-            before, context = text[begin:end], lines[line - 1].strip()
-            found.append(Mutant(file, line, begin, end, before, after, context))
-    return sorted(found, key=lambda one: (one.begin, one.after))
+            found.append((begin, end, text[begin:end], after, lines[line - 1].strip()))
+    alike: Counter[tuple[str, ...]] = Counter()
+    mutants = []
+    for begin, end, *words in sorted(found):
+        alike[tuple(words)] += 1
+        mutants.append(Mutant(file, begin, end, *words, alike[tuple(words)]))
+    return mutants
 
 
 def _unread(tree: ast.AST) -> Iterator[ast.AST]:
@@ -163,25 +177,103 @@ def _changes(node: ast.AST, text: str, starts: list[int]) -> Iterator[tuple[int,
 
 
 def choose(files: Sequence[str], count: int, seed: int) -> list[Mutant]:
-    """Return mutants at random, of each file in proportion to how many it has."""
-    every = [one for file in files for one in mutants_of(file)]
-    return random.Random(seed).sample(every, min(count, len(every)))
+    """Return as many mutants of each file, or all that it has; other changes change no choice."""
+
+    def rank(one: Mutant) -> bytes:
+        return hashlib.sha256(f"{seed} {one}".encode()).digest()
+
+    waiting = [sorted(mutants_of(file), key=rank) for file in files]
+    chosen: list[Mutant] = []
+    while len(chosen) < count and any(waiting):
+        for of_file in waiting:
+            if of_file and len(chosen) < count:
+                chosen.append(of_file.pop(0))
+    return sorted(chosen, key=lambda one: (files.index(one.file), one.begin))
 
 
-def run_tests(tree: Path, tests: Sequence[str], limit: float) -> str:
-    """Return how the tests ended: `passed`, `failed` or `too long`."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-               "-k", "not opcheck and not compiled", *tests]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "CI": "1"}
-    environment["OMP_NUM_THREADS"] = "1"
+@dataclass
+class Order:
+    """A plugin for pytest: which tests go first, and what it learns for the next run.
+
+    Attributes:
+        seconds: that tests took.
+        failures: how often they failed.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        def rank(item: Any) -> tuple[int, float]:
+            return -self.failures[item.nodeid], self.seconds.get(item.nodeid, 0.0)
+
+        items.sort(key=rank)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failures[report.nodeid] += 1
+
+
+def _child(tree: Path, tests: Sequence[str], order: Order, answer: Connection) -> None:
+    """Run the tests in a process of their own."""
+    import pytest
+
+    os.setsid()
+    os.chdir(tree)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    sys.path.insert(0, str(tree / "src"))
+    os.environ["PYTHONPATH"] = str(tree / "src")
+    learned = Order(dict(order.seconds), Counter(order.failures))
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+                 "-k", "not opcheck and not compiled"]  # fmt: skip
+    code = pytest.main([*arguments, *tests], plugins=[learned])
+    failed = [name for name, times in learned.failures.items() if times > order.failures[name]]
+    took = {name: s - order.seconds.get(name, 0.0) for name, s in learned.seconds.items()}
+    answer.send((int(code), failed, {name: s for name, s in took.items() if s}))
+
+
+def run_tests(
+    tree: Path, tests: Sequence[str], limit: float, order: Order
+) -> tuple[str, str, dict[str, float]]:
+    """Return how the tests ended, which failed, and the seconds of each that ran.
+
+    They end as `passed`, `failed` or `too long`; no name is that of a test if the file cannot be
+    imported.
+    """
+    fork = multiprocessing.get_context("fork")
+    receive, answer = fork.Pipe(duplex=False)
+    child = fork.Process(target=_child, args=(tree, tests, order, answer))
+    child.start()
+    answer.close()
     try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, timeout=limit,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return "too long"
-    return "passed" if done.returncode == 0 else "failed"
+        if not receive.poll(limit):
+            return "too long", "", {}
+        code, failed, seconds = receive.recv()
+        return "failed" if code else "passed", failed[0] if failed else "", seconds
+    except EOFError:  # it crashed
+        return "failed", "", {}
+    finally:
+        if child.is_alive() and child.pid is not None:
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+
+
+def _prepare(tree: Path) -> None:
+    """Copy what the tests need, and import what they import."""
+    for name in ("src", "tests", "benchmarks", "docs", "training", "scripts"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.*"):
+        if path.is_file():
+            shutil.copy(path, tree)
+    os.environ |= {"CI": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    runpy.run_path(str(tree / "tests" / "conftest.py"))
+    for name in ("triton.language", "transformers", "hypothesis.strategies"):
+        if importlib.util.find_spec(name.split(".")[0]):
+            importlib.import_module(name)
 
 
 def harmless() -> dict[str, str]:
@@ -200,62 +292,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=120, help="how many (default: 120)")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
     parser.add_argument("--only", action="append", metavar="FILE", help="of this file alone")
-    parser.add_argument("--limit", type=float, default=900, help="seconds a mutant may take")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="FILE", help="none of it"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="results; a run goes on there")
+    parser.add_argument("--again", action="store_true", help="only what survived without a reason")
     parser.add_argument("--list", action="store_true", help="only print the mutants")
     args = parser.parse_args(argv)
-    unknown = sorted(set(args.only or ()) - set(TESTS))
+    unknown = sorted({*(args.only or ()), *args.without} - set(TESTS))
     if unknown:
-        parser.error(f"--only must be one of {', '.join(TESTS)}, got {', '.join(unknown)}")
-    mutants = choose(args.only or tuple(TESTS), args.count, args.seed)
+        parser.error(f"a file must be one of {', '.join(TESTS)}, got {', '.join(unknown)}")
+    files = [file for file in args.only or TESTS if file not in args.without]
+    told = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    mutants = choose(files, args.count, args.seed)
+    if args.again:
+        mutants = [one for file in files for one in mutants_of(file)]
+        mutants = [one for one in mutants if str(one) in _unexplained(told)]
+    else:
+        mutants = [one for one in mutants if str(one) not in told]
     if args.list:
         print(*mutants, sep="\n")
         return 0
-    told = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
-    known = {_key(one) for one in told}
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for name in ("src", "tests", "benchmarks", "docs", "training"):
-            ignored = shutil.ignore_patterns("__pycache__", "results") if name != "tests" else None
-            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-        for path in ROOT.glob("*.*"):
-            if path.is_file():
-                shutil.copy(path, tree)
-        left = [one for one in mutants if _key(asdict(one)) not in known]
-        needed = list(dict.fromkeys(test for one in left for test in TESTS[one.file]))
-        if needed and run_tests(tree, needed, args.limit * len(needed)) != "passed":
-            parser.error("the tests must pass before anything is changed: " + " ".join(needed))
-        for number, mutant in enumerate(mutants, 1):
-            if mutant not in left:
-                continue
-            path = tree / PACKAGE / mutant.file
-            whole = path.read_text(encoding="utf-8")
-            path.write_text(whole[: mutant.begin] + mutant.after + whole[mutant.end :])
-            began = time.monotonic()
-            ended = run_tests(tree, TESTS[mutant.file], args.limit)
-            path.write_text(whole, encoding="utf-8")
-            told.append({**asdict(mutant), "tests": ended})
-            seconds = time.monotonic() - began
-            print(f"{number}/{len(mutants)} {ended}, {seconds:.0f} s: {mutant}", flush=True)
+        for ended in _try(mutants, Path(folder)):
+            told |= ended
             if args.out:
-                args.out.write_text(json.dumps(told, indent=1) + "\n")
+                args.out.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
     return _show(told)
 
 
-def _key(told: dict[str, Any]) -> tuple[Any, ...]:
-    return told["file"], told["begin"], told["after"], told["context"]
+def _try(mutants: Sequence[Mutant], tree: Path) -> Iterator[dict[str, str]]:
+    """Yield what each mutant ended in: the test that failed, or how the tests ended."""
+    _prepare(tree)
+    orders: dict[str, Order] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    for number, mutant in enumerate(mutants, 1):
+        tests = TESTS[mutant.file]
+        for test in tests:
+            if test not in seconds:
+                ended, failed, seconds[test] = run_tests(tree, [test], 1800, Order())
+                if ended != "passed":
+                    sys.exit(f"{test} must pass before anything is changed: {ended} {failed}")
+        known = {name: s for test in tests for name, s in seconds[test].items()}
+        order = orders.setdefault(mutant.file, Order(known))
+        path = tree / PACKAGE / mutant.file
+        whole = path.read_text(encoding="utf-8")
+        path.write_text(whole[: mutant.begin] + mutant.after + whole[mutant.end :])
+        began = time.monotonic()
+        ended, failed, _ = run_tests(tree, tests, 120 + 4 * sum(known.values()), order)
+        path.write_text(whole, encoding="utf-8")
+        order.failures[failed] += 1
+        took = time.monotonic() - began
+        print(f"{number}/{len(mutants)} {ended} {failed} {took:.0f} s: {mutant}", flush=True)
+        yield {str(mutant): failed or ended}
 
 
-def _show(told: Sequence[dict[str, object]]) -> int:
-    """Print the survivors; return 1 if at least a twentieth survive without a reason."""
+def _unexplained(told: dict[str, str]) -> list[str]:
     reasons = harmless()
-    survivors = [
-        f"{one['file']}: {one['before']} -> {one['after']} in: {one['context']}"
-        for one in told
-        if one["tests"] == "passed"
-    ]
-    unexplained = [one for one in survivors if one not in reasons]
-    print(f"{len(told)} mutants, {len(survivors)} survive, {len(unexplained)} without a reason")
+    return [one for one, ended in told.items() if ended == "passed" and one not in reasons]
+
+
+def _show(told: dict[str, str]) -> int:
+    """Print the survivors; return 1 if at least a twentieth survive without a reason."""
+    unexplained, survive = _unexplained(told), [*told.values()].count("passed")
+    print(f"{len(told)} mutants, {survive} survive, {len(unexplained)} without a reason")
     print(*unexplained, sep="\n")
     return int(20 * len(unexplained) >= max(len(told), 1))
 
