@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,16 @@ import torch
 
 from token_sparse_attention import DenseReason, KVSamplingConfig, TokenSelectionConfig
 from token_sparse_attention.crossover import (
+    HOST_WORK,
     LEAST_SAVED,
     MIN_LENGTH,
     NEVER_DENSE,
     OVERHEAD_TOKENS,
     SPARSE_COST,
     SPARSE_FROM,
-    WINDOW_TOKENS,
     BreakEven,
     effective_length,
+    window_overhead,
 )
 from token_sparse_attention.gate import Gate
 from token_sparse_attention.methods import method_of
@@ -29,12 +31,12 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 STAGES = ("ours/score", "ours/select", "ours/gather", "ours/scatter")
 
 
-def times(file, kind):
+def times(file, kind, heads=None):
     records = json.loads((RESULTS / file).read_text())["records"]
     return {
         (record["name"], record["seq_len"], record["kept"]): record["median_ms"]
         for record in records
-        if record["kind"] == kind
+        if record["kind"] == kind and heads in (None, record["num_heads"])
     }
 
 
@@ -96,9 +98,25 @@ def test_constants_cover_the_measured_overhead(device, file, kind, dense):
         per_ms = length / measured[dense, length, None]
         overhead = sum(stages) * per_ms
         assert 0.4 * OVERHEAD_TOKENS[device] < overhead <= OVERHEAD_TOKENS[device]
-        base, per_token = WINDOW_TOKENS[device]
         window = measured["ours/window", length, None] * per_ms
-        assert 0.7 * (base + 512 * per_token) < window <= base + 512 * per_token
+        assert 0.7 * window_overhead(device, 512) < window <= window_overhead(device, 512)
+
+
+@pytest.mark.parametrize("heads", [32, 14, 8])
+def test_dense_queries_cost_what_was_measured(heads):
+    """In keys per query of dense time, at the lengths that run sparse."""
+    measured = times("sampling-h200.json", "graph", heads)
+    costs = []
+    for length in (16384, 32768, 65536, 131072):
+        dense, whole, without = (
+            measured[name, length, None]
+            for name in ("dense", "whole", "whole without dense queries")
+        )
+        costs.append((whole - without) * length / dense / 128)
+    config = TokenSelectionConfig(crossover="auto")
+    more = break_even_of(replace(config, dense_queries=128), CUDA, heads, 128).fixed_tokens
+    each = (more - break_even_of(config, CUDA, heads, 128).fixed_tokens) / 128
+    assert 0.6 < each / statistics.median(costs) < 1.6
 
 
 def sparse_from_of(config, device=CUDA, num_heads=32, head_dim=128):
@@ -176,7 +194,9 @@ def test_fewer_heads_need_longer_prompts():
     assert least[3] == shortest_of(config, num_heads=16, head_dim=64)
     assert least[5] == pytest.approx(2 * least[3], rel=0.3)
     selecting = TokenSelectionConfig(crossover="auto")
-    assert break_even_of(selecting, CUDA, 1, 128).min_length > MIN_LENGTH["cuda"]
+    longest = break_even_of(selecting, CUDA, 1, 128).min_length
+    assert longest > MIN_LENGTH["cuda"]
+    assert longest**2 * 128 == pytest.approx(HOST_WORK["cuda"])
     assert sparse_from_of(config, num_heads=1) == sparse_from_of(config, num_heads=256)
 
 
