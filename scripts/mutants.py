@@ -6,7 +6,7 @@
 
 Each mutant changes one comparison, sum, constant, bound or condition in a copy of the tree, and
 runs the tests that are for its file until one fails. A survivor either lacks a test or cannot
-matter: `scripts/mutants-harmless.txt` says which cannot, and why.
+matter: `scripts/mutants-harmless.txt` says which cannot, and why; these are not tried.
 
 Every run of the tests is a fork of this process, which has imported what they need and nothing
 of the package. The tests that failed most often for a file's mutants go first, then the quickest.
@@ -316,6 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print(*mutants, sep="\n")
         return 0
+    reasons = harmless()
+    told |= {str(one): "harmless" for one in mutants if str(one) in reasons}
+    mutants = [one for one in mutants if str(one) not in reasons]
     with tempfile.TemporaryDirectory() as folder:
         for ended in _try(mutants, Path(folder)):
             told |= ended
@@ -351,12 +354,16 @@ def _try(mutants: Sequence[Mutant], tree: Path) -> Iterator[dict[str, str]]:
 
 def _unexplained(told: dict[str, str]) -> list[str]:
     reasons = harmless()
-    return [one for one, ended in told.items() if ended == "passed" and one not in reasons]
+    return [one for one, ended in told.items() if _survived(ended) and one not in reasons]
+
+
+def _survived(ended: str) -> bool:
+    return ended in ("passed", "harmless")
 
 
 def _show(told: dict[str, str]) -> int:
     """Print the survivors; return 1 if at least a twentieth survive without a reason."""
-    unexplained, survive = _unexplained(told), [*told.values()].count("passed")
+    unexplained, survive = _unexplained(told), sum(map(_survived, told.values()))
     print(f"{len(told)} mutants, {survive} survive, {len(unexplained)} without a reason")
     print(*unexplained, sep="\n")
     return int(20 * len(unexplained) >= max(len(told), 1))

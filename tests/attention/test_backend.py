@@ -16,7 +16,7 @@ from token_sparse_attention.attention.flash import FlashBackend
 from token_sparse_attention.attention.names import parse_backend
 from token_sparse_attention.attention.patterns import PATTERNS
 from token_sparse_attention.attention.resolve import resolve_backend
-from token_sparse_attention.attention.sdpa import SDPABackend
+from token_sparse_attention.attention.sdpa import SDPABackend, masked_in_steps, masked_on_cpu
 from token_sparse_attention.inputs import AuxRequest, Chunk, Problem, real_tokens
 from token_sparse_attention.reference import masked_attention
 from token_sparse_attention.results import Attended, PackedSequences
@@ -74,6 +74,17 @@ def test_causal_attention(backend, heads, kv_heads, query_len, kv_len, window):
     assert relative_error(out, expected(problem, window)) < 1e-6
 
 
+@pytest.mark.parametrize("attend", [masked_on_cpu, masked_in_steps])
+def test_a_bias_on_the_logits_and_their_log_sum_exp(attend):
+    query, key, value = make_problem(kv_heads=4, query_len=7, kv_len=11)
+    bias = torch.randn(1, 4, 7, 11)
+    bias[..., 3] = -torch.inf
+    out, lse = attend((query, key, value), bias, SCALE)
+    logits = (query.double() @ key.double().mT) * SCALE + bias
+    torch.testing.assert_close(lse, logits.logsumexp(-1).float())
+    torch.testing.assert_close(out, (logits.softmax(-1) @ value.double()).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_as_close_as_eager(dtype):
     problem = make_problem(query_len=257, dtype=dtype)
@@ -86,14 +97,19 @@ def test_other_dtypes_are_as_close_as_eager(dtype):
     assert relative_error(out, exact) <= budget
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-def test_packed_sequences_equal_one_call_each(ragged):
-    query_lens = [5, 0, 17, 30] if ragged else [20] * 4
-    kv_lens = [9, 4, 17, 64] if ragged else [33] * 4
+@pytest.mark.parametrize("lengths", ["equal", "two kinds", "ragged"])
+def test_packed_sequences_equal_one_call_each(lengths, monkeypatch):
+    query_lens = {"equal": [20] * 4, "two kinds": [20, 9] * 2, "ragged": [5, 0, 17, 30]}[lengths]
+    kv_lens = {"equal": [33] * 4, "two kinds": [33, 12] * 2, "ragged": [9, 4, 17, 64]}[lengths]
+    calls, attend = [], SDPABackend.attend
+    monkeypatch.setattr(
+        SDPABackend, "attend", lambda *args, **kw: calls.append(args) or attend(*args, **kw)
+    )
     query = torch.randn(sum(query_lens), 16)
     key, value = torch.randn(2, sum(kv_lens), 16)
     cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).int() for lens in (query_lens, kv_lens))
     out = attend_packed((query, key, value), (cu_q, cu_k), range(4), 4).out
+    assert len(calls) == {"equal": 1, "two kinds": 4, "ragged": 3}[lengths]
     for i in range(4):
         q = query[cu_q[i] : cu_q[i + 1]][None, None]
         k, v = (x[cu_k[i] : cu_k[i + 1]][None, None] for x in (key, value))

@@ -17,12 +17,13 @@ from block_checks import (
     check_the_future_changes_nothing,
     past_probes,
 )
-from support import Problem, causal_attention, make_problem, relative_error
+from support import Problem, causal_attention, checked, make_problem, relative_error
 from token_sparse_attention import DenseReason, KVSamplingConfig, token_sparse_attention
 from token_sparse_attention.custom_op import aux_text, settings_text
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.gate import reason_of
 from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
+from token_sparse_attention.methods.probes import blocks_of
 
 SMALL = KVSamplingConfig(
     block_size=16, num_probes=4, sliding_window=20, sink_size=2, num_samples=24, dense_queries=0,
@@ -168,6 +169,14 @@ def test_rings_of_more_entries_serve_as_well():
     runs = [CPU.run(problem, SMALL, chunk=Chunk(past)).output for past in (small, large)]
     assert torch.equal(*runs)
     assert relative_error(runs[0], CPU.run(whole, SMALL).output[:, :, 131:]) < 1e-6
+
+
+def test_no_block_lies_before_the_first_query():
+    whole = make_problem(query_len=160)
+    chunk = Chunk(past_probes(whole.query, SMALL, 131))
+    problem = checked(whole._replace(query=whole.query[:, :, 131:]))._replace(chunk=chunk)
+    blocks = blocks_of(SMALL, problem, 32)
+    assert (blocks.first, blocks.num_blocks) == (8, 2)
 
 
 def test_only_the_end_of_a_prompt_has_dense_queries():

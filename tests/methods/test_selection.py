@@ -9,16 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support import SMALL, kept_mask, make_problem, oracle
+from support import SMALL, checked, kept_mask, make_problem, oracle
 from token_sparse_attention import (
     DenseReason,
     KVSamplingConfig,
     TokenSelectionConfig,
+    compress,
     reference,
     score_tokens,
     select_tokens,
 )
 from token_sparse_attention.gate import reason_of
+from token_sparse_attention.methods import LayerShape, method_of
+from token_sparse_attention.methods import selection as selection_method
 
 
 def scores_of(query, key, config, **options):
@@ -240,6 +243,29 @@ def test_selection_agrees_with_the_oracle():
     _, keep = oracle(problem, SMALL)
     selection = select_tokens(scores_of(problem.query, problem.key, SMALL), SMALL)
     assert torch.equal(kept_mask(selection.indices, 180)[0], keep)
+
+
+def test_as_many_heads_as_fit_are_packed_together(monkeypatch):
+    problem = checked(make_problem(batch=2, query_len=50), impl="triton")
+    each = 4 * 50 * 16 * 4  # rows of Q, K, V and output
+    assert [*selection_method.head_groups(problem, 50)] == [range(8)]
+    for fitting, groups in (
+        (5, [range(4), range(4, 8)]),
+        (0.1, [range(n, n + 1) for n in range(8)]),
+    ):
+        monkeypatch.setattr(selection_method, "_PACKED_BYTES", int(fitting * each))
+        assert [*selection_method.head_groups(problem, 50)] == groups
+
+
+def test_the_workspace_has_room_for_the_packed_heads():
+    problem = make_problem(query_len=60, kv_len=90)
+    config = dataclasses.replace(SMALL, keep_ratio=1.0)
+    packed = compress(
+        *problem, select_tokens(scores_of(problem.query, problem.key, config), config)
+    )
+    held = sum(x.nbytes for x in packed[:3]) + packed.query.nbytes
+    workspace, shape = method_of(config).workspace, LayerShape(4, 2, 16, 4, 60, 90)
+    assert workspace(shape) - workspace(shape._replace(head_dim=0)) == held
 
 
 @pytest.mark.parametrize(

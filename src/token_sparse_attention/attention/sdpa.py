@@ -116,12 +116,9 @@ def attend_masked(
         A query whose bias is -inf everywhere gives anything. The log-sum-exp ``[H, S_q]`` is
         float32, of float64 inputs float64.
     """
-    if query.device.type == "cpu":
-        one = _masked_on_cpu((query[None], key[None], value[None]), bias[None], scale)
-        return Attended(*(x[0] for x in one))
-    logits = query @ key.transpose(1, 2) * scale + bias
-    lse = logits.logsumexp(-1)
-    return Attended((logits - lse[..., None]).exp() @ value, lse)
+    attend = masked_on_cpu if query.device.type == "cpu" else masked_in_steps
+    one = attend((query[None], key[None], value[None]), bias[None], scale)
+    return Attended(*(x[0] for x in one))
 
 
 def _attend_on_cpu(
@@ -137,14 +134,22 @@ def _attend_on_cpu(
     for queries, keys, band in _blocks(query_len, kv_len, window, query.device):
         bias = query.new_zeros(()).where(band, -torch.inf)
         tensors = (query[:, :, queries], key[:, :, keys], value[:, :, keys])
-        out[:, :, queries], lse[:, :, queries] = _masked_on_cpu(tensors, bias, scale)
+        out[:, :, queries], lse[:, :, queries] = masked_on_cpu(tensors, bias, scale)
     return Attended(out, lse)
 
 
-def _masked_on_cpu(tensors: Tensors, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def masked_on_cpu(tensors: Tensors, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by the kernel that SDPA calls, which drops the second."""
     both: tuple[Tensor, Tensor] = _FLASH_ON_CPU(*tensors, 0.0, False, attn_mask=bias, scale=scale)
     return both
+
+
+def masked_in_steps(tensors: Tensors, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp where no kernel gives both."""
+    query, key, value = tensors
+    logits = query @ key.transpose(2, 3) * scale + bias
+    lse = logits.logsumexp(-1)
+    return (logits - lse[..., None]).exp() @ value, lse
 
 
 def causal_lse(query: Tensor, key: Tensor, scale: float, window: int | None) -> Tensor:

@@ -210,7 +210,7 @@ def select_tokens(
     batch_size, _, num_scored = scores.shape
     window = config.observation_window
     kv_len = num_scored + window
-    if padding_mask is not None and isinstance(padding_mask, Tensor) and padding_mask.dim() == 2:
+    if isinstance(padding_mask, Tensor) and padding_mask.dim() == 2:
         kv_len = padding_mask.shape[1]
         if num_scored != max(kv_len - window, 0):
             raise ValueError(
