@@ -9,7 +9,7 @@ runs the tests that are for its file until one fails. A survivor either lacks a 
 matter: `scripts/mutants-harmless.txt` says which cannot, and why; these are not tried.
 
 Every run of the tests is a fork of this process, which has imported what they need and nothing
-of the package. The tests that failed most often for a file's mutants go first, then the quickest.
+of the package. The quickest tests go first, and those that failed for other mutants of the file.
 """
 
 from __future__ import annotations
@@ -212,8 +212,9 @@ class Order:
     failed: list[str] = field(default_factory=list)
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        def rank(item: Any) -> tuple[int, float]:
-            return -self.failures[item.nodeid], self.seconds.get(item.nodeid, 0.0)
+        def rank(item: Any) -> float:
+            seconds = self.seconds.get(item.nodeid, 0.0) + 0.1
+            return seconds / (1 + 9 * self.failures[item.nodeid])
 
         items.sort(key=rank)
 

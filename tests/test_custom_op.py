@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support import SAMPLING, SMALL, make_problem
-from token_sparse_attention import AuxRequest, Execution, token_sparse_attention
+from token_sparse_attention import AuxRequest, Execution, functional, token_sparse_attention
 from token_sparse_attention.custom_op import aux_text, settings_text
 from token_sparse_attention.inputs import Chunk
 
@@ -45,6 +45,11 @@ def test_settings_travel_as_one_line(backend):
     """Generated code holds them between quotes."""
     text = settings_text(Execution("auto", backend).text, HEADS.text)
     assert text.isprintable()
+
+
+def test_an_eager_call_takes_no_way_around_by_the_dispatcher(monkeypatch):
+    monkeypatch.setattr(functional, "call_operator", None)
+    token_sparse_attention(*make_problem(), SMALL)
 
 
 @CONFIGS

@@ -171,12 +171,18 @@ def test_rings_of_more_entries_serve_as_well():
     assert relative_error(runs[0], CPU.run(whole, SMALL).output[:, :, 131:]) < 1e-6
 
 
-def test_no_block_lies_before_the_first_query():
-    whole = make_problem(query_len=160)
-    chunk = Chunk(past_probes(whole.query, SMALL, 131))
-    problem = checked(whole._replace(query=whole.query[:, :, 131:]))._replace(chunk=chunk)
-    blocks = blocks_of(SMALL, problem, 32)
-    assert (blocks.first, blocks.num_blocks) == (8, 2)
+@pytest.mark.parametrize(
+    ("first_query", "known", "first"),
+    [(131, True, 8), (131, False, 9), (139, False, 9), (140, False, 10)],
+)
+def test_no_block_lies_before_the_first_query_or_is_known_to_lack_probes(
+    first_query, known, first
+):
+    whole = make_problem(query_len=190)
+    chunk = Chunk(past_probes(whole.query, SMALL, first_query) if known else None)
+    problem = checked(whole._replace(query=whole.query[:, :, first_query:]))
+    blocks = blocks_of(SMALL, problem._replace(chunk=chunk), 32)
+    assert (blocks.first, blocks.num_blocks) == (first, 12 - first)
 
 
 def test_only_the_end_of_a_prompt_has_dense_queries():
