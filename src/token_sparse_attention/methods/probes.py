@@ -81,7 +81,7 @@ def find_probes(problem: Problem, blocks: Blocks) -> Probes:
     position = probe_positions(blocks, query.device)
     start = tokens.bounds[:, :1].long()
     index = start + position - problem.first_query
-    inside = (index >= 0) & (index < query.shape[2]) & (start + position < tokens.bounds[:, 1:])
+    inside = (index >= 0) & (index < query.shape[2])
     at = index.clamp(0, query.shape[2] - 1)
     found = torch.take_along_dim(query, at[:, None, :, None], 2)
     if past is None:
