@@ -233,7 +233,7 @@ def _child(tree: Path, tests: Sequence[str], order: Order, answer: Connection) -
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    sys.path.insert(0, str(tree / "src"))
+    sys.path[:0] = str(tree), str(tree / "src")  # as for `python -m pytest`, and processes of it
     os.environ["PYTHONPATH"] = str(tree / "src")
     arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
                  "-k", "not opcheck and not compiled"]  # fmt: skip
