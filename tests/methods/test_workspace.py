@@ -105,11 +105,14 @@ CONFIGS = [
     KVSamplingConfig(crossover="off"),
     KVSamplingConfig(crossover="off", budget="per_head"),
     KVSamplingConfig(crossover="off", block_size=256, sliding_window=256, num_samples=4096),
+    KVSamplingConfig(crossover="off", block_size=256, sliding_window=256, num_samples=65536),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[4]}-{shape[5]}")
-@pytest.mark.parametrize("config", CONFIGS, ids=["shared", "per_head", "small_blocks"])
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=["shared", "per_head", "small_blocks", "many_samples"]
+)
 def test_vllm_sets_aside_what_a_call_takes(config, shape, monkeypatch):
     held = needed(config, shape, monkeypatch)
     reserved = workspace_bytes(config, shape)
