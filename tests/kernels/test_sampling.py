@@ -189,6 +189,16 @@ def test_scores_that_are_not_finite(value, sinks, position):
     assert missing[2][1, :, 1:].tolist() == [[0, 0], [0, 0]]
 
 
+def test_nothing_is_written_behind_the_last_entry():
+    """Without room for samples the next block's sinks lie there."""
+    blocks = Blocks(64, 4, 64, 3, 2, 2)
+    scores = scores_of("soft", blocks)
+    scores[..., blocks.offset(1) :] = torch.nan
+    _, log_weights, counts = sample_blocks(scores, one_row(256), blocks, 20, 0)
+    assert counts.tolist() == [[[3, 3]]]
+    assert log_weights.isnan().all(-1).tolist() == [[[False, True]]]
+
+
 def two_rows(*lengths):
     return torch.tensor([[0, length] for length in lengths], dtype=torch.int32, device=DEVICE)
 

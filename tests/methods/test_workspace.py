@@ -99,6 +99,7 @@ SHAPES = [
     LayerShape(32, 8, 128, 2, 131072, 131072),
     LayerShape(32, 8, 128, 2, 16384, 131072),
     LayerShape(32, 8, 128, 2, 2048, 131072),
+    LayerShape(32, 8, 128, 2, 2048, 524288),
     LayerShape(8, 1, 128, 2, 8192, 32768),
 ]
 CONFIGS = [
@@ -106,12 +107,15 @@ CONFIGS = [
     KVSamplingConfig(crossover="off", budget="per_head"),
     KVSamplingConfig(crossover="off", block_size=256, sliding_window=256, num_samples=4096),
     KVSamplingConfig(crossover="off", block_size=256, sliding_window=256, num_samples=65536),
+    KVSamplingConfig(
+        crossover="off", block_size=256, sliding_window=256, num_samples=16, num_probes=256
+    ),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[4]}-{shape[5]}")
 @pytest.mark.parametrize(
-    "config", CONFIGS, ids=["shared", "per_head", "small_blocks", "many_samples"]
+    "config", CONFIGS, ids=["shared", "per_head", "small_blocks", "many_samples", "many_probes"]
 )
 def test_vllm_sets_aside_what_a_call_takes(config, shape, monkeypatch):
     held = needed(config, shape, monkeypatch)
