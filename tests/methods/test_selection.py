@@ -266,6 +266,9 @@ def test_the_workspace_has_room_for_the_packed_heads():
     held = sum(x.nbytes for x in packed[:3]) + packed.query.nbytes
     workspace, shape = method_of(config).workspace, LayerShape(4, 2, 16, 4, 60, 90)
     assert workspace(shape) - workspace(shape._replace(head_dim=0)) == held
+    listed = (torch.float32, torch.float32, torch.int32, torch.int64)  # scores twice, then slots
+    entry = sum(dtype.itemsize for dtype in listed)
+    assert workspace(shape._replace(head_dim=0)) == 4 * 90 * entry
 
 
 @pytest.mark.parametrize(
