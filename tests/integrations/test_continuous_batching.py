@@ -26,6 +26,7 @@ from token_sparse_attention.attention.flash import FlashBackend
 from token_sparse_attention.attention.resolve import resolve_backend
 from token_sparse_attention.integrations import continuous_batching
 from token_sparse_attention.integrations.obstacles import LayerCall
+from token_sparse_attention.integrations.past_probes import PagedProbes, Pages, store_of
 from token_sparse_attention.integrations.transformers import apply, register_dense_attention
 
 LENGTHS = (200, 20, 120, 163)
@@ -348,3 +349,16 @@ def test_other_dense_implementations_are_refused():
     model.set_attn_implementation(register_dense_attention())
     with pytest.raises(ValueError, match="model must run 'eager' or 'sdpa'"):
         apply(model, CONFIG, continuous_batching=True)
+
+
+@pytest.mark.parametrize("first_query", [22, 23, 24])
+def test_every_probe_of_a_call_is_kept(first_query):
+    """Probes stand at odd positions, which may be those of the call's first and last query."""
+    pages = Pages(block_size=16, cache_shape=(64,))
+    query, key = (torch.randn(1, heads, 40 - first_query, 8) for heads in (4, 2))
+    PagedProbes(pages, 0, SAMPLING, torch.arange(40)).keep_own(query, key, first_query)
+    ((past, position, _),) = store_of(pages).values()
+    known = position >= 0
+    kept = list(range(1, 40, 2))[first_query // 2 :]
+    assert position[known].tolist() == kept
+    assert torch.equal(past[known].transpose(0, 1), query[0, :, torch.tensor(kept) - first_query])
