@@ -52,7 +52,8 @@ PAGES = "tests/test_docs_pages.py::test_the_crossovers_lengths_are_the_codes"
 TESTS: dict[str, tuple[str, ...]] = {
     "blocks.py": (*SAMPLING, "tests/kernels/test_block_scoring.py"),
     "compression.py": ("tests/test_compression.py", *SELECTION, GATHERED),
-    "crossover.py": ("tests/test_crossover.py", "tests/test_gate.py", PAGES),
+    "crossover.py": ("tests/test_crossover.py", "tests/test_gate.py", PAGES,
+                     "tests/methods/test_sampling.py"),
     "gate.py": ("tests/test_gate.py", "tests/test_crossover.py", *SAMPLING),
     "inputs.py": ("tests/test_gate.py", "tests/test_functional.py", *SAMPLING),
     "functional.py": ("tests/test_functional.py", "tests/test_custom_op.py"),

@@ -20,6 +20,7 @@ from token_sparse_attention.crossover import (
     SPARSE_COST,
     SPARSE_FROM,
     BreakEven,
+    SparseFrom,
     effective_length,
     window_overhead,
 )
@@ -184,6 +185,16 @@ def test_calls_run_sparse_where_they_save_enough():
     assert gate.reason(gate.shortest_prompt, gate.shortest_prompt) is None
     before = gate.shortest_prompt - 1
     assert gate.reason(before, before) is DenseReason.CROSSOVER_LENGTH
+
+
+def test_pairs_saved_are_counted_query_by_query():
+    sparse = SparseFrom(100, 30.0, 1.0, 9)
+    for query_len, kv_len in ((50, 200), (150, 200), (200, 200), (5, 200), (60, 90)):
+        places = range(max(kv_len - query_len, 100), kv_len - 9)
+        saved = sum(place + 0.5 - 30 for place in places)
+        assert sparse.saved(query_len, kv_len) == saved
+        assert sparse.saved(torch.tensor(query_len), torch.tensor(kv_len)) == saved
+    assert SparseFrom(100).shortest_prompt == 101
 
 
 def test_fewer_heads_need_longer_prompts():
