@@ -117,7 +117,7 @@ class SparseFrom(NamedTuple):
             kv_len: its keys.
         """
         if isinstance(kv_len, Tensor):
-            end = kv_len.double() - self.dense_queries
+            end = kv_len - self.dense_queries
             begin: Length = (kv_len.double() - query_len).clamp(min=self.position)
             return (end - begin).clamp(min=0) * ((begin + end) / 2 - self.cost)
         end, begin = kv_len - self.dense_queries, max(kv_len - query_len, self.position)

@@ -133,7 +133,10 @@ class Gate(NamedTuple):
         gate = self._replace(  # no length is longer, and no tensor takes larger numbers
             min_queries=min(self.min_queries, _LONGEST),
             max_dense_context=min(self.max_dense_context, _LONGEST),
-            sparse=self.sparse._replace(position=min(self.sparse.position, _LONGEST)),
+            sparse=self.sparse._replace(
+                position=min(self.sparse.position, _LONGEST),
+                dense_queries=min(self.sparse.dense_queries, _LONGEST),
+            ),
         )
         for reason, holds in reversed([*gate._rules(query_lens.long(), kv_lens.long())]):
             codes = torch.where(torch.as_tensor(holds, device=codes.device), reason.code, codes)
@@ -144,7 +147,8 @@ class Gate(NamedTuple):
     ) -> Iterator[tuple[DenseReason, bool | Tensor]]:
         if self.sparse.position:  # a short prompt is that first, and only then a short call
             yield DenseReason.SHORT_CONTEXT, kv_len <= self.max_dense_context
-            yield DenseReason.CROSSOVER_LENGTH, kv_len < self.sparse.shortest_prompt
+            shortest = min(self.sparse.shortest_prompt, _LONGEST + 1)
+            yield DenseReason.CROSSOVER_LENGTH, kv_len < shortest
         if self.sparse.least_saved:
             saved = self.sparse.saved(query_len, kv_len)
             yield DenseReason.SHORT_CHUNK, saved < self.sparse.least_saved
