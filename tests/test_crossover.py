@@ -195,6 +195,9 @@ def test_pairs_saved_are_counted_query_by_query():
         assert sparse.saved(query_len, kv_len) == saved
         assert sparse.saved(torch.tensor(query_len), torch.tensor(kv_len)) == saved
     assert SparseFrom(100).shortest_prompt == 101
+    exactly = Gate(sparse=sparse._replace(least_saved=sparse.saved(50, 200)))
+    assert exactly.reason(50, 200) is None
+    assert exactly.reason(49, 200) is DenseReason.SHORT_CHUNK
 
 
 def test_fewer_heads_need_longer_prompts():
