@@ -23,7 +23,7 @@ from token_sparse_attention.custom_op import aux_text, settings_text
 from token_sparse_attention.execution import Execution
 from token_sparse_attention.gate import reason_of
 from token_sparse_attention.inputs import AuxRequest, Chunk, PastProbes
-from token_sparse_attention.methods.probes import blocks_of
+from token_sparse_attention.methods.probes import blocks_of, find_probes
 
 SMALL = KVSamplingConfig(
     block_size=16, num_probes=4, sliding_window=20, sink_size=2, num_samples=24, dense_queries=0,
@@ -183,6 +183,16 @@ def test_no_block_lies_before_the_first_query_or_is_known_to_lack_probes(
     problem = checked(whole._replace(query=whole.query[:, :, first_query:]))
     blocks = blocks_of(SMALL, problem._replace(chunk=chunk), 32)
     assert (blocks.first, blocks.num_blocks) == (first, 12 - first)
+
+
+@pytest.mark.parametrize("num_probes", [4, 16])
+def test_every_block_has_as_many_probes(num_probes):
+    config = dataclasses.replace(SMALL, num_probes=num_probes)
+    problem = checked(make_problem(query_len=100))
+    blocks = blocks_of(config, problem, 32)
+    query, _ = find_probes(problem, blocks)
+    positions = [(probe + 1) * blocks.stride + 15 for probe in range(5 * num_probes)]
+    assert torch.equal(query, problem.query[:, :, positions])
 
 
 def test_only_the_end_of_a_prompt_has_dense_queries():
