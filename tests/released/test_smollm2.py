@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -43,7 +44,7 @@ def logits_of(model, ids, config=None, cuts=()):
     """The logits of a prompt, in one call or in several on one cache."""
     cache, parts = DynamicCache(), []
     edges = [0, *cuts, ids.shape[1]]
-    pieces = [ids[:, a:b] for a, b in zip(edges, edges[1:])]
+    pieces = [ids[:, a:b] for a, b in itertools.pairwise(edges)]
     if config is None:
         return model(ids).logits
     with apply(model, config) as report:
