@@ -124,6 +124,7 @@ def test_a_vllm_without_a_registry_is_told_and_starts(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platform)
     monkeypatch.setitem(sys.modules, "vllm.v1", None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # so that caplog sees it
     with caplog.at_level(logging.WARNING):
         plugin.register()
     assert "Token sparse attention is off: it does not know this vLLM: " in caplog.text
