@@ -123,7 +123,7 @@ def test_a_vllm_without_a_registry_is_told_and_starts(monkeypatch, caplog):
     platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True))
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platform)
-    monkeypatch.setitem(sys.modules, "vllm.v1", None)
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", None)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # so that caplog sees it
     with caplog.at_level(logging.WARNING):
         plugin.register()
