@@ -10,7 +10,10 @@ import json
 import os
 import random
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,6 +174,33 @@ def _fill(model: Any) -> None:
                 config = model.config
                 heads = config.num_attention_heads + config.num_key_value_heads
                 weight[: heads * config.head_dim].mul_(0.2)
+
+
+@dataclass
+class Served:
+    """When the tokens of one request came, and how many of its prompt were cached."""
+
+    times: list[float]
+    cached: int = 0
+
+
+def serve(engine: Any, prompts: Sequence[list[int]], tokens: int) -> list[Served]:
+    """Send prompts at once and return, for each, when its tokens came, in seconds from then."""
+    from vllm import SamplingParams
+
+    core = engine.llm_engine
+    params = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
+    served = {str(number): Served([]) for number in range(len(prompts))}
+    began = time.perf_counter()
+    for name, ids in zip(served, prompts):
+        core.add_request(name, {"prompt_token_ids": ids}, params)
+    while core.has_unfinished_requests():
+        for output in core.step():
+            one = served[output.request_id]
+            one.cached = output.num_cached_tokens or 0
+            if len(output.outputs[0].token_ids) > len(one.times):
+                one.times.append(time.perf_counter() - began)
+    return list(served.values())
 
 
 class Counts(NamedTuple):

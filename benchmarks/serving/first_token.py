@@ -39,6 +39,7 @@ from benchmarks.serving.engines import (
     counts_since,
     prepare_process,
     random_prompt,
+    serve,
     start_engine,
     vllm_version,
 )
@@ -174,22 +175,10 @@ def time_prompts(engine: Any, plan: Plan, setting: str, tokens: int) -> Row:
 
 def time_decoding(engine: Any, plan: Plan) -> list[float]:
     """Return the milliseconds from each token of a reply to the next."""
-    from vllm import SamplingParams
-
-    core = engine.llm_engine
-    params = SamplingParams(
-        max_tokens=1 + plan.decode, temperature=0, detokenize=False, ignore_eos=True
-    )
     ids = random_prompt(plan.model, max(plan.lengths), 0)
-    core.add_request("decoding", {"prompt_token_ids": ids}, params)
-    seen, times = 0, []
-    while core.has_unfinished_requests():
-        for output in core.step():
-            tokens = len(output.outputs[0].token_ids)
-            if tokens > seen:
-                seen = tokens
-                times.append(time.perf_counter())
-    return [round((later - earlier) * 1e3, 3) for earlier, later in itertools.pairwise(times)]
+    (served,) = serve(engine, [ids], 1 + plan.decode)
+    pairs = itertools.pairwise(served.times)
+    return [round((later - earlier) * 1e3, 3) for earlier, later in pairs]
 
 
 def measure(plan: Plan, setting: str) -> Engine:

@@ -40,6 +40,7 @@ from benchmarks.serving.engines import (
     counts_since,
     prepare_process,
     random_prompt,
+    serve,
     start_engine,
     vllm_version,
 )
@@ -121,14 +122,6 @@ class Row:
     dense_reasons: dict[str, int]
 
 
-@dataclass
-class Served:
-    """When the tokens of one request came, and how many of its prompt were cached."""
-
-    times: list[float]
-    cached: int = 0
-
-
 def start(plan: Plan, name: str) -> Any:
     """Return an engine of one setting."""
     room = plan.decode + 16
@@ -157,25 +150,6 @@ def start(plan: Plan, name: str) -> Any:
         kv_cache_dtype=plan.cache,
         **modes[plan.mode],
     )
-
-
-def serve(engine: Any, prompts: Sequence[list[int]], tokens: int) -> list[Served]:
-    """Send prompts at once and return, for each, when its tokens came, in seconds from then."""
-    from vllm import SamplingParams
-
-    core = engine.llm_engine
-    params = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
-    served = {str(number): Served([]) for number in range(len(prompts))}
-    began = time.perf_counter()
-    for name, ids in zip(served, prompts):
-        core.add_request(name, {"prompt_token_ids": ids}, params)
-    while core.has_unfinished_requests():
-        for output in core.step():
-            one = served[output.request_id]
-            one.cached = output.num_cached_tokens or 0
-            if len(output.outputs[0].token_ids) > len(one.times):
-                one.times.append(time.perf_counter() - began)
-    return list(served.values())
 
 
 class Bench:
